@@ -1,0 +1,62 @@
+"""Activation steering and activation readout inside stock vLLM.
+
+The names below are the whole public API. They are resolved on first use, so that ``import vllm_steer`` loads neither
+vLLM nor torch: a client, a scorer or a report can use the data types on a machine that has neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_steer.directions import Direction, load_directions, save_directions
+    from vllm_steer.engine.offline import collect_readouts, load_llm, register_directions, steered
+    from vllm_steer.errors import SteerError
+    from vllm_steer.schema import Readout, ReadoutResult, Steering
+    from vllm_steer.settings import steer_config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Direction",
+    "Readout",
+    "ReadoutResult",
+    "SteerError",
+    "Steering",
+    "__version__",
+    "collect_readouts",
+    "load_directions",
+    "load_llm",
+    "register_directions",
+    "save_directions",
+    "steer_config",
+    "steered",
+]
+
+_HOME = {
+    "Direction": "vllm_steer.directions",
+    "load_directions": "vllm_steer.directions",
+    "save_directions": "vllm_steer.directions",
+    "SteerError": "vllm_steer.errors",
+    "Readout": "vllm_steer.schema",
+    "ReadoutResult": "vllm_steer.schema",
+    "Steering": "vllm_steer.schema",
+    "steer_config": "vllm_steer.settings",
+    "collect_readouts": "vllm_steer.engine.offline",
+    "load_llm": "vllm_steer.engine.offline",
+    "register_directions": "vllm_steer.engine.offline",
+    "steered": "vllm_steer.engine.offline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vllm_steer' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

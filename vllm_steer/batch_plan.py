@@ -1,0 +1,233 @@
+"""From the token spans of one engine step to the tables that the op reads. Pure: no vLLM, no torch.
+
+A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens whose
+positions in the request start at ``num_computed[i]``. For these the plan says
+
+* which **row** of the entry table each token uses: a request has up to two, one for its prompt tokens and one for its
+  generated tokens, chosen by the token's own position, so that a prompt that is computed again after a preemption,
+  together with tokens that were generated before it, is steered exactly as the first time;
+* which **accumulator** each token is summed into, for requests with a readout.
+
+Letters of shapes: T tokens, R rows, E entries a row, L hooked layers, A accumulators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+STEER, READ, TRACE = 0, 1, 2
+"""Columns of ``StepPlan.flags_L3``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """h + (a + b·⟨h,d⟩)·d with d in ``slot`` of the bank, after hooked layer number ``layer_index``."""
+
+    layer_index: int
+    slot: int
+    a: float
+    b: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """The positions [first, end) of a request to sum, at these hooked layers; ``end`` None is open."""
+
+    layer_indices: tuple[int, ...]
+    first: int
+    end: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """What one request asks, resolved to slots and layer indices."""
+
+    prompt_len: int
+    prompt_entries: tuple[Entry, ...] = ()
+    generated_entries: tuple[Entry, ...] = ()
+    pooling: Pooling | None = None
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.prompt_entries or self.generated_entries)
+
+
+@dataclass(slots=True)
+class PoolingState:
+    """How far the readout of one request has come.
+
+    Attributes:
+        accumulator: its row in the accumulators.
+        next_position: position of the token that must be computed next for the sum to be complete.
+        num_tokens: tokens in the sum so far.
+        failure: why the sum cannot be right, or None.
+    """
+
+    accumulator: int
+    next_position: int = 0
+    num_tokens: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The tables of one step. Entry tables are None when they are those of the step before."""
+
+    num_tokens: int
+    row_of_token_T: IntArray
+    accumulator_of_token_T: IntArray
+    keep_A: FloatArray
+    last_token_A: IntArray
+    flags_L3: IntArray
+    entry_slot_LRE: IntArray | None
+    entry_ab_LRE2: FloatArray | None
+
+
+class BatchPlanner:
+    """Keeps what the active requests ask and builds the plan of each step.
+
+    Args:
+        num_layers: L, hooked layers.
+        max_requests: requests that can be scheduled in one step; R = 2·max_requests, A = max_requests.
+        max_entries: E, entries of one row at one layer.
+    """
+
+    def __init__(self, num_layers: int, max_requests: int, max_entries: int) -> None:
+        self.num_layers = num_layers
+        self.max_requests = max_requests
+        self.max_entries = max_entries
+        self.requests: dict[str, RequestPlan] = {}
+        self.poolings: dict[str, PoolingState] = {}
+        self._free_accumulators = list(range(max_requests - 1, -1, -1))
+        self._tables_for: tuple[RequestPlan, ...] = ()
+        self._depth_L = np.zeros(num_layers, np.int32)
+        self._is_idle = True
+
+    def add(self, request_id: str, plan: RequestPlan) -> None:
+        """Start planning for a request that has come to the worker."""
+        self.requests[request_id] = plan
+
+    def remove(self, request_id: str) -> None:
+        """Forget a finished request and free its accumulator."""
+        self.requests.pop(request_id, None)
+        self._release(request_id)
+
+    def preempt(self, request_id: str) -> None:
+        """Free the accumulator of a request that will be computed again from position 0."""
+        self._release(request_id)
+
+    def build(
+        self, request_ids: Sequence[str], num_computed: Sequence[int], num_scheduled: Sequence[int]
+    ) -> StepPlan | None:
+        """The plan of a step, or None when this step and the one before do nothing at all.
+
+        Args:
+            request_ids: requests in the order of their tokens in the batch.
+            num_computed: tokens of each request that were computed before this step.
+            num_scheduled: tokens of each request in this step.
+        """
+        if not self.requests:
+            if self._is_idle:
+                return None
+            self._is_idle = True
+            return self._blank(int(np.sum(num_scheduled)))
+        plan = self._blank(int(np.sum(num_scheduled)))
+        self._is_idle = False
+        steered: list[RequestPlan] = []
+        offset = 0
+        for request_id, computed, scheduled in zip(request_ids, num_computed, num_scheduled, strict=True):
+            request = self.requests.get(request_id)
+            if request is not None:
+                if request.steers:
+                    row = 2 * len(steered)
+                    steered.append(request)
+                    split = offset + min(max(request.prompt_len - computed, 0), scheduled)
+                    if request.prompt_entries:
+                        plan.row_of_token_T[offset:split] = row
+                    if request.generated_entries:
+                        plan.row_of_token_T[split : offset + scheduled] = row + 1
+                if request.pooling is not None:
+                    self._pool(plan, request_id, request.pooling, offset, int(computed), int(scheduled))
+            offset += scheduled
+        entry_slot_LRE, entry_ab_LRE2 = self._tables(tuple(steered))
+        if (plan.row_of_token_T >= 0).any():
+            plan.flags_L3[:, STEER] = self._depth_L
+        return StepPlan(
+            plan.num_tokens, plan.row_of_token_T, plan.accumulator_of_token_T, plan.keep_A, plan.last_token_A,
+            plan.flags_L3, entry_slot_LRE, entry_ab_LRE2,
+        )  # fmt: skip
+
+    def _blank(self, num_tokens: int) -> StepPlan:
+        return StepPlan(
+            num_tokens=num_tokens,
+            row_of_token_T=np.full(num_tokens, -1, np.int32),
+            accumulator_of_token_T=np.full(num_tokens, -1, np.int32),
+            keep_A=np.ones(self.max_requests, np.float32),
+            last_token_A=np.full(self.max_requests, -1, np.int32),
+            flags_L3=np.zeros((self.num_layers, 3), np.int32),
+            entry_slot_LRE=None,
+            entry_ab_LRE2=None,
+        )
+
+    def _release(self, request_id: str) -> None:
+        state = self.poolings.pop(request_id, None)
+        if state is not None:
+            self._free_accumulators.append(state.accumulator)
+
+    def _pool(
+        self, plan: StepPlan, request_id: str, pooling: Pooling, offset: int, computed: int, scheduled: int
+    ) -> None:
+        state = self.poolings.get(request_id)
+        if state is None:
+            state = self.poolings[request_id] = PoolingState(self._free_accumulators.pop())
+        if computed == 0:
+            state.next_position, state.num_tokens = 0, 0
+        elif computed != state.next_position and state.failure is None:
+            state.failure = (
+                f"the engine went on at token {computed} where token {state.next_position} was due, so the activations "
+                "in between were not seen"
+            )
+        if state.failure is not None:
+            return
+        state.next_position = computed + scheduled
+        start = max(computed, pooling.first)
+        end = state.next_position if pooling.end is None else min(state.next_position, pooling.end)
+        if start >= end:
+            return
+        if start == pooling.first:
+            plan.keep_A[state.accumulator] = 0.0
+            state.num_tokens = 0
+        state.num_tokens += end - start
+        plan.accumulator_of_token_T[offset + start - computed : offset + end - computed] = state.accumulator
+        plan.last_token_A[state.accumulator] = offset + end - computed - 1
+        plan.flags_L3[list(pooling.layer_indices), READ] += end - start
+
+    def _tables(self, steered: tuple[RequestPlan, ...]) -> tuple[IntArray | None, FloatArray | None]:
+        """The entry tables for these requests in this order, or (None, None) if they stand already."""
+        if len(steered) == len(self._tables_for) and all(
+            new is old for new, old in zip(steered, self._tables_for, strict=True)
+        ):
+            return None, None
+        self._tables_for = steered
+        shape = (self.num_layers, 2 * self.max_requests, self.max_entries)
+        slots, coefficients = np.full(shape, -1, np.int32), np.zeros((*shape, 2), np.float32)
+        depth_L = np.zeros(self.num_layers, np.int32)
+        for index, request in enumerate(steered):
+            for row, entries in ((2 * index, request.prompt_entries), (2 * index + 1, request.generated_entries)):
+                filled: dict[int, int] = {}
+                for entry in entries:
+                    column = filled.get(entry.layer_index, 0)
+                    slots[entry.layer_index, row, column] = entry.slot
+                    coefficients[entry.layer_index, row, column] = entry.a, entry.b
+                    filled[entry.layer_index] = column + 1
+                for layer_index, count in filled.items():
+                    depth_L[layer_index] = max(depth_L[layer_index], count)
+        self._depth_L = depth_L
+        return slots, coefficients

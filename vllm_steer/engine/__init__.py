@@ -1,0 +1,33 @@
+"""The only room that imports vLLM. Every place where it reaches into vLLM 0.32 is listed here.
+
+Official extension points in use: ``vllm.general_plugins``, ``vllm.endpoint_plugins``, ``additional_config``,
+``SamplingParams.extra_args``, ``cache_salt``, ``skip_reading_prefix_cache``, ``collective_rpc``, torch hooks.
+
+Patches, each a wrapper that calls the original, each inert unless ``additional_config`` holds ``vllm_steer``:
+
+``EngineArgs.create_engine_config``  (``config.py``; vllm/engine/arg_utils.py)
+    Why: settings must be checked, and models and features refused, before any weight is loaded; the plugin's build must
+    enter the compile cache's key. Gone when: vLLM lets a plugin validate the engine's configuration.
+``InputProcessor.process_inputs``  (``requests.py``; vllm/v1/engine/input_processor.py)
+    Why: the one place that every front end passes before a request is scheduled. Gone when: there is an admission hook.
+``kv_cache_utils.generate_block_hash_extra_keys``  (``prefix_cache.py``; vllm/v1/core/kv_cache_utils.py, by name in
+    block_pool.py and simple_kv_offload/manager.py)
+    Why: steering that starts at the first generated token must fork the block chain there; ``cache_salt`` can only fork
+    it at block 0. Gone when: requests can carry per-position cache keys.
+``GPUModelRunner.load_model``, ``CPUModelRunner.load_model``  (``runner_v1.py``; vllm/v1/worker/gpu_model_runner.py)
+    Why: hooks go on after the weights are there and before the first (traced) call.
+``GPUModelRunner._prepare_inputs``
+    Why: the batch's order and token spans are final there, and nothing has run yet.
+``GPUModelRunner._on_request_state_removed``
+    Why: vLLM's own hook for platform runners that a request is finished; a plugin cannot subclass the runner.
+``GPUModelRunner._dummy_run``
+    Why: warm-up, profiling and graph capture must see an untouched token map.
+``GPUModelRunner._bookkeeping_sync``  (CPU only; ``cpu_seeds.py``)
+    Why: vLLM rewinds the generator of a seeded request whose prompt is not finished with ``set_offset``, which
+    CPU generators do not have: the engine dies. Gone when: vLLM rewinds CPU generators.
+``WorkerBase.__init__``, ``WorkerBase.vllm_steer_*``  (``worker_rpc.py``; vllm/v1/worker/worker_base.py)
+    Why: the first worker of a configured engine installs the runner's patches; the methods are added, not patched, for
+    ``collective_rpc`` to find. Gone when: plugins can add RPC methods without ``worker_extension_cls``.
+
+The runner patches go when the V2 runner is the only one: its ``ModelState`` is an official extension point.
+"""

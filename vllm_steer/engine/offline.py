@@ -1,0 +1,134 @@
+"""The offline API: what a script does with an ``LLM`` (see the example in the package's README)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from vllm import LLM, RequestOutput, SamplingParams
+
+from vllm_steer.directions import Direction
+from vllm_steer.engine.requests import admission_of
+from vllm_steer.errors import MalformedSpec, ReadoutUnavailable
+from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
+from vllm_steer.settings import steer_config
+
+
+def load_llm(model: str, *, layers: Sequence[int], directions: Any = (), **engine_args: Any) -> LLM:
+    """``vllm.LLM`` with steering switched on, for code that does not import vLLM itself.
+
+    Args:
+        model: hub id or local path.
+        layers: decoder blocks to hook, 0-based.
+        directions: direction file or files to load at start-up.
+        **engine_args: passed to ``vllm.LLM``.
+    """
+    config = {**engine_args.pop("additional_config", {}), **steer_config(layers, directions)}
+    return LLM(model=model, additional_config=config, **engine_args)
+
+
+def steered(
+    params: SamplingParams | Mapping[str, Any],
+    steering: Sequence[Steering] = (),
+    readout: Readout | None = None,
+) -> SamplingParams:
+    """A copy of ``params`` that carries steering and a readout; the original stays as it is.
+
+    Args:
+        params: sampling parameters, or a mapping of their fields.
+        steering: any number of entries at any hooked layers; entries at one layer apply in this order.
+        readout: what to read, if anything.
+
+    Raises:
+        MalformedSpec: an argument of another type. What depends on the engine is checked when the request gets there.
+    """
+    if isinstance(params, Mapping):
+        params = SamplingParams(**params)
+    if not isinstance(params, SamplingParams):
+        raise MalformedSpec(
+            f"params is {type(params).__name__}; allowed: SamplingParams or a mapping of its fields. Steering needs "
+            "sampling."
+        )
+    if isinstance(steering, Steering) or not all(isinstance(entry, Steering) for entry in steering):
+        raise MalformedSpec(f"steering is {steering!r}; allowed: a list of Steering(...).")
+    if readout is not None and not isinstance(readout, Readout):
+        raise MalformedSpec(f"readout is {readout!r}; allowed: a Readout(...) or None.")
+    copy = params.clone()
+    copy.extra_args = {**(copy.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
+    return copy
+
+
+def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
+    """Register directions at run time, on all workers; all of them or none.
+
+    A name and layer that exist already get the new content; requests in flight keep the old one.
+
+    Raises:
+        NotConfigured: the engine runs without ``steer_config``.
+        WrongDimension, BankFull: see ``DirectionRegistry.register``.
+    """
+    registry = admission_of(llm.llm_engine.input_processor).registry
+    if not llm.llm_engine.has_unfinished_requests():
+        registry.reclaim()
+    writes = registry.register(directions)
+    if writes:
+        wire = [(slot, one.name, one.layer, one.vector.astype("<f4", copy=False).tobytes()) for slot, one in writes]
+        llm.collective_rpc("vllm_steer_write", args=(wire,))
+
+
+def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[ReadoutResult | None]]:
+    """Fetch the readouts of finished requests with one call to the workers.
+
+    Args:
+        llm: the engine that made ``outputs``.
+        outputs: what ``llm.generate`` or ``llm.chat`` returned.
+
+    Returns:
+        ``reads[i][j]`` of sample j of prompt i; None where no readout was asked.
+
+    Raises:
+        NotConfigured: the engine runs without ``steer_config``.
+        ReadoutUnavailable: a readout that was asked cannot be given; its ``results`` holds all others.
+    """
+    asked = admission_of(llm.llm_engine.input_processor).asked
+    places: list[tuple[int, int]] = []
+    samples: list[tuple[str, int, int]] = []
+    for i, output in enumerate(outputs):
+        if output.request_id in asked:
+            prompt_len = len(output.prompt_token_ids or ())
+            for j, sample in enumerate(output.outputs):
+                places.append((i, j))
+                samples.append((output.request_id, sample.index, prompt_len + len(sample.token_ids) - 1))
+    results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in outputs]
+    # Tensor-parallel workers all hold the same stream; the first one's answer is everyone's.
+    answers = llm.collective_rpc("vllm_steer_collect", args=(samples,))[0] if samples else []
+    reasons: dict[tuple[int, int], str] = {}
+    for (i, j), answer in zip(places, answers, strict=True):
+        if answer is None:
+            reasons[i, j] = "it is no longer in the store; collect sooner or raise steer_config(readout_store_mib=...)"
+        elif "error" in answer:
+            reasons[i, j] = answer["error"]
+        else:
+            results[i][j] = _result(answer)
+    if reasons:
+        (i, j), reason = next(iter(reasons.items()))
+        raise ReadoutUnavailable(
+            f"{len(reasons)} of {len(samples)} readouts cannot be given; the first, sample {j} of prompt {i}: "
+            f"{reason}. The others "
+            "are in this error's results.",
+            results,
+            reasons,
+        )
+    return results
+
+
+def _result(answer: Mapping[str, Any]) -> ReadoutResult:
+    mean = {}
+    if answer["mean"] is not None:
+        rows_LD = np.frombuffer(answer["mean"], dtype=np.float32).reshape(len(answer["layers"]), -1)
+        mean = {layer: row_D.copy() for layer, row_D in zip(answer["layers"], rows_LD, strict=True)}
+    projections: dict[str, dict[int, float]] = {}
+    for name, layer, value in answer["projections"]:
+        projections.setdefault(name, {})[layer] = value
+    return ReadoutResult(mean=mean, num_tokens=answer["num_tokens"], projections=projections)

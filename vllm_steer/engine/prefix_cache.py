@@ -1,0 +1,52 @@
+"""Keys of the prefix cache: two requests share a block of KV exactly where they steer alike, by content.
+
+A block's KV depends on the steering of every token up to its end. Prompt tokens are steered by the ``prompt`` entries,
+generated ones by the ``generated`` entries, so two things have to be in the chain of block hashes:
+
+* the digest of the prompt entries, from block 0 on: it travels in ``cache_salt``, which vLLM hashes into block 0;
+* where the generated entries differ from the prompt entries, their digest together with the place at which the prompt
+  ends, in the block that holds the first generated token. Blocks before it stay shared; those after it inherit the fork
+  through the chain.
+
+The second one needs the patch below. The end of the prompt is in the key because a later request can carry the same
+tokens in its prompt: there they were steered as prompt tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.simple_kv_offload import manager
+
+from vllm_steer.engine.resolved import RESOLVED_KEY
+
+_KEY = "vllm_steer"
+
+
+def install() -> None:
+    """Wrap ``generate_block_hash_extra_keys`` wherever vLLM holds it by name (see ``vllm_steer.engine``)."""
+    original = kv_cache_utils.generate_block_hash_extra_keys
+
+    @functools.wraps(original)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        own = fork_key(request, start_token_idx, end_token_idx)
+        return (keys if own is None else (*(keys or ()), own)), next_mm_idx
+
+    for module in (kv_cache_utils, block_pool, manager):
+        module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+
+
+def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
+    """The extra key of the block of tokens [start, end), if the steering changes at the end of the prompt within it."""
+    params = request.sampling_params
+    resolved = params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
+    if resolved is None or resolved["prompt_digest"] == resolved["generated_digest"]:
+        return None
+    if not start <= resolved["prompt_len"] < end:
+        return None
+    return _KEY, f"{resolved['generated_digest']}@{resolved['prompt_len'] - start}"

@@ -1,0 +1,222 @@
+"""Admission: every request passes here in the front end, before anything of it is scheduled.
+
+Whatever is wrong with a request's spec is refused here, so that nothing that reaches a worker can fail for a user's
+mistake. What passes is resolved to slots and hook numbers and keyed for the prefix cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from hashlib import sha256
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_steer.directions import Direction, load_directions
+from vllm_steer.engine.registry import DirectionRegistry, Registered
+from vllm_steer.engine.resolved import RESOLVED_KEY, Resolved, ResolvedReadout, digest
+from vllm_steer.errors import (
+    BadAlpha,
+    BadOp,
+    BadReadout,
+    LayerNotHooked,
+    MalformedSpec,
+    NotConfigured,
+    TooManyEntries,
+    UnknownField,
+)  # fmt: skip
+from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec, Steering
+from vllm_steer.settings import SteerSettings
+
+SALT_PREFIX = "vllm_steer:"
+_REMEMBERED_READOUTS = 1 << 20
+_ATTRIBUTE = "vllm_steer_admission"
+
+_Entries = list[tuple[Steering, int, Registered]]
+
+
+class Admission:
+    """Checks and resolves the requests of one engine.
+
+    Attributes:
+        registry: the directions that requests can name.
+        asked: ids of the requests that asked for a readout (the last million), oldest first.
+    """
+
+    def __init__(self, settings: SteerSettings, hidden_size: int) -> None:
+        self.settings = settings
+        self.registry = DirectionRegistry(settings.max_directions, hidden_size)
+        self.registry.register(configured_directions(settings))
+        self.asked: dict[str, None] = {}
+        self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
+
+    def resolve(self, request_id: str, spec: RequestSpec, prompt_len: int) -> Resolved:
+        """Names to slots, layers to hook numbers.
+
+        Raises:
+            Any of ``SpecError``, ``UnknownDirection``, ``AmbiguousDirection``, ``LayerNotHooked``.
+        """
+        entries = [self._entry(steering) for steering in spec.steering]
+        # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
+        entries = [entry for entry in entries if entry[0].coefficients != (0.0, 0.0)]
+        # Entries at different layers do not meet, so only the order within a layer is told to digest and workers.
+        entries.sort(key=lambda entry: entry[1])
+        prompt = [entry for entry in entries if entry[0].span in ("prompt", "all")]
+        generated = [entry for entry in entries if entry[0].span in ("generated", "all")]
+        for which in (prompt, generated):
+            self._check_room(which)
+        return Resolved(
+            request_id=request_id,
+            prompt_len=prompt_len,
+            prompt=[self._row(entry) for entry in prompt],
+            generated=[self._row(entry) for entry in generated],
+            prompt_digest=digest(prompt),
+            generated_digest=digest(generated),
+            readout=None if spec.readout is None else self._readout(spec.readout, prompt_len),
+        )
+
+    def remember(self, request_id: str) -> None:
+        """Keep in mind that a request asked for a readout, for ``collect_readouts``."""
+        self.asked[request_id] = None
+        if len(self.asked) > _REMEMBERED_READOUTS:
+            del self.asked[next(iter(self.asked))]
+
+    def _hooked(self, layer: int) -> int:
+        if layer not in self._index_of:
+            raise LayerNotHooked(
+                f"layer {layer} is not hooked; hooked: {list(self.settings.layers)}. Choose one of these, or start "
+                "the engine "
+                "with steer_config(layers=[...]) naming it."
+            )
+        return self._index_of[layer]
+
+    def _entry(self, steering: Steering) -> tuple[Steering, int, Registered]:
+        direction = self.registry.find(steering.direction, steering.layer)
+        layer = direction.layer if steering.layer is None else steering.layer
+        self._hooked(layer)
+        assert steering.alpha is not None  # Steering fills it in
+        if abs(steering.alpha) > self.settings.max_alpha:
+            raise BadAlpha(
+                f"alpha is {steering.alpha:g}; allowed: from {-self.settings.max_alpha:g} to "
+                f"{self.settings.max_alpha:g}. Use a "
+                "smaller one, or start the engine with steer_config(max_alpha=...) larger."
+            )
+        if steering.op != "add" and not direction.is_unit:
+            raise BadOp(
+                f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
+                "or a unit "
+                "direction. Register Direction(...).normalised()."
+            )
+        return steering, layer, direction
+
+    def _row(self, entry: tuple[Steering, int, Registered]) -> tuple[int, int, float, float]:
+        steering, layer, direction = entry
+        return (self._index_of[layer], direction.slot, *steering.coefficients)
+
+    def _check_room(self, entries: _Entries) -> None:
+        layers = [layer for _, layer, _ in entries]
+        for layer in sorted(set(layers)):
+            if layers.count(layer) > self.settings.max_entries:
+                raise TooManyEntries(
+                    f"{layers.count(layer)} entries at layer {layer}; allowed: {self.settings.max_entries}. Add the "
+                    "directions up, or "
+                    "start the engine with steer_config(max_entries=...) larger."
+                )
+
+    def _readout(self, readout: Readout, prompt_len: int) -> ResolvedReadout:
+        indices = [self._hooked(layer) for layer in readout.layers]
+        project = []
+        for name in readout.project:
+            layers = self.registry.layers_of(name)
+            shared = sorted(set(layers) & set(readout.layers))
+            if not shared:
+                raise BadReadout(
+                    f"project names {name!r}, which belongs to layers {sorted(layers)}; read are "
+                    f"{list(readout.layers)}. Add one of "
+                    "its layers to the readout, or leave it out."
+                )
+            project += [(name, layer, layers[layer].slot) for layer in shared]
+        if readout.span != "generated" and readout.skip_first >= prompt_len:
+            raise BadReadout(
+                f"skip_first is {readout.skip_first} and the prompt has {prompt_len} tokens; allowed: fewer than "
+                "the prompt has. "
+                "Lower it."
+            )
+        first = prompt_len if readout.span == "generated" else readout.skip_first
+        end = prompt_len if readout.span == "prompt" else None
+        return ResolvedReadout(list(readout.layers), indices, first, end, project, readout.vectors)
+
+
+def configured_directions(settings: SteerSettings) -> list[Direction]:
+    """The directions of the configured files, in the order that front end and workers both give them slots."""
+    return [direction for path in settings.directions for direction in load_directions(path)]
+
+
+def admission_of(processor: InputProcessor) -> Admission:
+    """The admission of an engine's front end.
+
+    Raises:
+        NotConfigured: the engine was started without ``steer_config``.
+    """
+    admission: Admission | None = getattr(processor, _ATTRIBUTE, None)
+    if admission is None:
+        settings = SteerSettings.of(processor.vllm_config.additional_config)
+        if settings is None:
+            raise NotConfigured(
+                "this engine was started without steer_config, so it has no hooks; allowed: unsteered requests. "
+                "Start it with "
+                "additional_config=steer_config(layers=[...])."
+            )
+        admission = Admission(settings, processor.model_config.get_hidden_size())
+        setattr(processor, _ATTRIBUTE, admission)
+    return admission
+
+
+def install() -> None:
+    """Wrap ``InputProcessor.process_inputs`` (see ``vllm_steer.engine``)."""
+    original = InputProcessor.process_inputs
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        extra = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
+        if RESOLVED_KEY in extra:
+            raise UnknownField(
+                f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
+            )
+        if WIRE_KEY not in extra:
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        admission = admission_of(self)
+        spec = RequestSpec.loads(extra[WIRE_KEY])
+        if kwargs.get("resumable"):
+            raise MalformedSpec(
+                "a streaming-input session came with a steering spec; allowed: whole prompts. Send one."
+            )
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+            raise MalformedSpec(
+                "a prompt of embeddings came with a steering spec; allowed: text or token ids. Send these."
+            )
+        _admit(admission, spec, request)
+        return request
+
+    InputProcessor.process_inputs = process_inputs
+
+
+def _admit(admission: Admission, spec: RequestSpec, request: Any) -> None:
+    resolved = admission.resolve(request.request_id, spec, len(request.prompt_token_ids))
+    params = request.sampling_params  # vLLM's own copy of the caller's
+    params.extra_args = {**params.extra_args, RESOLVED_KEY: resolved.dump()}
+    if resolved.prompt_digest:
+        request.cache_salt = salt(request.cache_salt, resolved.prompt_digest)
+    if spec.readout is not None:
+        # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
+        params.skip_reading_prefix_cache = True
+        admission.remember(request.request_id)
+
+
+def salt(own: str | None, prompt_digest: str) -> str:
+    """The cache salt of a request whose prompt is steered, on top of the salt it may have of its own."""
+    return SALT_PREFIX + sha256(f"{own or ''}\0{prompt_digest}".encode()).hexdigest()

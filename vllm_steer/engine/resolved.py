@@ -1,0 +1,86 @@
+"""What admission hands to the workers: a request's spec with names turned into slots and layers into hook numbers.
+
+It travels beside the wire in ``SamplingParams.extra_args`` as plain lists, which cross vLLM's msgpack unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from vllm_steer.batch_plan import Entry, Pooling, RequestPlan
+from vllm_steer.engine.registry import Registered
+from vllm_steer.schema import Steering
+
+RESOLVED_KEY = "vllm_steer_resolved"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedReadout:
+    """A readout in the workers' terms.
+
+    Attributes:
+        layers: layer numbers, and ``layer_indices`` their hook numbers, in the same order.
+        first, end: the positions [first, end) to average; ``end`` None is open.
+        project: (name, layer, slot) of each projection.
+        vectors: whether the means themselves are asked.
+    """
+
+    layers: list[int]
+    layer_indices: list[int]
+    first: int
+    end: int | None
+    project: list[tuple[str, int, int]]
+    vectors: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """All that a worker and the scheduler need to know of one request.
+
+    Attributes:
+        request_id: the id that the caller knows; internal ids of the samples of one request contain it.
+        prompt_len: tokens of the prompt.
+        prompt, generated: (layer index, slot, a, b) of the entries for prompt and for generated tokens.
+        prompt_digest, generated_digest: content of these entries; empty where there are none.
+    """
+
+    request_id: str
+    prompt_len: int
+    prompt: list[tuple[int, int, float, float]]
+    generated: list[tuple[int, int, float, float]]
+    prompt_digest: str
+    generated_digest: str
+    readout: ResolvedReadout | None
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def load(cls, value: dict[str, Any]) -> Resolved:
+        readout = value["readout"]
+        return cls(**{**value, "readout": None if readout is None else ResolvedReadout(**readout)})
+
+    def plan(self) -> RequestPlan:
+        """The request as ``batch_plan`` wants it."""
+        readout = self.readout
+        return RequestPlan(
+            prompt_len=self.prompt_len,
+            prompt_entries=tuple(Entry(*entry) for entry in self.prompt),
+            generated_entries=tuple(Entry(*entry) for entry in self.generated),
+            pooling=None if readout is None else Pooling(tuple(readout.layer_indices), readout.first, readout.end),
+        )
+
+
+def digest(entries: Sequence[tuple[Steering, int, Registered]]) -> str:
+    """Hash of what the entries do, by content: layer, op, α and the vector's hash, in order of application.
+
+    Names do not enter: the same vector under two names gives the same KV, and a name with a new vector does not.
+    """
+    if not entries:
+        return ""
+    told = [[layer, *steering.coefficients, direction.content_hash] for steering, layer, direction in entries]
+    return sha256(json.dumps(told).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""The classic runner: GPUModelRunner, and CPUModelRunner which derives from it. Only wrappers here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_steer.engine.worker_steering import equip, steering_of
+
+_installed = False
+
+
+def install() -> None:
+    """Wrap the methods that are listed in ``vllm_steer.engine``. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    for runner_class in (GPUModelRunner, CPUModelRunner):
+        runner_class.load_model = _load_model(runner_class.load_model)
+    GPUModelRunner._prepare_inputs = _prepare_inputs(GPUModelRunner._prepare_inputs)
+    GPUModelRunner._on_request_state_removed = _on_request_state_removed(GPUModelRunner._on_request_state_removed)
+    GPUModelRunner._dummy_run = _dummy_run(GPUModelRunner._dummy_run)
+    _installed = True
+
+
+def _load_model(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        equip(self, self.get_model())
+
+    return load_model
+
+
+def _prepare_inputs(original: Any) -> Any:
+    @functools.wraps(original)
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        steering = steering_of(self)
+        if steering is not None:
+            steering.prepare(scheduler_output, self.input_batch, num_scheduled_tokens)
+        return prepared
+
+    return _prepare_inputs
+
+
+def _on_request_state_removed(original: Any) -> Any:
+    @functools.wraps(original)
+    def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
+        original(self, req_id, req_state)
+        steering = steering_of(self)
+        if steering is not None:
+            steering.finish(req_id)
+
+    return _on_request_state_removed
+
+
+def _dummy_run(original: Any) -> Any:
+    @functools.wraps(original)
+    def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steering = steering_of(self)
+        if steering is not None:
+            steering.buffers.silence()
+        return original(self, *args, **kwargs)
+
+    return _dummy_run

@@ -1,0 +1,68 @@
+"""The methods that ``collective_rpc`` finds on a worker. Arguments and results are plain types: they cross msgpack."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_steer.directions import Direction
+from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
+from vllm_steer.errors import NotConfigured
+from vllm_steer.settings import SteerSettings
+
+
+def install() -> None:
+    """Add the methods to ``WorkerBase`` and let configured workers patch their runner (see ``vllm_steer.engine``)."""
+    WorkerBase.vllm_steer_write = write
+    WorkerBase.vllm_steer_collect = collect
+    original = WorkerBase.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if SteerSettings.of(self.vllm_config.additional_config) is not None:
+            from vllm_steer.engine import cpu_seeds, runner_v1
+
+            runner_v1.install()
+            cpu_seeds.install()
+
+    WorkerBase.__init__ = __init__
+
+
+def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
+    """Write directions, each (slot, name, layer, float32 bytes), into the bank; answers how many.
+
+    RPCs run between steps, so no request sees half of it.
+    """
+    _of(worker).write_directions(
+        [
+            (slot, Direction(name, layer, np.frombuffer(vector, dtype=np.float32)))
+            for slot, name, layer, vector in directions
+        ]
+    )
+    return len(directions)
+
+
+def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[dict[str, Any] | None]:
+    """The readouts of samples, each (external request id, sample index, computed end); None where not here."""
+    if worker.device is not None and worker.device.type != "cpu":
+        torch.accelerator.synchronize()  # the copies to the host were started without waiting
+    steering = _of(worker)
+    answers: list[dict[str, Any] | None] = []
+    for external_id, index, computed_end in samples:
+        found = steering.find(external_id, index)
+        answers.append(None if found is None else found.answer(computed_end))
+    return answers
+
+
+def _of(worker: Any) -> WorkerSteering:
+    steering = steering_of(worker.model_runner)
+    if steering is None:
+        raise NotConfigured(
+            "this worker has no hooks; start the engine with additional_config=steer_config(layers=[...])."
+        )
+    return steering

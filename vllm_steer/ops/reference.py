@@ -1,0 +1,80 @@
+"""The specification of the op, in plain torch: any device, no host sync, no data-dependent shape.
+
+As a loop, with every number in float32::
+
+    for t in range(T):
+        h = hidden[t] + residual[t]
+        if row_of_token[t] >= 0:
+            for e in range(E):                                  # in the order of the entries
+                slot, (a, b) = entry_slot[row_of_token[t], e], entry_ab[row_of_token[t], e]
+                if slot >= 0:
+                    h += (a + b * dot(h, bank[slot])) * bank[slot]
+            hidden[t] += h - (hidden[t] + residual[t])          # rounded once, to hidden's dtype
+    for s in range(A):
+        sums[s] *= keep[s]
+        for t with accumulator_of_token[t] == s:
+            sums[s] += h[t]
+        if last_token[s] >= 0:
+            last[s] = h[last_token[s]]
+    for t, k with trace_slot[k] >= 0:
+        trace[t, k] = dot(h[t], bank[trace_slot[k]])
+
+Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
+entries, A accumulators, K trace columns. ``flags`` is for fast paths on the host and is not read here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def steer_and_read(
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None,
+    bank_SD: torch.Tensor,
+    row_of_token: torch.Tensor,
+    entry_slot_RE: torch.Tensor,
+    entry_ab_RE2: torch.Tensor,
+    accumulator_of_token: torch.Tensor,
+    keep_A: torch.Tensor,
+    last_token_A: torch.Tensor,
+    sums_AD: torch.Tensor,
+    last_AD: torch.Tensor,
+    trace_slot_K: torch.Tensor,
+    trace_TK: torch.Tensor,
+    flags_3: torch.Tensor,
+) -> None:
+    """Steer ``hidden_TD`` in place, then accumulate and trace the stream; see the module's loop."""
+    del flags_3
+    tokens, dimension = hidden_TD.shape
+    stream_TD = hidden_TD.float()
+    if residual_TD is not None:
+        stream_TD = stream_TD + residual_TD.float()
+
+    row_T = row_of_token[:tokens].long()
+    slot_TE = entry_slot_RE[row_T.clamp(min=0)].long()
+    slot_TE = torch.where((row_T >= 0)[:, None], slot_TE, -1)
+    ab_TE2 = entry_ab_RE2[row_T.clamp(min=0)]
+    delta_TD = torch.zeros_like(stream_TD)
+    for entry in range(slot_TE.shape[1]):
+        direction_TD = bank_SD[slot_TE[:, entry].clamp(min=0)]
+        projection_T = ((stream_TD + delta_TD) * direction_TD).sum(dim=1)
+        coefficient_T = ab_TE2[:, entry, 0] + ab_TE2[:, entry, 1] * projection_T
+        coefficient_T = torch.where(slot_TE[:, entry] >= 0, coefficient_T, 0.0)
+        delta_TD = delta_TD + coefficient_T[:, None] * direction_TD
+    steered_T1 = (slot_TE >= 0).any(dim=1)[:, None]
+    hidden_TD.copy_(torch.where(steered_T1, (hidden_TD.float() + delta_TD).to(hidden_TD.dtype), hidden_TD))
+    stream_TD = torch.where(steered_T1, stream_TD + delta_TD, stream_TD)
+
+    accumulator_T = accumulator_of_token[:tokens].long()
+    # Tokens that nobody reads go to one extra accumulator that is thrown away: no shape depends on the data.
+    spare = sums_AD.shape[0]
+    sums = torch.cat([sums_AD * keep_A[:, None], sums_AD.new_zeros(1, dimension)])
+    sums.index_add_(0, torch.where(accumulator_T >= 0, accumulator_T, spare), stream_TD)
+    sums_AD.copy_(sums[:spare])
+    ends_A1 = (last_token_A >= 0)[:, None]
+    last_AD.copy_(torch.where(ends_A1, stream_TD[last_token_A.long().clamp(min=0, max=tokens - 1)], last_AD))
+
+    if trace_slot_K.shape[0]:
+        traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T
+        trace_TK[:tokens] = torch.where((trace_slot_K >= 0)[None, :], traced_TK, trace_TK[:tokens])

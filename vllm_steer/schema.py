@@ -1,0 +1,260 @@
+"""The wire: what a request may ask for, as typed objects and as JSON.
+
+``SamplingParams.extra_args["vllm_steer"]`` carries one JSON string::
+
+    {"v": 1,
+     "steering": [{"direction": "kind", "alpha": 5.0, "layer": 12, "op": "add", "span": "all"}],
+     "readout": {"layers": [8, 12], "span": "prompt", "project": ["kind"], "vectors": true, "skip_first": 0}}
+
+The checks here need nothing but the object itself. What depends on the engine (is the name registered, is the layer
+hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.requests``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpec, UnknownField
+
+SCHEMA_VERSION = 1
+WIRE_KEY = "vllm_steer"
+
+Op = Literal["add", "ablate", "set"]
+Span = Literal["prompt", "generated", "all"]
+OPS: tuple[str, ...] = get_args(Op)
+SPANS: tuple[str, ...] = get_args(Span)
+
+
+def _check_span(span: object) -> None:
+    if span not in SPANS:
+        raise BadSpan(f"span is {span!r}; allowed: {', '.join(SPANS)}. Name the tokens to act on with one of them.")
+
+
+def _check_layer(layer: object, where: str) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise MalformedSpec(
+            f"{where} is {layer!r}; allowed: a whole number from 0 (the first decoder block). Give the block's index."
+        )
+
+
+def _check_name(name: object, where: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise MalformedSpec(
+            f"{where} is {name!r}; allowed: a non-empty string. Give the name of a registered direction."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """One change of the residual stream h after one decoder layer, for one request.
+
+    ========  =======================  ==========================================================
+    ``op``    result                   alpha
+    ========  =======================  ==========================================================
+    add       h + α·d                  any finite number (the paper's equation 2)
+    ablate    h − ⟨h,d⟩·d              1.0 or left out: the whole component along d is removed
+    set       h + (α − ⟨h,d⟩)·d        the projection that h has afterwards
+    ========  =======================  ==========================================================
+
+    Args:
+        direction: name of a registered direction d, shape (D,).
+        alpha: the multiplier α; must be given for ``add`` and ``set``.
+        layer: 0-based decoder block whose output is changed; ``None`` is the direction's own layer.
+        op: see the table.
+        span: ``prompt``, ``generated`` or ``all`` tokens of the request, chosen token by token.
+
+    Several entries at one layer apply in the order given.
+
+    Raises:
+        MalformedSpec, BadAlpha, BadOp, BadSpan: at construction, naming the offending value.
+    """
+
+    direction: str
+    alpha: float | None = None
+    layer: int | None = None
+    op: Op = "add"
+    span: Span = "all"
+
+    def __post_init__(self) -> None:
+        _check_name(self.direction, "steering direction")
+        if self.op not in OPS:
+            raise BadOp(f"op is {self.op!r}; allowed: {', '.join(OPS)}. Choose one of them.")
+        _check_span(self.span)
+        if self.layer is not None:
+            _check_layer(self.layer, "steering layer")
+        if self.alpha is None:
+            if self.op != "ablate":
+                raise BadAlpha(f"op {self.op!r} came without alpha; allowed: any finite number. Give alpha.")
+            object.__setattr__(self, "alpha", 1.0)
+            return
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | np.floating | np.integer):
+            raise BadAlpha(f"alpha is {self.alpha!r}; allowed: a finite number. Give a number.")
+        alpha = float(self.alpha)
+        if not math.isfinite(alpha):
+            raise BadAlpha(f"alpha is {alpha}; allowed: a finite number. Use 0 to leave the stream as it is.")
+        if self.op == "ablate" and alpha != 1.0:
+            raise BadAlpha(
+                f"op 'ablate' came with alpha {alpha}; allowed: 1.0 or none. Use op 'set' to choose the projection."
+            )
+        object.__setattr__(self, "alpha", alpha)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """(a, b) of the one form that all ops share: h + (a + b·⟨h,d⟩)·d."""
+        assert self.alpha is not None  # __post_init__ filled it in
+        return {"add": (self.alpha, 0.0), "ablate": (0.0, -1.0), "set": (self.alpha, -1.0)}[self.op]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: object) -> Steering:
+        return cls(**_checked_fields(cls, value, "an entry of steering", required=("direction",)))
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What to read of one request: the mean residual stream over a span, at chosen layers.
+
+    Args:
+        layers: hooked layers to read; the value is taken after the steering of that layer.
+        span: ``prompt``, ``generated`` or ``all``. The generated span holds every token that was fed back into the
+            model, that is all generated tokens but the last.
+        project: names of registered directions to project onto, each at the layers it belongs to.
+        vectors: ``False`` moves only the projections, not the (D,) vectors.
+        skip_first: leaves the first k tokens of the prompt out of the mean (the first token is an attention sink with
+            a very large norm in many models). Not allowed with span ``generated``.
+
+    Raises:
+        MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
+    """
+
+    layers: Sequence[int]
+    span: Span = "prompt"
+    project: Sequence[str] = ()
+    vectors: bool = True
+    skip_first: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
+            raise MalformedSpec(f"readout layers is {self.layers!r}; allowed: a list of layer numbers. Give a list.")
+        for layer in self.layers:
+            _check_layer(layer, "a readout layer")
+        if not self.layers:
+            raise BadReadout("readout layers is empty; allowed: one or more hooked layers. Name the layers to read.")
+        _check_span(self.span)
+        if isinstance(self.project, str) or not isinstance(self.project, Sequence):
+            raise MalformedSpec(f"readout project is {self.project!r}; allowed: a list of names. Give a list.")
+        for name in self.project:
+            _check_name(name, "a name in readout project")
+        if not isinstance(self.vectors, bool):
+            raise MalformedSpec(f"readout vectors is {self.vectors!r}; allowed: true or false.")
+        if isinstance(self.skip_first, bool) or not isinstance(self.skip_first, int) or self.skip_first < 0:
+            raise BadReadout(f"skip_first is {self.skip_first!r}; allowed: a whole number from 0.")
+        if self.skip_first and self.span == "generated":
+            raise BadReadout(
+                "skip_first came with span 'generated'; allowed: 0 there, since it counts prompt tokens. Leave it out."
+            )
+        if not self.vectors and not self.project:
+            raise BadReadout("vectors is false and project is empty; allowed: at least one of them. Ask for something.")
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers), "span": self.span, "project": list(self.project),
+            "vectors": self.vectors, "skip_first": self.skip_first,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: object) -> Readout:
+        return cls(**_checked_fields(cls, value, "readout", required=("layers",)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadoutResult:
+    """The readout of one sample.
+
+    Attributes:
+        mean: layer -> (D,) float32, the mean residual stream; empty when ``vectors=False`` was asked.
+        num_tokens: how many tokens the mean is over. 0 (a generated span of which nothing was fed back) gives NaN.
+        projections: direction name -> layer -> ⟨mean, direction⟩, at the layers the direction belongs to.
+    """
+
+    mean: Mapping[int, npt.NDArray[np.float32]]
+    num_tokens: int
+    projections: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """All that one request asks of the plugin."""
+
+    steering: tuple[Steering, ...] = ()
+    readout: Readout | None = None
+
+    def dumps(self) -> str:
+        """The JSON string that travels in ``extra_args`` and ``vllm_xargs``."""
+        wire: dict[str, Any] = {"v": SCHEMA_VERSION, "steering": [entry.to_json() for entry in self.steering]}
+        if self.readout is not None:
+            wire["readout"] = self.readout.to_json()
+        return json.dumps(wire, separators=(",", ":"))
+
+    @classmethod
+    def loads(cls, text: object) -> RequestSpec:
+        """Parse the wire.
+
+        Raises:
+            MalformedSpec, UnknownField, or what ``Steering`` and ``Readout`` raise.
+        """
+        if not isinstance(text, str):
+            raise MalformedSpec(
+                f"extra_args[{WIRE_KEY!r}] is {type(text).__name__}; allowed: a JSON string. Use steered(), or "
+                "json.dumps."
+            )
+        try:
+            wire = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MalformedSpec(
+                f"extra_args[{WIRE_KEY!r}] is not JSON ({error}); allowed: a JSON object with the keys v, steering and "
+                "readout. Use steered(), or json.dumps."
+            ) from None
+        if not isinstance(wire, dict):
+            raise MalformedSpec(f"the steering spec is a JSON {type(wire).__name__}; allowed: an object.")
+        unknown = sorted(set(wire) - {"v", "steering", "readout"})
+        if unknown:
+            raise UnknownField(f"the steering spec has {unknown}; allowed: v, steering, readout. Remove the others.")
+        if wire.get("v", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise MalformedSpec(
+                f"the steering spec has version {wire['v']!r}; allowed: {SCHEMA_VERSION}. Use a client of this version."
+            )
+        steering = wire.get("steering", [])
+        if not isinstance(steering, list):
+            raise MalformedSpec(f"steering is a JSON {type(steering).__name__}; allowed: a list of entries.")
+        readout = wire.get("readout")
+        return cls(
+            steering=tuple(Steering.from_json(entry) for entry in steering),
+            readout=None if readout is None else Readout.from_json(readout),
+        )
+
+
+def _checked_fields(cls: type[Any], value: object, where: str, required: Sequence[str]) -> dict[str, Any]:
+    allowed = [f.name for f in fields(cls)]
+    if not isinstance(value, dict):
+        raise MalformedSpec(f"{where} is a JSON {type(value).__name__}; allowed: an object with {', '.join(allowed)}.")
+    unknown = sorted(set(value) - set(allowed))
+    if unknown:
+        raise UnknownField(f"{where} has the field {unknown[0]!r}; allowed: {', '.join(allowed)}. Remove it.")
+    missing = [name for name in required if name not in value]
+    if missing:
+        raise MalformedSpec(f"{where} lacks {missing[0]!r}; allowed fields: {', '.join(allowed)}. Add it.")
+    return value

@@ -1,0 +1,118 @@
+"""What an engine is started with: the one schema behind ``steer_config`` and ``--additional-config``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_steer import __version__
+from vllm_steer.errors import SettingsError
+
+CONFIG_KEY = "vllm_steer"
+
+
+class SteerSettings(BaseModel):
+    """The settings of one engine.
+
+    Attributes:
+        layers: decoder blocks to hook (0-based, by block output). Only these can be steered or read.
+        directions: direction files loaded at start-up, as absolute paths.
+        max_directions: slots in the bank, one a direction, D float32 each.
+        max_entries: largest number of entries of one request at one layer over one token.
+        max_alpha: largest |α| that is let through.
+        readout_store_mib: host memory for finished readouts that nobody has collected yet.
+        plugin_build: digest of the plugin's own code. vLLM hashes this object into the key of its compile cache, so a
+            graph that was compiled without the plugin, or with another version of it, is never served.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    directions: tuple[str, ...] = ()
+    max_directions: Annotated[int, Field(ge=1, le=65536)] = 256
+    max_entries: Annotated[int, Field(ge=1, le=256)] = 8
+    max_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1000.0
+    readout_store_mib: Annotated[int, Field(ge=1)] = 512
+    plugin_build: str = ""
+
+    @field_validator("layers")
+    @classmethod
+    def _sorted_once(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(layers)))
+
+    @field_validator("directions", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | os.PathLike) else value
+
+    @classmethod
+    def parse(cls, value: object) -> SteerSettings:
+        """Read the ``vllm_steer`` object of ``additional_config``.
+
+        Raises:
+            SettingsError: naming the first wrong field, what it was and what is allowed.
+        """
+        if not isinstance(value, Mapping):
+            raise SettingsError(
+                f"additional_config[{CONFIG_KEY!r}] is {type(value).__name__}; allowed: an object with "
+                f"{', '.join(cls.model_fields)}. Build it with steer_config(...)."
+            )
+        try:
+            settings = cls.model_validate(dict(value))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or CONFIG_KEY
+            raise SettingsError(
+                f"setting {name} is {first['input']!r}: {first['msg']}; allowed settings: "
+                f"{', '.join(name for name in cls.model_fields if name != 'plugin_build')}. Correct it in "
+                "steer_config(...)."
+            ) from None
+        return settings.model_copy(update={"plugin_build": plugin_build()})
+
+    @classmethod
+    def of(cls, additional_config: object) -> SteerSettings | None:
+        """The settings in a vLLM ``additional_config``, or ``None`` where steering is not configured."""
+        if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+            return None
+        return cls.parse(additional_config[CONFIG_KEY])
+
+    def as_config(self) -> dict[str, Any]:
+        """The JSON object that ``parse`` reads back."""
+        return self.model_dump(mode="json")
+
+
+def steer_config(
+    layers: Sequence[int], directions: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), **settings: Any
+) -> dict[str, Any]:
+    """The value of ``additional_config`` that switches steering and readout on.
+
+    Args:
+        layers: decoder blocks to hook, 0-based.
+        directions: one direction file or several; more can be registered at run time.
+        **settings: any other field of ``SteerSettings``.
+
+    Raises:
+        SettingsError: for anything that ``SteerSettings`` does not allow.
+
+    Example:
+        >>> steer_config([12, 8])["vllm_steer"]["layers"]
+        [8, 12]
+    """
+    files = (directions,) if isinstance(directions, str | os.PathLike) else tuple(directions or ())
+    paths = tuple(str(Path(path).expanduser().resolve()) for path in files)
+    return {CONFIG_KEY: SteerSettings.parse({"layers": tuple(layers), "directions": paths, **settings}).as_config()}
+
+
+@cache
+def plugin_build() -> str:
+    """Version and code digest of the installed plugin, as ``0.1.0+<12 hex digits>``."""
+    digest = sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
