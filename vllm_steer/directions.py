@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
+_LAYER = r"(0|[1-9][0-9]{0,5})"  # one spelling a number, so that no two keys of a file can mean the same
 _METADATA_KEY = "vllm_steer"
 _FORMAT = 1
 
@@ -55,7 +57,19 @@ class Direction:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int | np.integer) or self.layer < 0:
             raise MalformedSpec(f"direction {self.name!r} has layer {self.layer!r}; allowed: a whole number from 0.")
         object.__setattr__(self, "layer", int(self.layer))
-        vector = np.array(self.vector, dtype=np.float32, order="C")  # a copy: the caller's array stays the caller's
+        try:
+            given = np.asarray(self.vector)
+        except (TypeError, ValueError) as error:
+            raise BadVector(
+                f"direction {self.name!r} has a vector that NumPy cannot read ({error}); allowed: (D,) real numbers. "
+                "Convert it to a float32 array."
+            ) from None
+        if given.dtype.kind not in "fiu":
+            raise BadVector(
+                f"direction {self.name!r} has a vector of {given.dtype}; allowed: real numbers. Convert it to float32."
+            )
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            vector = np.array(given, dtype=np.float32, order="C")  # a copy: the caller's array stays the caller's
         if vector.ndim != 1 or vector.size == 0:
             raise BadVector(
                 f"direction {self.name!r} has a vector of shape {vector.shape}; allowed: (D,) with D the hidden size. "
@@ -157,6 +171,7 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
     os.close(descriptor)
     try:
         writers[file.suffix](Path(temporary), directions)
+        Path(temporary).chmod(0o644)  # mkstemp makes private files, and a server may run as another user
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -164,14 +179,21 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
 
 def _read_npy(file: Path) -> npt.NDArray[np.float32]:
     try:
-        vector = np.load(file, allow_pickle=False, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+        # open_memmap and not load: load would take a zip archive for an .npz, and a header for the space it claims.
+        vector = np.lib.format.open_memmap(file, mode="r")  # type: ignore[no-untyped-call]  # no annotations in NumPy
+    except (ValueError, OSError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
+        # The last two are what NumPy's parser of the header gives for text that is no Python literal.
         raise BadDirectionFile(f"{file} is not a readable .npy array ({error}); save it with numpy.save.") from None
-    if not isinstance(vector, np.ndarray) or vector.dtype.kind not in "fiu":
-        raise BadDirectionFile(
-            f"{file} holds {getattr(vector, 'dtype', type(vector))}; allowed: an array of real numbers."
-        )
-    return np.asarray(vector, dtype=np.float32)
+    if vector.dtype.kind not in "fiu":
+        raise BadDirectionFile(f"{file} holds {vector.dtype}; allowed: an array of real numbers. Convert it.")
+    return np.asarray(vector)
+
+
+def _stored(file: Path, name: str, layer: str, vector: npt.NDArray[np.float32]) -> Direction:
+    try:
+        return Direction(name, int(layer), vector)
+    except MalformedSpec as error:
+        raise BadDirectionFile(f"{file}: {error}") from None
 
 
 def _read_safetensors(file: Path) -> list[Direction]:
@@ -182,14 +204,13 @@ def _read_safetensors(file: Path) -> list[Direction]:
         with safe_open(str(file), framework="numpy") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 name, _, layer = key.rpartition("@")
-                if not layer.isdecimal():
+                if re.fullmatch(_LAYER, layer) is None:
                     raise BadDirectionFile(
                         f"{file} has a tensor named {key!r}; allowed: name@layer, layer a whole number. Rename it."
                     )
-                vector = tensors.get_tensor(key)
-                found.append(Direction(name, int(layer), vector))
-    except (SafetensorError, TypeError, OSError) as error:
-        # TypeError is what the NumPy framework gives for dtypes NumPy lacks (bfloat16, float8).
+                found.append(_stored(file, name, layer, tensors.get_tensor(key)))
+    except (SafetensorError, TypeError, AttributeError, OSError) as error:
+        # The NumPy framework gives TypeError or AttributeError for dtypes that NumPy lacks (bfloat16, float8).
         raise BadDirectionFile(
             f"{file} is not a readable safetensors file of float16 or float32 vectors ({error}); write it with "
             "save_directions."
@@ -214,21 +235,22 @@ def _read_gguf(file: Path, name: str | None) -> list[Direction]:
 
     try:
         reader = GGUFReader(str(file))
+        stored = reader.get_field(f"{_METADATA_KEY}.name")
+        stored_name = None if stored is None else str(stored.contents())
     except (ValueError, OSError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise BadDirectionFile(f"{file} is not a readable GGUF file ({error}); export it again.") from None
     if name is None:
-        stored = reader.get_field(f"{_METADATA_KEY}.name")
-        name = str(stored.contents()) if stored is not None else file.stem
+        name = file.stem if stored_name is None else stored_name
     found = []
     for tensor in reader.tensors:
-        match = re.fullmatch(r"direction\.(\d+)", tensor.name)
+        match = re.fullmatch(rf"direction\.{_LAYER}", tensor.name)
         if match is None:
             continue
         if tensor.data.dtype not in (np.float32, np.float16):
             raise BadDirectionFile(
                 f"{file} stores {tensor.name} as {tensor.tensor_type.name}; allowed: F32 or F16. Export it unquantised."
             )
-        found.append(Direction(name, int(match.group(1)), np.asarray(tensor.data, dtype=np.float32)))
+        found.append(_stored(file, name, match.group(1), np.asarray(tensor.data)))
     return found
 
 

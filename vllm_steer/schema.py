@@ -37,11 +37,12 @@ def _check_span(span: object) -> None:
         raise BadSpan(f"span is {span!r}; allowed: {', '.join(SPANS)}. Name the tokens to act on with one of them.")
 
 
-def _check_layer(layer: object, where: str) -> None:
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+def _layer(layer: object, where: str) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or layer < 0:
         raise MalformedSpec(
             f"{where} is {layer!r}; allowed: a whole number from 0 (the first decoder block). Give the block's index."
         )
+    return int(layer)
 
 
 def _check_name(name: object, where: str) -> None:
@@ -88,7 +89,7 @@ class Steering:
             raise BadOp(f"op is {self.op!r}; allowed: {', '.join(OPS)}. Choose one of them.")
         _check_span(self.span)
         if self.layer is not None:
-            _check_layer(self.layer, "steering layer")
+            object.__setattr__(self, "layer", _layer(self.layer, "steering layer"))
         if self.alpha is None:
             if self.op != "ablate":
                 raise BadAlpha(f"op {self.op!r} came without alpha; allowed: any finite number. Give alpha.")
@@ -96,7 +97,10 @@ class Steering:
             return
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | np.floating | np.integer):
             raise BadAlpha(f"alpha is {self.alpha!r}; allowed: a finite number. Give a number.")
-        alpha = float(self.alpha)
+        try:
+            alpha = float(self.alpha)
+        except OverflowError:  # a whole number beyond the range of floats
+            alpha = math.inf
         if not math.isfinite(alpha):
             raise BadAlpha(f"alpha is {alpha}; allowed: a finite number. Use 0 to leave the stream as it is.")
         if self.op == "ablate" and alpha != 1.0:
@@ -147,8 +151,7 @@ class Readout:
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
             raise MalformedSpec(f"readout layers is {self.layers!r}; allowed: a list of layer numbers. Give a list.")
-        for layer in self.layers:
-            _check_layer(layer, "a readout layer")
+        layers = {_layer(layer, "a readout layer") for layer in self.layers}
         if not self.layers:
             raise BadReadout("readout layers is empty; allowed: one or more hooked layers. Name the layers to read.")
         _check_span(self.span)
@@ -166,7 +169,7 @@ class Readout:
             )
         if not self.vectors and not self.project:
             raise BadReadout("vectors is false and project is empty; allowed: at least one of them. Ask for something.")
-        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
 
     def to_json(self) -> dict[str, Any]:
@@ -223,7 +226,7 @@ class RequestSpec:
             )
         try:
             wire = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
             raise MalformedSpec(
                 f"extra_args[{WIRE_KEY!r}] is not JSON ({error}); allowed: a JSON object with the keys v, steering and "
                 "readout. Use steered(), or json.dumps."

@@ -33,11 +33,11 @@ class SteerSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)]
     directions: tuple[str, ...] = ()
     max_directions: Annotated[int, Field(ge=1, le=65536)] = 256
     max_entries: Annotated[int, Field(ge=1, le=256)] = 8
-    max_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1000.0
+    max_alpha: Annotated[float, Field(gt=0, le=1e30)] = 1000.0  # the tables hold α as float32
     readout_store_mib: Annotated[int, Field(ge=1)] = 512
     plugin_build: str = ""
 
@@ -88,7 +88,9 @@ class SteerSettings(BaseModel):
 
 
 def steer_config(
-    layers: Sequence[int], directions: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), **settings: Any
+    layers: Sequence[int],
+    directions: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """The value of ``additional_config`` that switches steering and readout on.
 
@@ -104,9 +106,21 @@ def steer_config(
         >>> steer_config([12, 8])["vllm_steer"]["layers"]
         [8, 12]
     """
-    files = (directions,) if isinstance(directions, str | os.PathLike) else tuple(directions or ())
-    paths = tuple(str(Path(path).expanduser().resolve()) for path in files)
-    return {CONFIG_KEY: SteerSettings.parse({"layers": tuple(layers), "directions": paths, **settings}).as_config()}
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and CONFIG_KEY not in plugins.split(","):
+        raise SettingsError(
+            f"VLLM_PLUGINS is {plugins!r}, which keeps this plugin from loading, so the engine would not steer; "
+            "allowed: "
+            f"unset, or a list with {CONFIG_KEY}. Add it."
+        )
+    given = () if directions is None else directions
+    files = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    # What is no path stays as it is: the schema names it.
+    paths = tuple(
+        str(Path(path).expanduser().resolve()) if isinstance(path, str | os.PathLike) else path for path in files
+    )
+    blocks = tuple(layers) if isinstance(layers, Sequence) else layers
+    return {CONFIG_KEY: SteerSettings.parse({"layers": blocks, "directions": paths, **settings}).as_config()}
 
 
 @cache

@@ -10,6 +10,9 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
     enter the compile cache's key. Gone when: vLLM lets a plugin validate the engine's configuration.
 ``InputProcessor.process_inputs``  (``requests.py``; vllm/v1/engine/input_processor.py)
     Why: the one place that every front end passes before a request is scheduled. Gone when: there is an admission hook.
+``InputProcessor.assign_request_id``  (``requests.py``)
+    Why: ready-made ``EngineCoreRequest`` objects do not pass ``process_inputs``, but they pass here; one that carries a
+    spec nobody has checked would run unsteered. Gone when: vLLM drops that deprecated way in.
 ``kv_cache_utils.generate_block_hash_extra_keys``  (``prefix_cache.py``; vllm/v1/core/kv_cache_utils.py, by name in
     block_pool.py and simple_kv_offload/manager.py)
     Why: steering that starts at the first generated token must fork the block chain there; ``cache_salt`` can only fork

@@ -12,8 +12,13 @@ from vllm_steer.errors import LayerNotHooked, UnsupportedFeature
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
 
-def install() -> None:
-    """Wrap ``EngineArgs.create_engine_config`` (see ``vllm_steer.engine``)."""
+def install(unsupported: str | None = None) -> None:
+    """Wrap ``EngineArgs.create_engine_config`` (see ``vllm_steer.engine``).
+
+    Args:
+        unsupported: why no engine can be steered at all; then every engine that is configured for it is refused,
+            and all others are left alone.
+    """
     original = EngineArgs.create_engine_config
 
     @functools.wraps(original)
@@ -21,6 +26,8 @@ def install() -> None:
         config = original(self, *args, **kwargs)
         settings = SteerSettings.of(config.additional_config)
         if settings is not None:
+            if unsupported is not None:
+                raise UnsupportedFeature(unsupported)
             check(config, settings)
             # A new dict: the one that is there is the caller's.
             config.additional_config = {**config.additional_config, CONFIG_KEY: settings.as_config()}
@@ -60,6 +67,7 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
         (parallel.use_ubatching, "micro-batching (DBO)", "Start without enable_dbo."),
         (config.cache_config.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", "Start without it."),
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE", "Start without expert parallelism."),
+        (config.lora_config is not None, "LoRA", "Merge the adapter into the weights."),
         (config.kv_transfer_config is not None, "a KV connector", "Start without kv_transfer_config."),
         (config.model_config.runner_type != "generate", "a pooling model", "Use a model that generates text."),
     ]

@@ -97,9 +97,8 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _point(block: nn.Module) -> Callable[[torch.Tensor, torch.Tensor | None], None]:
-    point: Callable[[torch.Tensor, torch.Tensor | None], None] = block.vllm_steer
-    return point
+def _point(block: Any) -> Any:
+    return block.vllm_steer  # by name, not in a closure: the compiler then takes the point's tensors as graph inputs
 
 
 def _after_fused(block: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -15,16 +15,24 @@ from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Ste
 from vllm_steer.settings import steer_config
 
 
-def load_llm(model: str, *, layers: Sequence[int], directions: Any = (), **engine_args: Any) -> LLM:
+def load_llm(
+    model: str,
+    *,
+    layers: Sequence[int],
+    directions: Any = (),
+    steer: Mapping[str, Any] | None = None,
+    **engine_args: Any,
+) -> LLM:
     """``vllm.LLM`` with steering switched on, for code that does not import vLLM itself.
 
     Args:
         model: hub id or local path.
         layers: decoder blocks to hook, 0-based.
         directions: direction file or files to load at start-up.
+        steer: other settings of ``steer_config``, such as ``max_alpha``.
         **engine_args: passed to ``vllm.LLM``.
     """
-    config = {**engine_args.pop("additional_config", {}), **steer_config(layers, directions)}
+    config = {**engine_args.pop("additional_config", {}), **steer_config(layers, directions, **(steer or {}))}
     return LLM(model=model, additional_config=config, **engine_args)
 
 

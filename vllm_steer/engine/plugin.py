@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from vllm_steer import __version__
 from vllm_steer.errors import UnsupportedFeature
 
 SUPPORTED = "0.32."
@@ -14,23 +15,27 @@ _registered = False
 def register() -> None:
     """Install the patches of ``vllm_steer.engine``. Idempotent; vLLM calls it once in each process.
 
-    Raises:
-        UnsupportedFeature: another vLLM than the patches were written for.
+    Beside another vLLM than the patches were written for, engines that ask for steering are refused when they start and
+    all others run as if the plugin were not there.
     """
     global _registered
     if _registered:
         return
     found = vllm_version()
-    if not found.startswith(SUPPORTED):
-        raise UnsupportedFeature(
-            f"vllm-steer is installed beside vLLM {found}; allowed: {SUPPORTED}x. Install vllm=={SUPPORTED}*, or set "
-            "VLLM_PLUGINS to leave vllm_steer out."
-        )
-    from vllm_steer.engine import config, prefix_cache, requests, worker_rpc
+    from vllm_steer.engine import config
 
-    # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
-    for room in (config, requests, prefix_cache, worker_rpc):
-        room.install()
+    if found.startswith(SUPPORTED):
+        from vllm_steer.engine import prefix_cache, requests, worker_rpc
+
+        # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
+        for room in (config, requests, prefix_cache, worker_rpc):
+            room.install()
+    else:
+        config.install(
+            f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {SUPPORTED}x. Install "
+            f"vllm=={SUPPORTED}*, "
+            "or start without steer_config."
+        )
     _registered = True
 
 

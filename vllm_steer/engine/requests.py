@@ -174,7 +174,7 @@ def admission_of(processor: InputProcessor) -> Admission:
 
 
 def install() -> None:
-    """Wrap ``InputProcessor.process_inputs`` (see ``vllm_steer.engine``)."""
+    """Wrap ``InputProcessor.process_inputs`` and ``assign_request_id`` (see ``vllm_steer.engine``)."""
     original = InputProcessor.process_inputs
 
     @functools.wraps(original)
@@ -202,7 +202,22 @@ def install() -> None:
         _admit(admission, spec, request)
         return request
 
+    assign = InputProcessor.assign_request_id
+
+    @functools.wraps(assign)
+    def assign_request_id(request: Any) -> None:
+        params = request.sampling_params
+        extra = params.extra_args if params is not None and params.extra_args else {}
+        if WIRE_KEY in extra and RESOLVED_KEY not in extra:
+            raise MalformedSpec(
+                "an EngineCoreRequest made by hand came with a steering spec, which nothing has checked; allowed: "
+                "prompts "
+                "with SamplingParams. Pass these."
+            )
+        assign(request)
+
     InputProcessor.process_inputs = process_inputs
+    InputProcessor.assign_request_id = staticmethod(assign_request_id)
 
 
 def _admit(admission: Admission, spec: RequestSpec, request: Any) -> None:

@@ -1,4 +1,4 @@
-"""Entry point of ``vllm.endpoint_plugins``: what a server says of its steering, under ``/v1`` where its key guards it."""
+"""Entry point of ``vllm.endpoint_plugins``: what a server says of its steering, under ``/v1`` for its key to guard."""
 
 from __future__ import annotations
 

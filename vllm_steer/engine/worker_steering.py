@@ -106,7 +106,7 @@ class WorkerSteering:
 def sample_key(request_id: str, external_id: str) -> tuple[str, int]:
     """(external id, sample index) of an internal request id.
 
-    vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of several ``<i>_<external>-<random>``
+    vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of more ``<i>_<external>-<random>``
     (vllm/v1/engine/input_processor.py, parallel_sampling.py).
     """
     if request_id == external_id or request_id.startswith(f"{external_id}-"):

@@ -10,8 +10,10 @@ As a loop, with every number in float32::
                 if slot >= 0:
                     h += (a + b * dot(h, bank[slot])) * bank[slot]
             hidden[t] += h - (hidden[t] + residual[t])          # rounded once, to hidden's dtype
+            h = hidden[t] + residual[t]                         # what is read is what the next layer gets
     for s in range(A):
-        sums[s] *= keep[s]
+        if keep[s] == 0:
+            sums[s] = 0                                         # assigned: a NaN or inf must not outlive its request
         for t with accumulator_of_token[t] == s:
             sums[s] += h[t]
         if last_token[s] >= 0:
@@ -64,12 +66,13 @@ def steer_and_read(
         delta_TD = delta_TD + coefficient_T[:, None] * direction_TD
     steered_T1 = (slot_TE >= 0).any(dim=1)[:, None]
     hidden_TD.copy_(torch.where(steered_T1, (hidden_TD.float() + delta_TD).to(hidden_TD.dtype), hidden_TD))
-    stream_TD = torch.where(steered_T1, stream_TD + delta_TD, stream_TD)
+    stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
 
     accumulator_T = accumulator_of_token[:tokens].long()
     # Tokens that nobody reads go to one extra accumulator that is thrown away: no shape depends on the data.
     spare = sums_AD.shape[0]
-    sums = torch.cat([sums_AD * keep_A[:, None], sums_AD.new_zeros(1, dimension)])
+    kept_AD = torch.where(keep_A[:, None] == 0, 0.0, sums_AD)
+    sums = torch.cat([kept_AD, sums_AD.new_zeros(1, dimension)])
     sums.index_add_(0, torch.where(accumulator_T >= 0, accumulator_T, spare), stream_TD)
     sums_AD.copy_(sums[:spare])
     ends_A1 = (last_token_A >= 0)[:, None]

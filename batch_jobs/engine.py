@@ -1,0 +1,113 @@
+"""The in-process engine of a study: what the jobs need of it, how it is started, and what it loads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from batch_jobs.study import DEMO_MODEL, Study, StudyError
+
+
+class Engine(Protocol):
+    """The part of `vllm.LLM` that batch jobs call. vLLM's own objects are opaque to them, hence Any."""
+
+    def generate(
+        self, prompts: Sequence[Mapping[str, Any]], sampling_params: Sequence[Any], *, use_tqdm: bool
+    ) -> Sequence[Any]: ...
+
+    def get_tokenizer(self) -> Any: ...
+
+    def get_metrics(self) -> Sequence[Any]: ...
+
+
+def model_location(model: str) -> str:
+    """What the engine loads for a study's `model`: the demo model's folder, a local path, or a hub id as it
+    is.
+
+    Making the demo model the first time takes a minute and a download.
+    """
+    if model != DEMO_MODEL:
+        return model
+    from batch_jobs.demo_model import demo_model_path
+
+    return str(demo_model_path())
+
+
+def model_revision(location: str, engine: Engine) -> str | None:
+    """What tells two models of one name apart: the hub commit, or for a folder a digest of its config and
+    weight sizes."""
+    folder = Path(location)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".bin"}):
+            # sizes stand in for the weights: hashing tens of gigabytes would delay every start
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+            if file.name == "config.json":
+                digest.update(file.read_bytes())
+        return f"folder-{digest.hexdigest()[:16]}"
+    hf_config = getattr(getattr(engine, "model_config", None), "hf_config", None)
+    commit = getattr(hf_config, "_commit_hash", None)
+    return commit if isinstance(commit, str) else None
+
+
+def start_engine(study: Study, location: str) -> Engine:
+    """Load the model with hooks on the study's layers; returns a `vllm.LLM`.
+
+    Sets two environment variables, unless set already, before vLLM is imported:
+    VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps the engine in this process (it starts in a third of the time and
+    readouts need no transfer between processes) and VLLM_LOGGING_LEVEL=ERROR keeps the log out of the
+    progress bars. Statistics are on: progress and row times come from them. Raises SteerError when the
+    model's family is not supported or a layer does not exist.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if (location.startswith(("/", ".", "~")) or location.count("/") > 1) and not Path(location).is_dir():
+        raise StudyError(f"There is no model folder {location}; give a folder, a hub id (owner/name) or {DEMO_MODEL}.")
+    from vllm_steer import load_llm
+
+    engine: Engine = load_llm(
+        location,
+        layers=study.hooked_layers,
+        dtype=study.dtype,
+        seed=study.seed,
+        max_model_len=study.max_model_len,
+        disable_log_stats=False,
+        steer=study.engine.steer_settings(),
+        **study.engine.engine_args(),
+    )
+    return engine
+
+
+class LazyEngine:
+    """The engine, started when first asked for: a resumed study with nothing left to run never starts one."""
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self._study = study
+        self._console = console
+
+    @cached_property
+    def location(self) -> str:
+        """What was, or will be, loaded."""
+        return model_location(self._study.model)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine; the first use starts it, which takes from half a minute to minutes."""
+        location = self.location
+        began = time.monotonic()
+        with self._console.status(f"Starting the engine on {location} …"):
+            engine = start_engine(self._study, location)
+        self._console.print(f"Engine started in {time.monotonic() - began:.0f} s: {location}", highlight=False)
+        return engine
+
+    @cached_property
+    def revision(self) -> str | None:
+        """See `model_revision`."""
+        return model_revision(self.location, self.engine)

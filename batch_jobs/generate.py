@@ -1,0 +1,162 @@
+"""Run rows of a grid through one engine, all conditions mixed in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from batch_jobs.contrastive import Scenario, steering_prompt
+from batch_jobs.engine import Engine
+from batch_jobs.grid import Row
+from batch_jobs.progress import Work, engine_progress
+from batch_jobs.prompts import Prompt, steering_prompt_ids
+from batch_jobs.store import Generation
+from batch_jobs.study import Study, StudyError
+from vllm_steer.errors import ReadoutUnavailable
+
+
+@dataclass(frozen=True)
+class SteeringPrompts:
+    """The prompts of a grid by scenario id, and how far along each layer's direction they lie by
+    themselves."""
+
+    prompts: dict[str, Prompt]
+    projections: dict[str, dict[int, float]]
+    """Scenario id -> steered layer -> projection of the unsteered prompt's readout."""
+
+
+def prepare_prompts(
+    engine: Engine, study: Study, scenarios: Mapping[str, Scenario], *, console: Console
+) -> SteeringPrompts:
+    """Tokenise each scenario's steering prompt and read it once, unsteered, at the steered layers.
+
+    The directions must be registered. Raises StudyError when a prompt and its completion cannot fit
+    max_model_len.
+    """
+    from vllm_steer import Readout, collect_readouts, steered
+
+    tokenizer = engine.get_tokenizer()
+    prompts = {
+        scenario: steering_prompt_ids(tokenizer, steering_prompt(scenarios[scenario]), study.prompt_format)
+        for scenario in study.steer.scenarios
+    }
+    for scenario, prompt in prompts.items():
+        if len(prompt.token_ids) + study.sampling.max_tokens > study.max_model_len:
+            raise StudyError(
+                f"Scenario {scenario}: a prompt of {len(prompt.token_ids)} tokens and "
+                f"{study.sampling.max_tokens} new ones exceed max_model_len {study.max_model_len}; "
+                "raise it or lower sampling.max_tokens."
+            )
+    readout = Readout(layers=study.steer.layers, project=(study.concept,), vectors=False, skip_first=study.skip_first)
+    params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout=readout)
+    work = Work(len(prompts), sum(len(prompt.token_ids) for prompt in prompts.values()), max_new_tokens=1)
+    with engine_progress(engine, console, "Reading prompts", work):
+        outputs = engine.generate(
+            [prompt.request for prompt in prompts.values()], [params] * len(prompts), use_tqdm=False
+        )
+    projections: dict[str, dict[int, float]] = {}
+    for scenario, samples in zip(prompts, collect_readouts(engine, outputs), strict=True):
+        if samples[0] is None:
+            raise StudyError(f"The engine returned no readout for the prompt of {scenario}; run the study again.")
+        projections[scenario] = dict(samples[0].projections[study.concept])
+    return SteeringPrompts(prompts, projections)
+
+
+def generate_rows(
+    engine: Engine,
+    study: Study,
+    rows: Sequence[Row],
+    prompts: SteeringPrompts,
+    *,
+    direction_hashes: Mapping[int, str],
+    model_revision: str | None,
+    console: Console,
+) -> list[Generation]:
+    """Generate all rows as one batch, whatever their layers and strengths, and return them in the same order.
+
+    Every row asks for a readout of its generated span at its own layer, projected on its direction; only that
+    scalar leaves the device. A row the engine failed on comes back with its `error`, the others are
+    unaffected.
+    """
+    from vllm_steer import collect_readouts
+
+    began = datetime.now(UTC)
+    requests = [prompts.prompts[row.condition.scenario_id].request for row in rows]
+    work = Work(len(rows), sum(len(request["prompt_token_ids"]) for request in requests), study.sampling.max_tokens)
+    with engine_progress(engine, console, "Generating", work):
+        outputs = engine.generate(requests, [row_params(row, study) for row in rows], use_tqdm=False)
+    try:
+        readouts = collect_readouts(engine, outputs)
+    except ReadoutUnavailable as error:
+        # The completions stand without it: those rows get no projection, and the user is told.
+        console.print(f"[yellow]{escape(str(error))}[/yellow]")
+        readouts = error.results
+    return [
+        _generation(row, output, samples[0], prompts, direction_hashes[row.condition.layer], model_revision, began)
+        for row, output, samples in zip(rows, outputs, readouts, strict=True)
+    ]
+
+
+def row_params(row: Row, study: Study) -> Any:
+    """The row's SamplingParams. The baseline carries no steering entry at all: it is a plain request of stock
+    vLLM plus a readout, not a steering of strength 0."""
+    from vllm_steer import Readout, Steering, steered
+
+    cell = row.condition
+    entries = []
+    if cell.steered:
+        entries = [Steering(cell.direction, cell.alpha, layer=cell.layer, op=cell.op, span=cell.span)]
+    sampling = {**study.sampling.model_dump(), "seed": row.seed}
+    readout = Readout(layers=(cell.layer,), span="generated", project=(cell.direction,), vectors=False)
+    return steered(sampling, entries, readout=readout)
+
+
+def _generation(
+    row: Row,
+    output: Any,
+    readout: Any,
+    prompts: SteeringPrompts,
+    direction_hash: str,
+    model_revision: str | None,
+    began: datetime,
+) -> Generation:
+    cell = row.condition
+    completion, stats = output.outputs[0], output.metrics
+    error = None
+    if completion.finish_reason not in ("stop", "length"):
+        error = f"the engine ended the row with finish_reason {completion.finish_reason!r}"
+    projection = None
+    # a completion of one token fed none back, so its generated span is empty
+    if readout is not None and readout.num_tokens > 0:
+        projection = float(readout.projections[cell.direction][cell.layer])
+    prompt = prompts.prompts[cell.scenario_id]
+    return Generation(
+        row_id=row.row_id,
+        model=cell.model,
+        model_revision=model_revision,
+        direction=cell.direction,
+        direction_hash=direction_hash,
+        layer=cell.layer,
+        op=cell.op,
+        span=cell.span,
+        alpha=cell.alpha,
+        alpha_residual_norm=cell.alpha_residual_norm,
+        scenario=cell.scenario_id,
+        sample=row.sample,
+        seed=row.seed,
+        prompt=prompt.text,
+        completion=None if error else completion.text,
+        finish_reason=completion.finish_reason,
+        prompt_tokens=len(prompt.token_ids),
+        completion_tokens=None if error else len(completion.token_ids),
+        projection_prompt=prompts.projections[cell.scenario_id][cell.layer],
+        projection_generated=None if error else projection,
+        started_at=datetime.fromtimestamp(stats.arrival_time, UTC) if stats else began,
+        seconds=stats.last_token_ts - stats.scheduled_ts if stats and stats.last_token_ts else None,
+        error=error,
+    )

@@ -1,0 +1,123 @@
+"""The generated texts of a run as the report shows them: a bounded number a condition, each judged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from batch_jobs.paper_metric import is_coherent, is_empathetic
+from batch_jobs.scores import ScoreError
+
+_CONDITION = ("model", "layer", "direction", "op", "span", "scenario", "alpha")
+_COLUMNS = (
+    *_CONDITION, "alpha_residual_norm", "sample", "seed", "prompt", "completion", "finish_reason",
+    "completion_tokens", "projection_generated", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text and how it scores."""
+
+    sample: int
+    seed: int
+    text: str
+    empathetic: bool
+    coherent: bool
+    completion_tokens: int
+    finish_reason: str
+    projection_generated: float | None
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """The texts kept of one condition, in order of `sample`."""
+
+    model: str
+    layer: int
+    scenario: str
+    direction: str
+    op: str
+    span: str
+    alpha: float
+    alpha_residual_norm: float | None
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Generations:
+    """What the report takes from a run's Parquet files."""
+
+    num_rows: int
+    """All rows, failed ones included."""
+    errors: dict[str, int]
+    """Error message -> number of failed rows, most frequent first."""
+    groups: tuple[SampleGroup, ...]
+    """Ordered by model, layer, direction, op, span, scenario, α."""
+    prompts: dict[str, str]
+    """Scenario -> its steering prompt."""
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.errors.values())
+
+    @property
+    def num_shown(self) -> int:
+        return sum(len(group.samples) for group in self.groups)
+
+
+def read_generations(folder: Path, *, per_condition: int) -> Generations:
+    """Read every `*.parquet` under `folder`; keep the texts whose sample number is below `per_condition`.
+
+    The rest is only counted, so a grid of a million rows costs no more memory than what is kept. Folder names
+    are not read: every column is inside the files. Raises ScoreError, naming the folder, when it has no
+    Parquet file or lacks a column.
+    """
+    # a name with a leading dot is a part that is still being written
+    files = sorted(str(path) for path in Path(folder).glob("**/*.parquet") if not path.name.startswith("."))
+    if not files:
+        raise ScoreError(f"There are no Parquet files under {folder}; generate samples first.")
+    dataset = ds.dataset(files, format="parquet")
+    if missing := [name for name in _COLUMNS if name not in dataset.schema.names]:
+        raise ScoreError(
+            f"The Parquet files under {folder} lack the columns {missing}; they must hold {', '.join(_COLUMNS)}."
+        )
+    failed = dataset.to_table(columns=["error"], filter=pc.is_valid(pc.field("error")))["error"].to_pylist()
+    wanted = pc.is_null(pc.field("error")) & (pc.field("sample") < per_condition)
+    order = [(name, "ascending") for name in (*_CONDITION, "sample")]
+    kept = dataset.to_table(columns=list(_COLUMNS), filter=wanted).sort_by(order).to_pylist()
+    return Generations(
+        num_rows=dataset.count_rows(),
+        errors=dict(Counter(failed).most_common()),
+        groups=tuple(
+            _group(list(rows)) for _, rows in groupby(kept, key=lambda row: [row[name] for name in _CONDITION])
+        ),
+        prompts={row["scenario"]: row["prompt"] for row in kept},
+    )
+
+
+def _group(rows: list[dict[str, Any]]) -> SampleGroup:
+    first = rows[0]
+    return SampleGroup(
+        **{name: first[name] for name in _CONDITION},
+        alpha_residual_norm=first["alpha_residual_norm"],
+        samples=tuple(
+            Sample(
+                sample=row["sample"],
+                seed=row["seed"],
+                text=row["completion"],
+                empathetic=is_empathetic(row["completion"]),
+                coherent=is_coherent(row["completion"]),
+                completion_tokens=row["completion_tokens"],
+                finish_reason=row["finish_reason"],
+                projection_generated=row["projection_generated"],
+            )
+            for row in rows
+        ),
+    )

@@ -1,0 +1,204 @@
+"""Generations on disk: one Parquet row a sample, in parts that appear whole or not at all.
+
+Layout: `<generations>/model_key=<slug>/layer_key=<layer>/part-<digest>.parquet`. The partition keys repeat
+the columns `model` and `layer` under other names, for two reasons: a model's name holds slashes, which a
+folder name cannot, and a reader that infers partition types (pandas, `pyarrow.parquet.read_table`) makes them
+dictionaries, which clash with a column of the same name. So every column keeps its type in every reader, and
+the folders still prune.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from batch_jobs.study import StudyError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_revision", pa.string()),
+        pa.field("direction", pa.string(), nullable=False),
+        pa.field("direction_hash", pa.string(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("op", pa.string(), nullable=False),
+        pa.field("span", pa.string(), nullable=False),
+        pa.field("alpha", pa.float64(), nullable=False),
+        pa.field("alpha_residual_norm", pa.float64(), nullable=False),
+        pa.field("scenario", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("completion", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("projection_prompt", pa.float64()),
+        pa.field("projection_generated", pa.float64()),
+        pa.field("started_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("seconds", pa.float64()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One row of SCHEMA, field for column. Either `completion` or `error` is set."""
+
+    row_id: str
+    model: str
+    model_revision: str | None
+    direction: str
+    """Name of the direction; at α = 0 the one that was left out."""
+    direction_hash: str
+    layer: int
+    op: str
+    span: str
+    alpha: float
+    alpha_residual_norm: float
+    scenario: str
+    sample: int
+    seed: int
+    prompt: str
+    """The exact text the model read, chat template included."""
+    completion: str | None
+    finish_reason: str | None
+    """`stop` (the model ended) or `length`."""
+    prompt_tokens: int
+    completion_tokens: int | None
+    projection_prompt: float | None
+    """Projection of the prompt's readout at `layer` in an *unsteered* pass: where the scenario stands before
+    steering. The same in all rows of a scenario and layer."""
+    projection_generated: float | None
+    """Projection of the generated span's readout at `layer`, taken *after* this row's steering at that layer,
+    so with op add and a span that covers it α itself is part of it. None for a completion of one token: none
+    was fed back."""
+    started_at: datetime
+    """When the engine received the request, UTC."""
+    seconds: float | None
+    """From first scheduling to last token; rows share the batch, so these overlap and do not add up."""
+    error: str | None
+    """Why the row has no usable completion; None when it has one."""
+
+
+def model_slug(model: str) -> str:
+    """A folder name for a model name. Two names that differ only in the replaced characters get different
+    slugs."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-80:]
+    return plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def write_rows(folder: Path, rows: Sequence[Generation], metadata: Mapping[str, str]) -> list[Path]:
+    """Write the rows, one part for each (model, layer) among them, and return the parts' paths.
+
+    `metadata` goes into each file's key-value metadata (versions, config hash, commit ...). A part's name is
+    a digest of its row ids: writing the same rows again replaces the part instead of doubling the rows. Each
+    part is written to a hidden file beside its place, synced, and renamed; a crash leaves no readable half.
+    Raises OSError when the disk does.
+    """
+    groups: dict[tuple[str, int], list[Generation]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.layer), []).append(row)
+    written = []
+    for (model, layer), members in groups.items():
+        digest = hashlib.sha256("\n".join(sorted(row.row_id for row in members)).encode()).hexdigest()[:16]
+        part = folder / f"model_key={model_slug(model)}" / f"layer_key={layer}" / f"part-{digest}.parquet"
+        _write_part(part, to_table(members).replace_schema_metadata(dict(metadata)))
+        written.append(part)
+    return written
+
+
+def to_table(rows: Sequence[Generation]) -> pa.Table:
+    """The rows as a table of SCHEMA."""
+    names = [field.name for field in fields(Generation)]
+    return pa.Table.from_pylist([{name: getattr(row, name) for name in names} for row in rows], schema=SCHEMA)
+
+
+def read_rows(folder: Path) -> pa.Table:
+    """All rows under `folder`, columns and types of SCHEMA, ordered by model, layer, scenario, α, sample.
+
+    No folder or no part gives an empty table. Raises StudyError, naming the file, for a part that is not such
+    a table.
+    """
+    parts = _parts(folder)
+    if not parts:
+        return SCHEMA.empty_table()
+    for part in parts:
+        _check_part(part)
+    table = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet").to_table()
+    return table.sort_by([(name, "ascending") for name in ("model", "layer", "scenario", "alpha", "sample")])
+
+
+def completed_row_ids(folder: Path) -> frozenset[str]:
+    """Ids of the rows that need no further run: those stored without an error."""
+    table = read_rows(folder)
+    done = table.filter(pc.is_null(table["error"]))
+    ids: list[Any] = done["row_id"].to_pylist()
+    return frozenset(ids)
+
+
+def drop_failed_rows(folder: Path) -> int:
+    """Take the rows with an error out of their parts, so that running them again does not leave two rows of
+    one id; return how many. Each part is replaced atomically."""
+    dropped = 0
+    for part in _parts(folder):
+        _check_part(part)
+        table = pq.read_table(part, schema=SCHEMA, partitioning=None)
+        good = table.filter(pc.is_null(table["error"]))
+        if good.num_rows == table.num_rows:
+            continue
+        dropped += table.num_rows - good.num_rows
+        if good.num_rows:
+            _write_part(part, good.replace_schema_metadata(pq.read_schema(part).metadata))
+        else:
+            part.unlink()
+    return dropped
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("part-*.parquet"))
+
+
+def _check_part(part: Path) -> None:
+    try:
+        schema = pq.read_schema(part)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StudyError(
+            f"{part}: not a readable Parquet file ({error}); delete it and run the study again."
+        ) from error
+    wrong = [
+        field.name for field in SCHEMA if field.name not in schema.names or schema.field(field.name).type != field.type
+    ]
+    if wrong:
+        raise StudyError(
+            f"{part}: columns {wrong} are missing or of another type than this version writes; "
+            "read it with the version that wrote it, or run the study into a new directory."
+        )
+
+
+def _write_part(part: Path, table: pa.Table) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, and without the .parquet ending: neither a dataset scan nor a glob takes it for a part. The
+    # process id keeps two writers of the same part apart.
+    unfinished = part.with_name(f".{part.stem}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(part)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,270 @@
+"""The study config: one typed schema, read from YAML, and the error every unusable study input ends in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vllm_steer.errors import SteerError
+
+DEMO_MODEL = "demo-model"
+"""The `model` that stands for the small instruct model made by `vllm-steer demo-model`."""
+
+Layer = Annotated[int, Field(ge=0)]
+
+
+class StudyError(SteerError):
+    """A study's config, texts or run directory cannot be used; the message names the place, what was got,
+    what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{repeated} given more than once; give each value once")
+    return values
+
+
+class EngineOptions(_Section):
+    """What the in-process vLLM engine is started with, beyond model, dtype, seed and max_model_len."""
+
+    enforce_eager: bool = False
+    """True skips torch.compile and CUDA graphs: a faster start, slower steps."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the device's memory; on the CPU build, share of RAM."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for the KV cache, instead of what gpu_memory_utilization leaves: the same on any machine."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    enable_prefix_caching: bool | None = None
+    trust_remote_code: bool = False
+    max_alpha: float | None = Field(default=None, gt=0)
+    """Largest |α| (raw) that the engine lets through; None keeps the plugin's own bound."""
+
+    def engine_args(self) -> dict[str, Any]:
+        """The options as vLLM engine arguments; those left at None keep vLLM's own default."""
+        arguments = self.model_dump(exclude_none=True, exclude={"kv_cache_gib", "max_alpha"})
+        if self.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        return arguments
+
+    def steer_settings(self) -> dict[str, Any]:
+        """The options that go to the plugin instead."""
+        return {} if self.max_alpha is None else {"max_alpha": self.max_alpha}
+
+
+class Extraction(_Section):
+    """Which readouts of the contrastive texts the directions are made from."""
+
+    layers: tuple[Layer, ...] = Field(min_length=1)
+    """Layers that get a direction (0-based decoder blocks)."""
+    max_tokens: int = Field(default=512, ge=1)
+    """Texts are cut to this many tokens (paper: 512)."""
+    extract_offset: Literal[0, -1] = 0
+    """0: the direction of layer ℓ is read at the output of block ℓ, where it also steers. -1: at the output
+    of block ℓ-1, the paper's pairing (it read `hidden_states[ℓ]` and steered the output of block ℓ)."""
+
+    _no_repeats = field_validator("layers")(_distinct)
+
+    @model_validator(mode="after")
+    def _offset_stays_in_the_model(self) -> Self:
+        if min(self.layers) + self.extract_offset < 0:
+            raise ValueError(
+                "layer 0 with extract_offset -1 would read the embeddings, which are no block's output; "
+                "leave layer 0 out or use extract_offset 0"
+            )
+        return self
+
+    def readout_layer(self, layer: int) -> int:
+        """The block whose output the direction labelled `layer` is made from."""
+        return layer + self.extract_offset
+
+
+class SplitSizes(_Section):
+    """How many pairs train the directions and how many validate them; ignored for pairs that come already
+    split."""
+
+    train: int = Field(default=35, ge=1)
+    test: int = Field(default=15, ge=1)
+    seed: int = 0
+
+
+class SteeringGrid(_Section):
+    """The grid: every scenario × layer × α × sample is one row."""
+
+    layers: tuple[Layer, ...] = Field(min_length=1)
+    alphas: tuple[FiniteFloat, ...] = Field(min_length=1)
+    """Must hold 0, the unsteered baseline that effects are measured against."""
+    alpha_unit: Literal["raw", "residual_norm"] = "raw"
+    """`residual_norm`: α in multiples of the layer's mean residual norm, so that one grid fits layers and
+    models."""
+    scenarios: tuple[str, ...] = Field(min_length=1)
+    samples: int = Field(default=5, ge=1)
+    op: Literal["add", "ablate", "set"] = "add"
+    span: Literal["prompt", "generated", "all"] = "all"
+
+    _no_repeats = field_validator("layers", "alphas", "scenarios")(_distinct)
+
+    @model_validator(mode="after")
+    def _alphas_fit(self) -> Self:
+        if 0.0 not in self.alphas:
+            raise ValueError("alphas lack 0, the unsteered baseline that effects are measured against; add 0")
+        if self.op == "ablate" and (set(self.alphas) - {0.0, 1.0} or self.alpha_unit != "raw"):
+            raise ValueError("op ablate has no strength: use alphas [0, 1] (off, on) with alpha_unit raw")
+        return self
+
+
+class Sampling(_Section):
+    """How completions are sampled; named as in vLLM's SamplingParams."""
+
+    temperature: float = Field(default=0.7, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=200, ge=1)
+
+
+class Study(_Section):
+    """One study. Everything that changes a number in its results is in here or in the texts it names."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    concept: str = Field(default="empathy", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the directions; one of that name at each layer."""
+    model: str = Field(min_length=1)
+    """Hub id, local path, or `demo-model`."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+    engine: EngineOptions = EngineOptions()
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """`chat`: the steering prompt is one user turn of the model's chat template; `raw`: the text alone, as in
+    the paper. The contrastive texts are always read alone."""
+    skip_first: int = Field(default=0, ge=0)
+    """Leading tokens left out of every readout mean. 1 drops the attention sink that dominates many models'
+    mean."""
+    pairs: Path | None = None
+    """None: the bundled pairs. A .jsonl file: split by `split`. A directory: its train_pairs.jsonl and
+    test_pairs.jsonl."""
+    scenarios: Path | None = None
+    """None: the bundled scenarios. Otherwise a JSON list of them."""
+    extract: Extraction
+    split: SplitSizes = SplitSizes()
+    steer: SteeringGrid
+    sampling: Sampling = Sampling()
+    rows_per_part: int = Field(default=1024, ge=1)
+    """Rows generated as one batch and stored as one part: what a crash can lose. More keeps the engine's
+    batch fuller."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if missing := sorted(set(self.steer.layers) - set(self.extract.layers)):
+            raise ValueError(
+                f"steer.layers {missing} have no direction: extract.layers are {list(self.extract.layers)}; "
+                "steer only at extracted layers, or extract these too"
+            )
+        if self.extract.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"extract.max_tokens is {self.extract.max_tokens}; allowed: less than max_model_len, "
+                f"{self.max_model_len}"
+            )
+        if self.skip_first >= self.extract.max_tokens:
+            raise ValueError(
+                f"skip_first is {self.skip_first}; allowed: less than extract.max_tokens, {self.extract.max_tokens}"
+            )
+        return self
+
+    @property
+    def hooked_layers(self) -> tuple[int, ...]:
+        """Layers that need a hook: all labelled layers (their norms, steering) and all the blocks read for
+        them."""
+        labelled = set(self.extract.layers)
+        return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
+
+    def canonical_json(self) -> str:
+        """The config with defaults filled in, keys sorted: equal studies give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+
+    @property
+    def config_hash(self) -> str:
+        """First 16 hex digits of the sha256 of `canonical_json`."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+
+def load_study(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Read and check a study's YAML. Relative `pairs` and `scenarios` paths are taken from the YAML's own
+    folder.
+
+    `overrides` replaces top-level fields (the command line's options; paths in it are used as they are).
+    Raises StudyError naming file, field, what was got and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"Cannot read the study config {path} ({error.strerror}); give the path of a YAML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not UTF-8 text ({error.reason}); a study config is a YAML file.") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(document, dict):
+        raise StudyError(
+            f"{path}: got {type(document).__name__} at the top level; a study config is a mapping of fields "
+            f"({', '.join(Study.model_fields)})."
+        )
+    for field in ("pairs", "scenarios"):
+        if isinstance(document.get(field), str):
+            document[field] = path.parent / document[field]
+    try:
+        return Study.model_validate({**document, **(overrides or {})})
+    except ValidationError as error:
+        raise StudyError(f"{path}: {_explain(error, Study)}") from error
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    faults = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"field {field}: unknown; allowed here: {', '.join(_siblings(schema, fault['loc']))}")
+        elif fault["type"] == "missing":
+            faults.append(f"field {field}: missing; it has no default, so give it")
+        elif fault["type"] == "value_error":
+            place = f"field {field}: " if field else ""
+            faults.append(place + str(fault["ctx"]["error"]))
+        else:
+            allowed = fault["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
+            faults.append(f"field {field}: got {_shortened(fault['input'])}; allowed: {allowed}")
+    return "; ".join(faults) + "."
+
+
+def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location[:-1]:
+        annotation = schema.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

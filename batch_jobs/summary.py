@@ -1,0 +1,64 @@
+"""What a finished study prints: validation by layer, empathetic rate by α, and where every result lies."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from batch_jobs.pipeline import StudyResult
+from batch_jobs.scores import ConditionScore
+
+
+def print_summary(result: StudyResult, concept: str, console: Console) -> None:
+    """Print to `console`. Paths come as plain lines, never folded, so that they can be copied."""
+    console.print(f"\nValidation of '{concept}' on held-out pairs", highlight=False)
+    console.print(_validation_table(result))
+    for model, layer in sorted({(row.model, row.layer) for row in result.scores.conditions}):
+        cells = [row for row in result.scores.conditions if (row.model, row.layer) == (model, layer)]
+        console.print(f"\nEmpathetic rate at layer {layer} by α (raw, below it in residual norms)", highlight=False)
+        console.print(_rate_table(cells))
+    failed = sum(row.failed for row in result.scores.conditions)
+    rows = f"{result.generated} rows generated, {result.reused} there before, {failed} failed"
+    console.print(f"\nResults ({rows})", highlight=False)
+    run = result.run
+    for what, path in (
+        ("directions", run.directions),
+        ("validation", run.validation),
+        ("generations", run.generations),
+        ("scores", run.scores),
+        ("provenance", run.provenance),
+        ("report", run.report),
+    ):
+        console.print(f"  {what:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _validation_table(result: StudyResult) -> Table:
+    table = _table("layer", "AUROC", "accuracy", "separation", "std empathic", "std non-empathic")
+    for layer, validation in sorted(result.validation.layers.items()):
+        table.add_row(
+            f"{layer} (best)" if layer == result.validation.best_layer else str(layer),
+            f"{validation.auroc:.3f}",
+            f"{validation.accuracy:.3f}",
+            f"{validation.separation:.2f}",
+            f"{validation.std_empathic:.2f}",
+            f"{validation.std_non_empathic:.2f}",
+        )
+    return table
+
+
+def _rate_table(cells: list[ConditionScore]) -> Table:
+    alphas = sorted({(row.alpha, row.alpha_residual_norm or 0.0) for row in cells})
+    table = _table("scenario", *(f"{raw:+.1f}\n{norms:+.2f}" for raw, norms in alphas))
+    by_cell = {(row.scenario, row.alpha): row for row in cells}
+    for scenario in dict.fromkeys(row.scenario for row in cells):
+        found = [by_cell.get((scenario, raw)) for raw, _ in alphas]
+        table.add_row(scenario, *("–" if row is None else f"{row.empathy_rate:.1f}" for row in found))
+    return table
+
+
+def _table(first: str, *numeric: str) -> Table:
+    table = Table()
+    table.add_column(first)
+    for column in numeric:
+        table.add_column(column, justify="right")
+    return table

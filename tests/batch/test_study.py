@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from batch_jobs.study import Study, StudyError, load_study
+from vllm_steer.errors import SteerError
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "studies" / "demo.yaml"
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    document = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    for dotted, value in changes.items():
+        *sections, field = dotted.split("__")
+        section = document
+        for name in sections:
+            section = section[name]
+        section[field] = value
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def test_the_demo_config_says_what_it_reads_and_steers() -> None:
+    study = load_study(DEMO)
+    assert study.extract.layers == (8, 12, 16, 20, 24)
+    assert set(study.steer.layers) <= set(study.extract.layers)
+    assert study.steer.alpha_unit == "residual_norm"
+    assert study.hooked_layers == (8, 12, 16, 20, 24)
+    assert len(study.steer.scenarios) * len(study.steer.alphas) * study.steer.samples >= 75
+
+
+def test_the_papers_pairing_hooks_the_layer_below_as_well(tmp_path: Path) -> None:
+    study = load_study(write_config(tmp_path, extract__extract_offset=-1))
+    assert study.extract.readout_layer(16) == 15
+    assert study.hooked_layers == (7, 8, 11, 12, 15, 16, 19, 20, 23, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steer__alpha_unit": "norms"}, ["steer.alpha_unit", "'norms'", "'raw' or 'residual_norm'"]),
+        ({"steer__alphas": [1.0, 2.0]}, ["steer", "lack 0"]),
+        ({"steer__alphas": [0.0, float("nan")]}, ["steer.alphas.1", "nan", "finite"]),
+        ({"steer__alphas": [0, 1, 1]}, ["steer.alphas", "[1.0]", "once"]),
+        ({"steer__layers": [9]}, ["steer.layers [9]", "extract.layers are [8, 12, 16, 20, 24]"]),
+        ({"steer__op": "ablate"}, ["ablate", "[0, 1]"]),
+        ({"extract__layers": [-1]}, ["extract.layers.0", "got -1", "greater than or equal to 0"]),
+        ({"extract__layers": [0, 16], "extract__extract_offset": -1}, ["layer 0", "embeddings"]),
+        ({"extract__max_tokens": 4096}, ["extract.max_tokens is 4096", "max_model_len, 1024"]),
+        ({"engine__eager": True}, ["engine.eager", "unknown", "enforce_eager"]),
+        ({"temperature": 0.5}, ["temperature", "unknown", "sampling"]),
+        ({"prompt_format": "chatty"}, ["prompt_format", "'chatty'", "'chat' or 'raw'"]),
+        ({"name": "a b/c"}, ["name", "'a b/c'"]),
+    ],
+)
+def test_a_wrong_field_is_named_with_file_value_and_what_is_allowed(
+    tmp_path: Path, changes: dict[str, Any], said: list[str]
+) -> None:
+    path = write_config(tmp_path, **changes)
+    with pytest.raises(StudyError) as caught:
+        load_study(path)
+    message = str(caught.value)
+    for part in [str(path), *said]:
+        assert part in message
+    assert "\n" not in message
+    assert isinstance(caught.value, SteerError)
+
+
+def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StudyError) as caught:
+        load_study(write_config(tmp_path, seed=-1, dtype="int8"))
+    assert "seed" in str(caught.value)
+    assert "dtype" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [1", "not valid YAML"), ("- a", "got list"), ("", "got NoneType"), ("name: x", "extract: missing")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(StudyError, match=said):
+        load_study(path)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="Cannot read"):
+        load_study(tmp_path / "none.yaml")
+
+
+def test_paths_in_a_config_are_relative_to_it_and_options_are_not(tmp_path: Path) -> None:
+    path = write_config(tmp_path, pairs="texts/pairs.jsonl")
+    assert load_study(path).pairs == tmp_path / "texts" / "pairs.jsonl"
+    assert load_study(path, overrides={"pairs": Path("mine")}).pairs == Path("mine")
+
+
+def test_the_config_hash_depends_on_content_not_on_layout(tmp_path: Path) -> None:
+    study = load_study(DEMO)
+    assert load_study(write_config(tmp_path)).config_hash == study.config_hash
+    assert Study.model_validate({**study.model_dump(), "seed": 1}).config_hash != study.config_hash

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from batch_jobs.pipeline import StudyResult
+from batch_jobs.run_directory import RunDirectory
+from batch_jobs.scores import ConditionScore, Scores
+from batch_jobs.summary import print_summary
+from batch_jobs.validate import LayerValidation, Validation
+
+
+def condition(alpha: float, rate: float) -> ConditionScore:
+    return ConditionScore(
+        model="m",
+        layer=16,
+        scenario="the_duel",
+        direction="empathy",
+        op="add",
+        span="all",
+        alpha=alpha,
+        alpha_residual_norm=alpha / 100,
+        samples=5,
+        failed=1,
+        empathy_rate=rate,
+        empathy_low=0.0,
+        empathy_high=1.0,
+        baseline_empathy_rate=0.2,
+        effect=rate - 0.2,
+        success=None,
+        coherence_rate=1.0,
+        context_rate=None,
+        mean_projection_generated=None,
+        mean_completion_tokens=9.0,
+    )
+
+
+def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
+    layer = LayerValidation(16, 0.975, 0.9, 1.0, 3.0, -1.0, 4.0, 0.5, 0.6)
+    path = Path("/a/rather/long/path/that/must/stay/in/one/piece/" + "x" * 80)
+    result = StudyResult(
+        run=RunDirectory(path),
+        validation=Validation({16: layer}, 16, {}),
+        scores=Scores((condition(-20.0, 0.0), condition(0.0, 0.2), condition(20.0, 0.8)), ()),
+        generated=10,
+        reused=5,
+    )
+    out = io.StringIO()
+    print_summary(result, "empathy", Console(file=out, width=80))
+    text = out.getvalue()
+    assert "16 (best)" in text
+    assert "0.975" in text
+    assert "10 rows generated, 5 there before, 3 failed" in text
+    assert f"report       {path}/report.html\n" in text  # whole, on its own line
+    for cell in ("-20.0", "+0.20", "0.8", "the_duel"):
+        assert cell in text

@@ -1,0 +1,52 @@
+"""What every test may rely on: vLLM's environment, the demo model, and where the paper's data may lie.
+
+The environment is set at import, before anything can import vLLM, which reads some of it only once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PAPER_DATA = PROJECT_ROOT.parent / "shared" / "paper" / "data"
+
+# A compile cache of its own: a graph left behind by an earlier state of the code must not be what a test runs.
+_CACHE_ROOT = tempfile.mkdtemp(prefix="vllm-steer-tests-")
+
+os.environ.update(
+    {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: a third of the start-up time
+        "VLLM_CACHE_ROOT": _CACHE_ROOT,
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",  # every checkpoint is local, so a look-up at the hub could only time out
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+# Plugins are found the way a user's process finds them, whatever the caller's shell filters.
+os.environ.pop("VLLM_PLUGINS", None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE_ROOT, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The SmolLM2-135M-Instruct checkpoint the demo uses, converted on first use."""
+    from batch_jobs.demo_model import demo_model_path
+
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def paper_data() -> Path:
+    """The authors' public data files, which lie beside the project in some checkouts and are never part of it."""
+    if not PAPER_DATA.is_dir():
+        pytest.skip(f"the paper's data files are not at {PAPER_DATA}")
+    return PAPER_DATA
