@@ -26,6 +26,9 @@ os.environ.update(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # every checkpoint is local, so a look-up at the hub could only time out
         "TOKENIZERS_PARALLELISM": "false",
+        # Matrices this small gain nothing from a second thread, and on a busy machine two threads that spin for each
+        # other take several times as long.
+        "OMP_NUM_THREADS": "1",
     }
 )
 # Plugins are found the way a user's process finds them, whatever the caller's shell filters.

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -202,6 +202,7 @@ def _read_safetensors(file: Path) -> list[Direction]:
     found = []
     try:
         with safe_open(str(file), framework="numpy") as tensors:
+            written = _written_hashes(file, tensors.metadata() or {})
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 name, _, layer = key.rpartition("@")
                 if re.fullmatch(_LAYER, layer) is None:
@@ -209,6 +210,10 @@ def _read_safetensors(file: Path) -> list[Direction]:
                         f"{file} has a tensor named {key!r}; allowed: name@layer, layer a whole number. Rename it."
                     )
                 found.append(_stored(file, name, layer, tensors.get_tensor(key)))
+                if written.get(key, found[-1].content_hash) != found[-1].content_hash:
+                    raise BadDirectionFile(
+                        f"{file} holds other values for {key!r} than were written (its SHA-256 differs). Copy it again."
+                    )
     except (SafetensorError, TypeError, AttributeError, OSError) as error:
         # The NumPy framework gives TypeError or AttributeError for dtypes that NumPy lacks (bfloat16, float8).
         raise BadDirectionFile(
@@ -216,6 +221,17 @@ def _read_safetensors(file: Path) -> list[Direction]:
             "save_directions."
         ) from None
     return found
+
+
+def _written_hashes(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Key -> SHA-256 as `save_directions` noted it; empty for files that something else wrote."""
+    try:
+        noted = json.loads(metadata.get(_METADATA_KEY, "{}")).get("directions", {})
+        return {key: about["sha256"] for key, about in noted.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise BadDirectionFile(
+            f"{file} has unreadable metadata ({error!r}); write it again with save_directions."
+        ) from None
 
 
 def _write_safetensors(file: Path, directions: Sequence[Direction]) -> None:

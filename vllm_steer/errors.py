@@ -1,7 +1,7 @@
 """Everything that can be refused, one class each.
 
 Each message says what was got, what is allowed and what to do. ``status`` is the HTTP status a server answers with.
-All of them are ``ValueError`` too, which is what vLLM's front ends turn into a client error instead of a crash.
+All of them are ``ValueError`` too.
 
 ::
 

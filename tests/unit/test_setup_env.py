@@ -56,9 +56,7 @@ class FakeMachine:
         (self.module.VENV / "bin").mkdir(parents=True)
 
     def succeeds(self, *command: str) -> bool:
-        return (
-            self.module.VENV / "bin"
-        ).is_dir()  # the only command asked of it here: does pip run in .venv?
+        return (self.module.VENV / "bin").is_dir()  # the only command asked of it here: does pip run in .venv?
 
     def model_import_error(self) -> str | None:
         fits = self.engine == "cuda" or all(

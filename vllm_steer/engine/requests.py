@@ -7,10 +7,14 @@ mistake. What passes is resolved to slots and hook numbers and keyed for the pre
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
+from http import HTTPStatus
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.directions import Direction, load_directions
@@ -23,6 +27,7 @@ from vllm_steer.errors import (
     LayerNotHooked,
     MalformedSpec,
     NotConfigured,
+    SteerError,
     TooManyEntries,
     UnknownField,
 )  # fmt: skip
@@ -32,6 +37,7 @@ from vllm_steer.settings import SteerSettings
 SALT_PREFIX = "vllm_steer:"
 _REMEMBERED_READOUTS = 1 << 20
 _ATTRIBUTE = "vllm_steer_admission"
+_TRANSLATED: dict[str, type[SteerError]] = {}
 
 _Entries = list[tuple[Steering, int, Registered]]
 
@@ -182,25 +188,30 @@ def install() -> None:
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         extra = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
-        if RESOLVED_KEY in extra:
-            raise UnknownField(
-                f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
-            )
-        if WIRE_KEY not in extra:
-            return original(self, request_id, prompt, params, *args, **kwargs)
-        admission = admission_of(self)
-        spec = RequestSpec.loads(extra[WIRE_KEY])
-        if kwargs.get("resumable"):
-            raise MalformedSpec(
-                "a streaming-input session came with a steering spec; allowed: whole prompts. Send one."
-            )
-        request = original(self, request_id, prompt, params, *args, **kwargs)
-        if request.prompt_token_ids is None or request.prompt_embeds is not None:
-            raise MalformedSpec(
-                "a prompt of embeddings came with a steering spec; allowed: text or token ids. Send these."
-            )
-        _admit(admission, spec, request)
-        return request
+        if not extra.keys() & {WIRE_KEY, RESOLVED_KEY}:
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            with _translated():
+                _check_salt(request)
+            return request
+        with _translated():
+            if RESOLVED_KEY in extra:
+                raise UnknownField(
+                    f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
+                )
+            admission = admission_of(self)
+            spec = RequestSpec.loads(extra[WIRE_KEY])
+            if kwargs.get("resumable"):
+                raise MalformedSpec(
+                    "a streaming-input session came with a steering spec; allowed: whole prompts. Send one."
+                )
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            if request.prompt_token_ids is None or request.prompt_embeds is not None:
+                raise MalformedSpec(
+                    "a prompt of embeddings came with a steering spec; allowed: text or token ids. Send these."
+                )
+            _check_salt(request)
+            _admit(admission, spec, request)
+            return request
 
     assign = InputProcessor.assign_request_id
 
@@ -218,6 +229,38 @@ def install() -> None:
 
     InputProcessor.process_inputs = process_inputs
     InputProcessor.assign_request_id = staticmethod(assign_request_id)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Let a refusal reach an HTTP client with its own status.
+
+    vLLM's asynchronous front end answers 500 to any exception but its own (vllm/v1/engine/async_llm.py, ``generate``),
+    so a refusal becomes both: the class that callers of the offline API catch, and vLLM's error that carries a status.
+    """
+    try:
+        yield
+    except SteerError as error:
+        both = _with_status(type(error))
+        refusal = both.__new__(both)
+        refusal.args, refusal.message, refusal.http_status = error.args, str(error), HTTPStatus(error.status)
+        raise refusal from None
+
+
+def _with_status(refusal: type[SteerError]) -> Any:
+    if refusal.__name__ not in _TRANSLATED:
+        bases = (refusal, GracefulHTTPError)
+        _TRANSLATED[refusal.__name__] = type(refusal.__name__, bases, {"__module__": refusal.__module__})
+    return _TRANSLATED[refusal.__name__]
+
+
+def _check_salt(request: Any) -> None:
+    if request.cache_salt and request.cache_salt.startswith(SALT_PREFIX):
+        raise MalformedSpec(
+            f"cache_salt starts with {SALT_PREFIX!r}, which marks the blocks of steered requests; allowed: any "
+            "other salt. "
+            "Choose one."
+        )
 
 
 def _admit(admission: Admission, spec: RequestSpec, request: Any) -> None:

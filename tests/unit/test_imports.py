@@ -1,0 +1,136 @@
+"""What may import what: the data types need no engine, and only one room knows vLLM."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = PROJECT / "vllm_steer"
+
+# Whoever imports one of these fails; the last line shows that the blocker works.
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+{code}
+for name in {blocked!r}:
+    assert name not in sys.modules, name
+    try:
+        __import__(name)
+    except ImportError as error:
+        assert "blocked" in str(error)
+    else:
+        raise AssertionError("the blocker let " + name + " through")
+"""
+ENGINE = ("vllm", "torch", "ray", "transformers")
+
+
+def run_blocked(code: str, blocked: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(code=code, blocked=blocked)],
+        cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_and_its_data_types_need_no_engine() -> None:
+    run_blocked("import vllm_steer; dir(vllm_steer)", ENGINE)
+    run_blocked(
+        "from vllm_steer import Direction, Readout, ReadoutResult, SteerError, Steering, steer_config\n"
+        "import tempfile, vllm_steer.batch_plan\n"
+        "one = Direction('kind', 1, [3.0, 4.0]).normalised()\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    for ending in ('.safetensors', '.gguf'):\n"
+        "        vllm_steer.save_directions(folder + '/d' + ending, [one])\n"
+        "        assert vllm_steer.load_directions(folder + '/d' + ending)[0].key == 'kind@1'\n"
+        "steer_config([1])\n",
+        ENGINE,
+    )
+
+
+@pytest.mark.parametrize("module", ["score", "validate", "report"])
+def test_what_evaluates_a_study_needs_no_engine(module: str) -> None:
+    run_blocked(f"import batch_jobs.{module}", ("vllm", "ray", "torch"))
+
+
+def test_every_public_name_is_there() -> None:
+    import vllm_steer
+
+    assert set(vllm_steer._HOME) | {"__version__"} == set(vllm_steer.__all__) == set(dir(vllm_steer))
+    for name in vllm_steer.__all__:
+        getattr(vllm_steer, name)
+    with pytest.raises(AttributeError, match="stear"):
+        vllm_steer.stear  # noqa: B018
+
+
+# Each room and the rooms it may import, all below it; its own modules too.
+BELOW = {
+    "errors": set(),
+    "schema": {"errors"},
+    "directions": {"errors", "schema"},
+    "settings": {"errors", "schema"},
+    "batch_plan": {"errors", "schema"},
+    "ops": {"errors", "schema", "directions", "settings", "batch_plan"},
+    "buffers": {"errors", "schema", "directions", "settings", "batch_plan", "ops"},
+    "engine": {"errors", "schema", "directions", "settings", "batch_plan", "ops", "buffers"},
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Full names of all that a module imports, in functions too; what only the type checker sees is left out."""
+    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        pending += ast.iter_child_nodes(node)
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE or file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_below_it(file: Path) -> None:
+    here = room(file)
+    assert here in BELOW, f"{here} is a new room: say in BELOW what it may import"
+    for name in imports(file):
+        parts = name.split(".")
+        assert parts[0] != "batch_jobs", f"{file} imports {name}: the plugin does not know the jobs"
+        if parts[0] == "vllm_steer" and parts[1] not in ("__version__", here):
+            assert parts[1] in BELOW[here], f"{file} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for package in ("vllm_steer", "batch_jobs") for file in sorted((PROJECT / package).rglob("*.py"))],
+    ids=lambda file: str(file.relative_to(PROJECT)),
+)
+def test_only_the_engine_room_imports_vllm(file: Path) -> None:
+    if file.is_relative_to(PACKAGE / "engine"):
+        return
+    assert not [name for name in imports(file) if name.partition(".")[0] == "vllm"]
+
+
+def test_the_engine_room_is_not_exempt_for_nothing() -> None:
+    """The test above could pass on a parser that sees no import at all."""
+    found = {name.partition(".")[0] for file in MODULES for name in imports(file)}
+    assert {"vllm", "torch", "numpy", "pydantic", "vllm_steer"} <= found

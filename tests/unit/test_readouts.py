@@ -1,0 +1,127 @@
+"""Finished readouts on a worker: the mean of the right tokens, and the store that keeps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_steer.batch_plan import PoolingState
+from vllm_steer.buffers import SteerBuffers
+from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
+from vllm_steer.engine.resolved import ResolvedReadout
+from vllm_steer.engine.worker_steering import sample_key
+
+SIZE, ACCUMULATOR = 6, 1
+ROWS = np.random.default_rng(0).standard_normal((2, 5, SIZE)).astype(np.float32)  # (L, tokens, D)
+DIRECTION = np.linspace(-1, 1, SIZE).astype(np.float32)
+
+
+def spec(end: int | None = None, *, vectors: bool = True, project: bool = True) -> ResolvedReadout:
+    projections = [("kind", 7, 3)] if project else []
+    return ResolvedReadout([4, 7], [0, 1], first=0, end=end, project=projections, vectors=vectors)
+
+
+def finished(asked: ResolvedReadout, tokens: int = 5, failure: str | None = None) -> FinishedReadout:
+    """The readout of a request of which so many tokens were summed."""
+    buffers = SteerBuffers(
+        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=2, max_entries=1, max_directions=4,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    buffers.write_direction(3, DIRECTION)
+    for layer in range(2):
+        buffers.sums_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, :tokens].sum(axis=0))
+        buffers.last_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, max(tokens - 1, 0)])
+    taken = FinishedReadout.take(buffers, asked, PoolingState(ACCUMULATOR, tokens, tokens, failure))
+    for layer in range(2):  # the next request with this accumulator, and a direction in the slot of a replaced one
+        buffers.sums_L_AD[layer].fill_(99)
+        buffers.last_L_AD[layer].fill_(99)
+    buffers.write_direction(3, 99 * DIRECTION)
+    return taken
+
+
+def check_means(answer: dict[str, Any], tokens: int) -> None:
+    expected = ROWS[:, :tokens].astype(np.float64).mean(axis=1)
+    assert answer["num_tokens"] == tokens
+    # float32 sums of five values around 1; a token too many errs by about 0.2
+    got = np.frombuffer(answer["mean"], np.float32).reshape(2, SIZE)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    ((name, layer, value),) = answer["projections"]
+    assert (name, layer) == ("kind", 7)
+    assert value == pytest.approx(float(expected[1] @ DIRECTION), abs=1e-5)
+
+
+@pytest.mark.parametrize("end", [5, None], ids=["closed span", "open span"])
+def test_a_finished_readout_is_the_mean_of_its_tokens(end: int | None) -> None:
+    check_means(finished(spec(end)).answer(computed_end=5), 5)
+
+
+def test_one_token_too_many_is_taken_back_out_of_an_open_span() -> None:
+    """Asynchronous scheduling has the next token under way when a request turns out to be finished."""
+    check_means(finished(spec()).answer(computed_end=4), 4)
+
+
+@pytest.mark.parametrize("computed_end", [3, 6])
+def test_any_other_number_of_tokens_is_an_error_and_never_a_number(computed_end: int) -> None:
+    answer = finished(spec()).answer(computed_end)
+    assert set(answer) == {"error"}
+    assert f"up to token 5 where {computed_end}" in answer["error"]
+
+
+def test_an_unfinished_prompt_and_a_failed_sum_are_errors() -> None:
+    assert "5 of 6 prompt tokens" in finished(spec(end=6)).answer(6)["error"]
+    assert finished(spec(), failure="a gap").answer(5) == {"error": "a gap"}
+
+
+def test_a_mean_over_no_token_is_nan() -> None:
+    answer = finished(spec(), tokens=0).answer(computed_end=0)
+    assert answer["num_tokens"] == 0
+    assert np.isnan(np.frombuffer(answer["mean"], np.float32)).all()
+    assert np.isnan(answer["projections"][0][2])
+
+
+def test_only_what_was_asked_is_kept() -> None:
+    numbers = finished(spec(vectors=False))
+    assert numbers.answer(5)["mean"] is None
+    assert numbers.num_bytes == 2 * 4  # the sum's projection and the last row's
+    assert finished(spec(project=False)).answer(5)["projections"] == []
+
+
+def test_the_store_gives_up_collected_readouts_first_and_then_the_oldest() -> None:
+    size = finished(spec()).num_bytes
+    store = ReadoutStore(2 * size)
+    store.put("a", 0, finished(spec()))
+    store.put("b", 0, finished(spec()))
+    assert store.get("b", 0) is store.get("b", 0) is not None  # it can be looked at again
+    store.put("c", 0, finished(spec()))
+    assert [store.get(name, 0) is not None for name in "abc"] == [True, False, True]
+    store = ReadoutStore(2 * size)
+    for name in "abc":
+        store.put(name, 0, finished(spec()))
+    assert [store.get(name, 0) is not None for name in "abc"] == [False, True, True]
+    assert store.get("c", 1) is None
+
+
+def test_a_replaced_readout_does_not_count_twice_and_one_too_large_is_kept() -> None:
+    size = finished(spec()).num_bytes
+    store = ReadoutStore(2 * size)
+    store.put("a", 0, finished(spec()))
+    for _ in range(5):
+        store.put("b", 0, finished(spec()))
+    assert store.get("a", 0) is not None
+    small = ReadoutStore(1)
+    small.put("a", 0, finished(spec()))
+    assert small.get("a", 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("internal", "external", "index"),
+    [
+        ("7-8d3f", "7", 0), ("7", "7", 0), ("0_7-8d3f", "7", 0), ("12_7-8d3f", "7", 12),
+        ("1_2-8d3f", "1_2", 0), ("3_1_2-8d3f", "1_2", 3), ("chat-x-1", "chat-x", 0),
+    ],
+)  # fmt: skip
+def test_internal_ids_name_the_request_and_the_sample(internal: str, external: str, index: int) -> None:
+    assert sample_key(internal, external) == (external, index)

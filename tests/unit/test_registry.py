@@ -1,0 +1,129 @@
+"""The book of slots: all or none, old content kept for requests in flight, names found or refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_steer.directions import Direction
+from vllm_steer.engine.registry import DirectionRegistry
+from vllm_steer.errors import AmbiguousDirection, BankFull, SteerError, UnknownDirection, WrongDimension
+
+SIZE = 4
+
+
+def direction(name: str, layer: int, value: float = 1.0, size: int = SIZE) -> Direction:
+    return Direction(name, layer, np.full(size, value, np.float32))
+
+
+def book(registry: DirectionRegistry) -> list[tuple[str, int, int, str]]:
+    return [(one.name, one.layer, one.slot, one.content_hash) for one in registry.all()]
+
+
+def test_each_new_direction_gets_a_slot_of_its_own() -> None:
+    registry = DirectionRegistry(4, SIZE)
+    writes = registry.register([direction("a", 1), direction("a", 2), direction("b", 1)])
+    assert [one.key for _, one in writes] == ["a@1", "a@2", "b@1"]
+    slots = [slot for slot, _ in writes]
+    assert len(set(slots)) == 3
+    assert set(slots) <= set(range(4))
+    assert [one.slot for one in registry.all()] == slots
+    assert registry.find("a", 2).content_hash == direction("a", 2).content_hash
+
+
+def test_two_registries_agree_on_the_slots_of_the_same_directions() -> None:
+    """Front end and workers book the configured files without talking to each other."""
+    these = [direction("b", 2), direction("a", 1), direction("b", 1, 2.0)]
+    assert DirectionRegistry(8, SIZE).register(these)[0][0] == DirectionRegistry(8, SIZE).register(these)[0][0]
+    first, second = DirectionRegistry(8, SIZE), DirectionRegistry(8, SIZE)
+    first.register(these)
+    second.register(these)
+    assert book(first) == book(second)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refusal"),
+    [
+        ([direction("c", 1), direction("d", 1, size=SIZE + 1)], WrongDimension),
+        ([direction("c", 1), direction("d", 1), direction("e", 1)], BankFull),
+    ],
+    ids=["wrong size", "too many"],
+)
+def test_all_are_registered_or_none(wrong: list[Direction], refusal: type[SteerError]) -> None:
+    registry = DirectionRegistry(3, SIZE)
+    registry.register([direction("a", 1)])
+    before = book(registry)
+    with pytest.raises(SteerError) as caught:
+        registry.register(wrong)
+    assert type(caught.value) is refusal
+    assert book(registry) == before
+    assert len(registry.register([direction("c", 1), direction("d", 1)])) == 2, "a slot was lost to the refused call"
+
+
+def test_refusals_say_what_was_got_and_what_is_allowed() -> None:
+    registry = DirectionRegistry(1, SIZE)
+    with pytest.raises(WrongDimension, match=r"'a@1' has 5 elements; allowed: 4"):
+        registry.register([direction("a", 1, size=5)])
+    with pytest.raises(BankFull, match=r"2 new directions, and 1 of 1 slots"):
+        registry.register([direction("a", 1), direction("b", 1)])
+
+
+def test_the_same_content_is_not_written_again() -> None:
+    registry = DirectionRegistry(1, SIZE)
+    registry.register([direction("a", 1)])
+    assert registry.register([direction("a", 1)]) == []
+
+
+def test_of_a_key_given_twice_the_last_counts_and_one_slot_is_used() -> None:
+    registry = DirectionRegistry(1, SIZE)
+    (write,) = registry.register([direction("a", 1, 1.0), direction("a", 1, 2.0)])
+    assert write[1].vector[0] == 2.0
+
+
+def test_replaced_content_gets_a_new_slot_and_the_old_one_is_kept_until_reclaimed() -> None:
+    registry = DirectionRegistry(2, SIZE)
+    ((old, _),) = registry.register([direction("a", 1, 1.0)])
+    ((new, _),) = registry.register([direction("a", 1, 2.0)])
+    assert new != old, "a request in flight would see the new vector"
+    assert registry.find("a", None).slot == new
+    with pytest.raises(BankFull):
+        registry.register([direction("b", 1)])
+    registry.reclaim()
+    ((reused, _),) = registry.register([direction("b", 1)])
+    assert reused == old
+    registry.reclaim()
+    with pytest.raises(BankFull):  # nothing is freed twice
+        registry.register([direction("c", 1)])
+
+
+def test_a_name_is_found_at_its_layer() -> None:
+    registry = DirectionRegistry(4, SIZE)
+    registry.register([direction("two", 1, 1.0), direction("two", 2, 2.0), direction("one", 3)])
+    assert registry.find("two", 1).layer == 1
+    assert registry.find("two", 2).layer == 2
+    assert registry.find("one", None).layer == 3
+    assert registry.find("one", 9).layer == 3  # a direction of one layer may be used at another
+    assert set(registry.layers_of("two")) == {1, 2}
+
+
+@pytest.mark.parametrize("layer", [None, 3])
+def test_a_name_of_several_layers_is_ambiguous_without_one_of_them(layer: int | None) -> None:
+    registry = DirectionRegistry(4, SIZE)
+    registry.register([direction("two", 2), direction("two", 1)])
+    with pytest.raises(AmbiguousDirection, match=r"'two' belongs to layers \[1, 2\]"):
+        registry.find("two", layer)
+
+
+def test_an_unknown_name_is_refused_with_what_there_is() -> None:
+    registry = DirectionRegistry(4, SIZE)
+    with pytest.raises(UnknownDirection, match="registered: none"):
+        registry.find("a", None)
+    registry.register([direction("b", 1), direction("c", 1)])
+    with pytest.raises(UnknownDirection, match="registered: b, c"):
+        registry.find("a", 1)
+
+
+def test_is_unit_is_booked() -> None:
+    registry = DirectionRegistry(4, SIZE)
+    registry.register([direction("half", 1, 0.5), direction("one", 1, 1.0)])  # norms 1 and 2
+    assert [(one.name, one.is_unit) for one in registry.all()] == [("half", True), ("one", False)]

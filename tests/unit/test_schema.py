@@ -1,0 +1,194 @@
+"""The wire: nothing is lost on it, and whatever is wrong with it is refused with a class and a message of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpec, SteerError, UnknownField
+from vllm_steer.schema import OPS, SPANS, Readout, RequestSpec, Steering
+
+ENTRY = {"direction": "kind", "alpha": 1.0}
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+names = st.text(min_size=1)
+layers = st.integers(min_value=0, max_value=1 << 40)
+
+
+@st.composite
+def steerings(draw: st.DrawFn) -> Steering:
+    op = draw(st.sampled_from(OPS))
+    alpha = draw(st.sampled_from([None, 1, 1.0])) if op == "ablate" else draw(numbers | st.integers(-1000, 1000))
+    layer = draw(st.none() | layers)
+    return Steering(draw(names), alpha, layer=layer, op=op, span=draw(st.sampled_from(SPANS)))
+
+
+@st.composite
+def readouts(draw: st.DrawFn) -> Readout:
+    span, project = draw(st.sampled_from(SPANS)), draw(st.lists(names))
+    return Readout(
+        layers=draw(st.lists(layers, min_size=1)),
+        span=span,
+        project=project,
+        vectors=draw(st.booleans()) if project else True,
+        skip_first=0 if span == "generated" else draw(st.integers(0, 10)),
+    )
+
+
+@given(st.builds(RequestSpec, st.lists(steerings()).map(tuple), st.none() | readouts()))
+def test_the_wire_loses_nothing(spec: RequestSpec) -> None:
+    assert RequestSpec.loads(spec.dumps()) == spec
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["direction", "layers"]), inner),
+    max_leaves=12,
+)
+# Objects with the wire's own keys, or fuzzing would stop at the first unknown field.
+entries = st.fixed_dictionaries(
+    {"direction": st.just("kind") | json_values},
+    optional=dict.fromkeys(("alpha", "layer", "op", "span"), json_values),
+)
+readings = st.fixed_dictionaries(
+    {"layers": st.just([3]) | json_values},
+    optional=dict.fromkeys(("span", "project", "vectors", "skip_first"), json_values),
+)
+wires = st.fixed_dictionaries(
+    {}, optional={"v": st.just(1) | json_values, "steering": st.lists(entries) | json_values, "readout": readings}
+)
+
+
+@given((wires | json_values).map(json.dumps) | st.text())
+@example("1" * 5000)
+@example('{"steering": [{"direction": "kind", "alpha": 1' + "0" * 400 + "}]}")
+@example("[" * 100_000)
+@example('{"steering": [{"direction": "kind", "alpha": NaN}]}')
+@example('"\\ud800"')
+def test_whatever_comes_over_the_wire_is_read_or_refused(text: str) -> None:
+    try:
+        spec = RequestSpec.loads(text)
+    except SteerError:
+        return
+    assert RequestSpec.loads(spec.dumps()) == spec
+
+
+REFUSED_WIRES: list[tuple[object, type[SteerError], str]] = [
+    (None, MalformedSpec, "NoneType"),
+    ({"v": 1}, MalformedSpec, "dict"),
+    ("{", MalformedSpec, "not JSON"),
+    ("[]", MalformedSpec, "list"),
+    ('{"v": 2}', MalformedSpec, "2"),
+    ('{"sterring": []}', UnknownField, "sterring"),
+    ('{"steering": {}}', MalformedSpec, "dict"),
+    ('{"steering": [3]}', MalformedSpec, "int"),
+    ('{"steering": [{"alpha": 1}]}', MalformedSpec, "direction"),
+    ('{"steering": [{"direction": "kind", "alhpa": 1}]}', UnknownField, "alhpa"),
+    ('{"readout": []}', MalformedSpec, "list"),
+    ('{"readout": {}}', MalformedSpec, "layers"),
+    ('{"readout": {"layers": [1], "skip": 1}}', UnknownField, "skip"),
+]
+
+
+@pytest.mark.parametrize(("wire", "refusal", "named"), REFUSED_WIRES)
+def test_a_malformed_wire_is_refused_by_name(wire: object, refusal: type[SteerError], named: str) -> None:
+    with pytest.raises(SteerError) as caught:
+        RequestSpec.loads(wire)
+    assert type(caught.value) is refusal
+    assert named in str(caught.value)
+    assert "allowed" in str(caught.value)
+
+
+REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
+    ({"direction": ""}, MalformedSpec, "''"),
+    ({"direction": 3}, MalformedSpec, "3"),
+    ({"layer": -1}, MalformedSpec, "-1"),
+    ({"layer": True}, MalformedSpec, "True"),
+    ({"layer": 1.5}, MalformedSpec, "1.5"),
+    ({"alpha": None}, BadAlpha, "without alpha"),
+    ({"alpha": None, "op": "set"}, BadAlpha, "without alpha"),
+    ({"alpha": float("nan")}, BadAlpha, "nan"),
+    ({"alpha": float("-inf")}, BadAlpha, "-inf"),
+    ({"alpha": 10**400}, BadAlpha, "inf"),
+    ({"alpha": "5"}, BadAlpha, "'5'"),
+    ({"alpha": True}, BadAlpha, "True"),
+    ({"alpha": 0.5, "op": "ablate"}, BadAlpha, "0.5"),
+    ({"op": "multiply"}, BadOp, "multiply"),
+    ({"op": ["add"]}, BadOp, "add"),
+    ({"span": "decode"}, BadSpan, "decode"),
+    ({"span": None}, BadSpan, "None"),
+]
+
+
+@pytest.mark.parametrize(("fields", "refusal", "named"), REFUSED_STEERINGS)
+def test_a_wrong_entry_is_refused_with_its_own_class(
+    fields: dict[str, Any], refusal: type[SteerError], named: str
+) -> None:
+    with pytest.raises(SteerError) as caught:
+        Steering(**{**ENTRY, **fields})
+    assert type(caught.value) is refusal
+    assert named in str(caught.value)
+    assert isinstance(caught.value, ValueError)  # what vLLM's front ends turn into a client error
+
+
+REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
+    ({"layers": []}, BadReadout, "empty"),
+    ({"layers": "12"}, MalformedSpec, "'12'"),
+    ({"layers": 12}, MalformedSpec, "12"),
+    ({"layers": [True]}, MalformedSpec, "True"),
+    ({"layers": [-1]}, MalformedSpec, "-1"),
+    ({"span": "decode"}, BadSpan, "decode"),
+    ({"project": "kind"}, MalformedSpec, "'kind'"),
+    ({"project": [""]}, MalformedSpec, "''"),
+    ({"vectors": 1}, MalformedSpec, "1"),
+    ({"vectors": False}, BadReadout, "project is empty"),
+    ({"skip_first": -1}, BadReadout, "-1"),
+    ({"skip_first": True}, BadReadout, "True"),
+    ({"skip_first": 1, "span": "generated"}, BadReadout, "generated"),
+]
+
+
+@pytest.mark.parametrize(("fields", "refusal", "named"), REFUSED_READOUTS)
+def test_a_wrong_readout_is_refused_with_its_own_class(
+    fields: dict[str, Any], refusal: type[SteerError], named: str
+) -> None:
+    with pytest.raises(SteerError) as caught:
+        Readout(**{"layers": [3], **fields})
+    assert type(caught.value) is refusal
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("steering", "formula"),
+    [
+        (Steering("d", 2.5), lambda p: 2.5),
+        (Steering("d", op="ablate"), lambda p: -p),
+        (Steering("d", 2.5, op="set"), lambda p: 2.5 - p),
+    ],
+    ids=["add", "ablate", "set"],
+)
+def test_coefficients_express_each_op_in_the_shared_form(steering: Steering, formula: Any) -> None:
+    a, b = steering.coefficients
+    for projection in (-3.0, 0.0, 0.75):
+        assert a + b * projection == formula(projection)
+
+
+def test_numpy_numbers_are_alphas_and_become_plain_floats() -> None:
+    assert type(Steering("d", np.float32(0.5)).alpha) is float
+    assert RequestSpec.loads(RequestSpec((Steering("d", np.int64(2)),)).dumps()).steering[0].alpha == 2.0
+
+
+def test_readout_keeps_each_layer_once_in_order_and_each_name_once_as_given() -> None:
+    readout = Readout([12, 8, 12], project=["b", "a", "b"])
+    assert (readout.layers, readout.project) == ((8, 12), ("b", "a"))
+
+
+def test_left_out_fields_take_their_defaults() -> None:
+    spec = RequestSpec.loads('{"steering": [{"direction": "kind", "alpha": 1}], "readout": {"layers": [3]}}')
+    assert spec == RequestSpec((Steering("kind", 1.0, None, "add", "all"),), Readout([3], "prompt", (), True, 0))
+    assert RequestSpec.loads("{}") == RequestSpec()
