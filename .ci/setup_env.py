@@ -78,9 +78,7 @@ def pip(*arguments: str) -> None:
     """Run pip in the environment, its output shown."""
     command = [venv_python(), "-m", "pip", "--disable-pip-version-check", *arguments]
     if subprocess.run(command, check=False).returncode != 0:
-        raise SetupError(
-            f"`pip {' '.join(arguments)}` failed (its own message is above). Then run `make setup` again."
-        )
+        raise SetupError(f"`pip {' '.join(arguments)}` failed (its own message is above). Then run `make setup` again.")
 
 
 def make_venv() -> None:

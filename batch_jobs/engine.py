@@ -60,14 +60,17 @@ def model_revision(location: str, engine: Engine) -> str | None:
 def start_engine(study: Study, location: str) -> Engine:
     """Load the model with hooks on the study's layers; returns a `vllm.LLM`.
 
-    Sets two environment variables, unless set already, before vLLM is imported:
+    Sets three environment variables, unless set already, before vLLM is imported:
     VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps the engine in this process (it starts in a third of the time and
-    readouts need no transfer between processes) and VLLM_LOGGING_LEVEL=ERROR keeps the log out of the
-    progress bars. Statistics are on: progress and row times come from them. Raises SteerError when the
-    model's family is not supported or a layer does not exist.
+    readouts need no transfer between processes), VLLM_LOGGING_LEVEL=ERROR keeps the log out of the
+    progress bars, and OMP_WAIT_POLICY=PASSIVE lets torch's threads sleep where they would spin for each other:
+    on a CPU that something else uses too, spinning makes a step several times slower. Statistics are on:
+    progress and row times come from them. Raises SteerError when the model's family is not supported or a
+    layer does not exist.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if (location.startswith(("/", ".", "~")) or location.count("/") > 1) and not Path(location).is_dir():
         raise StudyError(f"There is no model folder {location}; give a folder, a hub id (owner/name) or {DEMO_MODEL}.")
     from vllm_steer import load_llm

@@ -63,6 +63,8 @@ def steered(
     if readout is not None and not isinstance(readout, Readout):
         raise MalformedSpec(f"readout is {readout!r}; allowed: a Readout(...) or None.")
     copy = params.clone()
+    if not steering and readout is None:
+        return copy  # a plain request, on any engine
     copy.extra_args = {**(copy.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
     return copy
 

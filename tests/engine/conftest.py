@@ -1,0 +1,72 @@
+"""Engines in this process, one at a time, over tiny random checkpoints."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from tests.engine.tiny_models import save_tiny_model
+from vllm_steer import steer_config
+
+OpenEngine = Callable[..., AbstractContextManager[LLM]]
+
+# The smallest block vLLM's CPU attention takes: prefix sharing and preemption happen at this grain.
+BLOCK_SIZE = 32
+KV_BYTES = 64 << 20
+
+
+@contextmanager
+def open_engine(
+    model: Path, *, layers: list[int] | None = None, config: dict[str, Any] | None = None, **engine_args: Any
+) -> Iterator[LLM]:
+    """An in-process float32 engine over `model`, torn down on exit so that the next one can start.
+
+    layers: the hooked ones, with any other settings of `steer_config` in `config`; None leaves the plugin
+    unconfigured. `engine_args` go to `vllm.LLM` over eager, small-memory defaults.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 64,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "seed": 0,
+        "disable_log_stats": True,
+    }
+    if layers is not None:
+        arguments["additional_config"] = steer_config(layers=layers, **(config or {}))
+    llm: LLM | None = None
+    try:
+        llm = LLM(model=str(model), **(arguments | engine_args))
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()  # also after a refused start, or the next engine finds the old process group
+
+
+@pytest.fixture(scope="session", name="open_engine")
+def open_engine_fixture() -> OpenEngine:
+    return open_engine
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model(family)`: the checkpoint of that family, written on first use."""
+    root = tmp_path_factory.mktemp("tiny-models")
+
+    def path_of(family: str) -> Path:
+        target = root / family
+        return target if target.is_dir() else save_tiny_model(family, demo_model, target)
+
+    return path_of

@@ -1,0 +1,139 @@
+"""What steering and readout mean, written straight on `transformers`: one request at a time, forward hooks, no tricks.
+
+Nothing here comes from the package under test. A steering entry is a plain dict::
+
+    {"layer": 2, "vector": (D,) array, "alpha": 5.0, "op": "add", "span": "all"}
+
+and entries are applied in the order given, at the output of decoder block `layer`, to the tokens of their span: a
+token is a *prompt* token when its position is below the prompt length, a *generated* one otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """One request's greedy continuation, or the replay of a given one.
+
+    tokens: generated ids, the last of which was never fed back. top2_gaps: logit of the best minus that of the second
+    best token at every step. logprobs: log-probability of each chosen token. streams: block index -> float32 (T, D)
+    residual stream after the steering of that block, for the prompt and all tokens fed back.
+    """
+
+    tokens: list[int]
+    top2_gaps: list[float]
+    logprobs: list[float]
+    prompt_len: int
+    streams: dict[int, npt.NDArray[np.float32]]
+
+    def rows(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
+        """float64 (t, D): the rows of the stream at `layer` that a readout over `span` averages."""
+        stream = self.streams[layer].astype(np.float64)
+        prompt, generated = stream[skip_first : self.prompt_len], stream[self.prompt_len :]
+        return {"prompt": prompt, "generated": generated, "all": np.concatenate([prompt, generated])}[span]
+
+    def mean(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
+        return self.rows(layer, span, skip_first).mean(axis=0)
+
+
+def _steer(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+    direction = torch.as_tensor(np.asarray(entry["vector"], dtype=np.float32))
+    along = (hidden @ direction).unsqueeze(-1)
+    alpha = entry.get("alpha", 1.0)
+    match entry.get("op", "add"):
+        case "add":
+            return hidden + alpha * direction
+        case "ablate":
+            return hidden - along * direction
+        case "set":
+            return hidden + (alpha - along) * direction
+        case other:
+            raise ValueError(f"the reference knows add, ablate and set, not {other!r}")
+
+
+class Reference:
+    """A float32 Hugging Face model with a forward hook on every decoder block."""
+
+    def __init__(self, model_dir: Path) -> None:
+        # Parity is about arithmetic, not about kernels: the plain attention is the one to compare with.
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        body = self.model.base_model
+        blocks = body.layers if hasattr(body, "layers") else body.h
+        for layer, block in enumerate(blocks):
+            block.register_forward_hook(self._hook_for(layer))
+        self.num_layers = len(blocks)
+        self._entries: Sequence[Entry] = ()
+        self._prompt_len = 0
+        self._start = 0
+        self._seen: dict[int, list[torch.Tensor]] = {}
+
+    def _hook_for(self, layer: int) -> Any:
+        def hook(_block: nn.Module, _args: object, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            positions = self._start + torch.arange(hidden.shape[1])
+            in_prompt = (positions < self._prompt_len)[None, :, None]
+            for entry in self._entries:
+                if entry["layer"] != layer:
+                    continue
+                span = entry.get("span", "all")
+                chosen = {"all": torch.ones_like(in_prompt), "prompt": in_prompt, "generated": ~in_prompt}[span]
+                hidden = torch.where(chosen, _steer(hidden, entry), hidden)
+            self._seen.setdefault(layer, []).append(hidden[0].clone())
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    def _forward(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+        """Feed `token_ids` after what `cache` holds; float32 (len(token_ids), V) logits."""
+        self._start = cache.get_seq_length()
+        logits = self.model(input_ids=torch.tensor([list(token_ids)]), past_key_values=cache, use_cache=True).logits
+        return logits[0].float()
+
+    def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache:
+        self._entries, self._prompt_len, self._seen = steering, len(prompt_ids), {}
+        return DynamicCache(config=self.model.config)
+
+    def _finish(self, tokens: list[int], logits: list[torch.Tensor]) -> ReferenceRun:
+        top2 = [row.topk(2).values for row in logits]
+        return ReferenceRun(
+            tokens=tokens,
+            top2_gaps=[float(best - second) for best, second in top2],
+            logprobs=[float(row.log_softmax(-1)[token]) for row, token in zip(logits, tokens, strict=True)],
+            prompt_len=self._prompt_len,
+            streams={layer: torch.cat(parts).numpy() for layer, parts in self._seen.items()},
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int, steering: Sequence[Entry] = ()) -> ReferenceRun:
+        """Greedy continuation of exactly `max_tokens` tokens (end-of-sequence does not stop it)."""
+        cache = self._begin(prompt_ids, steering)
+        fed: Sequence[int] = prompt_ids
+        tokens: list[int] = []
+        logits: list[torch.Tensor] = []
+        for _ in range(max_tokens):
+            logits.append(self._forward(fed, cache)[-1])
+            tokens.append(int(logits[-1].argmax()))
+            fed = tokens[-1:]
+        return self._finish(tokens, logits)
+
+    @torch.inference_mode()
+    def replay(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:
+        """The run in which `tokens` were generated, whoever chose them: for sampled outputs."""
+        cache = self._begin(prompt_ids, steering)
+        logits = self._forward([*prompt_ids, *tokens[:-1]], cache)
+        return self._finish(list(tokens), list(logits[len(prompt_ids) - 1 :]))
