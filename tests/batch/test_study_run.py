@@ -1,0 +1,74 @@
+"""`vllm-steer study run` as a user calls it: the real command, the real engine, the demo model, a smaller grid."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from vllm_steer import load_directions
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+ALPHAS = [-0.3, 0.0, 0.3]
+SAMPLES = 2
+
+
+def _study(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from batch_jobs.cli import main; main()",
+        "study",
+        "run",
+        str(config),
+        "--out",
+        str(out),
+    ]
+    return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.usefixtures("demo_model")
+def test_a_study_runs_from_texts_to_report_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    study = yaml.safe_load((PROJECT_ROOT / "configs/studies/demo.yaml").read_text(encoding="utf-8"))
+    study["extract"]["layers"] = [8, 16]
+    study["steer"] |= {"alphas": ALPHAS, "scenarios": ["the_listener"], "samples": SAMPLES}
+    study["sampling"]["max_tokens"] = 24
+    config, out = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(study), encoding="utf-8")
+
+    first = _study(config, out)
+    assert first.returncode == 0, first.stderr[-4000:]
+
+    validation = json.loads((out / "validation.json").read_text(encoding="utf-8"))
+    assert set(validation["layers"]) == {"8", "16"}
+    assert max(layer["auroc"] for layer in validation["layers"].values()) >= 0.9
+    assert {(one.layer, one.is_unit) for one in load_directions(out / "directions.safetensors")} == {
+        (8, True),
+        (16, True),
+    }
+    rows = ds.dataset(out / "generations", format="parquet").to_table().to_pylist()
+    assert len(rows) == len(ALPHAS) * SAMPLES
+    assert all(
+        row["alpha"] == pytest.approx(row["alpha_residual_norm"] * validation["mean_residual_norm"]["16"])
+        for row in rows
+    )
+    # The readout is taken after steering, so the stream's projection carries α itself.
+    by_alpha = [
+        sum(row["projection_generated"] for row in rows if row["alpha_residual_norm"] == alpha) for alpha in ALPHAS
+    ]
+    assert by_alpha == sorted(by_alpha)
+    for name in ("scores.csv", "report.html", "provenance.json"):
+        assert (out / name).stat().st_size > 0
+        assert str(out / name).replace("\n", "") in first.stdout.replace("\n", "")
+
+    again = _study(config, out)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "0 rows generated" in again.stdout
+    assert "Engine started" not in again.stderr
