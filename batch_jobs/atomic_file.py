@@ -25,6 +25,5 @@ def write_atomically(path: Path, text: str) -> None:
         # mkstemp makes private files; a report is meant to be read by whoever may read the folder
         part.chmod(0o644)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        part.unlink(missing_ok=True)  # gone already, unless something failed on the way
