@@ -51,8 +51,7 @@ class Direction:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise MalformedSpec(
                 f"direction name is {self.name!r}; allowed: 1 to 128 letters, digits and . _ : / + -, the first a "
-                "letter "
-                "or digit. Rename it."
+                "letter or digit. Rename it."
             )
         if isinstance(self.layer, bool) or not isinstance(self.layer, int | np.integer) or self.layer < 0:
             raise MalformedSpec(f"direction {self.name!r} has layer {self.layer!r}; allowed: a whole number from 0.")
@@ -78,8 +77,7 @@ class Direction:
         if not np.isfinite(vector).all():
             raise BadVector(
                 f"direction {self.name!r} has {np.count_nonzero(~np.isfinite(vector))} values that are NaN or "
-                "infinite; "
-                "allowed: finite float32 values. Extract it again."
+                "infinite; allowed: finite float32 values. Extract it again."
             )
         if not vector.any():
             raise BadVector(

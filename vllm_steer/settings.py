@@ -110,8 +110,7 @@ def steer_config(
     if plugins is not None and CONFIG_KEY not in plugins.split(","):
         raise SettingsError(
             f"VLLM_PLUGINS is {plugins!r}, which keeps this plugin from loading, so the engine would not steer; "
-            "allowed: "
-            f"unset, or a list with {CONFIG_KEY}. Add it."
+            f"allowed: unset, or a list with {CONFIG_KEY}. Add it."
         )
     given = () if directions is None else directions
     files = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)

@@ -52,8 +52,7 @@ def family_of(architecture: str) -> Family:
     if architecture not in FAMILIES:
         raise UnsupportedModel(
             f"the model's architecture is {architecture}; steering is exact for: {', '.join(sorted(FAMILIES))}. Use "
-            "one of "
-            "these, or start the engine without steer_config."
+            "one of these, or start the engine without steer_config."
         )
     return FAMILIES[architecture]
 
@@ -73,8 +72,7 @@ def attach(model: nn.Module, family: Family, layers: tuple[int, ...], buffers: S
         if type(block).__name__ != family.layer_class:
             raise UnsupportedModel(
                 f"layer {layer} of this {family.architecture} is a {type(block).__name__}; allowed: "
-                f"{family.layer_class}. "
-                "Load the model with vLLM's own implementation (model_impl='vllm')."
+                f"{family.layer_class}. Load the model with vLLM's own implementation (model_impl='vllm')."
             )
         block.add_module("vllm_steer", buffers.layer(index))
         block.register_forward_hook(_HOOKS[family.convention])

@@ -125,8 +125,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
         (i, j), reason = next(iter(reasons.items()))
         raise ReadoutUnavailable(
             f"{len(reasons)} of {len(samples)} readouts cannot be given; the first, sample {j} of prompt {i}: "
-            f"{reason}. The others "
-            "are in this error's results.",
+            f"{reason}. The others are in this error's results.",
             results,
             reasons,
         )

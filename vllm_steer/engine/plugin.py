@@ -33,8 +33,7 @@ def register() -> None:
     else:
         config.install(
             f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {SUPPORTED}x. Install "
-            f"vllm=={SUPPORTED}*, "
-            "or start without steer_config."
+            f"vllm=={SUPPORTED}*, or start without steer_config."
         )
     _registered = True
 

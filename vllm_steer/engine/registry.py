@@ -58,8 +58,7 @@ class DirectionRegistry:
         if len(new) > len(self._free):
             raise BankFull(
                 f"{len(new)} new directions, and {len(self._free)} of {self.capacity} slots are free; start the "
-                "engine with "
-                "steer_config(max_directions=...) larger."
+                "engine with steer_config(max_directions=...) larger."
             )
         writes = []
         for direction in new:

@@ -92,8 +92,7 @@ class Admission:
         if layer not in self._index_of:
             raise LayerNotHooked(
                 f"layer {layer} is not hooked; hooked: {list(self.settings.layers)}. Choose one of these, or start "
-                "the engine "
-                "with steer_config(layers=[...]) naming it."
+                "the engine with steer_config(layers=[...]) naming it."
             )
         return self._index_of[layer]
 
@@ -111,8 +110,7 @@ class Admission:
         if steering.op != "add" and not direction.is_unit:
             raise BadOp(
                 f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
-                "or a unit "
-                "direction. Register Direction(...).normalised()."
+                "or a unit direction. Register Direction(...).normalised()."
             )
         return steering, layer, direction
 
@@ -126,8 +124,7 @@ class Admission:
             if layers.count(layer) > self.settings.max_entries:
                 raise TooManyEntries(
                     f"{layers.count(layer)} entries at layer {layer}; allowed: {self.settings.max_entries}. Add the "
-                    "directions up, or "
-                    "start the engine with steer_config(max_entries=...) larger."
+                    "directions up, or start the engine with steer_config(max_entries=...) larger."
                 )
 
     def _readout(self, readout: Readout, prompt_len: int) -> ResolvedReadout:
@@ -146,8 +143,7 @@ class Admission:
         if readout.span != "generated" and readout.skip_first >= prompt_len:
             raise BadReadout(
                 f"skip_first is {readout.skip_first} and the prompt has {prompt_len} tokens; allowed: fewer than "
-                "the prompt has. "
-                "Lower it."
+                "the prompt has. Lower it."
             )
         first = prompt_len if readout.span == "generated" else readout.skip_first
         end = prompt_len if readout.span == "prompt" else None
@@ -171,8 +167,7 @@ def admission_of(processor: InputProcessor) -> Admission:
         if settings is None:
             raise NotConfigured(
                 "this engine was started without steer_config, so it has no hooks; allowed: unsteered requests. "
-                "Start it with "
-                "additional_config=steer_config(layers=[...])."
+                "Start it with additional_config=steer_config(layers=[...])."
             )
         admission = Admission(settings, processor.model_config.get_hidden_size())
         setattr(processor, _ATTRIBUTE, admission)
@@ -188,16 +183,15 @@ def install() -> None:
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         extra = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
-        if not extra.keys() & {WIRE_KEY, RESOLVED_KEY}:
-            request = original(self, request_id, prompt, params, *args, **kwargs)
-            with _translated():
-                _check_salt(request)
-            return request
         with _translated():
             if RESOLVED_KEY in extra:
                 raise UnknownField(
                     f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
                 )
+            if WIRE_KEY not in extra:
+                request = original(self, request_id, prompt, params, *args, **kwargs)
+                _check_salt(request)
+                return request
             admission = admission_of(self)
             spec = RequestSpec.loads(extra[WIRE_KEY])
             if kwargs.get("resumable"):
@@ -222,8 +216,7 @@ def install() -> None:
         if WIRE_KEY in extra and RESOLVED_KEY not in extra:
             raise MalformedSpec(
                 "an EngineCoreRequest made by hand came with a steering spec, which nothing has checked; allowed: "
-                "prompts "
-                "with SamplingParams. Pass these."
+                "prompts with SamplingParams. Pass these."
             )
         assign(request)
 
@@ -258,8 +251,7 @@ def _check_salt(request: Any) -> None:
     if request.cache_salt and request.cache_salt.startswith(SALT_PREFIX):
         raise MalformedSpec(
             f"cache_salt starts with {SALT_PREFIX!r}, which marks the blocks of steered requests; allowed: any "
-            "other salt. "
-            "Choose one."
+            "other salt. Choose one."
         )
 
 

@@ -24,8 +24,7 @@ _NAME = "steer_and_read"
 # would be removed by the compiler.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
-    "entry_ab, "
-    "Tensor accumulator_of_token, Tensor keep, Tensor last_token, Tensor(b!) sums, Tensor(c!) last, "
+    "entry_ab, Tensor accumulator_of_token, Tensor keep, Tensor last_token, Tensor(b!) sums, Tensor(c!) last, "
     "Tensor trace_slot, Tensor(d!) trace, Tensor flags) -> ()"
 )
 
