@@ -1,22 +1,25 @@
 # Every target sets the project up first; a set-up that is already there costs a fraction of a second.
 #   make demo        the demo study on the demo model, from a bare machine
 #   make test        the whole test suite
+#   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make setup ENGINE=cuda PYTHON=python3.12     another engine, another interpreter
 
 PYTHON ?= python3
 ENGINE ?= cpu
 
 BIN := .venv/bin
+# A file's tests share an engine, so a file stays in one process; conftest.py groups them and puts the long ones first.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # No usage reports from runs of this project's own tests and demo.
 export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast lint types check format clean
+.PHONY: help setup demo demo-model test test-fast conformance lint types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | conformance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -27,11 +30,16 @@ demo-model: setup
 demo: demo-model
 	$(BIN)/vllm-steer study run configs/studies/demo.yaml
 
+# Two engines at once, each in a process of its own. Ray wants the machine for itself.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" $(PARALLEL)
+	$(BIN)/python -m pytest -m ray
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+conformance: setup
+	$(BIN)/python -m pytest -m conformance --conformance docs/conformance.md $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

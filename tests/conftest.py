@@ -1,5 +1,8 @@
 """What every test may rely on: vLLM's environment, the demo model, and where the paper's data may lie.
 
+It also says which tests share a process when the suite runs in several, and hands a run's claims to the conformance
+matrix.
+
 The environment is set at import, before anything can import vLLM, which reads some of it only once.
 """
 
@@ -11,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.conformance import ConformanceMatrix, put_claims_on
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = PROJECT_ROOT.parent / "shared" / "paper" / "data"
@@ -33,6 +38,33 @@ os.environ.update(
 )
 # Plugins are found the way a user's process finds them, whatever the caller's shell filters.
 os.environ.pop("VLLM_PLUGINS", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance", type=Path, metavar="FILE", help="write what the run has shown to a Markdown file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    target = config.getoption("--conformance")
+    if target is not None and not hasattr(config, "workerinput"):  # the process that all reports come to
+        config.pluginmanager.register(ConformanceMatrix(target))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    put_claims_on(items)
+    # One engine a file, one server for all of its tests. What takes long begins first, or one process ends up alone
+    # with it; a file stays in one piece.
+    turns: dict[Path, int] = {}
+    for item in items:
+        turns[item.path] = min(_turn(item), turns.get(item.path, _turn(item)))
+        group = "server" if item.get_closest_marker("server") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: turns[item.path])
+
+
+def _turn(item: pytest.Item) -> int:
+    marks = [item.get_closest_marker(name) is not None for name in ("server", "slow", "engine")]
+    return marks.index(True) if any(marks) else len(marks)
 
 
 def pytest_unconfigure() -> None:

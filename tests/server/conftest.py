@@ -67,6 +67,7 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = (
         "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--additional-config", json.dumps({"vllm_steer": settings}),
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
     )  # fmt: skip
     with running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer") as url:
         yield ServedModel(url, model, directions)

@@ -38,7 +38,8 @@ FIELDS = pytest.mark.parametrize(
 
 # Spelled out, so that a random model has no room for white space without end, which JSON allows anywhere.
 ANSWERS = [{"mood": "kind", "tags": ["a", "b"]}, {"mood": "cold", "tags": []}, 7, "neither"]
-TOOL = {"type": "function", "function": {"name": "answer", "parameters": {"type": "object", "properties": {}}}}
+ARGUMENTS = [{"mood": "kind"}, {"mood": "cold"}]
+TOOL = {"type": "function", "function": {"name": "answer", "strict": True, "parameters": {"enum": ARGUMENTS}}}
 NAMED = {"type": "function", "function": {"name": "answer"}}
 
 
@@ -88,16 +89,40 @@ def test_a_chat_that_offers_tools_and_forbids_them_is_an_ordinary_one(
     assert _content(reply) == _content(_chat(server, **fields))
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", NAMED], ids=["auto", "required", "named"])
-def test_a_tool_choice_without_a_tool_parser_is_refused_by_vllm_in_the_same_words(
-    server: httpx.Client, choice: object
-) -> None:
-    stock = _chat(server, tools=[TOOL], tool_choice=choice)
-    assert stock.status_code == 400, stock.text
-    assert "--tool-call-parser" in stock.json()["error"]["message"]
-    for fields in (STRONG, {**STRONG, **READ}, {"model": ALIAS}, {**STRONG, "stream": True}):
-        refused = _chat(server, tools=[TOOL], tool_choice=choice, **fields)
-        assert (refused.status_code, refused.json()) == (stock.status_code, stock.json())
+@FIELDS
+def test_a_tool_that_must_be_called_is_called(server: httpx.Client, fields: dict[str, Any]) -> None:
+    reply = _chat(server, tools=[TOOL], tool_choice=NAMED, **fields)
+    assert reply.status_code == 200, reply.text
+    (told,) = reply.json()["choices"]
+    (call,) = told["message"].get("tool_calls") or [reply.text]
+    assert call["function"]["name"] == "answer"
+    assert json.loads(call["function"]["arguments"]) in ARGUMENTS
+    assert ("readout" in told) == ("readout" in fields)
+
+    streamed = _chat(server, tools=[TOOL], tool_choice=NAMED, stream=True, **fields)
+    deltas, readouts = _deltas(streamed)
+    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls") or ()]
+    assert "".join(one.get("name") or "" for one in calls) == "answer"
+    arguments = "".join(one.get("arguments") or "" for one in calls)  # a whole reply is spaced out by vLLM
+    assert json.loads(arguments) == json.loads(call["function"]["arguments"])
+    expected = [told["readout"]["num_tokens"]] if "readout" in fields else []
+    assert [readout["num_tokens"] for readout in readouts] == expected
+
+
+@FIELDS
+def test_a_tool_that_may_be_called_leaves_the_text_as_it_is(server: httpx.Client, fields: dict[str, Any]) -> None:
+    # A random model never writes a call, so this is what it says to the prompt that offers the tool.
+    offered = _chat(server, tools=[TOOL], tool_choice="auto", **fields)
+    assert _content(offered) == _content(_chat(server, tools=[TOOL], tool_choice="none", **fields))
+
+
+def _deltas(reply: httpx.Response) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The deltas of a streamed chat of one choice, and the readouts that came with them."""
+    assert reply.status_code == 200, reply.text
+    events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    return [one["delta"] for one in choices], [one["readout"] for one in choices if one.get("readout")]
 
 
 @FIELDS

@@ -1,0 +1,148 @@
+"""The conformance matrix: what the tests of one run have shown, feature by family of models.
+
+A test claims a cell with ``@pytest.mark.conformance(feature, family=..., refused=False)``; without ``family`` it is the
+test's parameter of that name. A cell says ``exact`` or ``refused`` only if a test that claims it passed in this very
+run, and ``fails`` if one failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROPERTY = "conformance"
+EXACT, REFUSED, FAILS, NOT_RUN = "exact", "refused", "fails", "not run"
+_LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
+# What has no test that could run on a machine without an accelerator, and why.
+NEVER_RUN = {
+    "CUDA graphs": "need an NVIDIA GPU; the op is written for them, and the CPU engine has none",
+    "V2 model runner": "needs an accelerator with Triton; its adapter is unit-tested, with fakes of vLLM's batches",
+    "asynchronous scheduling": "vLLM switches it off on the CPU; its token too many is unit-tested",
+}
+OTHER_FAMILIES = (
+    "`not run` beside an `exact` of the same row: the feature acts in the scheduler or the front end, which do not "
+    "know the family of the model, and is tested on the families that the row names."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a passing test shows."""
+
+    feature: str
+    family: str
+    verdict: str
+
+
+class ConformanceMatrix:
+    """Collects the outcomes of a run.
+
+    Args:
+        target: the Markdown file to write at the end.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self._seen: dict[tuple[str, str], dict[str, str]] = {}  # cell -> outcome -> why, "" where it needs no reason
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        claims = [Claim(**value) for name, value in report.user_properties if name == PROPERTY]  # type: ignore[arg-type]
+        for claim in claims:
+            outcomes = self._seen.setdefault((claim.feature, claim.family), {})
+            if report.failed:
+                outcomes[FAILS] = report.nodeid
+            elif report.skipped:
+                outcomes[NOT_RUN] = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            elif report.when == "call":
+                outcomes[claim.verdict] = ""
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.target.write_text(self.markdown(), encoding="utf-8")
+        terminalreporter.section("conformance")
+        terminalreporter.write(self.letters())
+        terminalreporter.write_line(f"\n{self.target} says it in words.")
+
+    @property
+    def families(self) -> list[str]:
+        return list(dict.fromkeys(family for _, family in self._seen))
+
+    @property
+    def features(self) -> list[str]:
+        return list(dict.fromkeys(feature for feature, _ in self._seen))
+
+    def cell(self, feature: str, family: str) -> str:
+        """The verdict on a feature for a family, with both words where some of it is exact and some refused."""
+        outcomes = self._seen.get((feature, family), {})
+        if FAILS in outcomes:
+            return FAILS
+        return " + ".join(verdict for verdict in (EXACT, REFUSED) if verdict in outcomes) or NOT_RUN
+
+    def reasons(self) -> Iterator[tuple[str, str]]:
+        """(what, why) of all that did not run or failed."""
+        for (feature, family), outcomes in self._seen.items():
+            if self.cell(feature, family) in (FAILS, NOT_RUN):
+                yield f"{feature}, {family}", outcomes.get(FAILS) or outcomes.get(NOT_RUN) or "skipped"
+        yield from NEVER_RUN.items()
+
+    def markdown(self) -> str:
+        """The matrix as a document."""
+        rows = [
+            ["", *self.families],
+            ["---"] * (len(self.families) + 1),
+            *([feature, *(self.cell(feature, family) for family in self.families)] for feature in self.features),
+        ]
+        lines = [
+            "# Conformance",
+            "",
+            "Made by `make conformance` from its test run; not to be edited. `exact`: steering and readout equal their "
+            "float32 reference there. `refused`: asked for, it is refused by name.",
+            "",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            OTHER_FAMILIES,
+            "",
+            "Not run at all, or failed:",
+            "",
+            *(f"- {what}: {why}" for what, why in self.reasons()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def letters(self) -> str:
+        """The matrix for a terminal: a column a family, its name from top to bottom."""
+        width = max(map(len, self.features), default=0)
+        header = [
+            " " * width + "".join(f" {letter}" for letter in letters)
+            for letters in zip_longest(*self.families, fillvalue=" ")
+        ]
+        rows = [
+            feature.ljust(width) + "".join(f" {self._letter(feature, family)}" for family in self.families)
+            for feature in self.features
+        ]
+        legend = ["E exact, R refused, B some of each, F fails, . not run"]
+        legend += [f"not run: {what}: {why}" for what, why in self.reasons()]
+        return "\n".join((*header, *rows, "", *legend)) + "\n"
+
+    def _letter(self, feature: str, family: str) -> str:
+        return _LETTERS.get(self.cell(feature, family), "B")
+
+
+def put_claims_on(items: Iterable[pytest.Item]) -> None:
+    """Turn the markers of collected tests into properties of their reports, which also reach another process."""
+    for item in items:
+        for marker in item.iter_markers("conformance"):
+            item.user_properties.append((PROPERTY, _claim(item, *marker.args, **marker.kwargs)))  # type: ignore[arg-type]
+
+
+def _claim(item: pytest.Item, feature: str, family: str | None = None, refused: bool = False) -> dict[str, str]:
+    if family is None:
+        call: Any = getattr(item, "callspec", None)
+        if call is None or "family" not in call.params:
+            raise pytest.UsageError(f"{item.nodeid} claims {feature!r} for no family; give family=, or parametrise it.")
+        family = str(call.params["family"])
+    return {"feature": feature, "family": family, "verdict": REFUSED if refused else EXACT}
