@@ -16,10 +16,10 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast conformance lint types check format clean
+.PHONY: help setup demo demo-model test test-fast conformance compat lint types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | conformance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -40,6 +40,10 @@ test-fast: setup
 
 conformance: setup
 	$(BIN)/python -m pytest -m conformance --conformance docs/conformance.md $(PARALLEL)
+
+# Against the source of a release that need not be installed: make compat VLLM=0.33.0
+compat: setup
+	$(BIN)/python -m tests.compat.check $(VLLM)
 
 lint: setup
 	$(BIN)/ruff check .

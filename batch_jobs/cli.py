@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batch_jobs import cli_pairs, cli_study
+from batch_jobs import cli_doctor, cli_pairs, cli_study
 from vllm_steer.errors import SteerError
 from vllm_steer.schema import Steering
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_study.app, name="study")
 app.add_typer(cli_pairs.app, name="pairs")
+app.command("doctor")(cli_doctor.doctor)
 
 
 @app.command("score")

@@ -21,8 +21,8 @@ _LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
 # What has no test that could run on a machine without an accelerator, and why.
 NEVER_RUN = {
     "CUDA graphs": "need an NVIDIA GPU; the op is written for them, and the CPU engine has none",
-    "V2 model runner": "needs an accelerator with Triton; its adapter is unit-tested, with fakes of vLLM's batches",
-    "asynchronous scheduling": "vLLM switches it off on the CPU; its token too many is unit-tested",
+    "V2 model runner on an accelerator": "needs one; on a CPU it ran with Triton's interpreter, see its row",
+    "sleep that frees memory": "needs a GPU; vLLM's CPU worker ignores sleep",
 }
 OTHER_FAMILIES = (
     "`not run` beside an `exact` of the same row: the feature acts in the scheduler or the front end, which do not "

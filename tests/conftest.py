@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ConformanceMatrix(target))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
     # One engine a file, one server for all of its tests. What takes long begins first, or one process ends up alone

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_steer.directions import Direction, load_directions, save_directions
+    from vllm_steer.engine.doctor import Diagnosis, diagnose
     from vllm_steer.engine.offline import (
         abandon_requests,
         close_llm,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Direction",
     "Readout",
     "ReadoutResult",
@@ -35,6 +37,7 @@ __all__ = [
     "abandon_requests",
     "close_llm",
     "collect_readouts",
+    "diagnose",
     "load_directions",
     "load_llm",
     "register_directions",
@@ -52,6 +55,8 @@ _HOME = {
     "ReadoutResult": "vllm_steer.schema",
     "Steering": "vllm_steer.schema",
     "steer_config": "vllm_steer.settings",
+    "Diagnosis": "vllm_steer.engine.doctor",
+    "diagnose": "vllm_steer.engine.doctor",
     "abandon_requests": "vllm_steer.engine.offline",
     "close_llm": "vllm_steer.engine.offline",
     "collect_readouts": "vllm_steer.engine.offline",

@@ -19,8 +19,9 @@ class SteerBuffers:
     """All tensors of one worker.
 
     Args:
-        num_layers, hidden_size, max_tokens, max_requests, max_entries, max_directions, trace_columns: L, D, T, A = R/2,
-            E, S, K.
+        num_layers, hidden_size, max_tokens, max_requests, max_entries, max_directions, trace_columns: L, D, T, R/2, E,
+            S, K.
+        max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
         device: where the model runs.
     """
 
@@ -35,8 +36,9 @@ class SteerBuffers:
         max_directions: int,
         trace_columns: int,
         device: torch.device,
+        max_drafts: int = 0,
     ) -> None:
-        rows = 2 * max_requests
+        rows, accumulators = 2 * max_requests, max_requests * (1 + max_drafts)
 
         def table(*shape: int, dtype: torch.dtype, fill: float) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -44,15 +46,15 @@ class SteerBuffers:
         self.bank_SD = table(max_directions, hidden_size, dtype=torch.float32, fill=0)
         self.row_of_token = table(max_tokens, dtype=torch.int32, fill=-1)
         self.accumulator_of_token = table(max_tokens, dtype=torch.int32, fill=-1)
-        self.keep_A = table(max_requests, dtype=torch.float32, fill=1)
-        self.last_token_A = table(max_requests, dtype=torch.int32, fill=-1)
+        self.keep_A = table(accumulators, dtype=torch.float32, fill=1)
+        self.last_token_A = table(accumulators, dtype=torch.int32, fill=-1)
         self.flags_L3 = table(num_layers, 3, dtype=torch.int32, fill=0)
         self.entry_slot_LRE = table(num_layers, rows, max_entries, dtype=torch.int32, fill=-1)
         self.entry_ab_LRE2 = table(num_layers, rows, max_entries, 2, dtype=torch.float32, fill=0)
         # One tensor a layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
-        accumulator = (max_requests, hidden_size)
-        self.sums_L_AD = [table(*accumulator, dtype=torch.float32, fill=0) for _ in range(num_layers)]
-        self.last_L_AD = [table(*accumulator, dtype=torch.float32, fill=0) for _ in range(num_layers)]
+        shape_AD = (accumulators, hidden_size)
+        self.sums_L_AD = [table(*shape_AD, dtype=torch.float32, fill=0) for _ in range(num_layers)]
+        self.last_L_AD = [table(*shape_AD, dtype=torch.float32, fill=0) for _ in range(num_layers)]
         self.trace_slot_LK = table(num_layers, trace_columns, dtype=torch.int32, fill=-1)
         # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
         self.trace_TK = table(max_tokens, trace_columns, dtype=torch.float32, fill=0)
@@ -63,7 +65,14 @@ class SteerBuffers:
         return HookPoint(self, index)
 
     def write(self, plan: StepPlan) -> None:
-        """Copy a step's tables to the device; what the step does not cover is marked untouched."""
+        """Copy a step's tables to the device; what the step does not cover is marked untouched.
+
+        Draft tokens of earlier steps that turned out to be accepted are added to their sums, once a plan.
+        """
+        if plan.accepted:
+            into_N, draft_N = torch.tensor(plan.accepted).T.to(self.keep_A.device, non_blocking=True)
+            for sums_AD in self.sums_L_AD:
+                sums_AD.index_add_(0, into_N, sums_AD[draft_N])
         tokens = plan.num_tokens
         _copy(self.row_of_token[:tokens], plan.row_of_token_T)
         _copy(self.accumulator_of_token[:tokens], plan.accumulator_of_token_T)

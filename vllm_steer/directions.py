@@ -17,11 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
+from vllm_steer.gguf_file import GgufFile
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
 _LAYER = r"(0|[1-9][0-9]{0,5})"  # one spelling a number, so that no two keys of a file can mean the same
 _METADATA_KEY = "vllm_steer"
 _FORMAT = 1
+_MOST_QUOTED = 200  # characters of a file's content in a message
+_NPY_ERRORS = (
+    *(ValueError, OSError, EOFError, TypeError, OverflowError),
+    # What NumPy's parser of the header gives for text that is no Python literal, or nested too deeply.
+    *(SyntaxError, tokenize.TokenError, MemoryError, RecursionError),
+)
 
 # float16 files of unit vectors come back with norms off by up to 1e-3 (half an ulp, summed over some thousand
 # elements); anything beyond ten times that was not meant to be a unit vector.
@@ -50,8 +57,8 @@ class Direction:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise MalformedSpec(
-                f"direction name is {self.name!r}; allowed: 1 to 128 letters, digits and . _ : / + -, the first a "
-                "letter or digit. Rename it."
+                f"direction name is {self.name!r:.{_MOST_QUOTED}}; allowed: 1 to 128 letters, digits and . _ : / + -, "
+                "the first a letter or digit. Rename it."
             )
         if isinstance(self.layer, bool) or not isinstance(self.layer, int | np.integer) or self.layer < 0:
             raise MalformedSpec(f"direction {self.name!r} has layer {self.layer!r}; allowed: a whole number from 0.")
@@ -124,7 +131,7 @@ def load_directions(path: str | os.PathLike[str], name: str | None = None, layer
         BadVector: a vector that is not finite, not one-dimensional, or zero.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path.is_file would raise for a name that is too long
         raise BadDirectionFile(f"no direction file at {file}; give the path of a .safetensors, .npy or .gguf file.")
     if file.suffix == ".safetensors":
         found = _read_safetensors(file)
@@ -134,7 +141,7 @@ def load_directions(path: str | os.PathLike[str], name: str | None = None, layer
                 f"{file} is a .npy file, which stores neither name nor layer; call load_directions(path, name=..., "
                 "layer=...)."
             )
-        found = [Direction(name, layer, _read_npy(file))]
+        found = [_stored(file, name, layer, _read_npy(file))]
     elif file.suffix == ".gguf":
         found = _read_gguf(file, name)
     else:
@@ -177,19 +184,33 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
 
 def _read_npy(file: Path) -> npt.NDArray[np.float32]:
     try:
+        with file.open("rb") as opened:
+            start = opened.read(12)
+        # From version 2 on, NumPy reserves the 4 GiB that a header's length can claim before it reads the header.
+        if start[6:7] > b"\x01" and int.from_bytes(start[8:], "little") > file.stat().st_size:
+            raise ValueError("its header is longer than the file")
         # open_memmap and not load: load would take a zip archive for an .npz, and a header for the space it claims.
-        vector = np.lib.format.open_memmap(file, mode="r")  # type: ignore[no-untyped-call]  # no annotations in NumPy
-    except (ValueError, OSError, EOFError, TypeError, OverflowError, SyntaxError, tokenize.TokenError) as error:
-        # The last two are what NumPy's parser of the header gives for text that is no Python literal.
-        raise BadDirectionFile(f"{file} is not a readable .npy array ({error}); save it with numpy.save.") from None
+        with np.errstate(over="ignore"):  # of a size that no file has, which NumPy then refuses
+            vector = np.lib.format.open_memmap(file, mode="r")  # type: ignore[no-untyped-call]  # not annotated
+    except _NPY_ERRORS as error:
+        raise BadDirectionFile(
+            f"{file} is not a readable .npy array ({_said(error)}); save it with numpy.save."
+        ) from None
     if vector.dtype.kind not in "fiu":
         raise BadDirectionFile(f"{file} holds {vector.dtype}; allowed: an array of real numbers. Convert it.")
     return np.asarray(vector)
 
 
-def _stored(file: Path, name: str, layer: str, vector: npt.NDArray[np.float32]) -> Direction:
+def _said(error: Exception) -> str:
+    """What a library says of a file, in one line; it may quote all of the file."""
+    return " ".join(str(error).split())[:_MOST_QUOTED]
+
+
+def _stored(file: Path, name: str, layer: int, vector: npt.NDArray[np.floating]) -> Direction:
     try:
-        return Direction(name, int(layer), vector)
+        return Direction(name, layer, vector)
+    except BadVector as error:
+        raise BadVector(f"{file}: {error}") from None
     except MalformedSpec as error:
         raise BadDirectionFile(f"{file}: {error}") from None
 
@@ -205,9 +226,10 @@ def _read_safetensors(file: Path) -> list[Direction]:
                 name, _, layer = key.rpartition("@")
                 if re.fullmatch(_LAYER, layer) is None:
                     raise BadDirectionFile(
-                        f"{file} has a tensor named {key!r}; allowed: name@layer, layer a whole number. Rename it."
+                        f"{file} has a tensor named {key!r:.{_MOST_QUOTED}}; allowed: name@layer, layer a whole "
+                        "number. Rename it."
                     )
-                found.append(_stored(file, name, layer, tensors.get_tensor(key)))
+                found.append(_stored(file, name, int(layer), tensors.get_tensor(key)))
                 if written.get(key, found[-1].content_hash) != found[-1].content_hash:
                     raise BadDirectionFile(
                         f"{file} holds other values for {key!r} than were written (its SHA-256 differs). Copy it again."
@@ -215,7 +237,7 @@ def _read_safetensors(file: Path) -> list[Direction]:
     except (SafetensorError, TypeError, AttributeError, OSError) as error:
         # The NumPy framework gives TypeError or AttributeError for dtypes that NumPy lacks (bfloat16, float8).
         raise BadDirectionFile(
-            f"{file} is not a readable safetensors file of float16 or float32 vectors ({error}); write it with "
+            f"{file} is not a readable safetensors file of float16 or float32 vectors ({_said(error)}); write it with "
             "save_directions."
         ) from None
     return found
@@ -226,9 +248,9 @@ def _written_hashes(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     try:
         noted = json.loads(metadata.get(_METADATA_KEY, "{}")).get("directions", {})
         return {key: about["sha256"] for key, about in noted.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BadDirectionFile(
-            f"{file} has unreadable metadata ({error!r}); write it again with save_directions."
+            f"{file} has unreadable metadata ({_said(error)}); write it again with save_directions."
         ) from None
 
 
@@ -245,27 +267,18 @@ def _write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
 
 def _read_gguf(file: Path, name: str | None) -> list[Direction]:
     """llama.cpp / repeng layout: tensors ``direction.N``, N the 0-based block whose output the vector is added to."""
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(str(file))
-        stored = reader.get_field(f"{_METADATA_KEY}.name")
-        stored_name = None if stored is None else str(stored.contents())
-    except (ValueError, OSError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise BadDirectionFile(f"{file} is not a readable GGUF file ({error}); export it again.") from None
+        stored = GgufFile(file)
+        vectors = {
+            int(match.group(1)): stored.values(tensor)
+            for tensor in stored.tensors
+            if (match := re.fullmatch(rf"direction\.{_LAYER}", tensor.name)) is not None
+        }
+    except (ValueError, OSError) as error:
+        raise BadDirectionFile(f"{file} is not a readable GGUF file ({_said(error)}); export it again.") from None
     if name is None:
-        name = file.stem if stored_name is None else stored_name
-    found = []
-    for tensor in reader.tensors:
-        match = re.fullmatch(rf"direction\.{_LAYER}", tensor.name)
-        if match is None:
-            continue
-        if tensor.data.dtype not in (np.float32, np.float16):
-            raise BadDirectionFile(
-                f"{file} stores {tensor.name} as {tensor.tensor_type.name}; allowed: F32 or F16. Export it unquantised."
-            )
-        found.append(_stored(file, name, match.group(1), np.asarray(tensor.data)))
-    return found
+        name = stored.texts.get(f"{_METADATA_KEY}.name", file.stem)
+    return [_stored(file, name, layer, vector) for layer, vector in vectors.items()]
 
 
 def _write_gguf(file: Path, directions: Sequence[Direction]) -> None:

@@ -26,6 +26,8 @@ from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpe
 
 SCHEMA_VERSION = 1
 WIRE_KEY = "vllm_steer"
+STEERED_HEADER = "x-vllm-steer"
+"""Stands in an HTTP reply whose request's steering and readout were looked at; its value is the schema's version."""
 
 Op = Literal["add", "ablate", "set"]
 Span = Literal["prompt", "generated", "all"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import registry
 
 from tests.engine.hf_reference import Reference
 from tests.engine.tiny_models import save_tiny_model
@@ -54,6 +55,14 @@ def open_engine(
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()  # also after a refused start, or the next engine finds the old process group
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _model_classes_looked_at_in_this_process() -> Iterator[None]:
+    """vLLM asks a process of its own what a model class can do, to leave CUDA alone: ten seconds a family."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
 
 
 @pytest.fixture(scope="session", name="open_engine")

@@ -39,6 +39,16 @@ class ReferenceRun:
     prompt_len: int
     streams: dict[int, npt.NDArray[np.float32]]
 
+    def first(self, count: int) -> ReferenceRun:
+        """The same run, had it ended with its token number `count` (from 1)."""
+        return ReferenceRun(
+            tokens=self.tokens[:count],
+            top2_gaps=self.top2_gaps[:count],
+            logprobs=self.logprobs[:count],
+            prompt_len=self.prompt_len,
+            streams={layer: stream[: self.prompt_len + count - 1] for layer, stream in self.streams.items()},
+        )
+
     def rows(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
         """float64 (t, D): the rows of the stream at `layer` that a readout over `span` averages."""
         stream = self.streams[layer].astype(np.float64)
@@ -72,7 +82,9 @@ class Reference:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        body = self.model.base_model
+        body = self.model.get_decoder()
+        # An engine in this process that runs the same class gives it a __call__ for compilation, which asks for this.
+        body.do_not_compile = True
         blocks = body.layers if hasattr(body, "layers") else body.h
         for layer, block in enumerate(blocks):
             block.register_forward_hook(self._hook_for(layer))

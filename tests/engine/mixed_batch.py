@@ -254,10 +254,20 @@ def check_against_reference(
     **fields: Any,
 ) -> int:
     """Run `requests` and compare tokens, log-probabilities and readouts; the number of near ties excused."""
-    max_tokens = len(expected[0].tokens)
-    outs, reads = run(llm, requests, max_tokens=max_tokens, **fields)
+    outs, reads = run(llm, requests, max_tokens=len(expected[0].tokens), **fields)
+    return check_answers(reference, requests, expected, outs, [read for (read,) in reads])
+
+
+def check_answers(
+    reference: Reference,
+    requests: Sequence[Request],
+    expected: Sequence[ReferenceRun],
+    outs: Sequence[RequestOutput],
+    reads: Sequence[ReadoutResult | None],
+) -> int:
+    """Compare what came back, of one sample a request, with `expected`; the number of near ties excused."""
     excused = 0
-    for request, out, (read,), truth in zip(requests, outs, reads, expected, strict=True):
+    for request, out, read, truth in zip(requests, outs, reads, expected, strict=True):
         same = is_same_output(out, truth, request.label)
         excused += not same
         if not same:

@@ -51,10 +51,16 @@ class Workload:
         assert excused <= 2  # see test_parity
 
 
+# One for either way in which a block hands on the stream: (h, r) and a single tensor.
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
-def workload(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Workload:
-    # One family for either way in which a block hands on the stream: (h, r) and a single tensor.
-    checkpoint = tiny_model(request.param)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def workload(family: str, tiny_model: Callable[[str], Path]) -> Workload:
+    checkpoint = tiny_model(family)
     vectors = unit_vectors(LAYERS, HIDDEN_SIZE, seed=11)
     # Longer than several chunks of 16, and ending on both sides of block and chunk boundaries.
     prompts = random_prompts(VOCAB_SIZE, lengths=(31, 32, 33, 48, 79, 100), seed=12)
@@ -64,12 +70,14 @@ def workload(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) 
 
 
 @pytest.mark.slow
+@pytest.mark.conformance("chunked prefill")
 def test_prompts_prefilled_in_chunks_of_16_give_the_same(workload: Workload, open_engine: OpenEngine) -> None:
     with open_engine(workload.checkpoint, layers=LAYERS, max_num_batched_tokens=16, max_num_seqs=16) as llm:
         workload.check(llm)
 
 
 @pytest.mark.slow
+@pytest.mark.conformance("preemption")
 def test_preempted_requests_give_the_same(
     workload: Workload, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +99,7 @@ def test_preempted_requests_give_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workload", ["llama"], indirect=True)
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine(
     workload: Workload, open_engine: OpenEngine
 ) -> None:
@@ -106,6 +114,7 @@ def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine
 
 
 @pytest.mark.slow
+@pytest.mark.conformance("torch.compile")
 def test_a_compiled_engine_gives_the_same(workload: Workload, open_engine: OpenEngine) -> None:
     with open_engine(workload.checkpoint, layers=LAYERS, **COMPILED) as llm:
         workload.check(llm)

@@ -80,6 +80,7 @@ def assert_right(reference: Reference, out: RequestOutput, prompt: list[int], st
     assert is_same_output(out, expected, f"steering {[(e['name'], e['alpha'], e['span']) for e in steering]}")
 
 
+@pytest.mark.conformance("prefix caching", family="llama")
 def test_a_warm_cache_gives_every_request_its_own_uncached_output(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_warm_cache_gives_every_request_its_own_uncached_output(
         assert_right(reference, out, prompt, entries)
 
 
+@pytest.mark.conformance("prefix caching", family="llama")
 @pytest.mark.parametrize(
     "change",
     [{"alpha": 12.5}, {"alpha": -12.0}, {"op": "set"}, {"name": "bold"}, {"span": "generated"}],
@@ -133,6 +135,7 @@ def test_the_order_of_entries_at_a_layer_is_part_of_the_key(
     assert_right(reference, out, prompt, pair[::-1])
 
 
+@pytest.mark.conformance("prefix caching", family="llama")
 def test_steering_of_generated_tokens_shares_the_prompt_with_unsteered_requests(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:
@@ -144,6 +147,7 @@ def test_steering_of_generated_tokens_shares_the_prompt_with_unsteered_requests(
     assert answer(llm, prompt, [entry("bold", span="generated", alpha=-7.0)]).num_cached_tokens == PROMPT_BLOCKS
 
 
+@pytest.mark.conformance("multi-turn over the prefix cache", family="llama")
 def test_blocks_with_steered_generated_tokens_are_not_read_as_a_prompt(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:
@@ -160,6 +164,7 @@ def test_blocks_with_steered_generated_tokens_are_not_read_as_a_prompt(
     assert_right(reference, again, next_turn, steering)
 
 
+@pytest.mark.conformance("multi-turn over the prefix cache", family="llama")
 def test_the_next_turn_of_a_wholly_steered_conversation_hits_the_whole_history(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:
@@ -170,6 +175,7 @@ def test_the_next_turn_of_a_wholly_steered_conversation_hits_the_whole_history(
     assert_right(reference, out, next_turn, steering)
 
 
+@pytest.mark.conformance("prefix caching", family="llama")
 def test_a_direction_replaced_under_its_name_never_hits_the_kv_of_the_old_one(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry], vectors: Vectors
 ) -> None:

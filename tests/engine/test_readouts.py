@@ -171,6 +171,7 @@ def test_a_completion_that_stops_early_is_read_up_to_its_own_end(
     check_readout(read, request.readout, reference.replay(prompts[2], generated), request.label)
 
 
+@pytest.mark.conformance("n > 1", family="llama")
 def test_samples_of_one_prompt_have_readouts_of_their_own(
     llm: LLM, reference: Reference, prompts: list[list[int]], bold: Entry
 ) -> None:
@@ -267,9 +268,9 @@ def test_the_values_of_a_running_request_can_be_asked_for_as_they_come(
     engine.add_request("live", {"prompt_token_ids": prompt}, request.params(max_tokens=4))
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        (values,) = llm.collective_rpc("vllm_steer_traces", args=([("live", 0, len(seen[0]))],))[0]
-        assert isinstance(values, list)
-        seen = [known + new for known, new in zip(seen, values, strict=True)]
+        (live,) = llm.collective_rpc("vllm_steer_traces", args=([("live", 0, len(seen[0]))],))[0]
+        assert [name for name, _ in live] == TRACED
+        seen = [known + new for known, (_, new) in zip(seen, live, strict=True)]
         counts.append(len(seen[0]))
     assert counts == [32, 64, 70, 71, 72, 73]
     truth = reference.generate(prompt, 4)

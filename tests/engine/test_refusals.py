@@ -15,8 +15,9 @@ from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import OpenEngine
 from tests.engine.mixed_batch import unit_vectors
-from tests.engine.tiny_models import HIDDEN_SIZE, SUPPORTED_FAMILIES, UNSUPPORTED_FAMILY
+from tests.engine.tiny_models import HIDDEN_SIZE, REFUSED_FAMILIES, SUPPORTED_FAMILIES
 from vllm_steer import Direction, Readout, Steering, errors, register_directions, steer_config, steered
+from vllm_steer.engine.decoder_layers import family_of
 
 pytestmark = pytest.mark.engine
 
@@ -216,13 +217,30 @@ def test_a_readout_of_an_unhooked_layer_is_refused(llm: LLM) -> None:
 class TestAtStart:
     """Refusals of an engine's start, before weights are loaded. The running engine of this module is not disturbed."""
 
-    def test_an_unsupported_family_is_refused_by_name(self, tiny_model: Callable[[str], Path]) -> None:
-        with pytest.raises(errors.UnsupportedModel) as refusal:
-            LLM(str(tiny_model(UNSUPPORTED_FAMILY)), additional_config=steer_config(layers=[LAYER]))
-        message = str(refusal.value)
-        assert "StableLm" in message
-        for family in SUPPORTED_FAMILIES:
-            assert family in message.lower()
+    @pytest.mark.conformance("steering", refused=True)
+    @pytest.mark.conformance("readout", refused=True)
+    @pytest.mark.parametrize("family", REFUSED_FAMILIES)
+    def test_an_unsupported_family_is_refused_by_name(self, family: str, tiny_model: Callable[[str], Path]) -> None:
+        with pytest.raises(errors.UnsupportedModel, match="have not been compared") as refusal:
+            LLM(str(tiny_model(family)), additional_config=steer_config(layers=[LAYER]))
+        message = str(refusal.value).lower()
+        for named in (family, *SUPPORTED_FAMILIES):
+            assert named in message
+
+    @pytest.mark.parametrize(
+        ("architecture", "reason"),
+        [
+            ("DeepseekV4ForCausalLM", "several residual streams"),
+            ("InklingForCausalLM", "nowhere whole"),
+            ("TransformersForCausalLM", "model_impl='transformers'"),
+            ("Gemma3ForConditionalGeneration", "multimodal"),
+        ],
+    )
+    def test_an_architecture_that_cannot_be_exact_is_refused_with_the_reason(
+        self, architecture: str, reason: str
+    ) -> None:
+        with pytest.raises(errors.UnsupportedModel, match=rf"{architecture}: .*{re.escape(reason)}"):
+            family_of(architecture)
 
     def test_a_layer_that_the_model_lacks_is_refused(self, tiny_model: Callable[[str], Path]) -> None:
         with pytest.raises(errors.LayerNotHooked, match=r"layer 4; .* has layers 0 to 3"):

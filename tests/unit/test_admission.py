@@ -275,7 +275,7 @@ def test_remembered_readouts_are_bounded_and_the_oldest_go_first(
 ) -> None:
     monkeypatch.setattr("vllm_steer.engine.requests._REMEMBERED_READOUTS", 2)
     for name in ("a", "b", "a", "c"):
-        admission.remember(name)
+        admission.remember(name, Readout([8]))
     assert list(admission.asked) == ["b", "c"]
 
 

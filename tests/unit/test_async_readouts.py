@@ -29,7 +29,7 @@ class FakeEngine:
         if method == "vllm_steer_traces":
             if self.failure is not None:
                 return [[{"error": self.failure} for _ in samples]]
-            return [[[self.trace[start:]] for _, _, start in samples]]
+            return [[[("kind", self.trace[start:])] for _, _, start in samples]]
         values = np.array(self.trace, np.float32).tobytes()
         answer = {
             "num_tokens": len(self.trace), "layers": [2], "mean": None, "projections": [],
@@ -117,7 +117,7 @@ def test_a_trace_is_followed_while_its_sample_runs_and_only_its_news_are_asked(m
     async def run() -> list[list[float | None]]:
         live = live_traces.LiveTraces(engine)
         sample = exchange.sample("x", 0)
-        live.follow("x-unique", 0, ["kind"], sample)
+        live.follow("x-unique", 0, sample)
         seen = []
         for more in ([], [2.0, float("nan")]):
             engine.trace += more
@@ -141,7 +141,7 @@ def test_a_trace_that_failed_is_not_asked_for_again(monkeypatch: pytest.MonkeyPa
 
     async def run() -> None:
         live = live_traces.LiveTraces(engine)
-        live.follow("x", 0, ["kind"], Exchange().sample("x", 0))
+        live.follow("x", 0, Exchange().sample("x", 0))
         await asyncio.sleep(0.05)
 
     asyncio.run(run())

@@ -20,7 +20,7 @@ from vllm_steer import Direction, Readout, Steering
 from vllm_steer.client import AsyncSteerClient, Piece, ServerRefusal, ServerUnreachable, SteerClient
 from vllm_steer.client.replies import StreamEvents
 from vllm_steer.directions import load_directions
-from vllm_steer.errors import BadAlpha, DirectionChanged, MalformedSpec, UnknownDirection
+from vllm_steer.errors import BadAlpha, DirectionChanged, MalformedSpec, NotConfigured, UnknownDirection
 
 READOUT = {
     "num_tokens": 3,
@@ -64,7 +64,16 @@ def sse(events: list[dict[str, Any]]) -> httpx.Response:
 
 
 def client_of(answer: Callable[[httpx.Request], httpx.Response], **keys: str) -> SteerClient:
-    return SteerClient("http://server/v1/", "m", transport=httpx.MockTransport(answer), **keys)
+    return SteerClient("http://server/v1/", "m", transport=httpx.MockTransport(seen_by_the_plugin(answer)), **keys)
+
+
+def seen_by_the_plugin(answer: Callable[[httpx.Request], httpx.Response]) -> Callable[..., httpx.Response]:
+    def marked(request: httpx.Request) -> httpx.Response:
+        reply = answer(request)
+        reply.headers["X-Vllm-Steer"] = "1"
+        return reply
+
+    return marked
 
 
 def answering(reply: httpx.Response, seen: list[httpx.Request] | None = None) -> Callable[..., httpx.Response]:
@@ -135,7 +144,8 @@ def test_the_asynchronous_client_does_the_same() -> None:
                 return sse(STREAM)
             return httpx.Response(404, json={"error": {"message": "no kind", "type": "UnknownDirection"}})
 
-        async with AsyncSteerClient("http://server", "m", transport=httpx.MockTransport(answer)) as client:
+        transport = httpx.MockTransport(seen_by_the_plugin(answer))
+        async with AsyncSteerClient("http://server", "m", transport=transport) as client:
             check_pieces([piece async for piece in client.stream_chat("Hello")])
             with pytest.raises(UnknownDirection, match="no kind"):
                 await client.chat("Hello")
@@ -232,3 +242,27 @@ def test_a_direction_of_another_name_and_an_option_twice_are_refused_before_anyt
 
 def test_the_client_needs_no_engine() -> None:
     run_blocked("import vllm_steer.client", ("vllm", "torch", "ray", "transformers"))
+
+
+@pytest.mark.parametrize("asked", [{"steering": [Steering("kind", 2.0)]}, {"readout": Readout([12])}], ids=str)
+def test_an_answer_of_a_server_without_the_plugin_is_not_taken_for_a_steered_one(asked: dict[str, Any]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return sse(STREAM) if b'"stream"' in request.content else httpx.Response(200, json=CHAT_REPLY)
+
+    stock = httpx.MockTransport(answer)
+    with SteerClient("http://server", "m", transport=stock) as client:
+        assert client.chat("Hello").choices
+        assert client.chat("Hello", steering=[]).choices
+        with pytest.raises(NotConfigured, match="without looking at"):
+            client.chat("Hello", **asked)
+        with pytest.raises(NotConfigured, match="without looking at"):
+            list(client.stream_chat("Hello", **asked))
+
+    async def ask() -> None:
+        async with AsyncSteerClient("http://server", "m", transport=stock) as client:
+            with pytest.raises(NotConfigured, match="without looking at"):
+                await client.chat("Hello", **asked)
+            with pytest.raises(NotConfigured, match="without looking at"):
+                [piece async for piece in client.stream_chat("Hello", **asked)]
+
+    asyncio.run(ask())

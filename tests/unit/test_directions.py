@@ -1,10 +1,8 @@
-"""Direction files: values come back bit by bit, and a damaged file is refused and never crashes the reader."""
+"""Direction files: values come back bit by bit, and what a file cannot hold is refused."""
 
 from __future__ import annotations
 
-import random
 import stat
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -116,64 +114,6 @@ def test_published_probes_round_trip_unchanged(paper_data: Path, tmp_path: Path)
             assert back.key == f"empathy@{layer}"
             assert np.array_equal(back.vector.astype(np.float16), np.load(path))  # published as float16
             assert back.content_hash == probe.content_hash
-
-
-def refused_or_right(path: Path, content: bytes) -> bool:
-    """Whether a damaged file was refused. Any exception but these two propagates and fails the test."""
-    path.write_bytes(content)
-    try:
-        load(path)
-    except BadDirectionFile:
-        return True
-    except BadVector:  # the damage is in the numbers: NaN or infinite
-        return False
-    return False
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_truncated_file_is_refused(tmp_path: Path, ending: str) -> None:
-    whole = write(tmp_path / f"d{ending}").read_bytes()
-    # GGUF pads its last tensor to a multiple of 32 bytes, which 16 float32 values are without padding.
-    for length in range(0, len(whole), 3):
-        assert refused_or_right(tmp_path / f"cut{ending}", whole[:length]), f"{length} of {len(whole)} bytes were read"
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_damaged_file_gives_no_other_error(tmp_path: Path, ending: str) -> None:
-    whole = write(tmp_path / f"d{ending}").read_bytes()
-    rng = random.Random(ending)
-    refused = 0
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for _ in range(rng.choice((1, 2, 4))):
-            damaged[rng.randrange(min(len(whole), 300))] = rng.choice((0, 255, rng.randrange(256)))
-        refused += refused_or_right(tmp_path / f"damaged{ending}", bytes(damaged))
-    assert refused > 30  # or the damage missed the headers and nothing was tested
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\0" * 64, b"PK\x03\x04 no archive", struct.pack("<Q", 1 << 62) + b"{}", b"GGUF" + b"\xff" * 60],
-    ids=["empty", "zeros", "zip", "huge header", "bad gguf"],
-)
-def test_another_kind_of_file_is_refused(tmp_path: Path, ending: str, content: bytes) -> None:
-    assert refused_or_right(tmp_path / f"d{ending}", content)
-
-
-@pytest.mark.parametrize(
-    "header", ["{'descr': '<f4', 'fortran_order': False, 'shape': (", "{'shape': (01,)}", "{'descr': 3}"]
-)
-def test_an_npy_header_that_is_no_python_literal_is_refused(tmp_path: Path, header: str) -> None:
-    text = header.encode().ljust(118) + b"\n"
-    magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text))
-    assert refused_or_right(tmp_path / "d.npy", magic + text + VALUES[0].tobytes())
-
-
-def test_pickled_arrays_are_refused_unopened(tmp_path: Path) -> None:
-    np.save(tmp_path / "d.npy", np.array([object()], dtype=object), allow_pickle=True)
-    with pytest.raises(BadDirectionFile):
-        load_directions(tmp_path / "d.npy", "kind", 1)
 
 
 @pytest.mark.parametrize("array", [np.array(["a"]), np.array([1j]), np.array([True]), np.array([(1,)], dtype="i4,")])

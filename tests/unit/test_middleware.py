@@ -51,6 +51,16 @@ def test_an_unsteered_request_and_its_reply_pass_byte_by_byte() -> None:
     assert reply.chunks == [b'{ "choices"', b": [] }"]
 
 
+@pytest.mark.parametrize("body", [STEERED, READ], ids=["steered", "read"])
+def test_a_reply_says_in_its_head_that_the_plugin_has_seen_the_request(body: dict[str, Any]) -> None:
+    for content_type in ("application/json", STREAM):
+        stub = StubServer(
+            chunks=[_sse({"choices": []}) if content_type == STREAM else b"{}"], content_type=content_type
+        )
+        assert request(stub, StubChecker(), CHAT, body).headers["x-vllm-steer"] == "1"
+    assert "x-vllm-steer" not in request(StubServer(chunks=[b"{}"]), StubChecker(), CHAT, {"model": BASE_MODEL}).headers
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/embeddings"), ("GET", CHAT), ("OPTIONS", CHAT)])
 def test_other_paths_and_methods_are_left_alone(method: str, path: str) -> None:
     stub = StubServer()

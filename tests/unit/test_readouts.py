@@ -35,9 +35,9 @@ def trace_of(tokens: int, failure: str | None = None) -> Trace:
 
 
 def finished(
-    asked: ResolvedReadout, tokens: int = 5, failure: str | None = None, trace: Trace | None = None
+    asked: ResolvedReadout, tokens: int = 5, failure: str | None = None, trace: Trace | None = None, kept: int = 0
 ) -> FinishedReadout:
-    """The readout of a request of which so many tokens were summed."""
+    """The readout of a request of which so many tokens were summed, with the rows of ``kept`` ones before the last."""
     buffers = SteerBuffers(
         num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=2, max_entries=1, max_directions=4,
         trace_columns=0, device=torch.device("cpu"),
@@ -46,7 +46,8 @@ def finished(
     for layer in range(2):
         buffers.sums_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, :tokens].sum(axis=0))
         buffers.last_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, max(tokens - 1, 0)])
-    taken = FinishedReadout.take(buffers, asked, PoolingState(ACCUMULATOR, tokens, tokens, failure), trace)
+    before = [torch.from_numpy(ROWS[:, token]) for token in range(tokens - 1 - kept, tokens - 1)]
+    taken = FinishedReadout.take(buffers, asked, PoolingState(ACCUMULATOR, tokens, tokens, failure), trace, before)
     for layer in range(2):  # the next request with this accumulator, and a direction in the slot of a replaced one
         buffers.sums_L_AD[layer].fill_(99)
         buffers.last_L_AD[layer].fill_(99)
@@ -73,6 +74,13 @@ def test_a_finished_readout_is_the_mean_of_its_tokens(end: int | None) -> None:
 def test_one_token_too_many_is_taken_back_out_of_an_open_span() -> None:
     """Asynchronous scheduling has the next token under way when a request turns out to be finished."""
     check_means(finished(spec()).answer(computed_end=4), 4)
+
+
+@pytest.mark.parametrize("computed_end", [2, 3])
+def test_as_many_tokens_as_rows_were_kept_of_are_taken_back_out(computed_end: int) -> None:
+    """A stop string is found in another process than the engine's, which runs on until it hears of it."""
+    check_means(finished(spec(), kept=2).answer(computed_end), computed_end)
+    assert "can be taken back out: 3 " in finished(spec(), kept=2).answer(1)["error"]
 
 
 @pytest.mark.parametrize("computed_end", [3, 6])

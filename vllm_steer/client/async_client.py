@@ -13,6 +13,7 @@ from vllm_steer.client.calls import (
     Call,
     Messages,
     chat_call,
+    check_seen,
     completion_call,
     delete_call,
     directions_in,
@@ -145,6 +146,7 @@ class AsyncSteerClient:
             reply = await self._http.send(self._request(call, headers or {}))
         if not reply.is_success:
             raise refusal_of(reply.status_code, reply.content)
+        check_seen(call, reply)
         return reply
 
     async def _stream(self, call: Call) -> AsyncIterator[Piece]:
@@ -153,6 +155,7 @@ class AsyncSteerClient:
             try:
                 if not reply.is_success:
                     raise refusal_of(reply.status_code, await reply.aread())
+                check_seen(call, reply)
                 events = StreamEvents()
                 async for received in reply.aiter_bytes():
                     for event in events.feed(received):

@@ -12,8 +12,8 @@ from urllib.parse import quote
 import httpx
 
 from vllm_steer.directions import Direction, load_directions, save_directions
-from vllm_steer.errors import MalformedSpec
-from vllm_steer.schema import Readout, Steering
+from vllm_steer.errors import MalformedSpec, NotConfigured
+from vllm_steer.schema import STEERED_HEADER, Readout, Steering
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -25,7 +25,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request."""
+    """One HTTP request; ``asks`` says whether it asks for steering or a readout itself."""
 
     method: str
     path: str
@@ -33,6 +33,7 @@ class Call:
     content: bytes | None = None
     params: Mapping[str, int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    asks: bool = False
 
 
 def server_root(base_url: str) -> str:
@@ -89,7 +90,21 @@ def _generation(
         body["stream"] = True
     if taken := sorted(set(body) & set(options)):
         raise MalformedSpec(f"options have {taken[0]!r}, which the client writes itself; give it as an argument.")
-    return Call("POST", path, json={**body, **options})
+    return Call("POST", path, json={**body, **options}, asks=bool(steering) or readout is not None)
+
+
+def check_seen(call: Call, reply: httpx.Response) -> None:
+    """Make sure that it was not a server without the plugin that answered, which ignores what it does not know.
+
+    Raises:
+        NotConfigured: it asked for something, and nothing in the reply's head says that anybody looked at it.
+    """
+    if call.asks and STEERED_HEADER not in reply.headers:
+        raise NotConfigured(
+            f"{reply.url} answered without looking at the request's steering or readout; allowed: a server with this "
+            "plugin. Start it with vllm-steer serve, or have the proxy before it pass on the header "
+            f"{STEERED_HEADER}."
+        )
 
 
 def put_call(name: str, directions: Sequence[Direction], if_match: str | None, *, only_new: bool) -> Call:

@@ -13,6 +13,7 @@ from vllm_steer.client.calls import (
     Call,
     Messages,
     chat_call,
+    check_seen,
     completion_call,
     delete_call,
     directions_in,
@@ -178,6 +179,7 @@ class SteerClient:
             reply = self._http.send(self._request(call, headers or {}))
         if not reply.is_success:
             raise refusal_of(reply.status_code, reply.content)
+        check_seen(call, reply)
         return reply
 
     def _stream(self, call: Call) -> Iterator[Piece]:
@@ -186,6 +188,7 @@ class SteerClient:
             try:
                 if not reply.is_success:
                     raise refusal_of(reply.status_code, reply.read())
+                check_seen(call, reply)
                 events = StreamEvents()
                 for received in reply.iter_bytes():
                     for event in events.feed(received):

@@ -25,9 +25,22 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
     Why: vLLM's own hook for platform runners that a request is finished; a plugin cannot subclass the runner.
 ``GPUModelRunner._dummy_run``
     Why: warm-up, profiling and graph capture must see an untouched token map.
+``model_states.resolve_model_state_cls``  (``runner_v2.py``; vllm/v1/worker/gpu/model_states/__init__.py)
+    Why: the V2 runner's extension point, ``ModelState``, is chosen by the model's class, which is vLLM's; whichever it
+    chooses gets steering put before it. Gone when: a plugin can name a ``ModelState``.
+``GPUModelRunner.finish_requests``  (V2; ``runner_v2.py``; vllm/v1/worker/gpu/model_runner.py)
+    Why: ``ModelState.remove_request`` hears of finished, preempted and new requests alike. Gone when: it hears which.
 ``GPUModelRunner._bookkeeping_sync``  (CPU only; ``cpu_seeds.py``)
     Why: vLLM rewinds the generator of a seeded request whose prompt is not finished with ``set_offset``, which
     CPU generators do not have: the engine dies. Gone when: vLLM rewinds CPU generators.
+``PunicaWrapperCPU.add_shrink``  (``cpu_lora.py``; vllm/lora/punica_wrapper/punica_cpu.py; with LoRA only)
+``PunicaWrapperCPU.add_lora_embedding``
+``PunicaWrapperCPU.add_lora_logits``
+    Why: beside a request with an adapter, vLLM's CPU operations put the adapter of the last slot on one without: they
+    index with its mark for "none", -1. Gone when: they leave such tokens alone (vLLM's pull requests 48421, 49656).
+``MPClient.start_engine_core_monitor``  (``death_watch.py``; vllm/v1/engine/core_client.py)
+    Why: where the engine core's process is killed, vLLM 0.32 leaves ``LLM.generate`` and every RPC that is under way
+    waiting for ever. Gone when: vLLM fails what is pending when it finds its engine dead.
 ``AsyncLLM.generate``  (``async_readouts.py``; vllm/v1/engine/async_llm.py; installed in API server processes only)
     Why: vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be
     collected between a sample's last token and the reply. Gone when: outputs can carry what a worker hands over.
@@ -35,5 +48,5 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
     Why: the first worker of a configured engine installs the runner's patches; the methods are added, not patched, for
     ``collective_rpc`` to find. Gone when: plugins can add RPC methods without ``worker_extension_cls``.
 
-The runner patches go when the V2 runner is the only one: its ``ModelState`` is an official extension point.
+The classic runner's patches go with that runner: the rest of what the V2 runner needs is in its ``ModelState``.
 """

@@ -23,6 +23,7 @@ from vllm_steer.engine.http.exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.http.replies import finite, readout_json
 from vllm_steer.engine.live_traces import LiveTraces
 from vllm_steer.engine.requests import admission_of, translated
+from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.errors import SteerError
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 
@@ -170,11 +171,10 @@ class Collector:
                 ended.append(index)
             elif self._readout.trace and index not in self._followed:
                 self._followed.add(index)
-                self._live.follow(self._engine_id, index, self._readout.trace, sample)
+                self._live.follow(self._engine_id, index, sample)
         if ended:
             asked = [(self._engine_id, index, tally.computed(index)) for index in ended]
-            # Tensor-parallel workers all hold the same stream; the first one's answer is everyone's.
-            answers = (await self._engine.collective_rpc("vllm_steer_collect", args=(asked,)))[0]
+            answers = whole_readouts(await self._engine.collective_rpc("vllm_steer_collect", args=(asked,)))
             for index, answer in zip(ended, answers, strict=True):
                 self._live.leave(self._engine_id, index)
                 finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})

@@ -12,8 +12,14 @@ from torch import nn
 from vllm_steer.buffers import HookPoint, SteerBuffers
 from vllm_steer.errors import LayerNotHooked, UnsupportedModel
 
-Convention = Literal["fused", "single"]
-"""``fused``: the layer returns (h, r) and the stream is h + r. ``single``: it returns the stream itself."""
+Convention = Literal["fused", "single", "first", "batched"]
+"""What a decoder layer returns, T tokens, D hidden size:
+
+``fused``: (h, r), both (T, D); the stream is h + r, and the next layer's norm adds them up.
+``single``: the stream itself, (T, D).
+``first``: (h, anything); the stream is h, and the next layer does not read the second element.
+``batched``: the stream itself, (1, T, D), as Hugging Face's modules do.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,43 +28,103 @@ class Family:
 
     Attributes:
         architecture: name in the checkpoint's config, as vLLM resolves it.
-        layer_class: class of the decoder layer in vLLM 0.32.
+        layer_class: class of the decoder layer in vLLM 0.32, with its module.
         convention: how that class returns the stream.
+        scales_float16: in float16 the class divides the stream by a constant of the model to keep it in range.
     """
 
     architecture: str
     layer_class: str
     convention: Convention
+    scales_float16: bool = False
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a dtype in which the layers do not hand on the residual stream itself.
+
+        Raises:
+            UnsupportedModel: naming the dtype and what to use.
+        """
+        if self.scales_float16 and dtype == torch.float16:
+            raise UnsupportedModel(
+                f"{self.architecture} runs in float16 on a rescaled residual stream, in which α and readouts would "
+                "mean something else; allowed: bfloat16 and float32. Start with dtype='bfloat16'."
+            )
+
+
+_VLLM = "vllm.model_executor.models"
+_HUGGING_FACE = "transformers.models"
+_ON_ANOTHER_STAGE = f"{_VLLM}.utils.PPMissingLayer"
 
 # A family is listed once its steering and readout were compared with Hugging Face by tests/engine/test_parity.py.
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", "LlamaDecoderLayer", "fused"),
-        Family("Qwen2ForCausalLM", "Qwen2DecoderLayer", "fused"),
-        Family("Phi3ForCausalLM", "LlamaDecoderLayer", "fused"),
-        Family("GPT2LMHeadModel", "GPT2Block", "single"),
+        Family("LlamaForCausalLM", f"{_VLLM}.llama.LlamaDecoderLayer", "fused"),
+        Family("MistralForCausalLM", f"{_VLLM}.mistral.MistralDecoderLayer", "fused"),
+        Family("Qwen2ForCausalLM", f"{_VLLM}.qwen2.Qwen2DecoderLayer", "fused"),
+        Family("Qwen3ForCausalLM", f"{_VLLM}.qwen3.Qwen3DecoderLayer", "fused"),
+        Family("Phi3ForCausalLM", f"{_VLLM}.llama.LlamaDecoderLayer", "fused"),
+        Family("Gemma2ForCausalLM", f"{_VLLM}.gemma2.Gemma2DecoderLayer", "fused"),
+        Family("Gemma3ForCausalLM", f"{_VLLM}.gemma3.Gemma3DecoderLayer", "fused"),
+        Family("MixtralForCausalLM", f"{_VLLM}.mixtral.MixtralDecoderLayer", "fused"),
+        Family("Qwen2MoeForCausalLM", f"{_VLLM}.qwen2_moe.Qwen2MoeDecoderLayer", "fused"),
+        Family("Qwen3MoeForCausalLM", f"{_VLLM}.qwen3_moe.Qwen3MoeDecoderLayer", "fused"),
+        Family("GptOssForCausalLM", f"{_VLLM}.gpt_oss.TransformerBlock", "fused"),
+        Family("DeepseekV2ForCausalLM", f"{_VLLM}.deepseek_v2.DeepseekV2DecoderLayer", "fused", scales_float16=True),
+        Family("GPT2LMHeadModel", f"{_VLLM}.gpt2.GPT2Block", "single"),
+        Family("OPTForCausalLM", f"{_VLLM}.opt.OPTDecoderLayer", "single"),
+        Family("GraniteForCausalLM", f"{_VLLM}.granite.GraniteDecoderLayer", "single"),
+        Family("CohereForCausalLM", f"{_VLLM}.commandr.CohereDecoderLayer", "first"),
+        Family("StableLmForCausalLM", f"{_VLLM}.stablelm.StablelmDecoderLayer", "first"),
+        Family("Olmo2ForCausalLM", f"{_HUGGING_FACE}.olmo2.modeling_olmo2.Olmo2DecoderLayer", "batched"),
+        Family("GPTNeoXForCausalLM", f"{_HUGGING_FACE}.gpt_neox.modeling_gpt_neox.GPTNeoXLayer", "batched"),
+        Family("PhiForCausalLM", f"{_HUGGING_FACE}.phi.modeling_phi.PhiDecoderLayer", "batched"),
     )
 }
+
+_MANY_STREAMS = "its decoder layers mix several residual streams, and none of them is the one to steer or read"
+_UNFINISHED = "its decoder layers leave the last addition to the layer behind them, so the stream is nowhere whole"
+# Why, for architectures that were looked at (vLLM 0.32) and cannot be exact; of the others nothing is known.
+_REASONS = {
+    "DeepseekV4ForCausalLM": _MANY_STREAMS,
+    "Glm5NextForCausalLM": _MANY_STREAMS,
+    "HYV4ForCausalLM": _MANY_STREAMS,
+    "InklingForCausalLM": _UNFINISHED,
+    "Qwen4ExpForCausalLM": _UNFINISHED,
+    "TransformersForCausalLM": (
+        "vLLM was told to run it through Hugging Face's modules (model_impl='transformers'), which was compared only "
+        "for models that vLLM runs that way by itself"
+    ),
+}
+_MULTIMODAL = "ForConditionalGeneration"
+
+
+def _reason(architecture: str) -> str:
+    if architecture in _REASONS:
+        return _REASONS[architecture]
+    if architecture.endswith(_MULTIMODAL):
+        return "it is a multimodal model, and positions of images or sound have not been compared with Hugging Face"
+    return "its decoder layers have not been compared with Hugging Face"
 
 
 def family_of(architecture: str) -> Family:
     """The family of an architecture.
 
     Raises:
-        UnsupportedModel: it is not in the table; the message lists what is.
+        UnsupportedModel: it is not in the table; the message says why and lists what is.
     """
     if architecture not in FAMILIES:
         raise UnsupportedModel(
-            f"the model's architecture is {architecture}; steering is exact for: {', '.join(sorted(FAMILIES))}. Use "
-            "one of these, or start the engine without steer_config."
+            f"the model's architecture is {architecture}: {_reason(architecture)}. Steering is exact for: "
+            f"{', '.join(sorted(FAMILIES))}. Use one of these, or start the engine without steer_config."
         )
     return FAMILIES[architecture]
 
 
 def attach(model: nn.Module, family: Family, layers: tuple[int, ...], buffers: SteerBuffers) -> None:
     """Put a hook point on each of ``layers`` of a loaded model, before it is compiled.
+
+    A layer that lives on another pipeline stage is left to that stage.
 
     Raises:
         UnsupportedModel: the layers are not what the family table says (another model implementation was loaded).
@@ -69,10 +135,12 @@ def attach(model: nn.Module, family: Family, layers: tuple[int, ...], buffers: S
         if layer >= len(blocks):
             raise LayerNotHooked(f"layer {layer} was asked; the model has layers 0 to {len(blocks) - 1}.")
         block = blocks[layer]
-        if type(block).__name__ != family.layer_class:
+        if class_name(block) == _ON_ANOTHER_STAGE:
+            continue
+        if class_name(block) != family.layer_class:
             raise UnsupportedModel(
-                f"layer {layer} of this {family.architecture} is a {type(block).__name__}; allowed: "
-                f"{family.layer_class}. Load the model with vLLM's own implementation (model_impl='vllm')."
+                f"layer {layer} of this {family.architecture} is a {class_name(block)}; allowed: "
+                f"{family.layer_class}. Load the model as vLLM does by itself (model_impl='auto')."
             )
         block.add_module("vllm_steer", buffers.layer(index))
         block.register_forward_hook(_HOOKS[family.convention])
@@ -88,11 +156,19 @@ def hooked_layers(model: nn.Module) -> list[int]:
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers: the longest ModuleList, which in all families of the table is the stack of blocks."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers; steering needs one.")
-    return max(lists, key=len)
+    """The model's decoder layers: in all families of the table the first ModuleList on the way down from the model.
+
+    Not the longest: a layer may hold more experts than the model has layers.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers; steering needs one.")
+
+
+def class_name(module: nn.Module) -> str:
+    """A module's class with the Python module it comes from: Hugging Face and vLLM have classes of the same name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _point(block: Any) -> Any:
@@ -107,4 +183,17 @@ def _after_single(block: nn.Module, args: tuple[Any, ...], output: torch.Tensor)
     _point(block)(output, None)
 
 
-_HOOKS: dict[Convention, Callable[..., None]] = {"fused": _after_fused, "single": _after_single}
+def _after_first(block: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, Any]) -> None:
+    _point(block)(output[0], None)
+
+
+def _after_batched(block: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    _point(block)(output[0], None)  # a view: what the op changes in it, it changes in the output
+
+
+_HOOKS: dict[Convention, Callable[..., None]] = {
+    "fused": _after_fused,
+    "single": _after_single,
+    "first": _after_first,
+    "batched": _after_batched,
+}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from vllm_steer.engine.http.exchange import Sample
 from vllm_steer.engine.http.replies import finite
+from vllm_steer.engine.stages import LiveTrace, whole_traces
 
 POLL_SECONDS = 0.05
 
@@ -21,18 +21,17 @@ class LiveTraces:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._followed: dict[tuple[str, int], tuple[Sample, Sequence[str]]] = {}
+        self._followed: dict[tuple[str, int], Sample] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, engine_id: str, index: int, names: Sequence[str], sample: Sample) -> None:
+    def follow(self, engine_id: str, index: int, sample: Sample) -> None:
         """Keep ``sample.trace`` up to date, until ``leave``.
 
         Args:
             engine_id: the id that the engine's front end was given for the request.
             index: which sample of it.
-            names: the traced directions, as ``Readout.trace`` has them.
         """
-        self._followed[engine_id, index] = sample, names
+        self._followed[engine_id, index] = sample
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._poll())
 
@@ -44,22 +43,22 @@ class LiveTraces:
         try:
             while self._followed:
                 await asyncio.sleep(POLL_SECONDS)
-                asked = [(*key, _known(sample)) for key, (sample, _) in self._followed.items()]
+                asked = [(*key, _known(sample)) for key, sample in self._followed.items()]
                 if asked:
-                    answers = (await self._engine.collective_rpc("vllm_steer_traces", args=(asked,)))[0]
+                    answers = whole_traces(await self._engine.collective_rpc("vllm_steer_traces", args=(asked,)))
                     for (engine_id, index, _), answer in zip(asked, answers, strict=True):
                         self._take(engine_id, index, answer)
         finally:
             self._task = None
 
-    def _take(self, engine_id: str, index: int, answer: Any) -> None:
+    def _take(self, engine_id: str, index: int, answer: LiveTrace | None) -> None:
         if answer is None or (engine_id, index) not in self._followed:  # not begun yet, or finished while we asked
             return
         if isinstance(answer, dict):  # it failed; its readout will say why
             self.leave(engine_id, index)
             return
-        sample, names = self._followed[engine_id, index]
-        for name, values in zip(names, answer, strict=True):
+        sample = self._followed[engine_id, index]
+        for name, values in answer:
             sample.trace.setdefault(name, []).extend(finite(value) for value in values)
 
 

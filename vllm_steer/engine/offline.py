@@ -10,8 +10,10 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine import plugin
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.requests import admission_of
+from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.errors import MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
 from vllm_steer.settings import steer_config
@@ -52,6 +54,7 @@ def steered(
 
     Raises:
         MalformedSpec: an argument of another type. What depends on the engine is checked when the request gets there.
+        NotConfigured: vLLM would not load the plugin in this process.
     """
     if isinstance(params, Mapping):
         params = SamplingParams(**params)
@@ -67,6 +70,7 @@ def steered(
     copy = params.clone()
     if not steering and readout is None:
         return copy  # a plain request, on any engine
+    plugin.require(is_engine_running=False)
     copy.extra_args = {**(copy.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
     return copy
 
@@ -80,6 +84,7 @@ def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
         NotConfigured: the engine runs without ``steer_config``.
         WrongDimension, BankFull: see ``DirectionRegistry.register``.
     """
+    plugin.require(is_engine_running=True)
     registry = admission_of(llm.llm_engine.input_processor).registry
     assert isinstance(registry, DirectionRegistry)  # only a server's is of another kind
     if not llm.llm_engine.has_unfinished_requests():
@@ -126,6 +131,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
         ReadoutUnavailable: a readout or a trace that was asked cannot be given; its ``results`` holds all else, a
             readout whose trace alone failed among it.
     """
+    plugin.require(is_engine_running=True)
     asked = admission_of(llm.llm_engine.input_processor).asked
     places: list[tuple[int, int]] = []
     samples: list[tuple[str, int, int]] = []
@@ -136,8 +142,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
                 places.append((i, j))
                 samples.append((output.request_id, sample.index, prompt_len + len(sample.token_ids) - 1))
     results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in outputs]
-    # Tensor-parallel workers all hold the same stream; the first one's answer is everyone's.
-    answers = llm.collective_rpc("vllm_steer_collect", args=(samples,))[0] if samples else []
+    answers = whole_readouts(llm.collective_rpc("vllm_steer_collect", args=(samples,))) if samples else []
     reasons: dict[tuple[int, int], str] = {}
     for (i, j), answer in zip(places, answers, strict=True):
         if answer is None:
@@ -145,7 +150,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
         elif "error" in answer:
             reasons[i, j] = answer["error"]
         else:
-            results[i][j] = _result(answer)
+            results[i][j] = _result(answer, asked[outputs[i].request_id])
             if answer["trace_error"] is not None:
                 reasons[i, j] = f"its trace failed, {answer['trace_error']}"
     if reasons:
@@ -159,7 +164,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
     return results
 
 
-def _result(answer: Mapping[str, Any]) -> ReadoutResult:
+def _result(answer: Mapping[str, Any], traced: Sequence[str]) -> ReadoutResult:
     mean = {}
     if answer["mean"] is not None:
         rows_LD = np.frombuffer(answer["mean"], dtype=np.float32).reshape(len(answer["layers"]), -1)
@@ -167,5 +172,9 @@ def _result(answer: Mapping[str, Any]) -> ReadoutResult:
     projections: dict[str, dict[int, float]] = {}
     for name, layer, value in answer["projections"]:
         projections.setdefault(name, {})[layer] = value
-    trace = {name: np.frombuffer(values, dtype=np.float32).copy() for name, values in answer["trace"]}
+    # In the order that was asked: pipeline stages answer in that of their layers.
+    trace = {
+        name: np.frombuffer(values, dtype=np.float32).copy()
+        for name, values in sorted(answer["trace"], key=lambda one: traced.index(one[0]))
+    }
     return ReadoutResult(mean=mean, num_tokens=answer["num_tokens"], projections=projections, trace=trace)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from vllm_steer import __version__
-from vllm_steer.errors import UnsupportedFeature
+from vllm_steer.errors import NotConfigured, UnsupportedFeature
+from vllm_steer.settings import CONFIG_KEY
 
-SUPPORTED = "0.32."
+# vLLM's minor versions, and what is to be said at start-up of each that the test suite does not run on. A release comes
+# in once `make compat` finds nothing against it and each patched function was compared with that of one that is run.
+_IN_PART = "tested in part: parity with Hugging Face and the prefix cache, on a CPU"
+_READ = "its code was read, not run"
+SUPPORTED: dict[str, str | None] = {"0.30": _IN_PART, "0.31": _IN_PART, "0.32": None, "0.33": _READ}
+_TESTED = ", ".join(f"{one}.x" for one, remark in SUPPORTED.items() if remark is None)
 
 _registered = False
 
@@ -24,18 +32,61 @@ def register() -> None:
     found = vllm_version()
     from vllm_steer.engine import config
 
-    if found.startswith(SUPPORTED):
-        from vllm_steer.engine import prefix_cache, requests, worker_rpc
+    if minor(found) in SUPPORTED:
+        from vllm_steer.engine import death_watch, prefix_cache, requests, worker_rpc
 
         # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
-        for room in (config, requests, prefix_cache, worker_rpc):
+        config.install(remark=remark(found))
+        for room in (requests, prefix_cache, worker_rpc, death_watch):
             room.install()
     else:
+        allowed = ", ".join(f"{one}.x" for one in SUPPORTED)
         config.install(
-            f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {SUPPORTED}x. Install "
-            f"vllm=={SUPPORTED}*, or start without steer_config."
+            unsupported=f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {allowed}. Install "
+            f"one of these, best {_TESTED}, or start without steer_config."
         )
     _registered = True
+
+
+def require(is_engine_running: bool) -> None:
+    """Make sure that requests do not pass this plugin by because vLLM never loads it.
+
+    Args:
+        is_engine_running: an engine of this process has started, so vLLM has loaded what it ever will.
+
+    Raises:
+        NotConfigured: it is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
+    """
+    if _registered:
+        return
+    chosen = os.environ.get("VLLM_PLUGINS")
+    is_chosen = chosen is None or CONFIG_KEY in chosen.split(",")
+    if is_engine_running or not is_chosen or not _is_installed():
+        raise NotConfigured(
+            f"vLLM does not load this plugin here (VLLM_PLUGINS is {chosen!r}, vllm-steer is "
+            f"{'installed' if _is_installed() else 'not installed'}), so nothing would be steered or read; allowed: "
+            f"VLLM_PLUGINS unset or a list with {CONFIG_KEY} when the process starts, and an installed package. "
+            "Correct that and start again."
+        )
+
+
+@cache
+def _is_installed() -> bool:
+    """Whether vLLM finds the entry point, which a package that only lies on the path does not have."""
+    return any(entry.name == CONFIG_KEY for entry in entry_points(group="vllm.general_plugins"))
+
+
+def minor(found: str) -> str:
+    """The minor version of a release: ``0.32`` of ``0.32.1``."""
+    return ".".join(found.split(".")[:2])
+
+
+def remark(found: str) -> str | None:
+    """What is to be said of a supported release at start-up; None of one that the whole test suite runs on."""
+    said = SUPPORTED[minor(found)]
+    if said is None:
+        return None
+    return f"vllm-steer {__version__} beside vLLM {found}: {said}; all tests run on {_TESTED}."
 
 
 def vllm_version() -> str:

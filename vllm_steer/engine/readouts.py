@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,29 +23,42 @@ class FinishedReadout:
     Attributes:
         spec: what was asked.
         state: how many tokens are in the sums, up to which position, and what went wrong if something did.
-        sums_LD, last_LD: the sum and the last token's row of each layer that was asked, or None with ``vectors=False``.
-        sums_P, last_P: the same two, projected onto each direction of ``spec.project``.
+        sums_LND: the sum at each layer that was asked, and behind it the rows of the draft tokens of the last step, of
+            which nobody has told yet whether they were accepted; None with ``vectors=False``.
+        tail_LMD: the rows of the last tokens in the sum that can be taken back out, in order, or None likewise.
+        sums_PN, tail_PM: the same two, projected onto each direction of ``spec.project``.
         trace: the projections token by token, or None where none were asked.
     """
 
     spec: ResolvedReadout
     state: PoolingState
-    sums_LD: torch.Tensor | None
-    last_LD: torch.Tensor | None
-    sums_P: torch.Tensor
-    last_P: torch.Tensor
+    sums_LND: torch.Tensor | None
+    tail_LMD: torch.Tensor | None
+    sums_PN: torch.Tensor
+    tail_PM: torch.Tensor
     trace: Trace | None
 
     @classmethod
     def take(
-        cls, buffers: SteerBuffers, spec: ResolvedReadout, state: PoolingState, trace: Trace | None
+        cls,
+        buffers: SteerBuffers,
+        spec: ResolvedReadout,
+        state: PoolingState,
+        trace: Trace | None,
+        before_last: Sequence[torch.Tensor] = (),
     ) -> FinishedReadout:
         """Copy a request's accumulators to the host without waiting for the device.
 
+        Args:
+            before_last: the rows, at all hooked layers, of the tokens before the last one in the sum: ``TailRows``.
+
         The projections are taken here and not when they are collected: the bank may have changed by then.
         """
-        sums_LD = torch.stack([buffers.sums_L_AD[index][state.accumulator] for index in spec.layer_indices])
-        last_LD = torch.stack([buffers.last_L_AD[index][state.accumulator] for index in spec.layer_indices])
+        own = range(state.accumulator, state.accumulator + 1)
+        drafts = state.drafts if spec.end is None else range(0)
+        sums_LND = _stacked(buffers.sums_L_AD, spec.layer_indices, own, drafts)
+        last_LMD = _stacked(buffers.last_L_AD, spec.layer_indices, own)
+        tail_LMD = torch.cat([*(rows_LD[spec.layer_indices][:, None] for rows_LD in before_last), last_LMD], dim=1)
         rows = [spec.layers.index(layer) for _, layer, _ in spec.project]
         bank_PD = buffers.bank_SD[[slot for _, _, slot in spec.project]]
 
@@ -53,17 +67,17 @@ class FinishedReadout:
 
         return cls(
             spec=spec,
-            state=PoolingState(state.accumulator, state.next_position, state.num_tokens, state.failure),
-            sums_LD=to_host(sums_LD) if spec.vectors else None,
-            last_LD=to_host(last_LD) if spec.vectors else None,
-            sums_P=to_host((sums_LD[rows] * bank_PD).sum(dim=1)),
-            last_P=to_host((last_LD[rows] * bank_PD).sum(dim=1)),
+            state=replace(state),
+            sums_LND=to_host(sums_LND) if spec.vectors else None,
+            tail_LMD=to_host(tail_LMD) if spec.vectors else None,
+            sums_PN=to_host((sums_LND[rows] * bank_PD[:, None]).sum(dim=2)),
+            tail_PM=to_host((tail_LMD[rows] * bank_PD[:, None]).sum(dim=2)),
             trace=trace,
         )
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.sums_LD, self.last_LD, self.sums_P, self.last_P)
+        tensors = (self.sums_LND, self.tail_LMD, self.sums_PN, self.tail_PM)
         pooled = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
         return pooled + (self.trace.num_bytes if self.trace is not None else 0)
 
@@ -81,30 +95,30 @@ class FinishedReadout:
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
-        count, over = self.state.num_tokens, 0
-        if self.spec.end is None:
-            over = self.state.next_position - computed_end
-            if over not in (0, 1):
-                return {
-                    "error": f"the sum goes up to token {self.state.next_position} where {computed_end} is the "
-                    "end; at most one "
-                    "token too many can be taken back out (a stop string can cause this on a separate engine process)"
-                }
-        elif self.state.next_position < self.spec.end:
+        over = 0 if self.spec.end is not None else self.state.next_position - computed_end
+        most = self.tail_PM.shape[1]
+        if not -len(self.state.drafts) <= over <= most:
+            return {
+                "error": f"the sum goes up to token {self.state.next_position} where {computed_end} is the end; tokens "
+                f"too many that can be taken back out: {most} (a stop string can cause this on a separate engine "
+                "process, whose front end was slow to find it)"
+            }
+        if self.spec.end is not None and self.state.next_position < self.spec.end:
             return {"error": f"{self.state.next_position} of {self.spec.end} prompt tokens were computed"}
-        over = min(over, count)  # a token too many that lies before the span is not in the sum
-        count -= over
+        num_accepted, over = max(-over, 0), max(over, 0)
+        over = min(over, self.state.num_tokens)  # a token too many that lies before the span is not in the sum
+        count = self.state.num_tokens + num_accepted - over
         # A mean over no token is NaN, as numpy has it, and not a made-up zero.
         weight = np.float32(1.0 / count) if count else np.float32(np.nan)
 
-        def mean(sums: torch.Tensor, last: torch.Tensor) -> Any:
-            total = sums.numpy() - last.numpy() if over else sums.numpy()
-            return (total * weight).astype(np.float32)
+        def mean(sums: torch.Tensor, tail: torch.Tensor) -> Any:
+            total = sums.numpy()[:, : 1 + num_accepted].sum(axis=1)
+            return ((total - tail.numpy()[:, most - over :].sum(axis=1)) * weight).astype(np.float32)
 
         vectors = None
-        if self.sums_LD is not None and self.last_LD is not None:
-            vectors = mean(self.sums_LD, self.last_LD).tobytes()
-        values = mean(self.sums_P, self.last_P).tolist()
+        if self.sums_LND is not None and self.tail_LMD is not None:
+            vectors = mean(self.sums_LND, self.tail_LMD).tobytes()
+        values = mean(self.sums_PN, self.tail_PM).tolist()
         return {
             "num_tokens": count,
             "layers": self.spec.layers,
@@ -121,6 +135,12 @@ class FinishedReadout:
             return []
         values_CN = self.trace.values(0, count)
         return [[name, values_N.tobytes()] for (name, _, _), values_N in zip(self.spec.trace, values_CN, strict=True)]
+
+
+def _stacked(tensors_L: list[torch.Tensor], indices: list[int], *ranges: range) -> torch.Tensor:
+    """The rows of these ranges at these layers, of which a pipeline stage may have none."""
+    stacked = [torch.cat([tensors_L[index][rows.start : rows.stop] for rows in ranges]) for index in indices]
+    return torch.stack(stacked) if stacked else tensors_L[0].new_zeros(0, sum(map(len, ranges)), tensors_L[0].shape[1])
 
 
 class ReadoutStore:

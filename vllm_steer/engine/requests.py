@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any
@@ -51,7 +52,7 @@ class Admission:
     Attributes:
         registry: the directions that requests can name.
         in_flight: counts the slots that running requests use; None where nothing reuses a slot while requests run.
-        asked: ids of the requests that asked for a readout (the last million), oldest first.
+        asked: id -> traced directions, of the requests that asked for a readout (the last million), oldest first.
     """
 
     def __init__(self, settings: SteerSettings, hidden_size: int) -> None:
@@ -60,7 +61,7 @@ class Admission:
         registry.register(configured_directions(settings))
         self.registry: DirectionBook = registry
         self.in_flight: InFlight | None = None
-        self.asked: dict[str, None] = {}
+        self.asked: dict[str, tuple[str, ...]] = {}
         self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
 
     def resolve(self, request_id: str, spec: RequestSpec, prompt_len: int) -> Resolved:
@@ -99,7 +100,11 @@ class Admission:
         generated = [entry for entry in entries if entry[0].span in ("generated", "all")]
         for which in (prompt, generated):
             self._check_room(which)
-        return Resolved(
+        named = [direction for _, _, direction in entries]
+        if spec.readout is not None:
+            for name in (*spec.readout.project, *spec.readout.trace):
+                named += book.layers_of(name).values()
+        resolved = Resolved(
             request_id=request_id,
             prompt_len=prompt_len,
             prompt=[self._row(entry) for entry in prompt],
@@ -107,7 +112,10 @@ class Admission:
             prompt_digest=digest(prompt),
             generated_digest=digest(generated),
             readout=None if spec.readout is None else self._readout(book, spec.readout, prompt_len),
+            contents=[],
         )
+        content_of = {direction.slot: direction.content_hash for direction in named}
+        return replace(resolved, contents=[(slot, content_of[slot]) for slot in resolved.slots])
 
     def check(self, spec: RequestSpec) -> None:
         """Raise what ``resolve`` would raise, as far as it can be known without the prompt.
@@ -116,9 +124,9 @@ class Admission:
         """
         self.resolve("", spec, prompt_len=sys.maxsize)
 
-    def remember(self, request_id: str) -> None:
+    def remember(self, request_id: str, readout: Readout) -> None:
         """Keep in mind that a request asked for a readout, for ``collect_readouts``."""
-        self.asked[request_id] = None
+        self.asked[request_id] = tuple(readout.trace)
         if len(self.asked) > _REMEMBERED_READOUTS:
             del self.asked[next(iter(self.asked))]
 
@@ -278,18 +286,20 @@ def install() -> None:
     assign = InputProcessor.assign_request_id
 
     @functools.wraps(assign)
-    def assign_request_id(request: Any) -> None:
+    def assign_request_id(self: InputProcessor, request: Any) -> None:
         params = request.sampling_params
         extra = params.extra_args if params is not None and params.extra_args else {}
-        if WIRE_KEY in extra and RESOLVED_KEY not in extra:
-            raise MalformedSpec(
-                "an EngineCoreRequest made by hand came with a steering spec, which nothing has checked; allowed: "
-                "prompts with SamplingParams. Pass these."
-            )
+        if WIRE_KEY in extra:
+            if RESOLVED_KEY not in extra:
+                raise MalformedSpec(
+                    "an EngineCoreRequest made by hand came with a steering spec, which nothing has checked; allowed: "
+                    "prompts with SamplingParams. Pass these."
+                )
+            admission_of(self)  # another engine may have admitted it, and this one may have no hooks
         assign(request)
 
     InputProcessor.process_inputs = process_inputs
-    InputProcessor.assign_request_id = staticmethod(assign_request_id)
+    InputProcessor.assign_request_id = assign_request_id
 
 
 @contextmanager
@@ -332,7 +342,7 @@ def _admit(admission: Admission, spec: RequestSpec, request: Any) -> None:
     if spec.readout is not None:
         # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
         params.skip_reading_prefix_cache = True
-        admission.remember(request.request_id)
+        admission.remember(request.request_id, spec.readout)
 
 
 def salt(own: str | None, prompt_digest: str) -> str:

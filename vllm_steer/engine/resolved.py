@@ -6,8 +6,8 @@ It travels beside the wire in ``SamplingParams.extra_args`` as plain lists, whic
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -43,6 +43,18 @@ class ResolvedReadout:
         trace = tuple((layer_index, slot) for _, layer_index, slot in self.trace)
         return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
 
+    def on_stage(self, held: Collection[int]) -> ResolvedReadout:
+        """The part of it that a pipeline stage with these hook numbers sees; at least the count of tokens."""
+        kept = [(layer, index) for layer, index in zip(self.layers, self.layer_indices, strict=True) if index in held]
+        layers = [layer for layer, _ in kept]
+        return replace(
+            self,
+            layers=layers,
+            layer_indices=[index for _, index in kept],
+            project=[one for one in self.project if one[1] in layers],
+            trace=[one for one in self.trace if one[1] in held],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -53,6 +65,7 @@ class Resolved:
         prompt_len: tokens of the prompt.
         prompt, generated: (layer index, slot, a, b) of the entries for prompt and for generated tokens.
         prompt_digest, generated_digest: content of these entries; empty where there are none.
+        contents: (slot, hash of the vector) of each of ``slots``, for the worker to compare with what it has there.
     """
 
     request_id: str
@@ -62,6 +75,7 @@ class Resolved:
     prompt_digest: str
     generated_digest: str
     readout: ResolvedReadout | None
+    contents: list[tuple[int, str]]
 
     @property
     def slots(self) -> tuple[int, ...]:

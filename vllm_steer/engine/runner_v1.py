@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_steer.engine.worker_steering import equip, steering_of
+from vllm_steer.errors import UnsupportedFeature
 
 _installed = False
 
@@ -41,7 +42,22 @@ def _prepare_inputs(original: Any) -> Any:
         prepared = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
         steering = steering_of(self)
         if steering is not None:
-            steering.prepare(scheduler_output, self.input_batch, num_scheduled_tokens)
+            if self.get_model() is not steering.model:
+                raise UnsupportedFeature(
+                    "the runner's model was replaced after the hooks went onto it, so nothing would be steered; "
+                    "allowed: new weights in the model that was loaded. Start the engine again."
+                )
+            for request_id in scheduler_output.preempted_req_ids or ():
+                steering.preempt(request_id)
+            for new in scheduler_output.scheduled_new_reqs:
+                steering.begin(new.req_id, new.sampling_params)
+            batch, count = self.input_batch, self.input_batch.num_reqs
+            steering.prepare(
+                batch.req_ids[:count],
+                batch.num_computed_tokens_cpu[:count].tolist(),
+                num_scheduled_tokens[:count].tolist(),
+                scheduler_output.scheduled_spec_decode_tokens,
+            )
         return prepared
 
     return _prepare_inputs

@@ -23,7 +23,8 @@ class Trace:
     """The projections of one request's tokens onto its traced directions, as far as they are known.
 
     Tokens are counted from the first one of the request's span. A prompt that is computed again after a preemption
-    writes the same values to the same places.
+    writes the same values to the same places. A draft token's value is known once a later token's is: by then the place
+    of a rejected one has been written over.
 
     Args:
         num_directions: C, how many directions are traced.
@@ -33,6 +34,7 @@ class Trace:
     def __init__(self, num_directions: int, failure: str | None = None) -> None:
         self.failure = failure
         self._num_known = 0
+        self._num_written = 0
         self._values_CN = np.empty((num_directions, 0), np.float32)
 
     @property
@@ -47,26 +49,34 @@ class Trace:
             grown_CN[:, :room] = self._values_CN
             self._values_CN = grown_CN
 
-    def write(self, start: int, values_CN: FloatArray) -> None:
-        """Put in the values of consecutive tokens from ``start`` on; room for them was reserved."""
+    def write(self, start: int, values_CN: FloatArray, num_drafts: int = 0) -> None:
+        """Put in the values of consecutive tokens from ``start`` on, the last of them drafts; room was reserved."""
         end = start + values_CN.shape[1]
         self._values_CN[:, start:end] = values_CN
-        self._num_known = max(self._num_known, end)
+        self._num_known = max(self._num_known, end - num_drafts)
+        self._num_written = max(self._num_written, end)
 
     def values(self, start: int, end: int | None = None) -> FloatArray:
-        """(C, n) float32: what is known of the tokens [start, end)."""
-        return self._values_CN[:, start : self._num_known if end is None else min(end, self._num_known)]
+        """(C, n) float32: what is known of the tokens [start, end).
+
+        Whoever gives ``end`` knows that all tokens before it were accepted.
+        """
+        return self._values_CN[:, start : self._num_known if end is None else min(end, self._num_written)]
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRows:
-    """Rows [token, token + count) and ``columns`` of the buffer are the trace's values from ``start`` on."""
+    """Rows [token, token + count) and ``columns`` of the buffer are the trace's values from ``start`` on.
+
+    The last ``num_drafts`` of them are of draft tokens.
+    """
 
     trace: Trace
     columns: tuple[int, ...]
     token: int
     count: int
     start: int
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +121,8 @@ class TraceFlow:
             values_TK = copy.values_TK.numpy()
             for row in copy.rows:
                 token = row.token - copy.token
-                row.trace.write(row.start, values_TK[token : token + row.count, list(row.columns)].T)
+                values_CN = values_TK[token : token + row.count, list(row.columns)].T
+                row.trace.write(row.start, values_CN, row.num_drafts)
 
 
 def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:

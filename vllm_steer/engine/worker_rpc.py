@@ -10,8 +10,9 @@ import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine.stages import LiveTrace, Readout
 from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
-from vllm_steer.errors import NotConfigured
+from vllm_steer.errors import NotConfigured, UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 
 
@@ -26,12 +27,37 @@ def install() -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if SteerSettings.of(self.vllm_config.additional_config) is not None:
-            from vllm_steer.engine import cpu_seeds, runner_v1
+            if self.vllm_config.use_v2_model_runner:
+                from vllm_steer.engine import runner_v2
 
-            runner_v1.install()
-            cpu_seeds.install()
+                runner_v2.install()
+            else:
+                from vllm_steer.engine import cpu_seeds, runner_v1
+
+                runner_v1.install()
+                cpu_seeds.install()
+                if self.vllm_config.lora_config is not None:
+                    from vllm_steer.engine import cpu_lora
+
+                    cpu_lora.install()
+            self.load_model = _checked(self, self.load_model)
 
     WorkerBase.__init__ = __init__
+
+
+def _checked(worker: Any, load_model: Any) -> Any:
+    """``load_model`` of one worker, which must leave hooks behind: a platform may bring a runner of its own."""
+
+    @functools.wraps(load_model)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        load_model(*args, **kwargs)
+        if steering_of(worker.model_runner) is None:
+            raise UnsupportedFeature(
+                f"{type(worker.model_runner).__name__} has loaded its model and put no hooks on it; allowed: vLLM's "
+                "own runners and what inherits their load_model. Start the engine without steer_config."
+            )
+
+    return checked
 
 
 def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
@@ -48,20 +74,25 @@ def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
     return len(directions)
 
 
-def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[dict[str, Any] | None]:
-    """The readouts of samples, each (external request id, sample index, computed end); None where not here."""
+def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | None] | None:
+    """The readouts of samples, each (external request id, sample index, computed end); None where not here.
+
+    Of the layers that this worker's pipeline stage holds; ``stages.whole_readouts`` puts them together.
+    """
+    if not _answers(worker):
+        return None
     if worker.device is not None and worker.device.type != "cpu":
         torch.accelerator.synchronize()  # the copies to the host were started without waiting
     steering = _of(worker)
     steering.fetch_traces()
-    answers: list[dict[str, Any] | None] = []
+    answers: list[Readout | None] = []
     for external_id, index, computed_end in samples:
         found = steering.find(external_id, index)
         answers.append(None if found is None else found.answer(computed_end))
     return answers
 
 
-def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[list[list[float]] | dict[str, str] | None]:
+def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace | None] | None:
     """What is known by now of the traces of samples that are still under way.
 
     Never waits for the device, so that it can be asked often: on an accelerator the values of the last steps may come
@@ -72,19 +103,29 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[list[list[f
             readout's span.
 
     Returns:
-        For each sample the values from ``start`` on, one list for each name of ``Readout.trace`` in that order;
-        ``{"error": reason}``; or None for one that has not begun or is over, whose trace comes with its readout.
+        For each sample (name, values from ``start`` on) of each name of ``Readout.trace`` that is traced on this
+        worker's pipeline stage; ``{"error": reason}``; or None for one that has not begun or is over, whose trace comes
+        with its readout. ``stages.whole_traces`` puts them together.
     """
+    if not _answers(worker):
+        return None
     steering = _of(worker)
     steering.fetch_traces()
-    answers: list[list[list[float]] | dict[str, str] | None] = []
+    answers: list[LiveTrace | None] = []
     for external_id, index, start in samples:
-        trace = steering.trace(external_id, index)
-        if trace is None:
+        live = steering.trace(external_id, index)
+        if live is None:
             answers.append(None)
         else:
-            answers.append(trace.values(start).tolist() if trace.failure is None else {"error": trace.failure})
+            names, trace = live
+            known = list(zip(names, trace.values(start).tolist(), strict=True))
+            answers.append(known if trace.failure is None else {"error": trace.failure})
     return answers
+
+
+def _answers(worker: Any) -> bool:
+    """Whether it is this worker that answers for its tensor-parallel group, which all hold the same stream."""
+    return bool(worker.rank % worker.parallel_config.tensor_parallel_size == 0)
 
 
 def _of(worker: Any) -> WorkerSteering:

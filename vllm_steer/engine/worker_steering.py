@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,32 +12,38 @@ from torch import nn
 from vllm_steer.batch_plan import BatchPlanner, TracedTokens
 from vllm_steer.buffers import SteerBuffers
 from vllm_steer.directions import Direction
-from vllm_steer.engine.decoder_layers import attach, family_of
+from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
 from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.requests import configured_directions
 from vllm_steer.engine.resolved import RESOLVED_KEY, Resolved
+from vllm_steer.engine.tail_rows import TailRows
 from vllm_steer.engine.traces import Trace, TraceFlow, TraceRows
+from vllm_steer.errors import DirectionError, MalformedSpec
+from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 
 _ATTRIBUTE = "vllm_steer"
 
 
 class WorkerSteering:
-    """Everything that the patches of one runner act on.
+    """Everything that one runner tells of its requests and steps comes here.
 
     Args:
         settings: what the engine was started with.
-        runner: the classic model runner, its model loaded and not yet called.
-        model: that model.
+        runner: the classic runner or the V2 runner's model state; its ``vllm_config`` and ``device`` are read.
+        model: the runner's model, loaded and not yet called.
     """
 
     def __init__(self, settings: SteerSettings, runner: Any, model: nn.Module) -> None:
         config = runner.vllm_config
         hidden_size = config.model_config.get_hidden_size()
-        max_requests = config.scheduler_config.max_num_seqs
+        max_requests, max_drafts = config.scheduler_config.max_num_seqs, config.num_speculative_tokens
         self.settings = settings
-        self.planner = BatchPlanner(len(settings.layers), max_requests, settings.max_entries, settings.trace_columns)
+        self.model = model
+        self.planner = BatchPlanner(
+            len(settings.layers), max_requests, settings.max_entries, settings.trace_columns, max_drafts
+        )
         self.buffers = SteerBuffers(
             num_layers=len(settings.layers),
             hidden_size=hidden_size,
@@ -45,13 +53,18 @@ class WorkerSteering:
             max_directions=settings.max_directions,
             trace_columns=settings.trace_columns,
             device=runner.device,
+            max_drafts=max_drafts,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
         self._flow = TraceFlow(self.buffers.trace_TK)
         self._traces: dict[str, Trace] = {}
         self._reading: dict[tuple[str, int], str] = {}  # sample -> internal id, of live requests with a readout
+        self._tails = TailRows(self.buffers.last_L_AD)
+        self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
         attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
+        self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
+        self._held = {settings.layers.index(layer) for layer in hooked_layers(model)}  # of this pipeline stage
         # The front end books the same files in the same order, so both agree on the slots without a message.
         self.write_directions(
             DirectionRegistry(settings.max_directions, hidden_size).register(configured_directions(settings))
@@ -61,23 +74,47 @@ class WorkerSteering:
         """Put vectors into their slots of the bank."""
         for slot, direction in writes:
             self.buffers.write_direction(slot, direction.vector)
+            self._contents[slot] = direction.content_hash
 
-    def prepare(self, scheduler_output: Any, input_batch: Any, num_scheduled: Any) -> None:
-        """Bring the buffers up to date for the step that is about to run."""
+    def begin(self, request_id: str, params: Any) -> None:
+        """Take up a request that has come to the worker with these ``SamplingParams``.
+
+        One that comes back after a preemption is known already and goes on with its prompt, trace and columns.
+
+        Raises:
+            MalformedSpec, DirectionError: it would run unsteered or with another vector. No request can bring that
+                about, so the engine stops with it.
+        """
+        extra = (params.extra_args if params is not None else None) or {}
+        if WIRE_KEY in extra and RESOLVED_KEY not in extra:
+            raise MalformedSpec(
+                f"request {request_id!r} came to the worker with a steering spec that admission has not resolved; "
+                "allowed: requests that passed vLLM's InputProcessor with the plugin loaded. Start the engine again."
+            )
+        if RESOLVED_KEY in extra and request_id not in self._resolved:
+            resolved = Resolved.load(extra[RESOLVED_KEY])
+            self._check_bank(resolved)
+            self._begin(request_id, resolved)
+            readout = self._resolved[request_id].readout
+            if params.stop and readout is not None and readout.end is None:
+                self._may_stop.add(request_id)
+
+    def preempt(self, request_id: str) -> None:
+        """Drop what was summed of a request that will be computed again from its first token."""
+        self.planner.preempt(request_id)
+
+    def prepare(
+        self,
+        request_ids: Sequence[str],
+        num_computed: Sequence[int],
+        num_scheduled: Sequence[int],
+        drafts: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Bring the buffers up to date for the step that is about to run; arguments as of ``BatchPlanner.build``."""
         self.fetch_traces()
-        for request_id in scheduler_output.preempted_req_ids or ():
-            self.planner.preempt(request_id)
-        for new in scheduler_output.scheduled_new_reqs:
-            params = new.sampling_params
-            resolved = params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
-            if resolved is not None:
-                self._begin(new.req_id, Resolved.load(resolved))
-        count = input_batch.num_reqs
-        plan = self.planner.build(
-            input_batch.req_ids[:count],
-            input_batch.num_computed_tokens_cpu[:count].tolist(),
-            num_scheduled[:count].tolist(),
-        )
+        poolings = self.planner.poolings
+        self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
+        plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
         if plan is not None:
             self.buffers.write(plan)
             self._flow.expect([self._rows(tokens) for tokens in plan.traced])
@@ -103,6 +140,7 @@ class WorkerSteering:
                 del self._reading[key]
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
+        self._may_stop.discard(request_id)
         self.planner.remove(request_id)
 
     def find(self, external_id: str, index: int) -> FinishedReadout | None:
@@ -114,30 +152,47 @@ class WorkerSteering:
         request_id = self._reading.get((external_id, index))
         return None if request_id is None else self._take(request_id)
 
-    def trace(self, external_id: str, index: int) -> Trace | None:
-        """The trace of a sample that is still under way; None if it traces nothing, has not begun or is over."""
-        return self._traces.get(self._reading.get((external_id, index), ""))
+    def trace(self, external_id: str, index: int) -> tuple[list[str], Trace] | None:
+        """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
+        request_id = self._reading.get((external_id, index))
+        if request_id is None:
+            return None
+        readout = self._resolved[request_id].readout
+        assert readout is not None  # or it would not be reading
+        return [name for name, _, _ in readout.trace], self._traces[request_id]
+
+    def _check_bank(self, resolved: Resolved) -> None:
+        contents = dict(resolved.contents)
+        for slot in resolved.slots:
+            if self._contents.get(slot) != contents[slot]:
+                raise DirectionError(
+                    f"request {resolved.request_id!r} names a direction that is not in slot {slot} of the worker's "
+                    "bank: a direction file has changed since the engine started, or a registration has failed; "
+                    "allowed: what front end and workers both hold. Start the engine again."
+                )
 
     def _begin(self, request_id: str, resolved: Resolved) -> None:
+        if resolved.readout is not None:
+            resolved = replace(resolved, readout=resolved.readout.on_stage(self._held))
         self._resolved[request_id] = resolved
         self.planner.add(request_id, resolved.plan())
         if resolved.readout is None:
             return
         self._reading[sample_key(request_id, resolved.request_id)] = request_id
-        if resolved.readout.trace:
-            failure = None
-            if request_id not in self.planner.columns:
-                failure = (
-                    f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
-                    "later, or start the engine with steer_config(trace_columns=...) larger"
-                )
-            self._traces[request_id] = Trace(len(resolved.readout.trace), failure)
+        failure = None
+        if resolved.readout.trace and request_id not in self.planner.columns:
+            failure = (
+                f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
+                "later, or start the engine with steer_config(trace_columns=...) larger"
+            )
+        self._traces[request_id] = Trace(len(resolved.readout.trace), failure)
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
         assert readout is not None  # it is the readout that traces
         trace, columns = self._traces[traced.request_id], self.planner.columns[traced.request_id]
-        return TraceRows(trace, columns, traced.token, traced.count, traced.position - readout.first)
+        start = traced.position - readout.first
+        return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
 
     def _take(self, request_id: str) -> FinishedReadout | None:
         """The readout of a request as it stands now, or None if nothing of it has been computed."""
@@ -145,7 +200,8 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         if state is None or readout is None:
             return None
-        return FinishedReadout.take(self.buffers, readout, state, self._traces.get(request_id))
+        before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
+        return FinishedReadout.take(self.buffers, readout, state, self._traces.get(request_id), before_last)
 
 
 def sample_key(request_id: str, external_id: str) -> tuple[str, int]:
@@ -161,13 +217,16 @@ def sample_key(request_id: str, external_id: str) -> tuple[str, int]:
 
 
 def steering_of(runner: Any) -> WorkerSteering | None:
-    """The steering of a runner, or None where its engine is not configured for it."""
-    steering: WorkerSteering | None = getattr(runner, _ATTRIBUTE, None)
+    """The steering of a runner, or None where its engine is not configured for it.
+
+    The classic runner carries it itself, the V2 runner on its model state.
+    """
+    steering: WorkerSteering | None = getattr(getattr(runner, "model_state", runner), _ATTRIBUTE, None)
     return steering
 
 
 def equip(runner: Any, model: nn.Module) -> None:
-    """Give a runner whose model has just been loaded its steering, if its engine is configured for it."""
+    """Give a runner (or model state) whose model has just been loaded its steering, if its engine is configured."""
     settings = SteerSettings.of(runner.vllm_config.additional_config)
     if settings is not None:
         with torch.inference_mode(False):

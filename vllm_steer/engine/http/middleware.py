@@ -20,7 +20,7 @@ from vllm_steer.engine.http.outgoing import ReplySender, WholeSender
 from vllm_steer.engine.http.refusals import error_body
 from vllm_steer.engine.http.replies import list_aliases
 from vllm_steer.errors import MalformedSpec, SteerError
-from vllm_steer.schema import WIRE_KEY
+from vllm_steer.schema import SCHEMA_VERSION, STEERED_HEADER, WIRE_KEY
 
 SERVED_STATE = "vllm_steer_served"
 _MODELS = "/v1/models"
@@ -49,15 +49,18 @@ class SteerMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        served: Served | None = getattr(scope["app"].state, SERVED_STATE, None) if scope["type"] == "http" else None
+        served: Served | None = None
+        if scope["type"] in ("http", "websocket"):
+            served = getattr(scope["app"].state, SERVED_STATE, None)
         if served is None:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         settings = served.checker.settings
-        if scope["method"] == "POST" and path in PATHS:
+        is_socket = scope["type"] == "websocket"  # which brings requests too, to realtime endpoints
+        if not is_socket and scope["method"] == "POST" and path in PATHS:
             await self._answer(served, path, scope, receive, send)
-        elif scope["method"] == "POST":
+        elif is_socket or scope["method"] == "POST":
             default, allowed = settings.default_steering, allowed_for(settings, _api_key(scope))
             await self._bound(Exchange(default=default, allowed=allowed), scope, receive, send)
         elif scope["method"] == "GET" and path == _MODELS and settings.served_aliases:
@@ -87,7 +90,7 @@ class SteerMiddleware:
             # In place: vLLM's metrics read the route that routing leaves in this very object.
             scope["headers"] = headers.raw
         if translated.spec is not None or WIRE_KEY.encode() in body:
-            send = ReplySender(send, path, exchange)
+            send = ReplySender(_marked(send), path, exchange)
         await self._bound(exchange, scope, _replay(body, receive), send)
 
     async def _bound(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +99,18 @@ class SteerMiddleware:
             await self.app(scope, receive, send)
         finally:
             current_exchange.reset(token)
+
+
+def _marked(send: Send) -> Send:
+    """A ``send`` that tells the client in the reply's head that the plugin has seen its request."""
+
+    async def marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            mark = (STEERED_HEADER.encode(), str(SCHEMA_VERSION).encode())
+            message = {**message, "headers": [*message["headers"], mark]}
+        await send(message)
+
+    return marked
 
 
 async def _refuse(error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,181 @@
+"""What `vllm_steer/engine/` takes from vLLM, read off its own source.
+
+In a strictly typed room an object of vLLM's enters a function as a parameter annotated `Any` or with a class imported
+from vLLM (or as Starlette's `State`, in which vLLM's server keeps what it serves with). So every attribute that is read
+off such a parameter, or off what was got from one, is a name that the room relies on.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "vllm_steer"
+ENGINE = PACKAGE / "engine"
+_CARRIERS = {"State"}
+_PASS_ON = {"enumerate", "zip", "list", "tuple", "sorted", "reversed"}  # built-ins that hand on what they are given
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Import:
+    """`from module import name` in `file`; `name` is empty for `import module`."""
+
+    file: str
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Read:
+    """An attribute read off an object of vLLM's, as in `scheduler_output.preempted_req_ids`."""
+
+    file: str
+    attribute: str
+    line: int
+
+
+def engine_files() -> list[Path]:
+    """The modules of the room."""
+    return sorted(ENGINE.rglob("*.py"))
+
+
+def file_name(path: Path) -> str:
+    """A module's name as the list of foreign names has it: relative to the room."""
+    return str(path.relative_to(ENGINE))
+
+
+def vllm_imports(path: Path) -> Iterator[Import]:
+    """Everything that a module imports from vLLM, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+            yield from (Import(file_name(path), node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            own = [alias.name for alias in node.names if alias.name.split(".")[0] == "vllm"]
+            yield from (Import(file_name(path), module, "") for module in own)
+
+
+def patches(path: Path) -> set[str]:
+    """The attributes of vLLM's modules and classes that a module puts something else in place of."""
+    tree = ast.parse(path.read_text())
+    foreign = {one.name for one in vllm_imports(path)}
+    for loop in [node for node in ast.walk(tree) if isinstance(node, ast.For)]:
+        if isinstance(loop.target, ast.Name) and foreign & {
+            n.id for n in ast.walk(loop.iter) if isinstance(n, ast.Name)
+        }:
+            foreign.add(loop.target.id)
+    targets = [target for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets]
+    return {
+        target.attr
+        for target in targets
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in foreign
+    }
+
+
+def foreign_reads(path: Path) -> Iterator[Read]:
+    """Every attribute that a module reads off an object of vLLM's."""
+    tree = ast.parse(path.read_text())
+    untyped = {
+        node.name for node in _functions(tree) if isinstance(node.returns, ast.Name) and node.returns.id == "Any"
+    }
+    types = {one.name for one in vllm_imports(path)} | _CARRIERS | untyped
+    for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+        kept = _kept(cls, types)
+        for function in _functions(cls):
+            yield from _Reader(file_name(path), types, kept).of(function)
+    for function in _functions(tree):
+        yield from _Reader(file_name(path), types, set()).of(function)
+    loose = [node for node in tree.body if isinstance(node, ast.If | ast.Assign | ast.AnnAssign | ast.Expr)]
+    yield from _Reader(file_name(path), types, set()).of(ast.Module(loose, []))
+
+
+def _functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    yield from (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _kept(cls: ast.ClassDef, types: set[str]) -> set[str]:
+    """Attributes of a class of ours that hold an object of vLLM's: `self.engine = engine`."""
+    kept: set[str] = set()
+    for function in _functions(cls):
+        reader = _Reader("", types, set())
+        list(reader.of(function))
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and reader.is_foreign(node.value):
+                kept |= {target.attr for target in node.targets if isinstance(target, ast.Attribute)}
+    return kept
+
+
+class _Reader:
+    """Follows the foreign objects of one function, in the order of its text.
+
+    Args:
+        file: for the results.
+        types: names imported from vLLM.
+        kept: attributes of `self` that are foreign.
+    """
+
+    def __init__(self, file: str, types: set[str], kept: set[str]) -> None:
+        self._file = file
+        self._types = types
+        self._kept = kept
+        self._foreign: set[str] = set(types)
+
+    def of(self, function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Module) -> Iterator[Read]:
+        for node in _in_order(function):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                args = node.args
+                for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs):
+                    self._enter(arg)
+            elif isinstance(node, ast.Assign):
+                self._assign(node.targets[0], node.value)
+            elif isinstance(node, ast.For | ast.AsyncFor | ast.comprehension) and self.is_foreign(node.iter):
+                self._bind(node.target)
+            elif isinstance(node, ast.withitem) and node.optional_vars and self.is_foreign(node.context_expr):
+                self._bind(node.optional_vars)
+            elif isinstance(node, ast.Attribute) and self.is_foreign(node.value):
+                yield Read(self._file, node.attr, node.lineno)
+
+    def is_foreign(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Name):
+            return node.id in self._foreign
+        if isinstance(node, ast.Attribute):
+            is_own = isinstance(node.value, ast.Name) and node.value.id == "self" and "self" not in self._foreign
+            return node.attr in self._kept if is_own else self.is_foreign(node.value)
+        if isinstance(node, ast.Subscript | ast.Await):
+            return self.is_foreign(node.value)
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in _PASS_ON:
+                return any(self.is_foreign(arg) for arg in node.args)
+            return self.is_foreign(node.func)
+        return isinstance(node, ast.BoolOp) and any(self.is_foreign(value) for value in node.values)
+
+    def _enter(self, arg: ast.arg) -> None:
+        names = set() if arg.annotation is None else {n.id for n in ast.walk(arg.annotation) if isinstance(n, ast.Name)}
+        if names == {"Any"} or names & self._types:
+            self._foreign.add(arg.arg)
+        else:
+            self._foreign.discard(arg.arg)
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, its_value in zip(target.elts, value.elts, strict=True):
+                self._assign(one, its_value)
+        elif self.is_foreign(value):
+            self._bind(target)
+
+    def _bind(self, target: ast.expr) -> None:
+        if isinstance(target, ast.Tuple):
+            for one in target.elts:
+                self._bind(one)
+        elif isinstance(target, ast.Name):
+            self._foreign.add(target.id)
+
+
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """A tree's nodes as they stand in the text, comprehensions' loops before what they build."""
+    yield node
+    children = list(ast.iter_child_nodes(node))
+    children.sort(key=lambda child: not isinstance(child, ast.comprehension))
+    for child in children:
+        yield from _in_order(child)

@@ -1,0 +1,86 @@
+"""Beside which vLLM the plugin steers, beside which it says that it was only read, and beside which it refuses."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_steer import steer_config
+from vllm_steer.engine import config, plugin, prefix_cache, requests, worker_rpc
+from vllm_steer.errors import UnsupportedFeature
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `register` tells the rooms, in place of installing their patches."""
+    told: dict[str, Any] = {}
+    for room in (config, requests, prefix_cache, worker_rpc):
+        monkeypatch.setattr(room, "install", lambda room=room.__name__, **kwargs: told.update({room: kwargs}))
+    monkeypatch.setattr(plugin, "_registered", False)
+    return told
+
+
+def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
+    plugin.register()
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1"])
+def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
+    version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_beside(version, monkeypatch)
+    assert len(installed) == 4
+    assert installed[config.__name__] == {"remark": None}
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.30.0", "tested in part"),
+        ("0.31.0", "tested in part"),
+        ("0.33.0", "read, not run"),
+        ("0.33.1.dev3+cpu", "read, not run"),
+    ],
+)
+def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
+    version: str, said: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_beside(version, monkeypatch)
+    assert len(installed) == 4
+    assert said in installed[config.__name__]["remark"]
+    assert version in installed[config.__name__]["remark"]
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.3.3", "0.34.0", "1.32.0"])
+def test_any_other_release_is_refused(version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    register_beside(version, monkeypatch)
+    assert set(installed) == {config.__name__}
+    assert version in installed[config.__name__]["unsupported"]
+
+
+def test_only_an_engine_that_is_configured_hears_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = SimpleNamespace(additional_config={}, use_v2_model_runner=False)
+    monkeypatch.setattr(config, "check", lambda *_: None)
+    monkeypatch.setattr(config.logger, "propagate", True)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(EngineArgs, "create_engine_config", lambda self: made)
+        config.install(remark="only read, says this test")
+        EngineArgs.create_engine_config(None)
+        assert "only read" not in caplog.text
+        made.additional_config = steer_config([1])
+        EngineArgs.create_engine_config(None)
+        assert "only read, says this test" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(EngineArgs, "create_engine_config", lambda self: made)
+        config.install(unsupported="beside another vLLM")
+        with pytest.raises(UnsupportedFeature, match="beside another vLLM"):
+            EngineArgs.create_engine_config(None)
+        made.additional_config = {}
+        assert EngineArgs.create_engine_config(None) is made

@@ -1,0 +1,169 @@
+"""The doctor says of a config alone what an engine's start would say, and never disagrees with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+from vllm.engine.arg_utils import EngineArgs
+
+from batch_jobs.cli import app
+from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, REFUSED_FAMILIES, SUPPORTED_FAMILIES, tiny_config
+from vllm_steer import Direction, SteerError, diagnose, save_directions, steer_config
+from vllm_steer.errors import BadDirectionFile, SettingsError
+
+ConfigFolder = Callable[[str], Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ConfigFolder:
+    """`folder(family)`: a folder with the config of a tiny model and nothing else, no weights and no tokenizer."""
+
+    def write(family: str) -> Path:
+        tiny_config(family).save_pretrained(tmp_path / family)
+        return tmp_path / family
+
+    return write
+
+
+@pytest.fixture
+def directions(tmp_path: Path) -> Callable[..., Path]:
+    """`directions(2, 3)`: a file with a direction "kind" at each of these layers."""
+
+    def write(*layers: int, size: int = HIDDEN_SIZE) -> Path:
+        file = tmp_path / "kind.safetensors"
+        save_directions(file, [Direction("kind", layer, np.ones(size)) for layer in layers])
+        return file
+
+    return write
+
+
+def refusal_at_start(model: Path, **engine_args: Any) -> str | None:
+    """What vLLM's first step of an engine's start raises, of ours."""
+    try:
+        EngineArgs(str(model), **engine_args).create_engine_config()
+    except SteerError as refusal:
+        return str(refusal)
+    return None
+
+
+@pytest.mark.parametrize("family", [*SUPPORTED_FAMILIES, *REFUSED_FAMILIES])
+def test_the_doctor_and_an_engines_start_agree(folder: ConfigFolder, family: str) -> None:
+    model = folder(family)
+    diagnosis = diagnose(model, layers=[1])
+    refusal = refusal_at_start(model, additional_config=steer_config(layers=[1]))
+    assert diagnosis.problems == (() if refusal is None else (refusal,))
+    assert diagnosis.is_fit == (family in SUPPORTED_FAMILIES)
+    assert (diagnosis.num_layers, diagnosis.hidden_size) == (NUM_LAYERS, HIDDEN_SIZE)
+
+
+def test_a_diagnosis_names_classes_and_runner(folder: ConfigFolder) -> None:
+    diagnosis = diagnose(folder("llama"))
+    assert diagnosis.architecture == diagnosis.model_class == "LlamaForCausalLM"
+    assert diagnosis.layer_class == "vllm.model_executor.models.llama.LlamaDecoderLayer"
+    assert diagnosis.layers == tuple(range(NUM_LAYERS))
+    assert diagnosis.dtype == "bfloat16"  # what vLLM makes of float32 unless told otherwise
+    assert diagnosis.runner == "classic"  # V2 needs Triton
+    assert "a pooling model" in diagnosis.refused_features
+
+
+def test_a_model_that_vllm_runs_through_hugging_faces_modules_is_known_as_such(folder: ConfigFolder) -> None:
+    assert diagnose(folder("olmo2")).model_class == "TransformersForCausalLM"
+    unasked = diagnose(folder("llama"), model_impl="transformers")
+    assert unasked.architecture == "TransformersForCausalLM"
+    assert "model_impl" in unasked.problems[0]
+
+
+def test_every_problem_is_listed_not_only_the_first(folder: ConfigFolder, directions: Callable[..., Path]) -> None:
+    diagnosis = diagnose(
+        folder("bloom"), layers=[1, NUM_LAYERS], directions=directions(2, size=HIDDEN_SIZE + 1), runner="pooling"
+    )
+    says = ("BloomForCausalLM", f"layer {NUM_LAYERS}", "a pooling model", f"{HIDDEN_SIZE + 1} elements", "'kind@2'")
+    assert len(diagnosis.problems) == len(says)
+    for problem, part in zip(diagnosis.problems, says, strict=True):
+        assert part in problem
+
+
+def test_float16_is_refused_where_the_stream_is_rescaled_in_it(folder: ConfigFolder) -> None:
+    model = folder("deepseekv2")
+    (problem,) = diagnose(model, dtype="float16").problems
+    assert "float16" in problem
+    assert problem == refusal_at_start(model, dtype="float16", additional_config=steer_config(layers=[1]))
+    assert diagnose(model, dtype="bfloat16").is_fit
+
+
+def test_directions_bring_their_layers(folder: ConfigFolder, directions: Callable[..., Path]) -> None:
+    diagnosis = diagnose(folder("gpt2"), directions=directions(1, 3))
+    assert diagnosis.is_fit
+    assert diagnosis.layers == (1, 3)
+    assert diagnosis.directions == ("kind@1", "kind@3")
+
+
+def test_a_direction_beyond_the_hooked_layers_does_not_fit(
+    folder: ConfigFolder, directions: Callable[..., Path]
+) -> None:
+    (problem,) = diagnose(folder("gpt2"), layers=[0, 1], directions=[directions(1, 3)]).problems
+    assert "'kind@3'" in problem
+    assert "[0, 1]" in problem
+
+
+def test_an_unreadable_direction_file_is_named(folder: ConfigFolder, tmp_path: Path) -> None:
+    with pytest.raises(BadDirectionFile, match="nothing-there"):
+        diagnose(folder("gpt2"), directions=tmp_path / "nothing-there.safetensors")
+
+
+BROKEN_CONFIGS = {
+    "no config": None,
+    "empty file": "",
+    "not JSON": '{"model_type": "llama"',
+    "a list": "[]",
+    "empty object": "{}",
+    "unknown model type": '{"model_type": "nothing-known", "architectures": ["NothingForCausalLM"]}',
+    "unknown architecture": '{"model_type": "llama", "architectures": ["NothingForCausalLM"]}',
+    "a field of the wrong type": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}',
+}
+
+
+@pytest.mark.parametrize("text", BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS)
+def test_a_config_that_cannot_be_read_is_one_clear_error(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SettingsError) as refusal:
+        diagnose(tmp_path)
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_path_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(SettingsError, match="/no/such/folder"):
+        diagnose("/no/such/folder")
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _environment_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the command would set for the tests behind this one
+
+    def test_the_table_answers_each_question(self, folder: ConfigFolder, directions: Callable[..., Path]) -> None:
+        result = CliRunner().invoke(app, ["doctor", str(folder("llama")), "--directions", str(directions(2))])
+        assert result.exit_code == 0
+        for answer in ("LlamaForCausalLM", "0 to 3", "128", "classic", "kind@2", "yes"):
+            assert answer in result.stdout
+
+    def test_what_would_be_refused_ends_in_exit_code_one(self, folder: ConfigFolder) -> None:
+        result = CliRunner().invoke(app, ["doctor", str(folder("bloom"))])
+        assert result.exit_code == 1
+        assert "BloomForCausalLM" in result.stdout
+
+    def test_json_holds_the_whole_diagnosis(self, folder: ConfigFolder) -> None:
+        result = CliRunner().invoke(app, ["doctor", str(folder("llama")), "--layers", "1,9", "--json"])
+        assert result.exit_code == 1
+        answer = json.loads(result.stdout)
+        assert answer["is_fit"] is False
+        assert answer["layers"] == [1, 9]
+        assert answer["problems"] == list(diagnose(folder("llama"), layers=[1, 9]).problems)

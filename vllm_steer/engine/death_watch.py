@@ -1,0 +1,65 @@
+"""Tells whoever waits for an engine core that its process has died."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import time
+import weakref
+from multiprocessing import connection
+from threading import Thread
+from typing import Any
+
+from vllm.v1.engine.core_client import MPClient, SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_steer.settings import SteerSettings
+
+
+def install() -> None:
+    """Wrap ``MPClient.start_engine_core_monitor`` (see ``vllm_steer.engine``)."""
+    original = MPClient.start_engine_core_monitor
+
+    @functools.wraps(original)
+    def start_engine_core_monitor(self: Any) -> None:
+        original(self)
+        manager = self.resources.engine_manager
+        if manager is not None and SteerSettings.of(self.vllm_config.additional_config) is not None:
+            # No reference to the client, which ends its engine when it is collected.
+            watched = (weakref.ref(self), manager.sentinels())
+            Thread(target=_watch, args=watched, daemon=True, name="SteerDeathWatch").start()
+
+    MPClient.start_engine_core_monitor = start_engine_core_monitor
+
+
+def _watch(client_ref: weakref.ref[Any], sentinels: list[Any]) -> None:
+    connection.wait(sentinels)
+    is_over = False
+    while not is_over:
+        client = client_ref()
+        if client is None:
+            return
+        # Until vLLM has marked the engine dead, more may be asked of it; what is asked is booked before the mark is
+        # looked at, so the round after the mark misses nothing.
+        is_over = client.resources.engine_dead
+        _release(client)
+        del client
+        time.sleep(0.1)
+
+
+def _release(client: Any) -> None:
+    """Fail all that waits for the engine of ``client``; nothing does after an orderly shutdown."""
+    for future in list(client.utility_results.values()):
+        if isinstance(future, concurrent.futures.Future):
+            _fail(future)
+        elif not future.get_loop().is_closed():
+            future.get_loop().call_soon_threadsafe(_fail, future)
+    if isinstance(client, SyncMPClient) and client.resources.engine_dead:
+        client.outputs_queue.put(EngineDeadError())
+
+
+def _fail(future: concurrent.futures.Future[Any] | asyncio.Future[Any]) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # an answer just came
+        future.set_exception(EngineDeadError())

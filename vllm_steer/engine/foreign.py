@@ -1,0 +1,253 @@
+"""Everything of vLLM's that this room relies on, for ``tests/compat`` to check against any release.
+
+Three kinds: names (a class, a function, an attribute, a member of an enumeration), signatures, and expressions inside a
+function whose effect is part of what we rely on. The family table of ``decoder_layers`` is a list of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignName:
+    """One thing of vLLM's that has to be there, and to be as it was.
+
+    Attributes:
+        module: where it is imported from or defined, such as ``vllm.outputs``.
+        name: ``function``, ``Class``, ``Class.method`` or ``Class.attribute``; ``function.attribute`` for one that
+            the function sets on somebody else's object; empty for the module itself.
+        takes: parameters that we name, in order; None for what is not called. ``async`` or ``static`` before them says
+            what kind of function it is, ``name=`` is passed by keyword, ``*`` ends those by position, and ``...`` at
+            the end lets others follow: after a patched function any, else only such as need not be given.
+        contains: an expression in its text, as ``ast.unparse`` writes it.
+        is_patched: we put a wrapper in its place, so nothing may go around it: no further module that holds it by name,
+            no further subclass that overrides it.
+        needed_by: our file, where that cannot be told from its text.
+    """
+
+    module: str
+    name: str
+    takes: str | None = None
+    contains: str | None = None
+    is_patched: bool = False
+    needed_by: str | None = None
+
+
+def _members(module: str, owner: str, names: str) -> tuple[ForeignName, ...]:
+    return tuple(ForeignName(module, f"{owner}.{name}") for name in names.split())
+
+
+def _patched(module: str, name: str, takes: str, contains: str | None = None) -> ForeignName:
+    return ForeignName(module, name, takes, contains, is_patched=True)
+
+
+_ARGS = "vllm.engine.arg_utils"
+_CONFIG = "vllm.config.vllm"
+_MODEL_CONFIG = "vllm.config.model"
+_SAMPLING = "vllm.sampling_params"
+_ENDPOINT_PLUGIN = "vllm.plugins.endpoint_plugins.interface"
+_PROCESSOR = "vllm.v1.engine.input_processor"
+_OFFLINE_ENGINE = "vllm.v1.engine.llm_engine"
+_ASYNC = "vllm.v1.engine.async_llm"
+_CLIENT = "vllm.v1.engine.core_client"
+_SERVED_MODELS = "vllm.entrypoints.openai.models.serving"
+_SERVE = "vllm.entrypoints.cli.serve"
+_SCHEDULED = "vllm.v1.core.sched.output"
+_WORKER = "vllm.v1.worker.worker_base"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
+_BATCH = "vllm.v1.worker.gpu_input_batch"
+_CPU_LORA = "vllm.lora.punica_wrapper.punica_cpu"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+_STATES_V2 = "vllm.v1.worker.gpu.model_states"
+_STATE_V2 = f"{_STATES_V2}.interface"
+_HASH_HOLDERS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
+
+FOREIGN_NAMES = (
+    # How the plugin is found, and told its settings.
+    ForeignName("vllm.plugins", "DEFAULT_PLUGINS_GROUP", contains="'vllm.general_plugins'", needed_by="plugin.py"),
+    ForeignName("vllm.plugins", "ENDPOINT_PLUGINS_GROUP", contains="'vllm.endpoint_plugins'", needed_by="server.py"),
+    ForeignName(_ENDPOINT_PLUGIN, "EndpointPlugin.name", needed_by="server.py"),
+    ForeignName(_ENDPOINT_PLUGIN, "EndpointPlugin.required_tasks", needed_by="server.py"),
+    ForeignName(_ENDPOINT_PLUGIN, "EndpointPlugin.attach_router", "self, app"),
+    ForeignName(_ENDPOINT_PLUGIN, "EndpointPlugin.init_state", "async self, engine_client, state, args"),
+    ForeignName("vllm.logger", "init_logger", "name"),
+    ForeignName(_ARGS, "EngineArgs"),
+    *_members(_ARGS, "EngineArgs", "model additional_config"),
+    _patched(_ARGS, "EngineArgs.create_engine_config", "self, usage_context, ..."),
+    ForeignName("vllm.usage.usage_lib", "UsageContext"),
+    ForeignName("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER"),
+    ForeignName("vllm.envs", ""),
+    ForeignName("vllm.envs", "VLLM_USE_RUST_FRONTEND"),
+    # The engine's configuration. Its hash keys the compile cache, and must see our settings.
+    ForeignName(_CONFIG, "VllmConfig.compute_hash", contains="self.additional_config", needed_by="config.py"),
+    *(
+        ForeignName(module, name, contains="vllm_config.compute_hash()", needed_by="config.py")
+        for module, name in (
+            ("vllm.compilation.caching", "aot_compile_hash_factors"),
+            ("vllm.compilation.backends", "VllmBackend"),
+        )
+    ),
+    *_members(
+        _CONFIG,
+        "VllmConfig",
+        "additional_config cache_config compilation_config kv_transfer_config lora_config model_config "
+        "num_speculative_tokens parallel_config scheduler_config speculative_config use_v2_model_runner",
+    ),
+    *_members(_MODEL_CONFIG, "ModelConfig", "_model_info architecture dtype enable_sleep_mode model runner_type"),
+    ForeignName("vllm.model_executor.models.registry", "_ModelInfo.architecture"),
+    ForeignName(_MODEL_CONFIG, "ModelConfig.get_total_num_hidden_layers", "self"),
+    ForeignName(_MODEL_CONFIG, "ModelConfig.get_hidden_size", "self"),
+    *_members(
+        "vllm.config.parallel",
+        "ParallelConfig",
+        "_api_process_count data_parallel_size decode_context_parallel_size pipeline_parallel_size "
+        "prefill_context_parallel_size tensor_parallel_size use_sequence_parallel_moe use_ubatching",
+    ),
+    ForeignName("vllm.config.cache", "CacheConfig.kv_sharing_fast_prefill"),
+    *_members("vllm.config.scheduler", "SchedulerConfig", "async_scheduling max_num_batched_tokens max_num_seqs"),
+    ForeignName("vllm.config.compilation", "CompilationConfig.cudagraph_capture_sizes"),
+    ForeignName("vllm.config.speculative", "SpeculativeConfig.method"),
+    # Requests: what a caller gives, and what the front end makes of it.
+    ForeignName("vllm", "SamplingParams"),
+    *_members(_SAMPLING, "SamplingParams", "extra_args output_kind skip_reading_prefix_cache stop"),
+    ForeignName(_SAMPLING, "SamplingParams.clone", "self"),
+    ForeignName(_SAMPLING, "RequestOutputKind"),
+    ForeignName(_SAMPLING, "RequestOutputKind.DELTA"),
+    ForeignName(_PROCESSOR, "InputProcessor"),
+    *_members(_PROCESSOR, "InputProcessor", "model_config vllm_config"),
+    _patched(
+        _PROCESSOR,
+        "InputProcessor.process_inputs",
+        "self, request_id, prompt, params, ..., resumable=",
+        contains="sampling_params = params.clone()",  # we write into the request's parameters
+    ),
+    _patched(
+        _PROCESSOR,
+        "InputProcessor.assign_request_id",
+        "static request",
+        contains="f'{request.external_req_id}-{random_uuid():.8}'",  # worker_steering.sample_key reads this form
+    ),
+    ForeignName(
+        "vllm.v1.engine.parallel_sampling",
+        "ParentRequest.get_child_info",
+        contains="f'{index}_{self.request_id}'",
+        needed_by="worker_steering.py",
+    ),
+    *_members(
+        "vllm.v1.engine",
+        "EngineCoreRequest",
+        "cache_salt prompt_embeds prompt_token_ids request_id sampling_params",
+    ),
+    ForeignName("vllm.exceptions", "GracefulHTTPError"),
+    *_members("vllm.exceptions", "GracefulHTTPError", "http_status message"),
+    # Keys of the prefix cache.
+    *(ForeignName(module, "") for module in _HASH_HOLDERS),
+    *(
+        _patched(module, "generate_block_hash_extra_keys", "request, start_token_idx, end_token_idx, start_mm_idx")
+        for module in _HASH_HOLDERS
+    ),
+    ForeignName("vllm.v1.request", "Request.sampling_params"),
+    ForeignName(
+        "vllm.v1.request",
+        "Request.get_skip_reading_prefix_cache",
+        contains="self.sampling_params.skip_reading_prefix_cache",
+        needed_by="requests.py",
+    ),
+    # The offline front end.
+    ForeignName("vllm", "LLM"),
+    ForeignName("vllm.entrypoints.llm", "LLM.llm_engine"),
+    ForeignName("vllm.entrypoints.llm", "LLM.collective_rpc", "self, method, ..., args="),
+    *_members(_OFFLINE_ENGINE, "LLMEngine", "engine_core input_processor output_processor"),
+    ForeignName(_OFFLINE_ENGINE, "LLMEngine.has_unfinished_requests", "self"),
+    ForeignName(_OFFLINE_ENGINE, "LLMEngine.abort_request", "self, request_ids, internal="),
+    ForeignName("vllm.v1.engine.output_processor", "OutputProcessor.request_states"),
+    ForeignName(_CLIENT, "EngineCoreClient.shutdown", "self, ..."),
+    ForeignName("vllm.distributed", "cleanup_dist_env_and_memory", "..."),
+    ForeignName("vllm", "RequestOutput"),
+    *_members("vllm.outputs", "RequestOutput", "outputs prompt_token_ids request_id"),
+    *_members("vllm.outputs", "CompletionOutput", "finish_reason index token_ids"),
+    # An engine core in a process of its own.
+    ForeignName(_CLIENT, "MPClient"),
+    *_members(_CLIENT, "MPClient", "resources utility_results vllm_config"),
+    _patched(_CLIENT, "MPClient.start_engine_core_monitor", "self"),
+    ForeignName(_CLIENT, "SyncMPClient"),
+    ForeignName(_CLIENT, "SyncMPClient.outputs_queue"),
+    *_members(_CLIENT, "BackgroundResources", "engine_dead engine_manager"),
+    ForeignName("vllm.v1.engine.utils", "CoreEngineProcManager.sentinels", "self"),
+    ForeignName("vllm.v1.engine.exceptions", "EngineDeadError"),
+    # The asynchronous front end and the server.
+    ForeignName(_ASYNC, "AsyncLLM"),
+    *_members(_ASYNC, "AsyncLLM", "input_processor vllm_config"),
+    _patched(
+        _ASYNC,
+        "AsyncLLM.generate",
+        "async self, prompt, sampling_params, request_id, *, ...",
+        contains="except (VLLMClientError, GracefulHTTPError",  # a refusal goes through as it is
+    ),
+    ForeignName(_ASYNC, "AsyncLLM.collective_rpc", "async self, method, ..., args="),
+    ForeignName(_ASYNC, "AsyncLLM.is_sleeping", "async self"),
+    ForeignName("vllm.entrypoints.launchers.api_server.app_state", "init_app_state.openai_serving_models"),
+    ForeignName(_SERVED_MODELS, "OpenAIServingModels.is_base_model", "self, model_name"),
+    ForeignName(_SERVED_MODELS, "OpenAIServingModels.model_name", "self, ..."),
+    ForeignName("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
+    ForeignName(_SERVE, "ServeSubcommand"),
+    ForeignName(_SERVE, "ServeSubcommand.subparser_init", "self, subparsers"),
+    ForeignName(_SERVE, "ServeSubcommand.validate", "self, args"),
+    ForeignName(_SERVE, "ServeSubcommand.cmd", "static args"),
+    # Workers, and what the scheduler tells their runners.
+    ForeignName(_WORKER, "WorkerBase"),
+    *_members(_WORKER, "WorkerBase", "device model_runner parallel_config rank vllm_config"),
+    _patched(_WORKER, "WorkerBase.__init__", "self, ..."),
+    *_members(
+        _SCHEDULED,
+        "SchedulerOutput",
+        "finished_req_ids preempted_req_ids scheduled_new_reqs scheduled_spec_decode_tokens",
+    ),
+    *_members(_SCHEDULED, "NewRequestData", "req_id sampling_params"),
+    # The classic runner.
+    ForeignName(_RUNNER, "GPUModelRunner"),
+    *_members(_RUNNER, "GPUModelRunner", "device discard_request_mask input_batch vllm_config"),
+    ForeignName(_RUNNER, "GPUModelRunner.get_model", "self"),
+    ForeignName(_CPU_RUNNER, "CPUModelRunner"),
+    _patched(_RUNNER, "GPUModelRunner.load_model", "self, ..."),
+    _patched(_CPU_RUNNER, "CPUModelRunner.load_model", "self, ..."),
+    _patched(_RUNNER, "GPUModelRunner._prepare_inputs", "self, scheduler_output, num_scheduled_tokens, ..."),
+    _patched(_RUNNER, "GPUModelRunner._on_request_state_removed", "self, req_id, req_state"),
+    ForeignName(
+        _RUNNER,
+        "GPUModelRunner._update_states",
+        contains="self._on_request_state_removed(req_id, req_state)",
+        needed_by="runner_v1.py",
+    ),
+    _patched(_RUNNER, "GPUModelRunner._dummy_run", "self, ..."),
+    _patched(
+        _RUNNER,
+        "GPUModelRunner._bookkeeping_sync",
+        "self, ...",
+        contains="set_offset",  # once it is gone, so can cpu_seeds
+    ),
+    # LoRA on the CPU.
+    ForeignName(_CPU_LORA, "PunicaWrapperCPU"),
+    _patched(_CPU_LORA, "PunicaWrapperCPU.add_shrink", "self, y, x, ..."),
+    _patched(_CPU_LORA, "PunicaWrapperCPU.add_lora_embedding", "self, y, x, ..."),
+    _patched(_CPU_LORA, "PunicaWrapperCPU.add_lora_logits", "self, y, x, ..."),
+    ForeignName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.token_lora_indices"),
+    ForeignName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.sampler_indices"),
+    ForeignName("vllm.v1.utils", "CpuGpuBuffer.np"),
+    *_members(_BATCH, "InputBatch", "generators num_computed_tokens_cpu num_reqs req_ids"),
+    # The V2 runner.
+    ForeignName(_STATES_V2, ""),
+    _patched(_STATES_V2, "resolve_model_state_cls", "vllm_config, model"),
+    ForeignName(_STATE_V2, "ModelState"),
+    ForeignName(_STATE_V2, "ModelState.__init__", "self, vllm_config, model, encoder_cache, device"),
+    ForeignName(_STATE_V2, "ModelState.add_request", "self, req_index, new_req_data"),
+    ForeignName(_STATE_V2, "ModelState.prepare_inputs", "self, input_batch, req_states"),
+    ForeignName(_STATE_V2, "ModelState.prepare_dummy_inputs", "self, num_reqs, num_tokens"),
+    ForeignName(_RUNNER_V2, "GPUModelRunner"),
+    ForeignName(_RUNNER_V2, "GPUModelRunner.model_state"),
+    _patched(_RUNNER_V2, "GPUModelRunner.finish_requests", "self, scheduler_output"),
+    *_members("vllm.v1.worker.gpu.input_batch", "InputBatch", "num_computed_tokens_np num_scheduled_tokens req_ids"),
+    ForeignName("vllm.v1.worker.gpu.states", "RequestState.req_id_to_index"),
+)

@@ -1,0 +1,134 @@
+"""Vectors in GGUF files, read within the bounds of the file: no count or length in it is believed.
+
+The ``gguf`` package's own reader takes a file's counts at their word, and can be kept busy for hours by 40 bytes.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, either byte order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_MOST_DIMENSIONS = 4  # of a tensor in ggml
+_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_BYTES_OF = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its size
+_FLOATS = {0: "f4", 1: "f2"}  # type of a tensor -> how NumPy calls it
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor as the file describes it.
+
+    Attributes:
+        type: number of ggml's type; 0 is F32 and 1 is F16.
+        shape: as NumPy counts, the fastest dimension last.
+    """
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    _start: int
+
+
+class GgufFile:
+    """The texts among the metadata of a file, and its tensors.
+
+    Raises:
+        ValueError: it is no GGUF file, ends too early, or says a thing twice.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._data = np.memmap(path, np.uint8, "r")
+        self._at = 0
+        self._order: Literal["little", "big"] = "little"
+        if bytes(self._take(4)) != _MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        version = self._number(4)
+        if version & 0xFFFF == 0:  # a small number in the other byte order
+            self._order, version = "big", int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version is {version}; allowed: 2 and 3")
+        num_tensors, num_fields = self._number(8), self._number(8)
+        self.texts: dict[str, str] = {}
+        alignment = 32
+        seen: set[str] = set()
+        for _ in range(num_fields):
+            key = _new(self._text(), seen)
+            kind = self._number(4)
+            if kind == _STRING:
+                self.texts[key] = self._text()
+            elif key == "general.alignment" and kind == _UINT32:
+                alignment = self._number(4)
+            else:
+                self._skip(kind)
+        seen = set()
+        self.tensors = [self._tensor(seen) for _ in range(num_tensors)]
+        if alignment == 0 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {alignment}; allowed: a power of two")
+        self._data_start = -(-self._at // alignment) * alignment
+
+    def values(self, tensor: GgufTensor) -> npt.NDArray[np.floating]:
+        """The numbers of an F32 or F16 tensor.
+
+        Raises:
+            ValueError: a tensor of another type, or they lie beyond the file's end.
+        """
+        if tensor.type not in _FLOATS:
+            raise ValueError(f"{tensor.name} is stored as {_type_name(tensor.type)}; allowed: F32 or F16, unquantised")
+        dtype = np.dtype(_FLOATS[tensor.type]).newbyteorder("<" if self._order == "little" else ">")
+        self._at = self._data_start + tensor._start
+        return self._take(math.prod(tensor.shape) * dtype.itemsize).view(dtype).reshape(tensor.shape)
+
+    def _take(self, count: int) -> npt.NDArray[np.uint8]:
+        if count > self._data.size - self._at:
+            raise ValueError(f"it has {self._data.size} bytes and needs {self._at + count} at the least")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def _number(self, size: int) -> int:
+        return int.from_bytes(self._take(size).tobytes(), self._order)
+
+    def _text(self) -> str:
+        return self._take(self._number(8)).tobytes().decode()
+
+    def _skip(self, kind: int) -> None:
+        """Go past a value, or past all those of an array."""
+        count = 1
+        if kind == _ARRAY:
+            kind, count = self._number(4), self._number(8)
+        if kind in _BYTES_OF:
+            self._take(_BYTES_OF[kind] * count)
+        elif kind == _STRING:
+            for _ in range(count):  # each has eight bytes at the least, so the file's end comes before any large count
+                self._take(self._number(8))
+        else:
+            raise ValueError(f"it has a value of type {kind}; allowed: numbers, texts and arrays of these")
+
+    def _tensor(self, seen: set[str]) -> GgufTensor:
+        name = _new(self._text(), seen)
+        dimensions = self._number(4)
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"it has a tensor of {dimensions} dimensions; allowed: up to {_MOST_DIMENSIONS}")
+        shape = tuple(reversed([self._number(8) for _ in range(dimensions)]))
+        return GgufTensor(name, type=self._number(4), shape=shape, _start=self._number(8))
+
+
+def _type_name(number: int) -> str:
+    from gguf import GGMLQuantizationType
+
+    known = {one.value: one.name for one in GGMLQuantizationType}
+    return known.get(number, f"type {number}")
+
+
+def _new(name: str, seen: set[str]) -> str:
+    if name in seen:
+        raise ValueError(f"it has {name!r} twice")
+    seen.add(name)
+    return name
