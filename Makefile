@@ -8,8 +8,8 @@ PYTHON ?= python3
 ENGINE ?= cpu
 
 BIN := .venv/bin
-# A file's tests share an engine, so a file stays in one process; conftest.py groups them and puts the long ones first.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# A file's tests share an engine, so a file stays in one process; conftest.py puts the long ones first.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # No usage reports from runs of this project's own tests and demo.
 export DO_NOT_TRACK := 1

@@ -1,7 +1,6 @@
 """What every test may rely on: vLLM's environment, the demo model, and where the paper's data may lie.
 
-It also says which tests share a process when the suite runs in several, and hands a run's claims to the conformance
-matrix.
+It also puts the long tests first and hands a run's claims to the conformance matrix.
 
 The environment is set at import, before anything can import vLLM, which reads some of it only once.
 """
@@ -50,16 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ConformanceMatrix(target))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
-    # One engine a file, one server for all of its tests. What takes long begins first, or one process ends up alone
-    # with it; a file stays in one piece.
+    # What takes long begins first, or one process ends up alone with it; a file stays in one piece.
     turns: dict[Path, int] = {}
     for item in items:
         turns[item.path] = min(_turn(item), turns.get(item.path, _turn(item)))
-        group = "server" if item.get_closest_marker("server") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: turns[item.path])
 
 
