@@ -8,7 +8,7 @@ PYTHON ?= python3
 ENGINE ?= cpu
 
 BIN := .venv/bin
-# A file's tests share an engine, so a file stays in one process; conftest.py puts the long ones first.
+# A file's tests share an engine, so a file stays in one process; the short ones of tests/unit come last.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # No usage reports from runs of this project's own tests and demo.

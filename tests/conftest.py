@@ -1,6 +1,6 @@
 """What every test may rely on: vLLM's environment, the demo model, and where the paper's data may lie.
 
-It also puts the long tests first and hands a run's claims to the conformance matrix.
+It also hands a run's claims to the conformance matrix.
 
 The environment is set at import, before anything can import vLLM, which reads some of it only once.
 """
@@ -51,16 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
-    # What takes long begins first, or one process ends up alone with it; a file stays in one piece.
-    turns: dict[Path, int] = {}
-    for item in items:
-        turns[item.path] = min(_turn(item), turns.get(item.path, _turn(item)))
-    items.sort(key=lambda item: turns[item.path])
-
-
-def _turn(item: pytest.Item) -> int:
-    marks = [item.get_closest_marker(name) is not None for name in ("server", "slow", "engine")]
-    return marks.index(True) if any(marks) else len(marks)
 
 
 def pytest_unconfigure() -> None:
