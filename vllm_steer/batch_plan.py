@@ -3,10 +3,10 @@
 A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens whose
 positions in the request start at ``num_computed[i]``. For these the plan says
 
-* which **row** of the entry table each token uses: a request has up to two, one for its prompt tokens and one for its
+* which **row** of the entry table each token uses: a request has two, one for its prompt tokens and one for its
   generated tokens, chosen by the token's own position, so that a prompt that is computed again after a preemption,
   together with tokens that were generated before it, is steered exactly as the first time;
-* which **accumulator** each token is summed into, for requests with a readout;
+* which **segment** of the step's tokens each accumulator takes in, for requests with a readout;
 * which tokens are **traced**, for requests that follow directions token by token.
 
 With speculative decoding the last tokens of a request in a step can be **draft** tokens, of which only the next step's
@@ -26,6 +26,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from vllm_steer.entry_rows import Entry, EntryRows
 from vllm_steer.trace_columns import Pair, TraceColumns
 
 IntArray = npt.NDArray[np.int32]
@@ -33,16 +34,6 @@ FloatArray = npt.NDArray[np.float32]
 
 STEER, READ, TRACE = 0, 1, 2
 """Columns of ``StepPlan.flags_L3``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """h + (a + b·⟨h,d⟩)·d with d in ``slot`` of the bank, after hooked layer number ``layer_index``."""
-
-    layer_index: int
-    slot: int
-    a: float
-    b: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +61,13 @@ class RequestPlan:
     @property
     def steers(self) -> bool:
         return bool(self.prompt_entries or self.generated_entries)
+
+    @property
+    def settled_from(self) -> int:
+        """From the token at this position on, each is treated as the one before it."""
+        if self.pooling is None:
+            return self.prompt_len + 1
+        return max(self.prompt_len + 1, self.pooling.first + 2, (self.pooling.end or 0) + 1)
 
 
 @dataclass(slots=True)
@@ -108,22 +106,75 @@ class TracedTokens:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The tables of one step. Entry tables and trace slots are None when they are those of the step before.
+    """The tables of one step.
 
-    ``accepted`` are pairs (accumulator, draft accumulator): the second is to be added to the first before the step.
+    Attributes:
+        row_of_token_T: row of the entry table, -1 for a token that nobody steers.
+        keep_A: 0 for an accumulator that is set to zero before its segment is added.
+        segment_A2: first token and number of tokens that each accumulator takes in.
+        flags_L3: most entries of a row, whether anything is read, whether anything is traced, at each layer.
+        new_rows: what the entry table gets, see ``EntryRows.take_changes``.
+        trace_slot_LK: None when it is that of the step before.
+        accepted: pairs (accumulator, draft accumulator): the second is to be added to the first before the step.
     """
 
     num_tokens: int
     row_of_token_T: IntArray
-    accumulator_of_token_T: IntArray
-    keep_A: FloatArray
-    last_token_A: IntArray
+    keep_A: IntArray
+    segment_A2: IntArray
     flags_L3: IntArray
-    entry_slot_LRE: IntArray | None
-    entry_ab_LRE2: FloatArray | None
-    trace_slot_LK: IntArray | None
+    new_rows: list[tuple[int, IntArray]] = field(default_factory=list)
+    trace_slot_LK: IntArray | None = None
     traced: list[TracedTokens] = field(default_factory=list)
     accepted: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def blank(cls, num_layers: int, num_accumulators: int, num_tokens: int = 0) -> StepPlan:
+        """A step in which nothing is steered, read or traced."""
+        return cls(
+            num_tokens=num_tokens,
+            row_of_token_T=np.full(num_tokens, -1, np.int32),
+            keep_A=np.ones(num_accumulators, np.int32),
+            segment_A2=np.zeros((num_accumulators, 2), np.int32),
+            flags_L3=np.zeros((num_layers, 3), np.int32),
+        )
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What is read in a step, while it is put together.
+
+    Attributes:
+        segments: first token and number of tokens by accumulator.
+        layers: the layer indices of each readout.
+        growing: the states whose requests have a token of this step in their sums.
+        passing: those that have none, and whose position goes on nevertheless.
+    """
+
+    segments: dict[int, tuple[int, int]] = field(default_factory=dict)
+    layers: set[tuple[int, ...]] = field(default_factory=set)
+    growing: list[PoolingState] = field(default_factory=list)
+    passing: list[PoolingState] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _SettledStep:
+    """A step of one token a request, after which each request is treated as before as long as it goes on by one.
+
+    Attributes:
+        request_ids, num_computed: of the step that would follow it.
+        plan: the plan of that step too.
+    """
+
+    request_ids: list[str]
+    num_computed: list[int]
+    plan: StepPlan
+    reads: _Reads
+
+    def follows(self, request_ids: Sequence[str], num_computed: Sequence[int], num_scheduled: Sequence[int]) -> bool:
+        return (
+            self.request_ids == request_ids and self.num_computed == num_computed and max(num_scheduled, default=0) == 1
+        )
 
 
 class BatchPlanner:
@@ -147,19 +198,19 @@ class BatchPlanner:
     ) -> None:
         self.num_layers = num_layers
         self.max_requests = max_requests
-        self.max_entries = max_entries
         self.max_drafts = max_drafts
         self.requests: dict[str, RequestPlan] = {}
         self.poolings: dict[str, PoolingState] = {}
         self.columns: dict[str, tuple[int, ...]] = {}
+        self._rows = EntryRows(num_layers, max_requests, max_entries)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
         self._free_accumulators = list(range(max_requests - 1, -1, -1))
-        self._tables_for: tuple[RequestPlan, ...] = ()
-        self._depth_L = np.zeros(num_layers, np.int32)
+        self._settled: _SettledStep | None = None
         self._is_idle = True
 
     def add(self, request_id: str, plan: RequestPlan) -> None:
         """Start planning for a request that has come to the worker."""
+        self._settled = None
         self.requests[request_id] = plan
         if plan.pooling is not None and plan.pooling.trace:
             columns = self._trace_columns.bind(request_id, plan.pooling.trace)
@@ -167,15 +218,17 @@ class BatchPlanner:
                 self.columns[request_id] = columns
 
     def remove(self, request_id: str) -> None:
-        """Forget a finished request and free its accumulator and trace columns."""
+        """Forget a finished request and free its rows, accumulator and trace columns."""
         plan = self.requests.pop(request_id, None)
         if plan is not None and plan.pooling is not None:
             self._trace_columns.release(request_id, plan.pooling.trace)
         self.columns.pop(request_id, None)
-        self._release(request_id)
+        self.preempt(request_id)
 
     def preempt(self, request_id: str) -> None:
-        """Free the accumulator of a request that will be computed again from position 0."""
+        """Free the rows and the accumulator of a request that will be computed again from position 0."""
+        self._settled = None
+        self._rows.release(request_id)
         self._release(request_id)
 
     def build(
@@ -193,57 +246,71 @@ class BatchPlanner:
             num_scheduled: tokens of each request in this step, its draft tokens included.
             drafts: request -> its draft tokens, for requests that have any.
         """
-        if not self.requests:
-            if self._is_idle:
-                return None
-            self._is_idle = True
-            return self._blank(int(np.sum(num_scheduled)))
-        plan = self._blank(int(np.sum(num_scheduled)))
-        self._is_idle = False
-        steered: list[RequestPlan] = []
+        if not self.requests and self._is_idle:
+            return None
+        self._is_idle = not self.requests
+        if self._settled is not None and not drafts and self._settled.follows(request_ids, num_computed, num_scheduled):
+            return self._go_on(self._settled)
+        return self._build(request_ids, num_computed, num_scheduled, drafts)
+
+    def _go_on(self, settled: _SettledStep) -> StepPlan:
+        """The plan of the step before, for the next token of each of its requests."""
+        for state in settled.reads.growing:
+            state.num_tokens += 1
+            state.next_position += 1
+        for state in settled.reads.passing:
+            state.next_position += 1
+        self._settled = replace(settled, num_computed=[computed + 1 for computed in settled.num_computed])
+        return settled.plan
+
+    def _build(
+        self,
+        request_ids: Sequence[str],
+        num_computed: Sequence[int],
+        num_scheduled: Sequence[int],
+        drafts: Mapping[str, Sequence[int]],
+    ) -> StepPlan:
+        plan = StepPlan.blank(self.num_layers, self.max_requests * (1 + self.max_drafts), sum(num_scheduled))
+        reads = _Reads()
+        rows_used: list[int] = []
+        is_settled = not drafts and max(num_scheduled, default=0) == 1
         offset = 0
         for request_id, computed, scheduled in zip(request_ids, num_computed, num_scheduled, strict=True):
             request = self.requests.get(request_id)
             if request is not None:
+                is_settled = is_settled and computed + 1 >= request.settled_from
                 if request.steers:
-                    row = 2 * len(steered)
-                    steered.append(request)
-                    split = offset + min(max(request.prompt_len - computed, 0), scheduled)
-                    if request.prompt_entries:
-                        plan.row_of_token_T[offset:split] = row
-                    if request.generated_entries:
-                        plan.row_of_token_T[split : offset + scheduled] = row + 1
+                    prompt, generated = request.prompt_entries, request.generated_entries
+                    row = self._rows.lend(request_id, prompt, generated, request_ids)
+                    split = min(max(request.prompt_len - computed, 0), scheduled)
+                    if prompt and split:
+                        plan.row_of_token_T[offset : offset + split] = row
+                        rows_used.append(row)
+                    if generated and split < scheduled:
+                        plan.row_of_token_T[offset + split : offset + scheduled] = row + 1
+                        rows_used.append(row + 1)
                 if request.pooling is not None:
-                    num_drafts = len(drafts.get(request_id, ()))
+                    num_drafts = len(drafts.get(request_id, ())) if drafts else 0
                     if request_id not in self.poolings:
                         self.poolings[request_id] = PoolingState(self._free_accumulator(request_ids))
-                    self._pool(plan, request_id, request.pooling, offset, int(computed), int(scheduled), num_drafts)
+                    self._pool(plan, reads, request_id, request.pooling, offset, computed, scheduled, num_drafts)
             offset += scheduled
-        entry_slot_LRE, entry_ab_LRE2 = self._tables(tuple(steered))
-        if (plan.row_of_token_T >= 0).any():
-            plan.flags_L3[:, STEER] = self._depth_L
-        return replace(plan, entry_slot_LRE=entry_slot_LRE, entry_ab_LRE2=entry_ab_LRE2)
-
-    def _blank(self, num_tokens: int) -> StepPlan:
-        num_accumulators = self.max_requests * (1 + self.max_drafts)
-        return StepPlan(
-            num_tokens=num_tokens,
-            row_of_token_T=np.full(num_tokens, -1, np.int32),
-            accumulator_of_token_T=np.full(num_tokens, -1, np.int32),
-            keep_A=np.ones(num_accumulators, np.float32),
-            last_token_A=np.full(num_accumulators, -1, np.int32),
-            flags_L3=np.zeros((self.num_layers, 3), np.int32),
-            entry_slot_LRE=None,
-            entry_ab_LRE2=None,
-            trace_slot_LK=self._trace_columns.take_changes(),
-        )
+        if rows_used:
+            plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
+        if reads.segments:
+            plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
+        self._settled = None
+        if is_settled and not plan.accepted and not plan.traced:
+            following = [computed + 1 for computed in num_computed]
+            self._settled = _SettledStep(list(request_ids), following, plan, reads)
+        return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
 
     def _free_accumulator(self, request_ids: Sequence[str]) -> int:
         """An accumulator for a request of this step.
 
-        There are as many as requests can run, but one that was preempted in a step without tokens, of which no planner
-        hears, still has its own. So where none is left, one is taken from a request that is not in this step: a
-        preempted one begins again anyway, and the readout of any other fails at its next token.
+        Where none is left, it is one of a request that is not in this step, as with ``EntryRows``. If that one was
+        preempted it begins again anyway; else its readout fails at its next token.
         """
         if not self._free_accumulators:
             self._release(next(holder for holder in self.poolings if holder not in request_ids))
@@ -257,6 +324,7 @@ class BatchPlanner:
     def _pool(
         self,
         plan: StepPlan,
+        reads: _Reads,
         request_id: str,
         pooling: Pooling,
         offset: int,
@@ -284,43 +352,22 @@ class BatchPlanner:
         start = max(computed, pooling.first)
         end = computed + scheduled if pooling.end is None else min(state.next_position, pooling.end)
         if start >= end:
+            reads.passing.append(state)
             return
+        reads.growing.append(state)
         if start == pooling.first:
-            plan.keep_A[state.accumulator] = 0.0
+            plan.keep_A[state.accumulator] = 0
             state.num_tokens = 0
         known = min(end, state.next_position) - start  # the tokens behind them are drafts
         token = offset + start - computed
         if known > 0:
             state.num_tokens += known
-            plan.accumulator_of_token_T[token : token + known] = state.accumulator
-            plan.last_token_A[state.accumulator] = token + known - 1
+            reads.segments[state.accumulator] = token, known
         if end > state.next_position:
-            plan.accumulator_of_token_T[token + known : token + end - start] = state.drafts
-            plan.keep_A[state.drafts] = 0.0
-        plan.flags_L3[list(pooling.layer_indices), READ] += end - start
+            first = token + known
+            reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
+            plan.keep_A[state.drafts] = 0
+        reads.layers.add(pooling.layer_indices)
         if request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
             plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1
-
-    def _tables(self, steered: tuple[RequestPlan, ...]) -> tuple[IntArray | None, FloatArray | None]:
-        """The entry tables for these requests in this order, or (None, None) if they stand already."""
-        if len(steered) == len(self._tables_for) and all(
-            new is old for new, old in zip(steered, self._tables_for, strict=True)
-        ):
-            return None, None
-        self._tables_for = steered
-        shape = (self.num_layers, 2 * self.max_requests, self.max_entries)
-        slots, coefficients = np.full(shape, -1, np.int32), np.zeros((*shape, 2), np.float32)
-        depth_L = np.zeros(self.num_layers, np.int32)
-        for index, request in enumerate(steered):
-            for row, entries in ((2 * index, request.prompt_entries), (2 * index + 1, request.generated_entries)):
-                filled: dict[int, int] = {}
-                for entry in entries:
-                    column = filled.get(entry.layer_index, 0)
-                    slots[entry.layer_index, row, column] = entry.slot
-                    coefficients[entry.layer_index, row, column] = entry.a, entry.b
-                    filled[entry.layer_index] = column + 1
-                for layer_index, count in filled.items():
-                    depth_L[layer_index] = max(depth_L[layer_index], count)
-        self._depth_L = depth_L
-        return slots, coefficients

@@ -2,9 +2,18 @@
 
 They are allocated once and only ever written in place: a compiled graph holds the tensors themselves, and a replayed
 CUDA graph holds their addresses. Letters of shapes as in ``batch_plan`` and ``ops.reference``.
+
+The tables of a step lie behind one another in one int32 tensor, those that change most often first, so that what has
+changed is brought to the device by one copy of its beginning::
+
+    accepted drafts | keep | segments | flags | trace slots | row of token | entries, row by row
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +22,9 @@ from torch import nn
 
 from vllm_steer.batch_plan import StepPlan
 from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.staging import ring_for
+
+IntArray = npt.NDArray[np.int32]
 
 
 class SteerBuffers:
@@ -40,72 +52,132 @@ class SteerBuffers:
     ) -> None:
         rows, accumulators = 2 * max_requests, max_requests * (1 + max_drafts)
 
-        def table(*shape: int, dtype: torch.dtype, fill: float) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=device)
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.bank_SD = table(max_directions, hidden_size, dtype=torch.float32, fill=0)
-        self.row_of_token = table(max_tokens, dtype=torch.int32, fill=-1)
-        self.accumulator_of_token = table(max_tokens, dtype=torch.int32, fill=-1)
-        self.keep_A = table(accumulators, dtype=torch.float32, fill=1)
-        self.last_token_A = table(accumulators, dtype=torch.int32, fill=-1)
-        self.flags_L3 = table(num_layers, 3, dtype=torch.int32, fill=0)
-        self.entry_slot_LRE = table(num_layers, rows, max_entries, dtype=torch.int32, fill=-1)
-        self.entry_ab_LRE2 = table(num_layers, rows, max_entries, 2, dtype=torch.float32, fill=0)
-        # One tensor a layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
-        shape_AD = (accumulators, hidden_size)
-        self.sums_L_AD = [table(*shape_AD, dtype=torch.float32, fill=0) for _ in range(num_layers)]
-        self.last_L_AD = [table(*shape_AD, dtype=torch.float32, fill=0) for _ in range(num_layers)]
-        self.trace_slot_LK = table(num_layers, trace_columns, dtype=torch.int32, fill=-1)
-        # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
-        self.trace_TK = table(max_tokens, trace_columns, dtype=torch.float32, fill=0)
+        packer = _Packer()
+        self._accepted = packer.table(max_requests * max_drafts, 2, fill=0)
+        self._keep = packer.table(accumulators, fill=1)
+        self._segment = packer.table(accumulators, 2, fill=0)
+        self._flags = packer.table(num_layers, _aligned(3), fill=0)
+        self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
+        self._row = packer.table(max_tokens, fill=-1)
+        # No row is looked at before it is written.
+        self._entry = packer.table(rows, num_layers, _aligned(3 * max_entries), fill=-1)
+        packed = packer.pack(device)
+        # What the device holds, or will once its stream gets there. On the host it is the same memory.
+        self._image = packed.numpy() if device.type == "cpu" else packed.numpy(force=True).copy()
+        self._packed, self._ring = packed, ring_for(device, len(packed))
+        self._num_changed = 0
         self._high_water = 0
+        self._nothing = StepPlan.blank(num_layers, accumulators)
+
+        self.bank_SD = floats(max_directions, hidden_size)
+        self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
+        self.flags_L3 = self._flags.of(packed)[:, :3]
+        self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
+        self.row_of_token = self._row.of(packed)
+        entry_RLE3 = self._entry.of(packed)[..., : 3 * max_entries].unflatten(2, (max_entries, 3))
+        self.entry_slot_LRE = entry_RLE3[..., 0].transpose(0, 1)
+        self.entry_ab_LRE2 = entry_RLE3.view(torch.float32)[..., 1:].transpose(0, 1)
+        # One tensor a layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
+        self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
+        self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
+        # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
+        self.trace_TK = floats(max_tokens, trace_columns)
 
     def layer(self, index: int) -> HookPoint:
         """The module that carries the tensors of hooked layer number ``index`` into the traced graph."""
         return HookPoint(self, index)
 
     def write(self, plan: StepPlan) -> None:
-        """Copy a step's tables to the device; what the step does not cover is marked untouched.
+        """Bring a step's tables to the device, in at most one copy; what the step does not cover is marked untouched.
 
         Draft tokens of earlier steps that turned out to be accepted are added to their sums, once a plan.
         """
         if plan.accepted:
-            into_N, draft_N = torch.tensor(plan.accepted).T.to(self.keep_A.device, non_blocking=True)
+            self._put(self._accepted, np.array(plan.accepted, np.int32))
+        self._put(self._keep, plan.keep_A)
+        self._put(self._segment, plan.segment_A2)
+        self._put(self._flags, plan.flags_L3)
+        if plan.trace_slot_LK is not None:
+            self._put(self._trace_slot, plan.trace_slot_LK)
+        self._put(self._row, plan.row_of_token_T)
+        if plan.num_tokens < self._high_water:
+            # Padding tokens of a graph that is larger than the step must not meet an older step's rows.
+            self._put(self._row, np.full(self._high_water - plan.num_tokens, -1, np.int32), at=plan.num_tokens)
+        self._high_water = plan.num_tokens
+        for first_row, pair_2LE3 in plan.new_rows:
+            self._put(self._entry, pair_2LE3.reshape(*pair_2LE3.shape[:2], -1), at=first_row)
+        if self._ring is not None and self._num_changed:
+            self._ring.send(self._image[: self._num_changed], self._packed)
+        self._num_changed = 0
+        if plan.accepted:
+            into_N, draft_N = self._accepted.of(self._packed)[: len(plan.accepted)].unbind(1)
             for sums_AD in self.sums_L_AD:
                 sums_AD.index_add_(0, into_N, sums_AD[draft_N])
-        tokens = plan.num_tokens
-        _copy(self.row_of_token[:tokens], plan.row_of_token_T)
-        _copy(self.accumulator_of_token[:tokens], plan.accumulator_of_token_T)
-        if tokens < self._high_water:
-            # Padding tokens of a graph that is larger than the step must not meet an older step's rows.
-            self.row_of_token[tokens : self._high_water] = -1
-            self.accumulator_of_token[tokens : self._high_water] = -1
-        self._high_water = tokens
-        _copy(self.keep_A, plan.keep_A)
-        _copy(self.last_token_A, plan.last_token_A)
-        _copy(self.flags_L3, plan.flags_L3)
-        if plan.entry_slot_LRE is not None and plan.entry_ab_LRE2 is not None:
-            _copy(self.entry_slot_LRE, plan.entry_slot_LRE)
-            _copy(self.entry_ab_LRE2, plan.entry_ab_LRE2)
-        if plan.trace_slot_LK is not None:
-            _copy(self.trace_slot_LK, plan.trace_slot_LK)
 
     def silence(self) -> None:
         """Mark every token untouched, for forward passes that no request stands behind."""
-        self.row_of_token.fill_(-1)
-        self.accumulator_of_token.fill_(-1)
-        self.keep_A.fill_(1)
-        self.last_token_A.fill_(-1)
-        self.flags_L3.zero_()
-        self._high_water = 0
+        self.write(self._nothing)
 
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
         """Put a direction's (D,) float32 vector into a slot of the bank."""
-        _copy(self.bank_SD[slot], np.array(vector, dtype=np.float32))
+        self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
+
+    def _put(self, table: _Table, values: IntArray, at: int = 0) -> None:
+        """Write the rows of a table from ``at`` on, as wide as ``values`` is, and note how far the device is behind."""
+        rows = table.of(self._image)[at : at + len(values)]
+        if values.ndim > 1:
+            rows = rows[..., : values.shape[-1]]
+        if not np.array_equal(rows, values):
+            rows[...] = values
+            self._num_changed = max(self._num_changed, table.end_of(at + len(values)))
 
 
-def _copy(target: torch.Tensor, source: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> None:
-    target.copy_(torch.from_numpy(source), non_blocking=True)
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One table's place in the packed tensor."""
+
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, packed: Any) -> Any:
+        """The table itself, of the tensor or of its image in numpy."""
+        return packed[self.start : self.start + self.size].reshape(self.shape)
+
+    def end_of(self, rows: int) -> int:
+        """Where its first so many rows end."""
+        return self.start + rows * (self.size // self.shape[0])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Packer:
+    """Lays tables behind one another."""
+
+    def __init__(self) -> None:
+        self._filled: list[tuple[_Table, int]] = []
+        self._end = 0
+
+    def table(self, *shape: int, fill: int) -> _Table:
+        table = _Table(self._end, shape)
+        self._filled.append((table, fill))
+        self._end += _aligned(table.size)
+        return table
+
+    def pack(self, device: torch.device) -> torch.Tensor:
+        packed = torch.zeros(self._end, dtype=torch.int32)
+        for table, fill in self._filled:
+            table.of(packed).fill_(fill)
+        return packed.to(device)
+
+
+def _aligned(num_elements: int) -> int:
+    """So many that what comes next begins at a multiple of 16 bytes, where compilers look for a view's alignment."""
+    return -(-num_elements // 4) * 4
 
 
 class HookPoint(nn.Module):
@@ -118,9 +190,8 @@ class HookPoint(nn.Module):
             "row_of_token": buffers.row_of_token,
             "entry_slot": buffers.entry_slot_LRE[index],
             "entry_ab": buffers.entry_ab_LRE2[index],
-            "accumulator_of_token": buffers.accumulator_of_token,
             "keep": buffers.keep_A,
-            "last_token": buffers.last_token_A,
+            "segment": buffers.segment_A2,
             "sums": buffers.sums_L_AD[index],
             "last": buffers.last_L_AD[index],
             "trace_slot": buffers.trace_slot_LK[index],
@@ -133,6 +204,6 @@ class HookPoint(nn.Module):
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Steer and read the stream hidden + residual, in place in ``hidden``; both (T, D)."""
         steer_and_read(
-            hidden, residual, self.bank, self.row_of_token, self.entry_slot, self.entry_ab, self.accumulator_of_token,
-            self.keep, self.last_token, self.sums, self.last, self.trace_slot, self.trace, self.flags,
+            hidden, residual, self.bank, self.row_of_token, self.entry_slot, self.entry_ab, self.keep, self.segment,
+            self.sums, self.last, self.trace_slot, self.trace, self.flags,
         )  # fmt: skip

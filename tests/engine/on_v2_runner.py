@@ -166,7 +166,7 @@ def test_a_warm_up_with_made_up_requests_leaves_no_trace(open_v2: Callable[..., 
         worker.model_runner, worker.execute_model, worker.sample_tokens, num_tokens=12
     )
     assert bool((buffers.row_of_token == -1).all())
-    assert bool((buffers.accumulator_of_token == -1).all())
+    assert not buffers.segment_A2.any()
     assert not any(bool(sums.any()) for sums in buffers.sums_L_AD)
     assert not any(state_held(worker).values())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from vllm_steer.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
@@ -21,33 +24,88 @@ def test_an_engine_without_requests_is_silenced_once_and_then_left_alone() -> No
     planner.remove("a")
     blank = planner.build(["plain"], [4], [1])
     assert blank is not None, "the rows of the step before would stay on the device"
-    assert blank.row_of_token_T.tolist() == blank.accumulator_of_token_T.tolist() == [-1]
+    assert blank.row_of_token_T.tolist() == [-1]
+    assert not blank.segment_A2.any()
     assert not blank.flags_L3.any()
     assert planner.build(["plain"], [5], [1]) is None
 
 
-def test_tables_are_sent_only_when_they_change() -> None:
+def test_a_request_s_rows_are_sent_once_and_stay_its_own() -> None:
     planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS)
-    other = RequestPlan(2, prompt_entries=(Entry(0, 2, 3.0, 0.0),))
+    other = RequestPlan(2, prompt_entries=(Entry(0, 2, 3.0, 0.0),), generated_entries=(Entry(0, 2, 3.0, 0.0),))
     planner.add("a", STEERED)
     planner.add("b", other)
     planner.add("read", READ_ALL)
 
-    def sent(*steps: tuple[str, int, int]) -> bool:
+    def sent(*steps: tuple[str, int, int]) -> dict[str, tuple[int, int, int, float]]:
+        """By request, the first entry of the first row that is sent: row, layer, slot, a."""
         plan = planner.build(*([step[i] for step in steps] for i in range(3)))
         assert plan is not None
-        assert (plan.entry_slot_LRE is None) == (plan.entry_ab_LRE2 is None)
-        return plan.entry_slot_LRE is not None
+        found = {}
+        for first_row, pair in plan.new_rows:
+            (request_id,) = (one for one, row in planner._rows._first_row.items() if row == first_row)
+            layer = int(pair[0, :, 0, 0].argmax())
+            slot, a = pair[0, layer, 0, 0], pair.view(np.float32)[0, layer, 0, 1]
+            found[request_id] = (first_row, layer, int(slot), float(a))
+        return found
 
-    assert sent(("a", 0, 2), ("b", 0, 2))
+    first = sent(("a", 0, 2), ("b", 0, 2))
+    assert {name: rest for name, (_, *rest) in first.items()} == {"a": [0, 1, 2.0], "b": [0, 2, 3.0]}
     assert not sent(("a", 2, 1), ("b", 2, 1))
     assert not sent(("read", 0, 2), ("a", 3, 1), ("b", 3, 1))  # a request that steers nothing has no row
-    assert sent(("b", 4, 1), ("a", 4, 1))
-    assert sent(("b", 5, 1))
-    assert not sent(("b", 6, 1))
+    assert not sent(("b", 4, 1), ("a", 4, 1))
+    assert not sent(("b", 5, 1))
     planner.remove("b")
     planner.add("b", RequestPlan(2, prompt_entries=(Entry(0, 2, 4.0, 0.0),)))  # the same id, another request
-    assert sent(("b", 0, 2))
+    assert sent(("b", 0, 2)) == {"b": (first["b"][0], 0, 2, 4.0)}
+    planner.preempt("a")
+    assert sent(("a", 0, 2))["a"][1:] == (0, 1, 2.0)
+
+
+def test_rows_of_a_request_that_is_not_in_the_step_are_taken_where_none_is_left() -> None:
+    """One that was preempted in a step without tokens; nobody has told."""
+    planner = BatchPlanner(LAYERS, 1, ENTRIES, COLUMNS)
+    for name in ("a", "b", "a"):
+        if name not in planner.requests:
+            planner.add(name, STEERED)
+        plan = planner.build([name], [0], [2])
+        assert plan is not None
+        assert [first_row for first_row, _ in plan.new_rows] == [0]
+        assert plan.row_of_token_T.tolist() == [0, 0]
+
+
+def test_a_steady_decode_is_planned_as_if_it_were_not() -> None:
+    """Prompts end, readouts begin and end, a request leaves, one comes and one waits, while the others go on by one."""
+    plans = {
+        "generated": RequestPlan(3, generated_entries=(Entry(1, 1, 2.0, 0.0),), pooling=Pooling((0, 2), 3, None)),
+        "prompt": RequestPlan(3, prompt_entries=(Entry(0, 1, 2.0, 0.0),), pooling=Pooling((0,), 1, 3)),
+        "all": RequestPlan(5, (Entry(0, 1, 2.0, 0.0),), (Entry(0, 1, 2.0, 0.0),), Pooling((1,), 0, None)),
+        "late": RequestPlan(2, generated_entries=(Entry(2, 0, 1.0, -1.0),), pooling=Pooling((2,), 4, 6)),
+    }
+    steps = [(names, i) for i in range(12) for names in [["plain", *plans]]]
+    steps += [(["plain", "all", "generated"], i) for i in range(12, 16)] + [(["all", "generated"], 16)]
+    reused = 0
+
+    def run(is_reusing: bool) -> list[object]:
+        nonlocal reused
+        planner = BatchPlanner(LAYERS, 5, ENTRIES, COLUMNS)
+        for name, plan in plans.items():
+            planner.add(name, plan)
+        seen: list[object] = []
+        for names, position in steps:
+            if not is_reusing:
+                planner._settled = None
+            before = planner._settled
+            built = planner.build(names, [position] * len(names), [1] * len(names))
+            assert built is not None
+            reused += before is not None and built is before.plan
+            tables = (built.row_of_token_T, built.keep_A, built.segment_A2, built.flags_L3)
+            seen.append([table.tolist() for table in tables])
+            seen.append({name: replace(state) for name, state in planner.poolings.items()})
+        return seen
+
+    assert run(is_reusing=True) == run(is_reusing=False)
+    assert reused >= 7, "nothing was reused, so nothing was compared"
 
 
 def test_a_chunk_across_the_end_of_the_prompt_is_split_token_by_token() -> None:
@@ -76,7 +134,7 @@ def test_a_gap_in_the_positions_fails_the_readout_with_a_reason(computed: int, n
     assert failure is not None
     assert named in failure
     assert plan is not None
-    assert plan.accumulator_of_token_T.tolist() == [-1]
+    assert not plan.segment_A2.any()
     planner.build(["a"], [computed + 1], [1])
     assert planner.poolings["a"].failure == failure, "going on without another gap does not mend it"
 

@@ -221,7 +221,7 @@ class Schedule(RuleBasedStateMachine):
         # An op that does not look at the flags goes by these tables alone, and writes over the trace.
         buffers = self.runner.steering.buffers
         buffers.trace_TK[:rows] = torch.nan
-        for table, untouched in ((buffers.row_of_token, -1), (buffers.accumulator_of_token, -1), (buffers.keep_A, 1)):
+        for table, untouched in ((buffers.row_of_token, -1), (buffers.segment_A2, 0), (buffers.keep_A, 1)):
             assert (table == untouched).all()
         self.check_readouts()
         self.go_on(data)

@@ -86,7 +86,8 @@ def test_drafts_wait_for_a_request_that_is_left_out_of_the_next_steps() -> None:
     planner = make_planner()
     build(planner, 0, 2)
     state = planner.poolings["a"]
-    first, second = build(planner, 2, 1 + 2, drafts=2).accumulator_of_token_T.tolist()[1:]
+    filled = build(planner, 2, 1 + 2, drafts=2).segment_A2.tolist()
+    first, second = filled.index([1, 1]), filled.index([2, 1])
     for plan in (planner.build(["plain"], [0], [4]), planner.build([], [], [])):
         assert plan is not None
         assert not plan.accepted

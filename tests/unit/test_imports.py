@@ -81,10 +81,12 @@ BELOW = {
     "settings": {"errors", "schema"},
     "client": {"errors", "schema", "directions"},
     "trace_columns": set(),
-    "batch_plan": {"errors", "schema", "trace_columns"},
+    "entry_rows": set(),
+    "batch_plan": {"errors", "schema", "trace_columns", "entry_rows"},
+    "staging": set(),
     "ops": {"errors", "schema", "directions", "settings", "batch_plan"},
-    "buffers": {"errors", "schema", "directions", "settings", "batch_plan", "ops"},
-    "engine": {"errors", "schema", "directions", "settings", "batch_plan", "ops", "buffers"},
+    "buffers": {"errors", "schema", "directions", "settings", "batch_plan", "ops", "staging"},
+    "engine": {"errors", "schema", "directions", "settings", "entry_rows", "batch_plan", "ops", "buffers"},
 }
 
 

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from vllm_steer.batch_plan import Entry, Pooling, RequestPlan
+from vllm_steer.batch_plan import Pooling, RequestPlan
 from vllm_steer.engine.registry import Registered
+from vllm_steer.entry_rows import Entry
 from vllm_steer.schema import Steering
 
 RESOLVED_KEY = "vllm_steer_resolved"

@@ -1,18 +1,20 @@
 """Registers ``torch.ops.vllm_steer.steer_and_read`` and chooses the implementation by device.
 
-=========  ==================================================================================
+=========  ===========================================================================================
 device     implementation
-=========  ==================================================================================
-CPU        ``cpu``: looks at the flags on the host, touches only the tokens concerned
-others     ``reference``: no host sync and no data-dependent shape, so CUDA graphs can hold it
-=========  ==================================================================================
-
-A kernel for another device is plugged in with ``use(dispatch_key, implementation)``.
+=========  ===========================================================================================
+CPU        ``cpu``: looks at the tables on the host, touches only the tokens concerned
+CUDA       ``triton_kernels``, which Triton compiles on first use; ``reference`` where Triton is not there
+XPU        ``reference``: no host sync and no data-dependent shape, so graphs can hold it
+=========  ===========================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -24,23 +26,32 @@ _NAME = "steer_and_read"
 # would be removed by the compiler.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
-    "entry_ab, Tensor accumulator_of_token, Tensor keep, Tensor last_token, Tensor(b!) sums, Tensor(c!) last, "
-    "Tensor trace_slot, Tensor(d!) trace, Tensor flags) -> ()"
+    "entry_ab, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, Tensor(d!) trace, "
+    "Tensor flags) -> ()"
 )
 
 
-def use(dispatch_key: str, implementation: Callable[..., None]) -> None:
-    """Make ``implementation`` the op for a dispatch key such as ``"CPU"`` or ``"CUDA"``."""
-    _LIBRARY.impl(_NAME, implementation, dispatch_key)
+def _on_cuda(*args: Any) -> None:
+    _cuda_implementation()(*args)
+
+
+@cache
+def _cuda_implementation() -> Callable[..., None]:
+    """Looked up at the first call, so that a process without a GPU never imports Triton for it."""
+    if find_spec("triton") is None:
+        return reference.steer_and_read
+    from vllm_steer.ops import triton_kernels
+
+    return triton_kernels.steer_and_read
 
 
 def _fake(*args: torch.Tensor | None) -> None:
     """Nothing is returned, so there is no shape to work out."""
 
 
-use("CPU", cpu.steer_and_read)
-use("CUDA", reference.steer_and_read)
-use("XPU", reference.steer_and_read)
+_LIBRARY.impl(_NAME, cpu.steer_and_read, "CPU")
+_LIBRARY.impl(_NAME, _on_cuda, "CUDA")
+_LIBRARY.impl(_NAME, reference.steer_and_read, "XPU")
 torch.library.register_fake(f"vllm_steer::{_NAME}", _fake, lib=_LIBRARY)
 
 steer_and_read: Callable[..., None] = torch.ops.vllm_steer.steer_and_read.default

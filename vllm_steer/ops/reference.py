@@ -14,15 +14,21 @@ As a loop, with every number in float32::
     for s in range(A):
         if keep[s] == 0:
             sums[s] = 0                                         # assigned: a NaN or inf must not outlive its request
-        for t with accumulator_of_token[t] == s:
+        first, count = segment[s]
+        for t in range(first, first + count):
             sums[s] += h[t]
-        if last_token[s] >= 0:
-            last[s] = h[last_token[s]]
+        if count > 0:
+            last[s] = h[first + count - 1]
     for t, k with trace_slot[k] >= 0:
         trace[t, k] = dot(h[t], bank[trace_slot[k]])
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, A accumulators, K trace columns. ``flags`` is for fast paths on the host and is not read here.
+entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 of any strides;
+the tables are int32, all else float32. Segments lie within the T tokens and do not overlap; entries of a row are packed
+to the left.
+
+``flags`` are the most entries of a row of this step, whether anything is read, and whether anything is traced. They are
+for fast paths, which may leave out what they say is not there, and are not looked at here.
 """
 
 from __future__ import annotations
@@ -37,9 +43,8 @@ def steer_and_read(
     row_of_token: torch.Tensor,
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
-    accumulator_of_token: torch.Tensor,
     keep_A: torch.Tensor,
-    last_token_A: torch.Tensor,
+    segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
@@ -68,15 +73,19 @@ def steer_and_read(
     hidden_TD.copy_(torch.where(steered_T1, (hidden_TD.float() + delta_TD).to(hidden_TD.dtype), hidden_TD))
     stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
 
-    accumulator_T = accumulator_of_token[:tokens].long()
-    # Tokens that nobody reads go to one extra accumulator that is thrown away: no shape depends on the data.
-    spare = sums_AD.shape[0]
+    first_A, count_A = segment_A2.long().unbind(1)
+    accumulators = sums_AD.shape[0]
+    # Each segment adds its number at its first token and takes it away behind its last one, so the running total is the
+    # accumulator of each token. Those that nobody reads go to one extra accumulator that is thrown away: no shape
+    # depends on the data.
+    number_A = torch.where(count_A > 0, torch.arange(accumulators, device=sums_AD.device) - accumulators, 0)
+    ends_T = number_A.new_zeros(tokens + 1).index_add_(0, first_A, number_A)
+    accumulator_T = ends_T.index_add_(0, first_A + count_A, -number_A).cumsum(0)[:tokens] + accumulators
     kept_AD = torch.where(keep_A[:, None] == 0, 0.0, sums_AD)
-    sums = torch.cat([kept_AD, sums_AD.new_zeros(1, dimension)])
-    sums.index_add_(0, torch.where(accumulator_T >= 0, accumulator_T, spare), stream_TD)
-    sums_AD.copy_(sums[:spare])
-    ends_A1 = (last_token_A >= 0)[:, None]
-    last_AD.copy_(torch.where(ends_A1, stream_TD[last_token_A.long().clamp(min=0, max=tokens - 1)], last_AD))
+    sums = torch.cat([kept_AD, sums_AD.new_zeros(1, dimension)]).index_add_(0, accumulator_T, stream_TD)
+    sums_AD.copy_(sums[:accumulators])
+    last_token_A = (first_A + count_A - 1).clamp(min=0)
+    last_AD.copy_(torch.where((count_A > 0)[:, None], stream_TD[last_token_A], last_AD))
 
     if trace_slot_K.shape[0]:
         traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T

@@ -1,0 +1,158 @@
+"""The Triton kernels against the op's loop and against ``reference``, on a GPU or in Triton's interpreter.
+
+Run by test_triton_kernels.py in a process of its own: whether Triton interprets is settled when it is imported. The
+device is CUDA where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ops.step_cases import Case, check, make_case
+from vllm_steer.ops import reference
+from vllm_steer.ops.triton_kernels import READ_BLOCK_D, READ_BLOCK_T, steer_and_read
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Triton's interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16: a whole unit, not half of one.
+ROUNDING = {dtype: 1.01 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51 for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_the_loop_for_every_layout_of_the_stream(dtype: torch.dtype, residual: bool, strided: bool) -> None:
+    case = make_case(1, columns=3, dtype=dtype, residual=residual, strided=strided)
+    check(case, steer_and_read, DEVICE, rounding=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("read", ["none", "some", "all"])
+@pytest.mark.parametrize("steered", ["none", "some", "all"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_agrees_with_the_loop_for_every_sparsity(tokens: int, steered: str, read: str) -> None:
+    check(make_case(7, tokens=tokens, entries=4, steered=steered, read=read), steer_and_read, DEVICE)
+
+
+@pytest.mark.parametrize("dimension", [1, READ_BLOCK_D, 576])
+def test_any_size_of_the_stream_will_do(dimension: int) -> None:
+    # Normal vectors of one element are ±1 and so is every direction: nothing about the tolerances changes.
+    check(make_case(3, dimension=dimension, columns=2, dtype=torch.float16), steer_and_read, DEVICE)
+
+
+def test_a_segment_longer_than_a_block_of_tokens() -> None:
+    tokens = 2 * READ_BLOCK_T + 3
+    case = make_case(5, tokens=tokens)
+    case.segment[:] = torch.tensor([[0, 1], [1, 0], [2, tokens - 2], [1, 1]])
+    check(case, steer_and_read, DEVICE)
+
+
+def test_a_stream_whose_elements_are_apart() -> None:
+    case = make_case(6, columns=2)
+    apart = torch.stack([case.hidden, torch.full_like(case.hidden, torch.nan)], dim=2)[..., 0]
+    got, expected = replace(case.copy(DEVICE), hidden=apart.to(DEVICE)), case.copy(DEVICE)
+    assert got.hidden.stride(1) == 2
+    steer_and_read(*got.args())
+    steer_and_read(*expected.args())
+    for one, other in zip(got.args(), expected.args(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_accumulator_that_is_reset_forgets_even_nan_and_inf(bad: float) -> None:
+    case = make_case(2, read="all")
+    case.segment[:] = torch.tensor([[0, 0], [0, 9], [0, 0], [0, 0]])
+    case.keep[:] = torch.tensor([1, 0, 0, 1])
+    case.sums[1:3] = bad
+    check(case, steer_and_read, DEVICE)
+
+
+def test_nobody_s_nan_reaches_another_s_tokens_or_sums() -> None:
+    case = make_case(4, tokens=4, steered="all", read="all", residual=False)
+    case.segment[:] = torch.tensor([[0, 2], [2, 2], [0, 0], [0, 0]])
+    case.hidden[:2] = torch.nan
+    on_device = case.copy(DEVICE)
+    steer_and_read(*on_device.args())
+    assert on_device.hidden[2:].isfinite().all()
+    assert on_device.sums[1:].isfinite().all()
+    assert on_device.sums[0].isnan().all()
+
+
+def test_flags_that_say_nothing_is_there_leave_everything_as_it_is() -> None:
+    case = make_case(9, steered="all", read="all", columns=3)
+    case.flags.zero_()
+    got = case.copy(DEVICE)
+    steer_and_read(*got.args())
+    for before, after in zip(case.args(), got.args(), strict=True):
+        assert torch.equal(before, after.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_have_one_order(dtype: torch.dtype) -> None:
+    """Bit for bit the same whichever accumulators are beside it, and however often."""
+    tokens = 2 * READ_BLOCK_T + 3
+    case = make_case(5, tokens=tokens, dtype=dtype)
+    case.segment[:] = torch.tensor([[0, 0], [0, tokens], [0, 0], [0, 0]])
+    case.keep[:] = 0
+    first, again = case.copy(DEVICE), case.copy(DEVICE)
+    again.segment.copy_(torch.tensor([[0, 0], [0, 0], [0, 0], [0, tokens]]))
+    steer_and_read(*first.args())
+    steer_and_read(*again.args())
+    assert torch.equal(first.sums[1], again.sums[3])
+
+
+def same(got: Case, expected: Case) -> None:
+    eps = torch.finfo(got.hidden.dtype).eps
+    # Two float32 computations of the same numbers, in another order, rounded once: at most one unit of hidden's type.
+    torch.testing.assert_close(got.hidden, expected.hidden, rtol=eps, atol=2e-5)
+    # Sums of at most 17 rows that may differ by that rounding; a token more or less errs by about 1.
+    for name in ("sums", "last", "trace"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2 * eps, atol=20 * eps + 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_captured_graph_does_what_the_tables_say_when_it_is_replayed(dtype: torch.dtype) -> None:
+    case = make_case(0, tokens=17, steered="none", read="none", columns=3, dtype=dtype).copy(DEVICE)
+    steer_and_read(*case.args())  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steer_and_read(*case.args())
+    for seed in (1, 2, 3):
+        new = make_case(seed, tokens=17, columns=3, dtype=dtype)
+        for old, value in zip(case.args(), new.args(), strict=True):
+            old.copy_(value)
+        expected = case.copy(DEVICE)
+        graph.replay()
+        reference.steer_and_read(*expected.args())
+        same(case, expected)
+    case.flags.zero_()  # and back to a step that touches nothing
+    before = case.copy(DEVICE)
+    graph.replay()
+    for one, other in zip(case.args(), before.args(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dimension", [576, 3584, 8192])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_the_reference_at_the_sizes_of_models(dtype: torch.dtype, dimension: int) -> None:
+    case = make_case(13, tokens=300, entries=8, columns=3, dimension=dimension, dtype=dtype)
+    got, expected = case.copy(DEVICE), case.copy(DEVICE)
+    steer_and_read(*got.args())
+    reference.steer_and_read(*expected.args())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.hidden, expected.hidden, rtol=eps, atol=1e-4)
+    # Up to 300 rows, each off by at most one rounding of hidden: 300 · 4 · eps at the very most.
+    torch.testing.assert_close(got.sums, expected.sums, rtol=1e-5, atol=300 * 4 * eps)
+
+
+@pytest.mark.gpu
+def test_the_registered_op_runs_the_kernels() -> None:
+    from vllm_steer.ops.dispatch import steer_and_read as registered
+
+    case = make_case(1, columns=3)
+    check(case, registered, DEVICE)

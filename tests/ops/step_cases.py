@@ -1,0 +1,197 @@
+"""Steps for the op, as the planner could have made them, and the op's loop written out in float64 to compare with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_steer.batch_plan import READ
+
+DIMENSION, SLOTS, REQUESTS = 24, 5, 4
+SPARE_TOKENS = 3  # the token tables are longer than a call: what lies beyond the call must not be looked at
+
+
+@dataclass(frozen=True)
+class Case:
+    """The op's arguments, in its order."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor | None
+    bank: torch.Tensor
+    row_of_token: torch.Tensor
+    entry_slot: torch.Tensor
+    entry_ab: torch.Tensor
+    keep: torch.Tensor
+    segment: torch.Tensor
+    sums: torch.Tensor
+    last: torch.Tensor
+    trace_slot: torch.Tensor
+    trace: torch.Tensor
+    flags: torch.Tensor
+
+    def args(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+    def copy(self, device: str = "cpu") -> Case:
+        """The same with storage of its own, and the same strides."""
+        wide = torch.cat([self.hidden, self.hidden], dim=1)[:, : self.hidden.shape[1]]
+        hidden = self.hidden.clone() if self.hidden.is_contiguous() else wide
+        if device != "cpu":
+            hidden = torch.empty_strided(hidden.shape, hidden.stride(), dtype=hidden.dtype, device=device).copy_(hidden)
+        return Case(hidden, *(None if arg is None else arg.clone().to(device) for arg in self.args()[1:]))
+
+    def of_token(self) -> list[int]:
+        """The accumulator of each token, -1 where none."""
+        found = [-1] * len(self.hidden)
+        for accumulator, (first, count) in enumerate(self.segment.tolist()):
+            found[first : first + count] = [accumulator] * count
+        return found
+
+
+def make_case(
+    seed: int,
+    *,
+    tokens: int = 9,
+    entries: int = 3,
+    steered: str = "some",
+    read: str = "some",
+    columns: int = 0,
+    dimension: int = DIMENSION,
+    dtype: torch.dtype = torch.float32,
+    residual: bool = True,
+    strided: bool = False,
+) -> Case:
+    """A step as the planner could have made it: entries packed to the left, flags that say what there is."""
+    rng = np.random.default_rng(seed)
+    rows = 2 * REQUESTS
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    row_of_token = rng.integers(0, rows, tokens + SPARE_TOKENS).astype(np.int32)
+    if steered != "all":
+        row_of_token[:tokens][rng.random(tokens) < {"none": 1, "some": 0.5}[steered]] = -1
+    segment = np.zeros((REQUESTS, 2), np.int32)
+    segment[:, 0] = rng.integers(0, tokens + 1, REQUESTS)  # of an empty segment the first token says nothing
+    if read != "none":
+        cuts = [0, *sorted(rng.integers(0, tokens + 1, REQUESTS - 1).tolist()), tokens]
+        for accumulator, (first, end) in zip(rng.permutation(REQUESTS), itertools.pairwise(cuts), strict=True):
+            gap = int(rng.integers(0, 2)) if read == "some" and end > first else 0
+            segment[accumulator] = first + gap, end - first - gap
+
+    hidden = normal(tokens, 2 * dimension).to(dtype)
+    hidden = hidden[:, :dimension] if strided else hidden[:, :dimension].contiguous()
+    counts = rng.integers(0, entries + 1, rows)
+    counts[rng.integers(rows)] = entries
+    entry_slot = np.full((rows, entries), -1, np.int32)
+    entry_ab = np.zeros((rows, entries, 2), np.float32)
+    for row, count in enumerate(counts):
+        entry_slot[row, :count] = rng.integers(0, SLOTS, count)
+        for entry in range(count):
+            alpha = rng.uniform(-8, 8)
+            entry_ab[row, entry] = [(alpha, 0), (0, -1), (alpha, -1)][rng.integers(3)]
+    bank = normal(SLOTS, dimension)
+    bank /= bank.norm(dim=1, keepdim=True)
+    trace_slot = np.arange(columns, dtype=np.int32) % SLOTS
+    trace_slot[1:2] = -1  # the second column is off
+    any_steered = bool((row_of_token[:tokens] >= 0).any())
+    return Case(
+        hidden=hidden,
+        residual=normal(tokens, dimension).to(dtype) if residual else None,
+        bank=bank,
+        row_of_token=torch.from_numpy(row_of_token),
+        entry_slot=torch.from_numpy(entry_slot),
+        entry_ab=torch.from_numpy(entry_ab),
+        keep=torch.from_numpy(rng.integers(0, 2, REQUESTS).astype(np.int32)),
+        segment=torch.from_numpy(segment),
+        sums=normal(REQUESTS, dimension),
+        last=normal(REQUESTS, dimension),
+        trace_slot=torch.from_numpy(trace_slot),
+        trace=normal(tokens + SPARE_TOKENS, columns),
+        flags=torch.tensor(
+            [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0)], dtype=torch.int32
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Expected:
+    hidden: np.ndarray
+    sums: np.ndarray
+    last: np.ndarray
+    trace: np.ndarray
+    untouched: list[int]
+
+
+def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
+    """The loop of ``ops/reference.py`` in float64.
+
+    ``hidden_after``: the steered hidden states to read from, as rounded by the implementation under test, so that
+    the sums are not compared through that rounding; without it those of this loop.
+    """
+    bank = case.bank.double().numpy()
+    hidden = case.hidden.double().numpy().copy()
+    tokens = len(hidden)
+    residual = np.zeros_like(hidden) if case.residual is None else case.residual.double().numpy()
+    sums, last, trace = (tensor.double().numpy().copy() for tensor in (case.sums, case.last, case.trace))
+    untouched = []
+    for t in range(tokens):
+        row = int(case.row_of_token[t])
+        h = hidden[t] + residual[t]
+        touched = False
+        if row >= 0:
+            for e in range(case.entry_slot.shape[1]):
+                slot = int(case.entry_slot[row, e])
+                a, b = case.entry_ab[row, e].tolist()
+                if slot >= 0:
+                    touched = True
+                    h = h + (a + b * (h @ bank[slot])) * bank[slot]
+        if touched:
+            hidden[t] = h - residual[t]
+        else:
+            untouched.append(t)
+    stream = (hidden if hidden_after is None else hidden_after) + residual
+    for s, (first, count) in enumerate(case.segment.tolist()):
+        if case.keep[s] == 0:
+            sums[s] = 0
+        for t in range(first, first + count):
+            sums[s] += stream[t]
+            last[s] = stream[t]
+    for k, slot in enumerate(case.trace_slot.tolist()):
+        if slot >= 0:
+            trace[:tokens, k] = stream @ bank[slot]
+    return Expected(hidden, sums, last, trace, untouched)
+
+
+def check(case: Case, implementation: Callable[..., None], device: str = "cpu", rounding: float = 0.51) -> None:
+    """``rounding``: how far the one rounding to hidden's type may go, in units of its eps."""
+    if not case.flags[READ]:
+        # A reset where nothing is read at the layer is of no consequence (nobody reads the accumulator before its next
+        # reset), and the fast paths leave it out.
+        case = replace(case, keep=torch.ones_like(case.keep))
+    run = case.copy(device)
+    implementation(*run.args())
+    got = run.copy() if device == "cpu" else Case(*(None if arg is None else arg.cpu() for arg in run.args()))
+
+    expected = loop(case)
+    # One rounding to hidden's type (by default half an ulp, eps/2 relative) on top of float32 arithmetic over D ≤ 600
+    # elements and four entries with |α| ≤ 8: about 1e-5 absolute. A wrong coefficient, order or slot errs by over 0.1.
+    eps = torch.finfo(case.hidden.dtype).eps
+    np.testing.assert_allclose(got.hidden.double().numpy(), expected.hidden, rtol=rounding * eps, atol=2e-5)
+    for token in expected.untouched:
+        assert torch.equal(got.hidden[token], case.hidden[token]), f"token {token} is nobody's and was changed"
+
+    # The rest is read from what the implementation left in hidden: float32 sums of at most 70 rows, so 1e-5 whatever
+    # hidden's type. A token too many or too few errs by about 1.
+    read = loop(case, hidden_after=got.hidden.double().numpy())
+    np.testing.assert_allclose(got.sums.numpy(), read.sums, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got.last.numpy(), read.last, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.trace.numpy(), read.trace, rtol=1e-5, atol=1e-4)
+    for name in ("residual", "bank", "row_of_token", "entry_slot", "entry_ab", "keep", "segment", "flags"):
+        before, after = getattr(case, name), getattr(got, name)
+        assert before is after or torch.equal(before, after), f"{name} is an input and was changed"

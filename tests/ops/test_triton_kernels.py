@@ -1,0 +1,62 @@
+"""The Triton kernels: interpreted on any machine, compiled for a GPU on any machine, and run where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+KERNELS = "tests/ops/on_triton.py"
+
+# Triton needs no GPU to compile for one, and its interpreter lets pass what its compiler does not.
+BUILD = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_steer.ops import triton_kernels
+
+POINTERS = {"bank": "*fp32", "row_of_token": "*i32", "entry_slot": "*i32", "entry_ab": "*fp32", "trace_slot": "*i32",
+            "trace": "*fp32", "flags": "*i32", "keep": "*i32", "segment": "*i32", "sums": "*fp32", "last": "*fp32",
+            "hidden": "*bf16", "residual": "*bf16"}
+CONSTANTS = {"D": 3584, "K": 8, "HAS_RESIDUAL": True, "BLOCK_T": triton_kernels.READ_BLOCK_T}
+for kernel, block in ((triton_kernels._steer_and_trace, 4096), (triton_kernels._read, triton_kernels.READ_BLOCK_D)):
+    constants = {name: value for name, value in (CONSTANTS | {"BLOCK_D": block}).items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def run(*command: str, is_interpreted: bool) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, *command], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env=environment | ({"TRITON_INTERPRET": "1"} if is_interpreted else {}),
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_agree_with_the_loop() -> None:
+    pytest.importorskip("triton")
+    run("-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "not gpu", KERNELS, is_interpreted=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_agree_with_the_loop_and_with_the_reference() -> None:
+    out = run("-m", "pytest", "-p", "no:cacheprovider", "-q", KERNELS, is_interpreted=False)
+    assert "skipped" not in out
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    run("-c", BUILD, is_interpreted=False)

@@ -1,0 +1,177 @@
+"""The op in Triton: two launches a hook, each of which exits at once where there is nothing to do.
+
+``_steer_and_trace`` has a program a token, which holds the token's whole row. In ``_read`` a program has some
+accumulators and a block of D, and sums the segment of each by itself. So every sum has one order, whatever runs beside
+it, and nothing is shared between programs. How much there is to do is read on the device: a captured CUDA graph does
+what the tables say when it is replayed, and no shape, grid or block size depends on them.
+"""
+
+# Kernels are no Python functions: Triton gives their parameters types of its own.
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false, disallow-untyped-decorators=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+READ_BLOCK_T, READ_BLOCK_D = 32, 128
+"""Tokens and elements that ``_read`` takes at a time."""
+READ_PROGRAMS = 128
+"""Programs a block of D: as many as an idle hook's exit costs little for, and segments of one token keep busy."""
+
+
+@triton.jit
+def _steer_and_trace(
+    hidden,
+    hidden_stride_t,
+    hidden_stride_d,
+    residual,
+    residual_stride_t,
+    residual_stride_d,
+    bank,
+    row_of_token,
+    entry_slot,
+    slot_stride_r,
+    slot_stride_e,
+    entry_ab,
+    ab_stride_r,
+    ab_stride_e,
+    trace_slot,
+    trace,
+    flags,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # 131,072 tokens of 16,384 elements are past an int32
+    depth = tl.load(flags)
+    traced = tl.load(flags + 2)
+    row = tl.load(row_of_token + token)
+    steered = False
+    if (depth > 0) & (row >= 0):
+        # Entries are packed to the left, so a row whose first entry is empty does nothing at this layer.
+        steered = tl.load(entry_slot + row.to(tl.int64) * slot_stride_r) >= 0
+    if (not steered) & (traced == 0):
+        return
+
+    column = tl.arange(0, BLOCK_D)
+    within = column < D
+    hidden_at = hidden + token * hidden_stride_t + column.to(tl.int64) * hidden_stride_d
+    own = tl.load(hidden_at, mask=within, other=0.0).to(tl.float32)
+    stream = own
+    if HAS_RESIDUAL:
+        residual_at = residual + token * residual_stride_t + column.to(tl.int64) * residual_stride_d
+        beside = tl.load(residual_at, mask=within, other=0.0).to(tl.float32)
+        stream = own + beside
+
+    if steered:
+        slots = entry_slot + row.to(tl.int64) * slot_stride_r
+        coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
+        delta = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for entry in range(depth):
+            slot = tl.load(slots + entry * slot_stride_e)
+            if slot >= 0:
+                direction = tl.load(bank + slot.to(tl.int64) * D + column, mask=within, other=0.0)
+                a = tl.load(coefficients + entry * ab_stride_e)
+                b = tl.load(coefficients + entry * ab_stride_e + 1)
+                delta += (a + b * tl.sum((stream + delta) * direction, axis=0)) * direction
+        rounded = (own + delta).to(hidden.dtype.element_ty)
+        tl.store(hidden_at, rounded, mask=within)
+        stream = rounded.to(tl.float32)
+        if HAS_RESIDUAL:
+            stream += beside
+
+    if traced != 0:
+        for k in range(K):
+            slot = tl.load(trace_slot + k)
+            if slot >= 0:
+                direction = tl.load(bank + slot.to(tl.int64) * D + column, mask=within, other=0.0)
+                tl.store(trace + token * K + k, tl.sum(stream * direction, axis=0))
+
+
+@triton.jit
+def _read(
+    hidden,
+    hidden_stride_t,
+    hidden_stride_d,
+    residual,
+    residual_stride_t,
+    residual_stride_d,
+    keep,
+    segment,
+    sums,
+    last,
+    flags,
+    A,
+    D: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if tl.load(flags + 1) == 0:
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    within = column < D
+    hidden_column = hidden + column.to(tl.int64) * hidden_stride_d
+    residual_column = residual + column.to(tl.int64) * residual_stride_d
+    for accumulator in range(tl.program_id(0), A, tl.num_programs(0)):
+        first = tl.load(segment + 2 * accumulator).to(tl.int64)
+        count = tl.load(segment + 2 * accumulator + 1)
+        is_kept = tl.load(keep + accumulator) != 0
+        if (count > 0) | (is_kept == 0):
+            at = accumulator * D + column.to(tl.int64)
+            total = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for start in range(0, count, BLOCK_T):
+                index = start + tl.arange(0, BLOCK_T)
+                token = (first + index)[:, None]
+                mask = (index < count)[:, None] & within[None, :]
+                stream = tl.load(hidden_column[None, :] + token * hidden_stride_t, mask=mask, other=0.0).to(tl.float32)
+                if HAS_RESIDUAL:
+                    beside = tl.load(residual_column[None, :] + token * residual_stride_t, mask=mask, other=0.0)
+                    stream += beside.to(tl.float32)
+                total += tl.sum(stream, axis=0)
+            # Chosen, not multiplied: a NaN times zero would stay one.
+            kept = tl.where(is_kept, tl.load(sums + at, mask=within, other=0.0), 0.0)
+            tl.store(sums + at, kept + total, mask=within)
+            if count > 0:
+                token = first + count - 1
+                stream = tl.load(hidden_column + token * hidden_stride_t, mask=within, other=0.0).to(tl.float32)
+                if HAS_RESIDUAL:
+                    beside = tl.load(residual_column + token * residual_stride_t, mask=within, other=0.0)
+                    stream += beside.to(tl.float32)
+                tl.store(last + at, stream, mask=within)
+
+
+def steer_and_read(
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None,
+    bank_SD: torch.Tensor,
+    row_of_token: torch.Tensor,
+    entry_slot_RE: torch.Tensor,
+    entry_ab_RE2: torch.Tensor,
+    keep_A: torch.Tensor,
+    segment_A2: torch.Tensor,
+    sums_AD: torch.Tensor,
+    last_AD: torch.Tensor,
+    trace_slot_K: torch.Tensor,
+    trace_TK: torch.Tensor,
+    flags_3: torch.Tensor,
+) -> None:
+    """See ``reference.steer_and_read``. All but the stream and the entries is dense, as ``SteerBuffers`` has it."""
+    tokens, dimension = hidden_TD.shape
+    if tokens == 0:
+        return
+    beside_TD = hidden_TD if residual_TD is None else residual_TD
+    block = triton.next_power_of_2(dimension)
+    _steer_and_trace[(tokens,)](
+        hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
+        entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
+        flags_3, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
+        num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    _read[(min(len(keep_A), READ_PROGRAMS), triton.cdiv(dimension, READ_BLOCK_D))](
+        hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), keep_A, segment_A2, sums_AD, last_AD, flags_3,
+        len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=READ_BLOCK_T, BLOCK_D=READ_BLOCK_D,
+    )  # fmt: skip
