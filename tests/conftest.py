@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,10 @@ from tests.conformance import ConformanceMatrix, put_claims_on
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = PROJECT_ROOT.parent / "shared" / "paper" / "data"
 
-# A compile cache of its own: a graph left behind by an earlier state of the code must not be what a test runs.
-_CACHE_ROOT = tempfile.mkdtemp(prefix="vllm-steer-tests-")
+IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# A cache of the run's own, for all its processes: a graph left behind by an earlier state of the code must not be what
+# a test runs, and what vLLM notes down of a model's class need not be found out again by every server and engine.
+_CACHE_ROOT = os.environ["VLLM_CACHE_ROOT"] if IS_XDIST_WORKER else tempfile.mkdtemp(prefix="vllm-steer-tests-")
 
 os.environ.update(
     {
@@ -33,6 +36,9 @@ os.environ.update(
         # Matrices this small gain nothing from a second thread, and on a busy machine two threads that spin for each
         # other take several times as long.
         "OMP_NUM_THREADS": "1",
+        # Numba, which finds n-grams, sets the number of OpenMP's threads as well, for torch too and to stay: everything
+        # that ran later in the process took up to thirty times as long.
+        "NUMBA_NUM_THREADS": "1",
     }
 )
 # Plugins are found the way a user's process finds them, whatever the caller's shell filters.
@@ -53,8 +59,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.shared_server import SharedServerScheduling  # a machine for the kernels' tests alone has no xdist
+
+    return SharedServerScheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE_ROOT, ignore_errors=True)
+    if not IS_XDIST_WORKER:
+        shutil.rmtree(_CACHE_ROOT, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -35,10 +35,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The rows of the study run in one engine that nobody disturbs."""
-    out = tmp_path_factory.mktemp("local") / "run"
-    done = run_command(config, out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return read_rows(out / "generations").to_pylist()
+    run = RunDirectory(tmp_path_factory.mktemp("local") / "run")
+    result = run_study(load_study(config), run, RunOptions(), console=Console(quiet=True))
+    assert (result.generated, result.failed) == (NUM_ROWS, 0)
+    return read_rows(run.generations).to_pylist()
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:

@@ -11,7 +11,7 @@ token is a *prompt* token when its position is below the prompt length, a *gener
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ Entry = dict[str, Any]
 class ReferenceRun:
     """One request's greedy continuation, or the replay of a given one.
 
-    tokens: generated ids, the last of which was never fed back. top2_gaps: logit of the best minus that of the second
+    tokens: generated ids, the last of which was never fed back. choices: the best id at every step, which is the
+    generated one unless somebody else chose it. top2_gaps: logit of the best minus that of the second
     best token at every step. logprobs: log-probability of each chosen token. streams: block index -> float32 (T, D)
     residual stream after the steering of that block, for the prompt and all tokens fed back.
     """
 
     tokens: list[int]
+    choices: list[int]
     top2_gaps: list[float]
     logprobs: list[float]
     prompt_len: int
@@ -43,6 +45,7 @@ class ReferenceRun:
         """The same run, had it ended with its token number `count` (from 1)."""
         return ReferenceRun(
             tokens=self.tokens[:count],
+            choices=self.choices[:count],
             top2_gaps=self.top2_gaps[:count],
             logprobs=self.logprobs[:count],
             prompt_len=self.prompt_len,
@@ -124,6 +127,7 @@ class Reference:
         top2 = [row.topk(2).values for row in logits]
         return ReferenceRun(
             tokens=tokens,
+            choices=[int(row.argmax()) for row in logits],
             top2_gaps=[float(best - second) for best, second in top2],
             logprobs=[float(row.log_softmax(-1)[token]) for row, token in zip(logits, tokens, strict=True)],
             prompt_len=self._prompt_len,
@@ -142,6 +146,15 @@ class Reference:
             tokens.append(int(logits[-1].argmax()))
             fed = tokens[-1:]
         return self._finish(tokens, logits)
+
+    def confirm(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:
+        """`generate` in one pass, for a model in which its many take long, from a guess of what it gives.
+
+        The run has the reference's own choice after the first of `tokens`, after the first two, and so on: all
+        `tokens` are chosen only if they are what `generate` gives. Behind the first that is not, the run is of no use.
+        """
+        run = self.replay(prompt_ids, tokens, steering)
+        return replace(run, tokens=run.choices)
 
     @torch.inference_mode()
     def replay(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:

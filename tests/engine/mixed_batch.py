@@ -177,15 +177,11 @@ def references(reference: Reference, requests: Sequence[Request], max_tokens: in
 
 def share_changed_by_steering(reference: Reference, requests: Sequence[Request], runs: Sequence[ReferenceRun]) -> float:
     """Share of the steered requests whose reference output differs from the unsteered one of the same prompt."""
-    plain: dict[tuple[int, ...], list[int]] = {}
-    changed = []
-    for request, steered_run in zip(requests, runs, strict=True):
-        if not request.steering:
-            continue
-        key = tuple(request.prompt_ids)
-        if key not in plain:
-            plain[key] = reference.generate(request.prompt_ids, len(steered_run.tokens)).tokens
-        changed.append(plain[key] != steered_run.tokens)
+    changed = [
+        reference.confirm(request.prompt_ids, steered_run.tokens).tokens != steered_run.tokens
+        for request, steered_run in zip(requests, runs, strict=True)
+        if request.steering
+    ]
     return sum(changed) / len(changed)
 
 

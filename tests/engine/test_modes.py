@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.compilation.counter import compilation_counter
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.engine.conftest import OpenEngine
@@ -106,9 +107,11 @@ def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
     request, expected = workload.requests[0], workload.expected[0]
     assert not request.steering
+    before = compilation_counter.clone()
     with open_engine(workload.checkpoint, **COMPILED) as llm:  # leaves its graph in the compile cache
         (out,) = llm.generate([{"prompt_token_ids": request.prompt_ids}], greedy, use_tqdm=False)
         assert is_same_output(out, expected, "unconfigured")
+    assert compilation_counter.num_aot_artifacts_saved == before.num_aot_artifacts_saved + 1, "nothing to serve"
     with open_engine(workload.checkpoint, layers=LAYERS, **COMPILED) as llm:
         workload.check(llm)
 

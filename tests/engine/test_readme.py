@@ -21,8 +21,11 @@ def test_readme_example_runs_as_written_and_alpha_moves_the_projection(tmp_path:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(blocks[0], encoding="utf-8")
-    # A user's shell has none of the settings that the suite makes for engines inside the test process.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    # A user's shell has none of the settings that the suite makes for engines inside the test process. But the cache
+    # is the run's, as everywhere.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("VLLM_") or name == "VLLM_CACHE_ROOT"
+    }
     # A session of its own: the engine's processes hold the pipes too, and have to go if the example hangs.
     example = subprocess.Popen(
         [sys.executable, str(script)],

@@ -6,11 +6,6 @@ It serves a tiny random llama as ``tiny``. Two directions come from a file: ``ki
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +16,10 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.api_server import running
 from tests.engine.tiny_models import HIDDEN_SIZE, save_tiny_model
 from vllm_steer import Direction, save_directions
 
-START_SECONDS = 300.0
 KIND_LAYER, OTHER_LAYER = 2, 1
 API_KEY, LIMITED_KEY, ADMIN_KEY = "secret", "limited", "admin-secret"
 ALIAS, ALIAS_ALPHA = "tiny-kind", 50.0
@@ -84,37 +79,9 @@ def server(served: ServedModel) -> Iterator[httpx.Client]:
 def running_server(command: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
     """Start a server by Python's arguments ``command``, which name model and settings, wait until it is healthy, give
     its URL, and stop it at the end. Its model is called "tiny"."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     whole = [
-        sys.executable, *command,
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
-        "--api-key", API_KEY, LIMITED_KEY, "--dtype", "float32", "--enforce-eager", "--max-model-len", "256",
-        "--kv-cache-memory-bytes", str(64 << 20),
+        *command, "--served-model-name", "tiny", "--api-key", API_KEY, LIMITED_KEY, "--dtype", "float32",
+        "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20),
     ]  # fmt: skip
-    surroundings = {**os.environ, "VLLM_STEER_ADMIN_KEY": ADMIN_KEY, **environment}
-    with log.open("wb") as output:
-        process = subprocess.Popen(whole, stdout=output, stderr=subprocess.STDOUT, env=surroundings)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _is_healthy(url):
-            assert process.poll() is None, log.read_text(errors="replace")[-4000:]
-            assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+    with running(whole, log, **{"VLLM_STEER_ADMIN_KEY": ADMIN_KEY, **environment}) as server:
+        yield server.url
