@@ -2,12 +2,15 @@
 #   make demo        the demo study on the demo model, from a bare machine
 #   make test        the whole test suite
 #   make conformance what is exact with which feature and family, into docs/conformance.md
+#   make bench       what it costs, in a small form: a quarter of an hour; tables, and which goals hold
+#   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and README.md
 #   make setup ENGINE=cuda PYTHON=python3.12     another engine, another interpreter
 
 PYTHON ?= python3
 ENGINE ?= cpu
 
 BIN := .venv/bin
+RECORDS := benchmarks/results/cpu
 # A file's tests share an engine, so a file stays in one process; the short ones of tests/unit come last.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -16,10 +19,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast conformance compat lint types check format clean
+.PHONY: help setup demo demo-model test test-fast conformance compat bench bench-record readme-performance lint types \
+	check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | bench | bench-record | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -44,6 +48,23 @@ conformance: setup
 # Against the source of a release that need not be installed: make compat VLLM=0.33.0
 compat: setup
 	$(BIN)/python -m tests.compat.check $(VLLM)
+
+bench: demo-model
+	$(BIN)/python -m benchmarks.bench_overhead --small --out build/bench/overhead.json
+	$(BIN)/python -m benchmarks.bench_hf_hooks --small --out build/bench/hf-hooks.json
+	$(BIN)/python -m benchmarks.bench_op --small --out build/bench/op.json
+	@$(BIN)/python -m benchmarks.summary build/bench
+
+bench-record: demo-model
+	$(BIN)/python -m benchmarks.bench_overhead --out $(RECORDS)/overhead.json
+	$(BIN)/python -m benchmarks.bench_hf_hooks --out $(RECORDS)/hf-hooks.json
+	$(BIN)/python -m benchmarks.bench_op --out $(RECORDS)/op.json
+	$(BIN)/python -m benchmarks.bench_scale --out $(RECORDS)/scale.json
+	$(BIN)/python -m benchmarks.bench_peers --out $(RECORDS)/peers.json
+	$(MAKE) readme-performance
+
+readme-performance: setup
+	@$(BIN)/python -m benchmarks.summary $(RECORDS) --readme README.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,109 +1,199 @@
-"""What steering and readout cost: one engine, the same prompts, four kinds of request in turn, ratios to unsteered.
+"""What the plugin costs: plain vLLM beside engines that have it, idle, steering and reading; ratios to plain vLLM.
 
-    python benchmarks/bench_overhead.py [--rounds 5] [--requests 64] [--tokens 64] [--eager] [--out FILE]
+    python -m benchmarks.bench_overhead [--small] [--out FILE]
 
-Every round runs all kinds one after the other, so that a machine whose speed drifts slows all of them alike; the figure
-to quote is the median over the rounds of the ratio within a round.
+Every engine runs in a process of its own, and only one works at a time. A round gives the same prompts to every way in
+turn. Throughput counts generated tokens and the time of the whole call: building the requests, their prompts' prefill,
+decoding, and collecting the readouts. Prefill throughput counts the prompts' tokens of requests that generate one.
+
+Prefix caching is off for all: a way that repeats its prompts would measure the cache, which readouts may not read. The
+way "absent again", another plain engine, shows what the machine's noise makes of no difference at all.
+
+On a GPU, several engines share its memory: choose which with --engines, and the KV memory of each with --kv-gib.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import time
-from importlib.metadata import version
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: nothing but the engine is timed
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-import numpy as np
-
 from batch_jobs.demo_model import demo_model_path
-from vllm_steer import Direction, Readout, Steering, load_llm, register_directions, steered
-from vllm_steer.engine.plugin import vllm_version
+from benchmarks import record
+from benchmarks.engine_process import EngineProcess, Took, Work
+from benchmarks.rounds import Figure, figures, in_turn, interval
 
-LAYERS = [8, 12, 16, 20, 24]
-PLAIN = "unsteered"
+ENGINES = ("absent", "absent again", "installed", "hooked", "all hooked")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kind of work (see ``overhead_engine``) on one of ``ENGINES``."""
+
+    engine: str
+    kind: str
+
+
+BASELINE = "absent"
+WAYS = {
+    BASELINE: Way("absent", "plain"),
+    "absent again": Way("absent again", "plain"),
+    "installed": Way("installed", "plain"),
+    "idle": Way("hooked", "plain"),
+    "idle, all layers": Way("all hooked", "plain"),
+    "steered": Way("hooked", "steered"),
+    "stacked": Way("hooked", "stacked"),
+    "prompt read": Way("hooked", "prompt read"),
+    "read": Way("hooked", "read"),
+    "read, all layers": Way("all hooked", "read"),
+}
+SMALL = {
+    "engines": ["absent", "installed", "hooked"], "batches": [8, 64], "rounds": [5, 5], "prefill_batches": [8],
+    "prefill_rounds": 5, "tokens": 1024, "starts": 1,
+}  # fmt: skip
+MAX_TOKENS = (8, 64)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="fewer engines, batches and rounds: about five minutes")
+    parser.add_argument("--model", type=Path, default=None, help="folder of a checkpoint; default: the demo model")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights, and no tokenizer is needed")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16, 20, 24], help="hooked in most engines")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="requests at once")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[21, 21, 61, 11], help="of each batch")
+    parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prefill-rounds", type=int, default=21)
+    parser.add_argument("--tokens", type=int, default=2048, help="generated in a call, within 8 to 64 a request")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
+    parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
+    parser.add_argument("--starts", type=int, default=2, help="of each engine, of which the last is used and timed")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the record")
+    if parser.parse_known_args()[0].small:
+        parser.set_defaults(**SMALL)
+    arguments = parser.parse_args()
+    if len(arguments.rounds) != len(arguments.batches):
+        parser.error(f"--rounds are {arguments.rounds}; allowed: one number for each of --batches {arguments.batches}")
+    if BASELINE not in arguments.engines:
+        parser.error(f"--engines lacks {BASELINE!r}, with which all are compared")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")
-    arguments = parser.parse_args()
-
-    llm = load_llm(
-        str(demo_model_path()), layers=LAYERS, dtype="bfloat16", enforce_eager=arguments.eager, max_model_len=512,
-        kv_cache_memory_bytes=2 << 30, seed=0,
-    )  # fmt: skip
-    width = llm.llm_engine.model_config.get_hidden_size()
-    noise = np.random.default_rng(0).standard_normal((len(LAYERS), width))
-    register_directions(
-        llm, [Direction("noise", layer, row).normalised() for layer, row in zip(LAYERS, noise, strict=True)]
-    )
-    prompts = [f"Letter number {index}: my neighbour asked me for help and" for index in range(arguments.requests)]
-    kinds = {
-        kind: params_of(kind, arguments)
-        for kind in (PLAIN, "steered, distinct alpha", "5 layers steered", "5 layers read")
-    }
-
-    def throughput(kind: str) -> float:
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, kinds[kind], use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
-
-    for kind in kinds:
-        throughput(kind)  # warm-up, compilation included
-    rounds = [{kind: throughput(kind) for kind in kinds} for _ in range(arguments.rounds)]
-    figures = {kind: summary(kind, rounds) for kind in kinds}
-    for kind, figure in figures.items():
-        spread = f"{figure['ratio_min']:.3f} to {figure['ratio_max']:.3f}"
-        print(f"{kind:28} {figure['tokens_per_second']:8.1f} tok/s   ratio {figure['ratio']:.3f} ({spread})")
-    if arguments.out:
-        about = {"rounds": arguments.rounds, "requests": arguments.requests, "tokens": arguments.tokens}
-        report = {
-            "setup": {**about, "compiled": not arguments.eager, **machine()},
-            "figures": figures,
-            "rounds": rounds,
+    arguments = parse()
+    model = arguments.model or demo_model_path()
+    with running(model, arguments) as engines:
+        ways = {name: way for name, way in WAYS.items() if way.engine in engines}
+        measured: dict[str, Any] = {"generated": {}, "prefill": {}}
+        for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
+            max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
+            took = rounds_of(engines, ways, batch, arguments.prompt_tokens, max_tokens, rounds)
+            check_that_steering_steers(took[0])
+            measured["generated"][str(batch)] = {
+                "max_tokens": max_tokens,
+                "throughput": compared(took, rate(batch * max_tokens)),
+                "first_token": compared(took, lambda one: one.first_token),
+                "inter_token": compared(took, lambda one: one.inter_token),
+            }
+            show(f"batch {batch}, {max_tokens} tokens each", measured["generated"][str(batch)]["throughput"])
+        for batch in arguments.prefill_batches:
+            took = rounds_of(engines, ways, batch, arguments.prefill_tokens, 1, arguments.prefill_rounds)
+            throughput = compared(took, rate(batch * arguments.prefill_tokens))
+            measured["prefill"][str(batch)] = {"throughput": throughput}
+            show(f"prefill of {batch} prompts of {arguments.prefill_tokens} tokens", throughput)
+        last = Work("plain", 1, arguments.prompt_tokens, 1)
+        started = {
+            name: {
+                "start_seconds": engine.start_seconds,
+                "compile_seconds": engine.compile_seconds,
+                "memory_gib": engine.do(last).memory_gib,
+            }
+            for name, engine in engines.items()
         }
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    for name, figure in started.items():
+        print(f"{name:18} started in {figure['start_seconds']:.0f} s, memory {figure['memory_gib']}")
+    if arguments.out is not None:
+        about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
+        record.write(arguments.out, {**measured, "engines": started}, **about | {"model": model.name})
 
 
-def params_of(kind: str, arguments: argparse.Namespace) -> list[Any]:
-    """One SamplingParams a request; α goes from −20 to 20 and no two requests share one."""
-    sampling = {"temperature": 0.7, "max_tokens": arguments.tokens, "ignore_eos": True}
-    alphas = np.linspace(-20, 20, arguments.requests)
-    if kind == "steered, distinct alpha":
-        return [steered(sampling, [Steering("noise", float(alpha), layer=16)]) for alpha in alphas]
-    if kind == "5 layers steered":
-        return [steered(sampling, [Steering("noise", float(alpha), layer=one) for one in LAYERS]) for alpha in alphas]
-    if kind == "5 layers read":
-        return [steered(sampling, readout=Readout(LAYERS, span="all")) for _ in alphas]
-    return [steered(sampling) for _ in alphas]
-
-
-def summary(kind: str, rounds: list[dict[str, float]]) -> dict[str, float]:
-    ratios = [round_[kind] / round_[PLAIN] for round_ in rounds]
-    return {
-        "tokens_per_second": statistics.median(round_[kind] for round_ in rounds),
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+@contextmanager
+def running(model: Path, arguments: argparse.Namespace) -> Iterator[dict[str, EngineProcess]]:
+    """The engines, all waiting; started one after the other."""
+    num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    layers = {"hooked": arguments.layers, "all hooked": list(range(num_layers))}
+    engine_args = {
+        "model": str(model), "dtype": arguments.dtype, "load_format": arguments.load_format,
+        "skip_tokenizer_init": arguments.load_format == "dummy", "enforce_eager": arguments.eager,
+        "max_model_len": max(arguments.prompt_tokens + MAX_TOKENS[1], arguments.prefill_tokens + 1),
+        "max_num_seqs": max(*arguments.batches, *arguments.prefill_batches), "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30), "seed": 0,
+        # What vLLM looks for free before it starts, although the KV memory is given: leave the others theirs.
+        "gpu_memory_utilization": 0.9 / len(arguments.engines),
+        "disable_log_stats": False,  # the clocks of a request
     }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ExitStack() as started:
+        engines = {}
+        for name in arguments.engines:
+            plugins = "" if name.startswith(BASELINE) else "vllm_steer"
+            start = partial(EngineProcess, layers.get(name), plugins, engine_args, Path(folder, f"{name}.log"))
+            for _ in range(arguments.starts - 1):  # fill the compile cache
+                start().close()
+            engines[name] = start()
+            started.callback(engines[name].close)
+            print(f"{name}: started in {engines[name].start_seconds:.0f} s", flush=True)
+        yield engines
 
 
-def machine() -> dict[str, Any]:
-    names = ("torch", "transformers", "vllm-steer")
-    return {
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "vllm": vllm_version(), **{name: version(name) for name in names},
-    }  # fmt: skip
+def rounds_of(
+    engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], batch: int, prompt_tokens: int, max_tokens: int,
+    num_rounds: int,
+) -> list[dict[str, Took]]:  # fmt: skip
+    """What each way took in each round, warmed up."""
+    work = {
+        name: partial(engines[way.engine].do, Work(way.kind, batch, prompt_tokens, max_tokens))
+        for name, way in ways.items()
+    }
+    in_turn(work, 1)
+    return in_turn(work, num_rounds)
+
+
+def check_that_steering_steers(took: Mapping[str, Took]) -> None:
+    """End the run where steered requests got the tokens of unsteered ones, which would make it measure nothing."""
+    for name in ("steered", "stacked"):
+        if name in took and took[name].tokens == took["idle"].tokens:
+            raise SystemExit(f"the requests of {name!r} got the tokens of unsteered ones; raise LARGEST_ALPHA.")
+
+
+def rate(tokens: int) -> Callable[[Took], float]:
+    """Tokens a second of work on this many."""
+    return lambda took: tokens / took.seconds
+
+
+def compared(took: Sequence[Mapping[str, Took]], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
+    """A figure for each way, compared with plain vLLM."""
+    rounds = [{name: measure(one) for name, one in round_.items()} for round_ in took]
+    return {name: asdict(figure) for name, figure in figures(rounds, BASELINE).items()}
+
+
+def show(title: str, throughput: Mapping[str, Mapping[str, Any]]) -> None:
+    print(title)
+    for name, values in throughput.items():
+        figure = Figure(**values)
+        low, high = interval(figure.ratios)
+        print(
+            f"  {name:18} {figure.median:8.1f} tokens/s   ratio {figure.ratio:.3f} ({low:.3f} – {high:.3f})", flush=True
+        )
 
 
 if __name__ == "__main__":

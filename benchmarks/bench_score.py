@@ -1,6 +1,6 @@
 """What offline scoring costs: a folder of synthetic generations, scored in a process of its own; time and memory.
 
-    python benchmarks/bench_score.py [--rows 1000000] [--rows-per-part 2000] [--processes N] [--out FILE]
+    python -m benchmarks.bench_score [--rows 1000000] [--rows-per-part 2000] [--processes N] [--out FILE]
 
 Rows are like a study's: nine α, three layers, three scenarios, completions of about 900 characters (200 tokens) of
 prose with keywords of both kinds, one in fifty a loop, one in fifty empty. Making them is not part of the figures;
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="bench-score-") as folder:
         characters = make_generations(Path(folder), arguments.rows, arguments.rows_per_part)
-        command = [sys.executable, __file__, "--score", folder]
+        command = [sys.executable, "-m", "benchmarks.bench_score", "--score", folder]
         if arguments.processes:
             command += ["--processes", str(arguments.processes)]
         start = time.perf_counter()
@@ -80,13 +78,10 @@ def main() -> None:
     for name, figure in figures.items():
         print(f"{name:22} {figure:10.2f}")
     if arguments.out:
-        setup = {
-            "rows": arguments.rows, "rows_per_part": arguments.rows_per_part, "characters_a_row": characters,
-            **machine(),
-        }  # fmt: skip
-        arguments.out.write_text(
-            json.dumps({"setup": setup, "ceilings": CEILINGS, "figures": figures}, indent=1) + "\n"
-        )
+        from benchmarks import record  # imports torch, which the process that is measured must not
+
+        about = {"rows": arguments.rows, "rows_per_part": arguments.rows_per_part, "characters_a_row": characters}
+        record.write(arguments.out, {"ceilings": CEILINGS, "figures": figures}, **about)
 
 
 def score(folder: Path, processes: int | None) -> None:
@@ -149,13 +144,6 @@ def make_text(draw: random.Random) -> str:
     for place in draw.sample(range(WORDS_A_TEXT), k=5):
         words[place] = draw.choice(keywords)
     return "".join(word + ("." if draw.random() < 0.08 else "") + " " for word in words)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(), **{name: version(name) for name in ("pyarrow", "vllm-steer")},
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A server under load: steered, unsteered and invalid requests mixed, against unsteered ones alone and a stock server.
 
-    python benchmarks/bench_server.py [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
+    python -m benchmarks.bench_server [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
 
 Two servers of the same model, one after the other. The first is vLLM without the plugin: its replies are what unsteered
 requests have to equal. The second has the plugin; the requests are split over the rounds, and every round runs the mix
@@ -14,20 +14,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +28,9 @@ import httpx
 import numpy as np
 
 from batch_jobs.demo_model import demo_model_path
+from benchmarks import record
+from benchmarks.api_server import is_healthy, running
 from vllm_steer import Direction, save_directions
-from vllm_steer.engine.plugin import vllm_version
 
 LAYER = 16
 INVALID = (
@@ -46,7 +40,6 @@ INVALID = (
     {"readout": {"layers": []}},
     {"steering": "noise"},
 )
-START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,13 @@ def main() -> None:
         noise = np.random.default_rng(0).standard_normal(config["hidden_size"])
         directions = Path(folder) / "noise.safetensors"
         save_directions(directions, [Direction("noise", LAYER, noise).normalised()])
-        with running(model, None, Path(folder) / "stock.log") as url:
-            expected = asyncio.run(send(url, plain, arguments.clients))
+        with running(command(model, None), Path(folder) / "stock.log", VLLM_PLUGINS="") as stock:
+            expected = asyncio.run(send(stock.url, plain, arguments.clients))
         settings = {"layers": [LAYER], "directions": [str(directions)]}
-        with running(model, settings, Path(folder) / "steered.log") as url:
-            asyncio.run(send(url, mixed[: arguments.clients], arguments.clients))  # warm
-            rounds = [measure(url, part, arguments) for part in split(mixed, arguments.rounds)]
-            alive = httpx.get(f"{url}/health").status_code == 200
+        with running(command(model, settings), Path(folder) / "steered.log", VLLM_PLUGINS="vllm_steer") as server:
+            asyncio.run(send(server.url, mixed[: arguments.clients], arguments.clients))  # warm
+            rounds = [measure(server.url, part, arguments) for part in split(mixed, arguments.rounds)]
+            alive = is_healthy(server.url)
     answers = [answer for one in rounds for answer in one["answers"]]
     replies = [answer for answer, request in zip(answers, mixed, strict=True) if unsteered(request)]
     figures = {
@@ -94,7 +87,11 @@ def main() -> None:
         "tokens_per_second_mix": statistics.median(one["mix"] for one in rounds),
         "tokens_per_second_unsteered": statistics.median(one["unsteered"] for one in rounds),
     }
-    report(figures, arguments)
+    for name, value in figures.items():
+        print(f"{name:<28} {value}")
+    if arguments.out is not None:
+        about = {name: getattr(arguments, name) for name in ("requests", "clients", "rounds", "tokens")}
+        record.write(arguments.out, {"figures": figures}, model="SmolLM2-135M-Instruct", **about)
 
 
 def mixture(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -164,66 +161,16 @@ async def send(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list
         return list(await asyncio.gather(*map(one, bodies)))
 
 
-@contextmanager
-def running(model: Path, settings: dict[str, Any] | None, log: Path) -> Iterator[str]:
+def command(model: Path, settings: dict[str, Any] | None) -> list[str]:
     """vLLM's own server as "bench", with the plugin if there are settings for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name",
-        "bench", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 30), "--disable-uvicorn-access-log",
+    arguments = [
+        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "bench",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 30),
+        "--disable-uvicorn-access-log",
     ]  # fmt: skip
-    if settings is not None:
-        command += ["--additional-config", json.dumps({"vllm_steer": settings})]
-    environment = {**os.environ, "VLLM_PLUGINS": "" if settings is None else "vllm_steer"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def report(figures: dict[str, Any], arguments: argparse.Namespace) -> None:
-    document = {
-        "setup": {
-            "model": "SmolLM2-135M-Instruct",
-            "requests": arguments.requests,
-            "clients": arguments.clients,
-            "rounds": arguments.rounds,
-            "tokens": arguments.tokens,
-            "cpu": platform.machine(),
-            "cores": os.cpu_count(),
-            "vllm": vllm_version(),
-            "torch": version("torch"),
-            "vllm-steer": version("vllm-steer"),
-        },
-        "figures": figures,
-    }
-    for name, value in figures.items():
-        print(f"{name:<28} {value}")
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if settings is None:
+        return arguments
+    return [*arguments, "--additional-config", json.dumps({"vllm_steer": settings})]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A soak of one engine: random requests of every kind come, finish and are aborted, round after round.
 
-    python benchmarks/soak_engine.py [--requests 10000] [--out FILE]
+    python -m benchmarks.soak_engine [--requests 10000] [--out FILE]
 
 A round replaces the directions, feeds the engine requests at random (steered, each with an alpha of its own, with
 readouts, with traces, with two samples, in any mix, some of them aborted) and lets it come to rest. Then nothing may be
@@ -15,9 +15,7 @@ every round soon leaves none.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -25,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each othe
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
-from soak_registry import HIDDEN_SIZE, NUM_LAYERS, WORDS, save_model
 from vllm import LLM, RequestOutput, SamplingParams
 
+from benchmarks import record
+from benchmarks.soak_registry import HIDDEN_SIZE, NUM_LAYERS, WORDS, save_model
 from vllm_steer import (
     Direction,
     Readout,
@@ -49,7 +47,6 @@ from vllm_steer import (
     register_directions,
     steered,
 )
-from vllm_steer.engine.plugin import vllm_version
 from vllm_steer.engine.worker_steering import steering_of
 
 LAYERS = (0, 1)
@@ -293,21 +290,11 @@ def main() -> None:
     for name, value in (*figures.items(), *checks.items()):
         print(f"{name:<38} {value}")
     if arguments.out is not None:
-        document = {
-            "setup": {
-                "model": f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32",
-                "requests": arguments.requests,
-                "cpu": platform.machine(),
-                "cores": os.cpu_count(),
-                "vllm": vllm_version(),
-                "vllm-steer": version("vllm-steer"),
-            },
-            "growth_limit_mib": GROWTH_LIMIT_MIB,
-            "checks": checks,
-            "figures": figures,
-            "rss_mib": soak.rss_mib,
-        }
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        measured = {
+            "growth_limit_mib": GROWTH_LIMIT_MIB, "checks": checks, "figures": figures, "rss_mib": soak.rss_mib
+        }  # fmt: skip
+        model = f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32"
+        record.write(arguments.out, measured, model=model, requests=arguments.requests)
     sys.exit(0 if all(checks.values()) else 1)
 
 

@@ -1,6 +1,6 @@
 """A soak of a server's registry: directions come, are replaced and go in a loop, while steered requests run.
 
-    python benchmarks/soak_registry.py [--cycles 5000] [--clients 4] [--out FILE]
+    python -m benchmarks.soak_registry [--cycles 5000] [--clients 4] [--out FILE]
 
 A cycle registers a new name, replaces its vector under If-Match and deletes it. Every few cycles another name, the
 standing one, gets the other of two contents, A or B; all the while clients ask for completions steered by it and for
@@ -16,11 +16,7 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import random
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +24,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,7 +38,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_steer.engine.plugin import vllm_version
+from benchmarks import record
+from benchmarks.api_server import running
 
 HIDDEN_SIZE, NUM_LAYERS, WORDS = 4096, 3, 512
 LAYER = 1  # not the last one, so the KV of the layer above it depends on the content
@@ -62,7 +58,7 @@ WARM_SHARE = 0.2
 # the default measures. Allocators breathe by a few MiB.
 GROWTH_LIMIT_MIB = 30.0
 VECTOR_BYTES = 4 * HIDDEN_SIZE
-START_SECONDS, RELEASE_SECONDS = 600.0, 10.0
+RELEASE_SECONDS = 10.0
 ADMIN_VARIABLE, ADMIN_KEY = "VLLM_STEER_ADMIN_KEY", "soak"
 
 
@@ -270,8 +266,9 @@ def main() -> None:
         parser.error(f"--cycles is {arguments.cycles}; a line through the memory takes 20 or more")
     with tempfile.TemporaryDirectory(prefix="soak-registry-") as folder:
         save_model(Path(folder, "model"))
-        with running(Path(folder)) as (url, server):
-            soak = Soak(url, server, Path(folder, "registry"))
+        environment = {"VLLM_PLUGINS": "vllm_steer", ADMIN_VARIABLE: ADMIN_KEY}
+        with running(command(Path(folder)), Path(folder, "server.log"), **environment) as server:
+            soak = Soak(server.url, server.process, Path(folder, "registry"))
             figures = asyncio.run(soak.run(arguments.cycles, arguments.clients))
         checks = check(figures, arguments.cycles)
         if not all(checks.values()):
@@ -294,47 +291,16 @@ def save_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """vLLM's own server of the model in the folder, as "soak", with the registry beside it; its URL and process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def command(folder: Path) -> list[str]:
+    """vLLM's own server of the model in the folder, as "soak", with the registry beside it."""
     settings = {"layers": [LAYER], "max_directions": SLOTS, "registry_dir": str(folder / "registry")}
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"),
-        "--served-model-name", "soak", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "256", "--block-size", str(BLOCK_TOKENS),
+    return [
+        "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--served-model-name", "soak",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", str(BLOCK_TOKENS),
         # Memory of the cache counts when a block is first used; this much has been used up when measuring begins.
         "--kv-cache-memory-bytes", str(16 << 20),
         "--disable-uvicorn-access-log", "--additional-config", json.dumps({"vllm_steer": settings}),
     ]  # fmt: skip
-    environment = {**os.environ, "VLLM_PLUGINS": "vllm_steer", ADMIN_VARIABLE: ADMIN_KEY}
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield url, process
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -371,27 +337,19 @@ def check(figures: dict[str, Any], cycles: int) -> dict[str, bool]:
 def report(
     figures: dict[str, Any], checks: dict[str, bool], samples: Sequence[Sample], arguments: argparse.Namespace
 ) -> None:
-    document = {
-        "setup": {
-            "model": f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32",
-            "cycles": arguments.cycles,
-            "clients": arguments.clients,
-            "slots": SLOTS,
-            "cpu": platform.machine(),
-            "cores": os.cpu_count(),
-            "vllm": vllm_version(),
-            "torch": version("torch"),
-            "vllm-steer": version("vllm-steer"),
-        },
-        "growth_limit_mib": GROWTH_LIMIT_MIB,
-        "checks": checks,
-        "figures": figures,
-        "samples": {name: [getattr(one, name) for one in samples] for name in Sample.__annotations__},
-    }
     for name, value in (*figures.items(), *checks.items()):
         print(f"{name:<38} {value}")
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        measured = {
+            "growth_limit_mib": GROWTH_LIMIT_MIB,
+            "checks": checks,
+            "figures": figures,
+            "samples": {name: [getattr(one, name) for one in samples] for name in Sample.__annotations__},
+        }
+        record.write(
+            arguments.out, measured, model=f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32",
+            cycles=arguments.cycles, clients=arguments.clients, slots=SLOTS,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,314 @@
+"""The paper's grid and its extraction: with Hugging Face hooks in three ways, and with vLLM.
+
+    python -m benchmarks.bench_hf_hooks [--small] [--out FILE] [--model FOLDER --device cuda]
+
+- paper: one prompt at a time, a hook, no KV cache; one text at a time, all hidden states kept.
+- cached: one prompt at a time, a hook, with the KV cache.
+- batched: hooks with the cache, rows of different α in one batch; texts in padded batches, hooks at the layers read.
+- ours: all rows, or all texts, in one call of a compiled engine in this process.
+
+The hooks' dtype and batch sizes are the fastest of those tried first, on the same work. What goes one at a time is
+timed on a stated sample of the rows and texts. Rates are tokens generated a second and texts read a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+
+from batch_jobs.demo_model import demo_model_path
+from benchmarks import record
+from benchmarks.hf_hooks import HookedModel, Means
+from benchmarks.paper_work import PaperWork, Row, has_tokenizer, paper_work
+from benchmarks.rounds import figures, in_turn
+from vllm_steer import Direction, Readout, Steering, collect_readouts, load_llm, register_directions, steered
+
+LAYERS = (8, 12, 16, 20, 24)
+STEERED_LAYER = 16
+MEAN_TOLERANCE = 0.02
+"""Relative error of a mean between two bf16 implementations, which round in other places, by up to 2**-8 each time. The
+demo model's means at neighbouring layers differ by 0.1."""
+SHIFT_TOLERANCE = 0.1
+"""Of what steering does to a mean: a difference of two such means, so their errors count more."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is done.
+
+    Attributes:
+        num_tokens: generated for each row.
+        texts: read by the ways that take many at once.
+        rows_alone, texts_alone: how many the ways that go one at a time do in a round.
+        batch_sizes: tried for batched hooks; rows and texts alike.
+        trial_tokens: generated for each row while trying.
+    """
+
+    num_tokens: int
+    rows_alone: int
+    texts: int
+    texts_alone: int
+    rounds: int
+    batch_sizes: tuple[int, ...]
+    trial_tokens: int
+
+
+FULL = Form(
+    num_tokens=200, rows_alone=3, texts=100, texts_alone=25, rounds=5, batch_sizes=(8, 16, 32, 64, 75), trial_tokens=32
+)
+SMALL = Form(num_tokens=24, rows_alone=1, texts=25, texts_alone=5, rounds=3, batch_sizes=(32, 75), trial_tokens=16)
+
+Way = Callable[[HookedModel, int], float]
+"""Does a piece of work with a model and a batch size; gives its rate."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest of what was tried.
+
+    Attributes:
+        dtype, size: of the model and of a batch.
+        tried: rate of each "dtype, size".
+    """
+
+    dtype: str
+    size: int
+    tried: dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="fewer tokens, rows, texts and rounds")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the record")
+    parser.add_argument("--model", default=None, help="checkpoint folder; default: the demo model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=None, help="default: vLLM's own")
+    arguments = parser.parse_args()
+    form = SMALL if arguments.small else FULL
+    model = arguments.model or str(demo_model_path())
+    work = paper_work(model)
+
+    llm = start_engine(model, arguments.device, arguments.max_num_batched_tokens)
+    register_directions(llm, [Direction("paper", STEERED_LAYER, work.direction_D)])
+    # float32 is the faster one on CPUs without bf16 instructions, and never on a GPU.
+    dtypes = ["bfloat16"] if arguments.device == "cuda" else ["bfloat16", "float32"]
+    models = {dtype: HookedModel(model, getattr(torch, dtype), arguments.device) for dtype in dtypes}
+
+    differences = compare(llm, models["bfloat16"], work)
+    print(f"relative differences between hooks and ours: {differences}", flush=True)
+    if differences["mean"] > MEAN_TOLERANCE or differences["shift"] > SHIFT_TOLERANCE:
+        sys.exit(f"hooks and ours do not compute the same; allowed: {MEAN_TOLERANCE} and {SHIFT_TOLERANCE}.")
+
+    measured = {"grid": grid(llm, models, work, form), "extraction": extraction(llm, models, work, form)}
+    if arguments.out:
+        record.write(
+            arguments.out,
+            {"differences": differences, **measured},
+            model="demo model" if arguments.model is None else arguments.model,
+            form=asdict(form),
+            threads=torch.get_num_threads(),
+            prompt_tokens=sorted({len(row.prompt) for row in work.rows}),
+            tokens_a_text=float(np.mean([len(text) for text in work.texts])),
+        )
+
+
+def grid(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: Form) -> dict[str, Any]:
+    """Tokens a second of each way on the grid."""
+    # One row a scenario, α in the middle: the sample of the ways that go one at a time.
+    sample = [work.rows[index] for index in (12, 37, 62)[: form.rows_alone]]
+
+    def trying(rows: Sequence[Row], *, use_cache: bool = True) -> Way:
+        return lambda hooked, size: hooks_generate(hooked, rows[:size], size, work, form.trial_tokens, use_cache)
+
+    choices = {
+        "paper": fastest(trying(sample, use_cache=False), models, [1]),
+        "cached": fastest(trying(sample), models, [1]),
+        "batched": fastest(trying(work.rows), models, form.batch_sizes),
+    }
+    ways: dict[str, Callable[[], float]] = {"ours": lambda: generate(llm, work.rows, form.num_tokens)}
+    for name, choice in choices.items():
+        rows = work.rows if name == "batched" else sample
+        ways[name] = partial(
+            hooks_generate, models[choice.dtype], rows, choice.size, work, form.num_tokens, name != "paper"
+        )
+    generate(llm, work.rows, form.trial_tokens)  # warm-up, compilation included
+    return compared("grid, tokens/s", ways, choices, form.rounds)
+
+
+def extraction(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: Form) -> dict[str, Any]:
+    """Texts a second of each way of reading."""
+    texts, sample = work.texts[: form.texts], work.texts[: form.texts_alone]
+    sizes = [size for size in (2, 4, *form.batch_sizes) if size <= len(texts)]
+    choices = {
+        "paper": fastest(lambda hooked, _: hooks_read_alone(hooked, sample[:4]), models, [1]),
+        "batched": fastest(lambda hooked, size: hooks_read(hooked, texts[:size], size), models, sizes),
+    }
+    ways: dict[str, Callable[[], float]] = {
+        "ours": lambda: rate_of(lambda: len(read(llm, texts))),
+        "paper": partial(hooks_read_alone, models[choices["paper"].dtype], sample),
+        "batched": partial(hooks_read, models[choices["batched"].dtype], texts, choices["batched"].size),
+    }
+    read(llm, texts)  # warm-up
+    return compared("extraction, texts/s", ways, choices, form.rounds)
+
+
+def fastest(way: Way, models: dict[str, HookedModel], sizes: Sequence[int]) -> Choice:
+    """Try every model, warmed up, with every batch size."""
+    rates: dict[tuple[str, int], float] = {}
+    for dtype, hooked in models.items():
+        way(hooked, min(sizes))
+        for size in sizes:
+            rates[dtype, size] = way(hooked, size)
+    dtype, size = max(rates, key=lambda key: rates[key])
+    print(f"hooks tried: {rates}", flush=True)
+    return Choice(dtype, size, {f"{dtype}, {size}": rate for (dtype, size), rate in rates.items()})
+
+
+def compared(
+    title: str, ways: dict[str, Callable[[], float]], choices: dict[str, Choice], num_rounds: int
+) -> dict[str, Any]:
+    """Measure all ways in turn; the record of it, which is printed too."""
+    rounds = in_turn(ways, num_rounds)
+    to_paper, to_batched = figures(rounds, "paper"), figures(rounds, "batched")
+    print(f"\n{title:24} {'median':>10} {'to paper':>10} {'to batched':>11}   hooks")
+    for name, figure in to_paper.items():
+        hooks = f"{choices[name].dtype}, batches of {choices[name].size}" if name in choices else ""
+        print(f"{name:24} {figure.median:10.2f} {figure.ratio:10.2f} {to_batched[name].ratio:11.2f}   {hooks}")
+    sys.stdout.flush()
+    return {
+        "figures": {name: asdict(figure) for name, figure in to_paper.items()},
+        "figures_to_batched": {name: asdict(figure) for name, figure in to_batched.items()},
+        "rounds": rounds,
+        "hooks": {name: asdict(choice) for name, choice in choices.items()},
+    }
+
+
+def hooks_generate(
+    hooked: HookedModel, rows: Sequence[Row], size: int, work: PaperWork, num_tokens: int, use_cache: bool
+) -> float:
+    """Tokens a second, the rows in batches of `size`."""
+
+    def generate_all() -> int:
+        return sum(
+            hooked.generate(
+                [row.prompt for row in batch],
+                [row.alpha for row in batch],
+                work.direction_D,
+                STEERED_LAYER,
+                num_tokens=num_tokens,
+                use_cache=use_cache,
+            )
+            for batch in batches(rows, size)
+        )
+
+    return rate_of(generate_all)
+
+
+def hooks_read(hooked: HookedModel, texts: Sequence[Sequence[int]], size: int) -> float:
+    """Texts a second, in batches of `size`, texts of like length together."""
+    by_length = sorted(texts, key=len)
+    return rate_of(lambda: sum(len(hooked.read_batch(batch, LAYERS)) for batch in batches(by_length, size)))
+
+
+def hooks_read_alone(hooked: HookedModel, texts: Sequence[Sequence[int]]) -> float:
+    """Texts a second, one at a time."""
+    return rate_of(lambda: len([hooked.read_alone(text, LAYERS) for text in texts]))
+
+
+def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def rate_of(work: Callable[[], int]) -> float:
+    """What `work` has done a second, by its own count."""
+    start = time.perf_counter()
+    count = work()
+    return count / (time.perf_counter() - start)
+
+
+def start_engine(model: str, device: str, max_num_batched_tokens: int | None) -> Any:
+    """A compiled engine in bf16 with room for the whole grid at once, beside the hooks' model on the same device."""
+    optional: dict[str, Any] = (
+        {} if max_num_batched_tokens is None else {"max_num_batched_tokens": max_num_batched_tokens}
+    )
+    return load_llm(
+        model,
+        layers=LAYERS,
+        dtype="bfloat16",
+        max_model_len=1024,
+        kv_cache_memory_bytes=(2 if device == "cpu" else 8) << 30,
+        skip_tokenizer_init=not has_tokenizer(model),
+        seed=0,
+        **optional,
+    )
+
+
+def generate(llm: Any, rows: Sequence[Row], num_tokens: int) -> float:
+    """Tokens a second, for all rows in one call, nothing of them in the prefix cache."""
+    params = [
+        steered(
+            {"temperature": 0.7, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False},
+            [Steering("paper", row.alpha, layer=STEERED_LAYER)],
+        )
+        for row in rows
+    ]
+    requests = [{"prompt_token_ids": list(row.prompt)} for row in rows]
+    llm.reset_prefix_cache()
+    return rate_of(
+        lambda: sum(len(output.outputs[0].token_ids) for output in llm.generate(requests, params, use_tqdm=False))
+    )
+
+
+def read(
+    llm: Any, texts: Sequence[Sequence[int]], layers: Sequence[int] = LAYERS, steering: Sequence[Steering] = ()
+) -> list[Means]:
+    """Means over all tokens of every text, from one call."""
+    params = steered({"max_tokens": 1, "temperature": 0.0, "detokenize": False}, steering, Readout(layers))
+    outputs = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params, use_tqdm=False)
+    return [result.mean for (result,) in collect_readouts(llm, outputs) if result is not None]
+
+
+def compare(llm: Any, hooked: HookedModel, work: PaperWork) -> dict[str, float]:
+    """Largest relative differences between hooks and ours: of the means of some texts at every layer, and of what
+    steering at one layer does to the means at that layer and those after it."""
+    texts, direction_D = work.texts[:4], work.direction_D
+    plain_ours, plain_hooks = read(llm, texts), hooked.read_batch(texts, LAYERS)
+    means = max(
+        relative(ours[layer], theirs[layer])
+        for ours, theirs in zip(plain_ours, plain_hooks, strict=True)
+        for layer in LAYERS
+    )
+    alpha = float(np.linalg.norm(plain_hooks[0][STEERED_LAYER]))  # as much as the stream itself
+    steered_ours = read(llm, texts, steering=[Steering("paper", alpha, layer=STEERED_LAYER)])
+    steered_hooks = hooked.read_batch(
+        texts, LAYERS, alphas=[alpha] * len(texts), direction_D=direction_D, steered_layer=STEERED_LAYER
+    )
+    shifts = max(
+        relative(ours[layer] - plain[layer], theirs[layer] - plain_theirs[layer])
+        for ours, plain, theirs, plain_theirs in zip(steered_ours, plain_ours, steered_hooks, plain_hooks, strict=True)
+        for layer in LAYERS
+        if layer >= STEERED_LAYER
+    )
+    return {"mean": means, "shift": shifts}
+
+
+def relative(vector_D: Any, reference_D: Any) -> float:
+    return float(np.linalg.norm(vector_D - reference_D) / np.linalg.norm(reference_D))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Other projects that steer inside vLLM: which of them installs beside this vLLM, which one runs, and how fast.
+
+    python -m benchmarks.bench_peers [--rounds 5] [--out FILE]
+
+For each peer: does pip find a set of packages with it and the vLLM that is here (a dry run, nothing is changed); if
+put into a folder of its own without regard to what it asks for, does it import; and if it does, the same requests in
+turn on plain vLLM, on the peer and on vllm-steer, each in a process of its own, started as its documentation says.
+Needs a package registry; without one every peer's line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks import record
+from benchmarks.rounds import figures, in_turn
+from vllm_steer.engine.plugin import vllm_version
+
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1")
+PIP_SECONDS = 300
+MAX_CHARACTERS = 300
+OURS, PLAIN = "vllm-steer", "plain"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A project that steers inside vLLM.
+
+    Attributes:
+        name: its name; that of its distribution where it has one.
+        requirement: what pip is given; None where there is nothing to give.
+        module: what is imported to see whether it can be.
+        needs: packages that it needs besides, which this project's environment may lack.
+        plugin: its name among vLLM's plugins; None where it is none.
+        remark: why it cannot be tried, or with what.
+    """
+
+    name: str
+    requirement: str | None
+    module: str = ""
+    needs: tuple[str, ...] = ()
+    plugin: str | None = None
+    remark: str = ""
+
+
+PEERS = (
+    Peer("vllm-lens", "vllm-lens==1.3.0", "vllm_lens._worker_ext", ("zstandard",), "activations"),
+    Peer("hotwire-vllm", "hotwire-vllm==0.1.2", "hotwire._patch", (), "hotwire"),
+    Peer(
+        "nnsight", "nnsight[vllm]==0.8.1", "nnsight.modeling.vllm", ("zstandard", "websocket-client"),
+        remark="traces Python code through the model and takes no steering with a request: there is no same work",
+    ),
+    Peer("vLLM-Hook", "git+https://github.com/IBM/vLLM-Hook#subdirectory=vllm_hook_plugins"),
+    Peer("EasySteer", None, remark="a fork of vLLM: it takes vLLM's place"),
+    Peer("RhizoNymph", None, remark="a fork of vLLM: it takes vLLM's place"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a peer.
+
+    Attributes:
+        resolves, imports, runs: "yes", or why not; "" where it did not get that far.
+        figures: tokens/s and ratios to plain vLLM of plain, peer and vllm-steer, where it ran.
+    """
+
+    peer: str
+    requirement: str | None
+    remark: str
+    resolves: str = ""
+    imports: str = ""
+    runs: str = ""
+    figures: dict[str, Any] | None = None
+
+
+class EngineDied(Exception):
+    """The process of an engine ended; the message is the last error it printed."""
+
+
+class PeerEngine:
+    """An engine of one kind in a process of its own; see `benchmarks.peer_engine`. Raises EngineDied."""
+
+    def __init__(self, kind: str, environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.peer_engine", kind],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
+                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+            )  # fmt: skip
+        self._answer()
+
+    def tokens_a_second(self) -> float:
+        """Do the work once."""
+        _pipe(self._process.stdin).write("again\n")
+        _pipe(self._process.stdin).flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        _pipe(self._process.stdin).close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        line = _pipe(self._process.stdout).readline()
+        if not line:
+            self._process.wait()
+            raise EngineDied(last_error(self._log.read_text(errors="replace")))
+        return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None, help="where to write the record")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
+        outcomes = [tried(peer, Path(folder, peer.name), arguments.rounds) for peer in PEERS]
+    for outcome in outcomes:
+        print(f"\n{outcome.peer}: {outcome.requirement or 'not a package'}. {outcome.remark}")
+        for question in ("resolves", "imports", "runs"):
+            if answer := getattr(outcome, question):
+                print(f"    {question:10} {answer}")
+        for way, figure in (outcome.figures or {}).items():
+            print(f"    {way:14} {figure['median']:8.1f} tok/s   to plain {figure['ratio']:.3f}")
+    if arguments.out:
+        record.write(arguments.out, {"peers": [asdict(outcome) for outcome in outcomes]})
+
+
+def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
+    """Go as far with a peer as it goes; packages and logs are left in `folder`."""
+    outcome = Outcome(peer.name, peer.requirement, peer.remark)
+    if peer.requirement is None:
+        return outcome
+    folder.mkdir()
+    # The CPU build is a distribution of another name, so a peer that asks for vLLM is asked for the same release of it.
+    constraints = folder / "constraints.txt"
+    constraints.write_text(f"vllm=={vllm_version()}\n", encoding="utf-8")
+    outcome = replace(outcome, resolves=resolved(peer.requirement, constraints))
+    site = folder / "site"
+    # Anyway, then: what it says about Python and vLLM may be more careful than it has to be.
+    unpacked = answer_of(
+        *PIP, "install", "--quiet", "--no-deps", "--ignore-requires-python", "--target", str(site),
+        peer.requirement, *peer.needs,
+    )  # fmt: skip
+    if unpacked != "yes":
+        return replace(outcome, imports=unpacked)
+    environment = {
+        "PYTHONPATH": str(site),
+        "HOTWIRE_VECTORS": str(folder / "vector.pt"),
+        "HOTWIRE_SLOTS": "256",  # it needs one for each α
+    }
+    outcome = replace(outcome, imports=answer_of(sys.executable, "-c", f"import {peer.module}", **environment))
+    if outcome.imports != "yes" or peer.plugin is None:
+        return outcome
+    try:
+        measured = compared(peer, {**environment, "VLLM_PLUGINS": peer.plugin}, folder, num_rounds)
+    except EngineDied as error:
+        return replace(outcome, runs=str(error))
+    return replace(outcome, runs="yes", figures=measured)
+
+
+def resolved(requirement: str, constraints: Path) -> str:
+    """What pip says of a dry run; where it minds the Python that is here, what it would say otherwise too."""
+    command = (*PIP, "install", "--dry-run", "--constraint", str(constraints), requirement)
+    answer = answer_of(*command)
+    if "Requires-Python" in answer:
+        answer += f" Python aside: {answer_of(*command, '--ignore-requires-python')}"
+    return answer
+
+
+def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_rounds: int) -> dict[str, Any]:
+    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises EngineDied."""
+    engines: dict[str, PeerEngine] = {}
+    try:
+        # The peer first: where it does not start, the others need not.
+        for kind, its in (
+            (peer.name, environment),
+            (PLAIN, {"VLLM_PLUGINS": ""}),
+            (OURS, {"VLLM_PLUGINS": "vllm_steer"}),
+        ):
+            engines[kind] = PeerEngine(kind, its, folder / f"{kind}.log")
+        ways: dict[str, Callable[[], float]] = {kind: engine.tokens_a_second for kind, engine in engines.items()}
+        rounds = in_turn(ways, num_rounds)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return {kind: asdict(figure) for kind, figure in figures(rounds, PLAIN).items()}
+
+
+def answer_of(*command: str, **environment: str) -> str:
+    """Run a command: "yes", or the error that it ended with."""
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PIP_SECONDS, env={**os.environ, **environment}
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PIP_SECONDS} s"
+    return "yes" if ran.returncode == 0 else last_error(ran.stdout + ran.stderr)
+
+
+def last_error(output: str) -> str:
+    """The line of a pip or Python output that says what was wrong, shortened."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # What git and pip say, the more telling first; Python's own error is the last line.
+    for mark in ("fatal: ", " depends on ", "ERROR: "):
+        for line in lines:
+            if mark in line:
+                return line.removeprefix(mark)[:MAX_CHARACTERS]
+    return lines[-1][:MAX_CHARACTERS] if lines else "no output"
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the recorded figures have to reach, and whether they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.rounds import interval
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound of a ratio.
+
+    Attributes:
+        text: what is compared with what.
+        record: name of the record that holds the figure.
+        path: keys that lead to the figure in it, a ``rounds.Figure`` as a dict.
+        bound: the least ratio.
+    """
+
+    text: str
+    record: str
+    path: tuple[str, ...]
+    bound: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal beside what was measured.
+
+    Attributes:
+        ratio: the median; None if it was not measured.
+        low, high: where that median lies with 95 % confidence.
+    """
+
+    goal: Goal
+    ratio: float | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """ "held", "missed" or "not measured"."""
+        if self.ratio is None:
+            return "not measured"
+        return "held" if self.ratio >= self.goal.bound else "missed"
+
+
+_THROUGHPUT = ("generated", "64", "throughput")
+
+GOALS = (
+    Goal("installed, not configured, against plain vLLM", "overhead", (*_THROUGHPUT, "installed"), 0.99),
+    Goal("configured and idle, against plain vLLM", "overhead", (*_THROUGHPUT, "idle"), 0.99),
+    Goal("all steered, every α different, against plain vLLM", "overhead", (*_THROUGHPUT, "steered"), 0.98),
+    Goal("all prompts read at 5 layers, against plain vLLM", "overhead", (*_THROUGHPUT, "prompt read"), 0.97),
+    Goal("grid, against the paper's own way", "hf-hooks", ("grid", "figures", "ours"), 50.0),
+    Goal("grid, against the best batched hooks", "hf-hooks", ("grid", "figures_to_batched", "ours"), 3.0),
+    Goal("extraction, against the paper's own way", "hf-hooks", ("extraction", "figures", "ours"), 5.0),
+    Goal("10,000 different α in flight, against one", "scale", ("alphas", "figures", "10000"), 0.97),
+)
+
+
+def verdicts(records: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """A verdict on every goal, by the records there are (name to content)."""
+    return [_verdict(goal, records.get(goal.record, {})) for goal in GOALS]
+
+
+def _verdict(goal: Goal, record: Mapping[str, Any]) -> Verdict:
+    figure: Any = record
+    for key in goal.path:
+        if key not in figure:
+            return Verdict(goal)
+        figure = figure[key]
+    return Verdict(goal, figure["ratio"], *interval(figure["ratios"]))

@@ -1,0 +1,142 @@
+"""Steering and reading with Hugging Face `transformers` and forward hooks, as research code does it, written with care.
+
+`torch.inference_mode`, no copies, no Python per token beyond what `generate` itself needs, the model's own (fused)
+attention. What is left out is `torch.compile`: hooks break its graphs, and the code we compare with does without.
+
+Shape suffixes: B rows of a batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+Means = Mapping[int, npt.NDArray[np.float32]]
+"""Layer -> (D,) mean of that block's output over the tokens of a text."""
+
+
+class HookedModel:
+    """A causal language model of Hugging Face whose decoder blocks can be steered and read by hooks."""
+
+    def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
+        self._body = self._model.get_decoder()
+        # vLLM gives some of transformers' classes, once it has loaded, a __call__ that asks for this.
+        self._body.do_not_compile = True
+        self._device = device
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        alphas: Sequence[float],
+        direction_D: npt.NDArray[np.float32],
+        layer: int,
+        *,
+        num_tokens: int,
+        use_cache: bool = True,
+    ) -> int:
+        """Sample `num_tokens` tokens for each prompt, all as one batch, its own α·direction added to every token at the
+        output of block `layer`; returns how many tokens that were.
+
+        Rows of one batch may differ in α; prompts of different lengths are padded on the left.
+        """
+        tokens_BT, mask_BT = self._padded(prompts, on_the_left=True)
+        with self._steered(alphas, direction_D, layer):
+            output_BT = self._model.generate(
+                input_ids=tokens_BT,
+                attention_mask=mask_BT,
+                do_sample=True,
+                temperature=0.7,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=num_tokens,
+                max_new_tokens=num_tokens,
+                use_cache=use_cache,
+                pad_token_id=0,
+            )
+        num_new: int = output_BT.cpu()[:, tokens_BT.shape[1] :].numel()  # on the host: the device has finished
+        return num_new
+
+    @torch.inference_mode()
+    def read_alone(self, prompt: Sequence[int], layers: Sequence[int]) -> Means:
+        """The paper's way to read: the whole model over one text, all hidden states kept, the mean taken afterwards."""
+        tokens_BT = torch.tensor([list(prompt)], device=self._device)
+        states = self._model(input_ids=tokens_BT, output_hidden_states=True).hidden_states
+        # hidden_states[k] is the output of block k-1, save that the last one has been through the final norm.
+        return {layer: states[layer + 1][0].float().mean(dim=0).cpu().numpy() for layer in layers}
+
+    @torch.inference_mode()
+    def read_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        *,
+        alphas: Sequence[float] = (),
+        direction_D: npt.NDArray[np.float32] | None = None,
+        steered_layer: int = 0,
+    ) -> list[Means]:
+        """Hooks that keep masked means of the blocks asked for; neither language model head nor cache is computed.
+
+        With a direction the stream is steered at the output of block `steered_layer`, and read after it.
+        """
+        tokens_BT, mask_BT = self._padded(prompts, on_the_left=False)
+        weights_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True)
+        means: dict[int, npt.NDArray[np.float32]] = {}
+
+        def reader(layer: int) -> Any:
+            def read(_block: nn.Module, _arguments: object, output: Any) -> None:
+                means[layer] = torch.einsum("btd,bt->bd", _hidden(output).float(), weights_BT).cpu().numpy()
+
+            return read
+
+        with self._steered(alphas, direction_D, steered_layer):  # first: hooks run in the order they were added
+            handles = [self._body.layers[layer].register_forward_hook(reader(layer)) for layer in layers]
+            try:
+                self._body(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return [{layer: means[layer][row] for layer in layers} for row in range(len(prompts))]
+
+    @contextmanager
+    def _steered(
+        self, alphas: Sequence[float], direction_D: npt.NDArray[np.float32] | None, layer: int
+    ) -> Iterator[None]:
+        if direction_D is None:
+            yield
+            return
+        delta_B1D = torch.outer(torch.tensor(alphas), torch.as_tensor(direction_D)).unsqueeze(1)
+        delta_B1D = delta_B1D.to(self._device, self._model.dtype)
+
+        def steer(_block: nn.Module, _arguments: object, output: Any) -> Any:
+            _hidden(output).add_(delta_B1D)
+            return output
+
+        handle = self._body.layers[layer].register_forward_hook(steer)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _padded(self, prompts: Sequence[Sequence[int]], *, on_the_left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, prompts))
+        tokens_BT = torch.zeros((len(prompts), longest), dtype=torch.int64)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, prompt in enumerate(prompts):
+            place = slice(longest - len(prompt), None) if on_the_left else slice(len(prompt))
+            tokens_BT[row, place] = torch.tensor(list(prompt))
+            mask_BT[row, place] = 1
+        return tokens_BT.to(self._device), mask_BT.to(self._device)
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,0 +1,149 @@
+"""The process of an ``EngineProcess``: takes a piece of work a line on stdin, answers with a line on stdout.
+
+What it reads of vLLM's own clocks (``v1/metrics/stats.py`` and ``outputs.py``, ``RequestOutput.metrics``, vLLM 0.32):
+``first_token_latency``, from arrival in the front end to the first token there, and the moments at which the engine
+core made a request's first and last token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import torch
+from vllm import LLM, SamplingParams
+
+from benchmarks.engine_process import Took, Work
+
+NUM_DIRECTIONS = 8
+LARGEST_ALPHA = 20.0
+FIRST_WORD = 100  # ids below it are special in the tokenizers at hand
+
+
+class OverheadEngine:
+    """An engine and the requests it is measured with.
+
+    Args:
+        layers: hooked ones; None leaves steering unconfigured.
+        engine_args: passed to ``vllm.LLM``.
+    """
+
+    def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any]) -> None:
+        self._layers = layers
+        if layers is None:
+            self._llm = LLM(**engine_args)
+        else:
+            # Imported where it is used: the engine that is measured without the plugin is without its code.
+            from vllm_steer import Direction, load_llm, register_directions
+
+            self._llm = load_llm(layers=layers, **engine_args)
+            width = self._llm.llm_engine.model_config.get_hidden_size()
+            draw = np.random.default_rng(0)
+            register_directions(self._llm, [
+                Direction(_name(number), layer, draw.standard_normal(width)).normalised()
+                for number in range(NUM_DIRECTIONS) for layer in layers
+            ])  # fmt: skip
+
+    @property
+    def compile_seconds(self) -> float:
+        return float(self._llm.llm_engine.vllm_config.compilation_config.compilation_time)
+
+    def do(self, work: Work) -> Took:
+        """Work, readouts collected. The prompts are random words, the same at every call."""
+        words = self._llm.llm_engine.model_config.get_vocab_size()
+        shape = (work.requests, work.prompt_tokens)
+        ids = np.random.default_rng(0).integers(FIRST_WORD, words, shape).tolist()
+        prompts = [{"prompt_token_ids": row} for row in ids]
+        began = time.perf_counter()
+        params = self._params(work)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        if work.kind in ("prompt read", "read"):
+            from vllm_steer import collect_readouts
+
+            reads = collect_readouts(self._llm, outputs)
+            assert all(samples[0] is not None for samples in reads)
+        seconds = time.perf_counter() - began
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        assert all(len(row) == work.max_tokens for row in tokens)
+        clocks = [output.metrics for output in outputs]
+        steps = work.max_tokens - 1
+        return Took(
+            seconds=seconds,
+            first_token=statistics.median(one.first_token_latency for one in clocks),
+            inter_token=statistics.median((one.last_token_ts - one.first_token_ts) / max(1, steps) for one in clocks),
+            tokens=sha256(json.dumps(tokens).encode()).hexdigest(),
+            memory_gib=_memory_gib(),
+        )
+
+    def _params(self, work: Work) -> list[SamplingParams]:
+        """One for each request; α goes from −20 to 20, and no two requests share one."""
+        plain = [
+            SamplingParams(temperature=0, max_tokens=work.max_tokens, ignore_eos=True) for _ in range(work.requests)
+        ]
+        if work.kind == "plain":
+            return plain
+        from vllm_steer import Readout, Steering, steered
+
+        assert self._layers is not None
+        if work.kind in ("prompt read", "read"):
+            readout = Readout(self._layers, span="prompt" if work.kind == "prompt read" else "all")
+            return [steered(params, readout=readout) for params in plain]
+        alphas = np.linspace(-LARGEST_ALPHA, LARGEST_ALPHA, work.requests).tolist()
+        if work.kind == "steered":
+            middle = self._layers[len(self._layers) // 2]
+            return [
+                steered(params, [Steering(_name(0), alpha, layer=middle)])
+                for params, alpha in zip(plain, alphas, strict=True)
+            ]
+        if work.kind == "stacked":
+            return [
+                steered(params, [
+                    Steering(_name(number), alpha, layer=layer)
+                    for layer in self._layers for number in range(NUM_DIRECTIONS)
+                ])
+                for params, alpha in zip(plain, alphas, strict=True)
+            ]  # fmt: skip
+        raise ValueError(f"work of kind {work.kind!r}")
+
+
+def _name(number: int) -> str:
+    return f"noise-{number}"
+
+
+def _memory_gib() -> dict[str, float]:
+    memory = {
+        "resident": psutil.Process().memory_info().rss / 2**30,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts it in KiB
+    }
+    if torch.cuda.is_available():
+        memory["allocated"] = torch.cuda.max_memory_allocated() / 2**30
+        memory["reserved"] = torch.cuda.max_memory_reserved() / 2**30
+    return memory
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+
+    def answer(what: dict[str, Any]) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    engine = OverheadEngine(**json.loads(sys.argv[1]))
+    answer({"compile_seconds": engine.compile_seconds})
+    for line in sys.stdin:
+        answer(asdict(engine.do(Work(**json.loads(line)))))
+
+
+if __name__ == "__main__":
+    main()

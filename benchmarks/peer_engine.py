@@ -1,0 +1,92 @@
+"""The process of one engine of `bench_peers`: for every line on stdin it does the work once and answers with tokens/s.
+
+    python -m benchmarks.peer_engine KIND
+
+KIND is "plain", "vllm-steer" or a peer's name. The work is the same: requests that are steered at one layer along one
+direction, each with an α of its own, and for "plain" not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import LLM, SamplingParams
+
+from batch_jobs.demo_model import demo_model_path
+
+LAYER = 16
+NUM_REQUESTS = 64
+NUM_TOKENS = 48
+PROMPT_TOKENS = 64
+
+
+def main() -> None:
+    kind = sys.argv[1]
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+    draw = np.random.default_rng(0)
+    prompts = [{"prompt_token_ids": ids} for ids in draw.integers(100, 40_000, (NUM_REQUESTS, PROMPT_TOKENS)).tolist()]
+    direction_D = draw.standard_normal(576).astype(np.float32)
+    direction_D /= np.linalg.norm(direction_D)
+    llm, params = start(kind, direction_D, np.linspace(-20, 20, NUM_REQUESTS).tolist())
+
+    def tokens_a_second() -> float:
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
+
+    tokens_a_second()  # warm-up
+    answers.write("ready\n")
+    answers.flush()
+    for _ in sys.stdin:
+        answers.write(f"{tokens_a_second()}\n")
+        answers.flush()
+
+
+def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[SamplingParams]]:
+    """The engine, started as each one's own documentation says, and the requests' parameters."""
+    engine: dict[str, Any] = {
+        "model": str(demo_model_path()), "dtype": "bfloat16", "max_model_len": 512, "seed": 0,
+        "kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False,
+    }  # fmt: skip
+    sampling: dict[str, Any] = {"temperature": 0.7, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    if kind == "vllm-steer":
+        from vllm_steer import Direction, Steering, load_llm, register_directions, steered
+
+        llm = load_llm(layers=[LAYER], **engine)
+        register_directions(llm, [Direction("noise", LAYER, direction_D)])
+        return llm, [steered(sampling, [Steering("noise", alpha)]) for alpha in alphas]
+    if kind == "vllm-lens":
+        from vllm_lens import SteeringVector  # type: ignore[import-not-found]  # only where that peer is installed
+
+        vector_1D = torch.as_tensor(direction_D).unsqueeze(0)
+        return LLM(**engine), [
+            SamplingParams(
+                **sampling,
+                extra_args={
+                    "apply_steering_vectors": [
+                        SteeringVector(activations=vector_1D, layer_indices=[LAYER], scale=alpha)
+                    ]
+                },
+            )
+            for alpha in alphas
+        ]
+    if kind == "hotwire-vllm":
+        torch.save(torch.as_tensor(direction_D), os.environ["HOTWIRE_VECTORS"])  # its file's name is the vector's
+        return LLM(**engine), [
+            SamplingParams(
+                **sampling, extra_args={"hotwire": json.dumps({"id": "vector", "layer": LAYER, "scale": alpha})}
+            )
+            for alpha in alphas
+        ]
+    return LLM(**engine), [SamplingParams(**sampling) for _ in alphas]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tables made from recorded runs, the goals last; and README's section about cost.
+
+    python -m benchmarks.summary DIR [--readme README.md]
+
+DIR holds the records (see ``benchmarks/README.md``); what is not there is said to be not measured. A picture of them is
+drawn beside them. ``--readme`` rewrites what stands between the two markers there. All of it is Markdown, which a
+terminal shows as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.goals import Verdict, verdicts
+from benchmarks.plots import PANELS, draw
+from benchmarks.tables import TABLES, Record, table
+
+BEGIN, END = "<!-- measured: begin, made by `make readme-performance` -->", "<!-- measured: end -->"
+PICTURE = "cost.svg"
+
+
+def records_in(folder: Path) -> dict[str, Record]:
+    """The records of a folder by their names."""
+    return {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def section_of(folder: Path, readme: Path) -> str:
+    """What ``readme`` says of the records in ``folder``: the picture where there is one, and all tables."""
+    picture = folder / PICTURE
+    shown = f"![What it costs]({picture.relative_to(readme.parent)})\n\n" if picture.exists() else ""
+    return shown + all_tables(records_in(folder))
+
+
+def all_tables(records: Mapping[str, Record]) -> str:
+    """All tables there are records for, then the goals."""
+    parts = [tables(records[name]) for name, tables in TABLES.items() if name in records]
+    return "\n\n".join([*parts, goals(verdicts(records))])
+
+
+def goals(found: Iterable[Verdict]) -> str:
+    rows = [[one.state, one.goal.text, f"≥ {one.goal.bound:g}", reached(one)] for one in found]
+    return table(["goal", "", "bound", "measured"], rows)
+
+
+def reached(verdict: Verdict) -> str:
+    if verdict.ratio is None:
+        return "–"
+    digits = 3 if verdict.goal.bound < 2 else 1
+    return f"{verdict.ratio:.{digits}f} ({verdict.low:.{digits}f} – {verdict.high:.{digits}f})"
+
+
+def rewritten(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, found_begin, rest = readme.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise ValueError(f"README lacks the lines {BEGIN!r} and {END!r}, between which the section belongs.")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=None, help="rewrite the section of this file")
+    arguments = parser.parse_args()
+    records = records_in(arguments.folder)
+    print(all_tables(records))
+    if not PANELS.keys().isdisjoint(records):
+        draw(records, arguments.folder / PICTURE)
+    if arguments.readme is not None:
+        readme = arguments.readme.read_text(encoding="utf-8")
+        text = rewritten(readme, section_of(arguments.folder, arguments.readme))
+        arguments.readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

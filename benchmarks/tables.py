@@ -1,0 +1,146 @@
+"""A record as Markdown tables, a function for each kind of record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.labels import HOOKS, WAYS
+from benchmarks.rounds import interval
+
+Record = Mapping[str, Any]
+OP_DIMENSION = 3584  # Qwen2.5-7B's; both forms of the benchmark have it
+
+
+def overhead(measured: Record) -> str:
+    setup, generated, prefill = measured["setup"], measured["generated"], measured["prefill"]
+    names = {name: label.format(layers=len(setup["layers"])) for name, label in WAYS.items()}
+    columns = [
+        *((f"{n} × {batch['max_tokens']} tokens", batch["throughput"]) for n, batch in generated.items()),
+        *((f"prefill, {n} × {setup['prefill_tokens']}", batch["throughput"]) for n, batch in prefill.items()),
+    ]
+    rows = [["plugin absent, tokens/s", *(f"{figures['absent']['median']:.0f}" for _, figures in columns)]]
+    ways = [way for way in names if way in columns[0][1] and way != "absent"]
+    rows += [[names[way], *(ratio(figures[way]) for _, figures in columns)] for way in ways]
+    largest = "64" if "64" in generated else max(generated, key=int)
+    clocks = [generated[largest][clock] for clock in ("first_token", "inter_token")]
+    latencies = [["plugin absent, ms", *(f"{1000 * figures['absent']['median']:.1f}" for figures in clocks)]]
+    latencies += [[names[way], *(ratio(figures[way]) for figures in clocks)] for way in ways]
+    engines = [
+        [
+            names[{"hooked": "idle", "all hooked": "idle, all layers"}.get(name, name)],
+            f"{engine['start_seconds']:.0f}", f"{engine['compile_seconds']:.0f}",
+            " / ".join(f"{engine['memory_gib'][kind]:.2f}" for kind in engine["memory_gib"]),
+        ]
+        for name, engine in measured["engines"].items()
+    ]  # fmt: skip
+    memory = " / ".join(next(iter(measured["engines"].values()))["memory_gib"])
+    return "\n\n".join([
+        f"**Throughput against plain vLLM** ({setup['model']}, {setup['dtype']}, "
+        f"{'eager' if setup['eager'] else 'compiled'}; median of {' / '.join(map(str, setup['rounds']))} rounds and "
+        "where that median lies with 95 % confidence; above 1 is faster than without the plugin):",
+        table(["requests", *(title for title, _ in columns)], rows),
+        f"**Time to first token and between tokens, {largest} requests at once** (above 1 is slower):",
+        table(["requests", "first token", "between tokens"], latencies),
+        "**Start-up and memory:**",
+        table(["engine", "start, s", "of which compiling, s", f"memory, GiB ({memory})"], engines),
+        source(measured),
+    ])  # fmt: skip
+
+
+def hooks(measured: Record) -> str:
+    parts = []
+    for work, unit in (("grid", "tokens/s"), ("extraction", "texts/s")):
+        to_paper, to_batched = measured[work]["figures"], measured[work]["figures_to_batched"]
+        rows = [
+            [HOOKS[way], f"{to_paper[way]['median']:.1f}", times(to_paper[way]), times(to_batched[way])]
+            for way in HOOKS
+            if way in to_paper
+        ]
+        header = [work, unit, "against the paper's way", "against batched hooks"]
+        parts.append(table(header, rows))
+    return "\n\n".join(["**Against forward hooks in Hugging Face transformers**:", *parts, source(measured)])
+
+
+def op(measured: Record) -> str:
+    steps = [step for step in measured["steps"] if step["setting"]["dimension"] == OP_DIMENSION]
+    ways = [way for way in steps[0]["figures"] if way != "copy"]
+    rows = []
+    for step in steps:
+        found = step["figures"]
+        row = [step["name"], f"{step['bytes'] / 1e6:.3f}", f"{1e6 * found['copy']['seconds']:.1f}"]
+        rows.append([*row, *(f"{1e6 * found[way]['seconds']:.1f}" for way in ways)])
+    return "\n\n".join([
+        f"**The custom op alone**, hidden size {OP_DIMENSION}, microseconds a call beside those of a copy of as many "
+        "bytes (other sizes are in the record):",
+        table(["one layer's call", "MB that have to move", "copy", *ways], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def scale(measured: Record) -> str:
+    alphas, actors = measured["alphas"]["figures"], measured["actors"]["figures"]
+    projection = measured["driver"]["projection"]
+    rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in alphas.items()]
+    runs = [[name, f"{figure['median']:.1f}", times(figure)] for name, figure in actors.items()]
+    return "\n\n".join([
+        "**Scale** (a tiny random model, so that a cost of the plugin cannot hide behind the model's):",
+        table(["different α in flight", "requests/s", "against one α"], rows),
+        table(["Ray actors, one core each", "rows/s", "against one"], runs),
+        f"The driver takes {1e6 / projection['driver_rows_a_second']:.0f} µs a row. {projection['gpus']} GPUs at "
+        f"{projection['assumed_rows_a_second_a_gpu']:g} rows/s each, which is assumed, would keep its core busy for "
+        f"{projection['driver_busy_share']:.1%} of the time.",
+        source(measured),
+    ])  # fmt: skip
+
+
+def peers(measured: Record) -> str:
+    rows = []
+    for peer in measured["peers"]:
+        figures = peer["figures"] or {}
+        ratios = [ratio(figures[way]) if way in figures else "–" for way in (peer["peer"], "vllm-steer")]
+        rows.append([peer["peer"], _came_of(peer), *ratios])
+    return "\n\n".join([
+        "**Peers beside this vLLM**, throughput against plain vLLM:",
+        table(["peer", "what came of it", "the peer", "vllm-steer, same work"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def _came_of(peer: Mapping[str, Any]) -> str:
+    for step, verb in (("runs", "run"), ("imports", "import"), ("resolves", "install")):
+        if answer := peer[step]:
+            return peer["remark"] or step if answer == "yes" else f"does not {verb}: {answer}"
+    return str(peer["remark"])
+
+
+def ratio(figure: Mapping[str, Any]) -> str:
+    low, high = interval(figure["ratios"])
+    return f"{figure['ratio']:.3f} ({low:.2f} – {high:.2f})"
+
+
+def times(figure: Mapping[str, Any]) -> str:
+    return f"{figure['ratio']:.3g} ×"
+
+
+def source(measured: Record) -> str:
+    """On what, with which versions and by which command it was measured."""
+    setup = measured["setup"]
+    return (
+        f"{setup['hardware']}, {setup['memory_gib']} GiB; vLLM {setup['vllm']}, torch {setup['torch']}, "
+        f"vllm-steer {setup['vllm-steer']}; {setup['date']}: `{setup['command']}`."
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up."""
+    cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "overhead": overhead, "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers
+}  # fmt: skip

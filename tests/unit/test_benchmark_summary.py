@@ -1,0 +1,83 @@
+"""The tables and verdicts that are made from recorded runs, and README's section, which is one of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.goals import GOALS, verdicts
+from benchmarks.record import RESULTS
+from benchmarks.rounds import figures, in_turn, interval
+from benchmarks.summary import BEGIN, END, all_tables, goals, rewritten, section_of
+from tests.conftest import PROJECT_ROOT
+
+
+def figure(*ratios: float) -> dict[str, Any]:
+    """One way that measured these ratios of another."""
+    return asdict(figures([{"it": ratio, "other": 1.0} for ratio in ratios], "other")["it"])
+
+
+def records_that_measured(*ratios: float) -> dict[str, Any]:
+    """Records with these ratios under every goal."""
+    records: dict[str, Any] = {}
+    for goal in GOALS:
+        place = records.setdefault(goal.record, {})
+        for key in goal.path[:-1]:
+            place = place.setdefault(key, {})
+        place[goal.path[-1]] = figure(*ratios)
+    return records
+
+
+def test_readme_shows_the_committed_records() -> None:
+    readme = PROJECT_ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    assert rewritten(text, section_of(RESULTS / "cpu", readme)) == text, "run `make readme-performance`"
+
+
+def test_a_goal_is_held_from_its_bound_on_and_missed_below() -> None:
+    for goal in GOALS:
+        (verdict,) = (one for one in verdicts(records_that_measured(goal.bound)) if one.goal == goal)
+        assert verdict.state == "held"
+    low = verdicts(records_that_measured(*[0.5] * 5))
+    assert [one.state for one in low] == ["missed"] * len(GOALS)
+    assert [(one.ratio, one.low, one.high) for one in low] == [(0.5, 0.5, 0.5)] * len(GOALS)
+
+
+def test_a_missed_goal_says_so_and_an_absent_record_that_nothing_was_measured() -> None:
+    nothing = all_tables({}).splitlines()[-len(GOALS) :]
+    assert [line.split("|")[1].strip() for line in nothing] == ["not measured"] * len(GOALS)
+    records = {"scale": records_that_measured(0.9, 0.91, 0.92)["scale"]}
+    last = goals(verdicts(records)).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[1:-1]] == [
+        "missed", "10,000 different α in flight, against one", "≥ 0.97", "0.910 (0.900 – 0.920)"
+    ]  # fmt: skip
+
+
+def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    readme = f"above\n\n{BEGIN}\n\nold\n\n{END}\n\nbelow\n"
+    assert rewritten(readme, "new") == f"above\n\n{BEGIN}\n\nnew\n\n{END}\n\nbelow\n"
+    assert section_of(tmp_path, tmp_path / "README.md") == all_tables({})
+    with pytest.raises(ValueError, match="README lacks the lines"):
+        rewritten("no markers", "new")
+
+
+def test_ways_take_turns_so_that_each_comes_first_and_last() -> None:
+    done: list[str] = []
+
+    def doing(name: str) -> Any:
+        return lambda: done.append(name) or float(len(done))
+
+    rounds = in_turn({name: doing(name) for name in "abc"}, 6)
+    assert ["".join(done[start : start + 3]) for start in range(0, 18, 3)] == ["abc", "cba", "bca", "acb", "cab", "bac"]
+    assert rounds[1] == {"c": 4.0, "b": 5.0, "a": 6.0}
+
+
+def test_an_interval_covers_the_median_and_narrows_with_more_rounds() -> None:
+    ratios = [0.90, 0.95, 0.97, 0.99, 1.00, 1.01, 1.03, 1.10]
+    low, high = interval(ratios)
+    assert 0.90 <= low < 0.995 < high <= 1.10
+    narrow_low, narrow_high = interval(ratios * 20)
+    assert low < narrow_low < 0.995 < narrow_high < high
