@@ -43,7 +43,7 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 conformance: setup
-	$(BIN)/python -m pytest -m conformance --conformance docs/conformance.md $(PARALLEL)
+	$(BIN)/python -m pytest -m conformance --conformance=docs/conformance.md $(PARALLEL)
 
 # Against the source of a release that need not be installed: make compat VLLM=0.33.0
 compat: setup
