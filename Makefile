@@ -4,6 +4,7 @@
 #   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make bench       what it costs, in a small form: a quarter of an hour; tables, and which goals hold
 #   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and README.md
+#   make bench-gpu ENGINE=cuda   kernels, engine and hooks on an NVIDIA GPU, on random weights in the shape of a 7B model
 #   make setup ENGINE=cuda PYTHON=python3.12     another engine, another interpreter
 
 PYTHON ?= python3
@@ -19,11 +20,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast conformance compat bench bench-record readme-performance lint types \
-	check format clean
+.PHONY: help setup demo demo-model test test-fast conformance compat bench bench-record bench-gpu readme-performance lint \
+	types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | bench | bench-record | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -62,6 +63,9 @@ bench-record: demo-model
 	$(BIN)/python -m benchmarks.bench_scale --out $(RECORDS)/scale.json
 	$(BIN)/python -m benchmarks.bench_peers --out $(RECORDS)/peers.json
 	$(MAKE) readme-performance
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.run_on_gpu --out benchmarks/results/gpu
 
 readme-performance: setup
 	@$(BIN)/python -m benchmarks.summary $(RECORDS) --readme README.md

@@ -26,7 +26,7 @@ from vllm import LLM, SamplingParams
 from benchmarks.engine_process import Took, Work
 
 NUM_DIRECTIONS = 8
-LARGEST_ALPHA = 20.0
+LARGEST_ALPHA = 60.0
 FIRST_WORD = 100  # ids below it are special in the tokenizers at hand
 
 
@@ -86,7 +86,7 @@ class OverheadEngine:
         )
 
     def _params(self, work: Work) -> list[SamplingParams]:
-        """One for each request; α goes from −20 to 20, and no two requests share one."""
+        """One for each request; α goes from −60 to 60, and no two requests share one."""
         plain = [
             SamplingParams(temperature=0, max_tokens=work.max_tokens, ignore_eos=True) for _ in range(work.requests)
         ]

@@ -33,7 +33,9 @@ for kernel, block in ((triton_kernels._steer_and_trace, 4096), (triton_kernels._
 
 
 def run(*command: str, is_interpreted: bool) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Options from there are for the run that this test is part of: a report of the child's would overwrite its own.
+    dropped = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
     ran = subprocess.run(
         [sys.executable, *command], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False,
         env=environment | ({"TRITON_INTERPRET": "1"} if is_interpreted else {}),
