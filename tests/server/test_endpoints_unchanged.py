@@ -111,9 +111,11 @@ def test_a_tool_that_must_be_called_is_called(server: httpx.Client, fields: dict
 
 @FIELDS
 def test_a_tool_that_may_be_called_leaves_the_text_as_it_is(server: httpx.Client, fields: dict[str, Any]) -> None:
-    # A random model never writes a call, so this is what it says to the prompt that offers the tool.
+    # A random model never writes a call, so this is what it says to the prompt that offers the tool. Special tokens,
+    # which it may write, are kept by vLLM where it looks for a call.
     offered = _chat(server, tools=[TOOL], tool_choice="auto", **fields)
-    assert _content(offered) == _content(_chat(server, tools=[TOOL], tool_choice="none", **fields))
+    plain = _chat(server, tools=[TOOL], tool_choice="none", skip_special_tokens=False, **fields)
+    assert _content(offered) == _content(plain)
 
 
 def _deltas(reply: httpx.Response) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -131,7 +133,8 @@ def test_logprobs_are_of_the_tokens_that_came(server: httpx.Client, fields: dict
     content = _content(reply)
     told = reply.json()["choices"][0]["logprobs"]["content"]
     assert len(told) == GENERATED
-    assert b"".join(bytes(one["bytes"]) for one in told).decode(errors="replace") == content
+    said = b"".join(bytes(one["bytes"]) for one in told).decode(errors="replace")
+    assert said.replace("\ufffd", "") == content.replace("\ufffd", "")  # vLLM gives no bytes for half a character
     for one in told:
         best = [top["logprob"] for top in one["top_logprobs"]]
         assert best == sorted(best, reverse=True)
