@@ -26,12 +26,14 @@ from typing import Any
 # In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_PLUGINS", "vllm_steer")  # no other one takes part, and vLLM's compile cache goes by it
 
 import numpy as np
 import torch
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
+from benchmarks.engine_process import COMPILED_WITH
 from benchmarks.hf_hooks import HookedModel, Means
 from benchmarks.paper_work import PaperWork, Row, has_tokenizer, paper_work
 from benchmarks.rounds import figures, in_turn
@@ -70,7 +72,7 @@ class Form:
 FULL = Form(
     num_tokens=200, rows_alone=3, texts=100, texts_alone=25, rounds=5, batch_sizes=(8, 16, 32, 64, 75), trial_tokens=32
 )
-SMALL = Form(num_tokens=24, rows_alone=1, texts=25, texts_alone=5, rounds=3, batch_sizes=(32, 75), trial_tokens=16)
+SMALL = Form(num_tokens=16, rows_alone=1, texts=12, texts_alone=3, rounds=5, batch_sizes=(75,), trial_tokens=6)
 
 Way = Callable[[HookedModel, int], float]
 """Does a piece of work with a model and a batch size; gives its rate."""
@@ -249,7 +251,7 @@ def start_engine(model: str, device: str, max_num_batched_tokens: int | None) ->
         model,
         layers=LAYERS,
         dtype="bfloat16",
-        max_model_len=1024,
+        **COMPILED_WITH,
         kv_cache_memory_bytes=(2 if device == "cpu" else 8) << 30,
         skip_tokenizer_init=not has_tokenizer(model),
         seed=0,

@@ -26,7 +26,7 @@ from typing import Any
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
-from benchmarks.engine_process import EngineProcess, Took, Work
+from benchmarks.engine_process import COMPILED_WITH, PLUGIN, EngineProcess, Took, Work
 from benchmarks.rounds import Figure, figures, in_turn, interval
 
 ENGINES = ("absent", "absent again", "installed", "hooked", "all hooked")
@@ -54,15 +54,15 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "engines": ["absent", "installed", "hooked"], "batches": [8, 64], "rounds": [5, 5], "prefill_batches": [8],
-    "prefill_rounds": 5, "tokens": 1024, "starts": 1,
+    "engines": ["absent", "installed", "hooked"], "batches": [64], "rounds": [11], "prefill_batches": [8],
+    "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
 }  # fmt: skip
 MAX_TOKENS = (8, 64)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="fewer engines, batches and rounds: about five minutes")
+    parser.add_argument("--small", action="store_true", help="fewer engines, batches and rounds")
     parser.add_argument("--model", type=Path, default=None, help="folder of a checkpoint; default: the demo model")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights, and no tokenizer is needed")
     parser.add_argument("--dtype", default="bfloat16")
@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
     parser.add_argument("--starts", type=int, default=2, help="of each engine, of which the last is used and timed")
+    parser.add_argument("--together", action="store_true", help="start all at once; the starts are not timed")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
     if parser.parse_known_args()[0].small:
@@ -114,14 +115,13 @@ def main() -> None:
         last = Work("plain", 1, arguments.prompt_tokens, 1)
         started = {
             name: {
-                "start_seconds": engine.start_seconds,
-                "compile_seconds": engine.compile_seconds,
+                "start_seconds": None if arguments.together else engine.start_seconds,
                 "memory_gib": engine.do(last).memory_gib,
             }
             for name, engine in engines.items()
         }
     for name, figure in started.items():
-        print(f"{name:18} started in {figure['start_seconds']:.0f} s, memory {figure['memory_gib']}")
+        print(f"{name:18} memory {figure['memory_gib']}")
     if arguments.out is not None:
         about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
         record.write(arguments.out, {**measured, "engines": started}, **about | {"model": model.name})
@@ -129,14 +129,13 @@ def main() -> None:
 
 @contextmanager
 def running(model: Path, arguments: argparse.Namespace) -> Iterator[dict[str, EngineProcess]]:
-    """The engines, all waiting; started one after the other."""
+    """The engines, all waiting; started one after the other, or together, which leaves their times without meaning."""
     num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     layers = {"hooked": arguments.layers, "all hooked": list(range(num_layers))}
     engine_args = {
         "model": str(model), "dtype": arguments.dtype, "load_format": arguments.load_format,
         "skip_tokenizer_init": arguments.load_format == "dummy", "enforce_eager": arguments.eager,
-        "max_model_len": max(arguments.prompt_tokens + MAX_TOKENS[1], arguments.prefill_tokens + 1),
-        "max_num_seqs": max(*arguments.batches, *arguments.prefill_batches), "enable_prefix_caching": False,
+        **COMPILED_WITH, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30), "seed": 0,
         # What vLLM looks for free before it starts, although the KV memory is given: leave the others theirs.
         "gpu_memory_utilization": 0.9 / len(arguments.engines),
@@ -145,13 +144,19 @@ def running(model: Path, arguments: argparse.Namespace) -> Iterator[dict[str, En
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ExitStack() as started:
         engines = {}
         for name in arguments.engines:
-            plugins = "" if name.startswith(BASELINE) else "vllm_steer"
+            plugins = "" if name.startswith(BASELINE) else PLUGIN
             start = partial(EngineProcess, layers.get(name), plugins, engine_args, Path(folder, f"{name}.log"))
             for _ in range(arguments.starts - 1):  # fill the compile cache
-                start().close()
+                start().wait().close()
             engines[name] = start()
             started.callback(engines[name].close)
-            print(f"{name}: started in {engines[name].start_seconds:.0f} s", flush=True)
+            if not arguments.together:
+                engines[name].wait()
+        if arguments.together:
+            for engine in engines.values():
+                engine.wait()
+        for name, engine in engines.items():
+            print(f"{name}: started in {engine.start_seconds:.0f} s", flush=True)
         yield engines
 
 

@@ -15,6 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+COMPILED_WITH: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256}
+"""Engine arguments that vLLM's compile cache goes by: with the same ones, and the same plugins, a benchmark finds the
+graph that another has compiled."""
+PLUGIN = "vllm_steer"
+
 
 class EngineProcessDied(Exception):
     """The process of an engine ended; the message ends with the end of its log."""
@@ -58,7 +63,7 @@ class Took:
 
 
 class EngineProcess:
-    """An engine that waits for work, in a process of its own.
+    """An engine that waits for work, in a process of its own; it is ready for it behind ``wait``.
 
     Args:
         layers: decoder blocks to hook; None leaves steering unconfigured.
@@ -68,25 +73,31 @@ class EngineProcess:
 
     Attributes:
         start_seconds: from the start of the process until the engine was ready.
-        compile_seconds: of these, what vLLM's compilation took.
-
-    Raises:
-        EngineProcessDied: it did not start.
     """
+
+    start_seconds: float
 
     def __init__(self, layers: Sequence[int] | None, plugins: str, engine_args: Mapping[str, Any], log: Path) -> None:
         settings = json.dumps({"layers": layers, "engine_args": dict(engine_args)})
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ, "VLLM_PLUGINS": plugins}
         self._log = log
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.overhead_engine", settings],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
                 env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},  # nothing but the engine is timed
             )  # fmt: skip
-        self.compile_seconds: float = self._answer()["compile_seconds"]
-        self.start_seconds = time.perf_counter() - began
+
+    def wait(self) -> EngineProcess:
+        """Give the engine once it is ready.
+
+        Raises:
+            EngineProcessDied: it did not start.
+        """
+        self._answer()
+        self.start_seconds = time.perf_counter() - self._began
+        return self
 
     def do(self, work: Work) -> Took:
         """

@@ -54,10 +54,6 @@ class OverheadEngine:
                 for number in range(NUM_DIRECTIONS) for layer in layers
             ])  # fmt: skip
 
-    @property
-    def compile_seconds(self) -> float:
-        return float(self._llm.llm_engine.vllm_config.compilation_config.compilation_time)
-
     def do(self, work: Work) -> Took:
         """Work, readouts collected. The prompts are random words, the same at every call."""
         words = self._llm.llm_engine.model_config.get_vocab_size()
@@ -140,7 +136,7 @@ def main() -> None:
         answers.flush()
 
     engine = OverheadEngine(**json.loads(sys.argv[1]))
-    answer({"compile_seconds": engine.compile_seconds})
+    answer({"ready": True})
     for line in sys.stdin:
         answer(asdict(engine.do(Work(**json.loads(line)))))
 

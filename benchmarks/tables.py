@@ -29,7 +29,7 @@ def overhead(measured: Record) -> str:
     engines = [
         [
             names[{"hooked": "idle", "all hooked": "idle, all layers"}.get(name, name)],
-            f"{engine['start_seconds']:.0f}", f"{engine['compile_seconds']:.0f}",
+            "–" if engine["start_seconds"] is None else f"{engine['start_seconds']:.0f}",
             " / ".join(f"{engine['memory_gib'][kind]:.2f}" for kind in engine["memory_gib"]),
         ]
         for name, engine in measured["engines"].items()
@@ -43,7 +43,7 @@ def overhead(measured: Record) -> str:
         f"**Time to first token and between tokens, {largest} requests at once** (above 1 is slower):",
         table(["requests", "first token", "between tokens"], latencies),
         "**Start-up and memory:**",
-        table(["engine", "start, s", "of which compiling, s", f"memory, GiB ({memory})"], engines),
+        table(["engine", "start, s", f"memory, GiB ({memory})"], engines),
         source(measured),
     ])  # fmt: skip
 

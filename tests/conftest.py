@@ -57,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
+    # They are one piece and the longest, which would keep one process at work alone at the end.
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/server/"))
 
 
 @pytest.hookimpl(optionalhook=True)
