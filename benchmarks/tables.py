@@ -49,7 +49,11 @@ def overhead(measured: Record) -> str:
 
 
 def hooks(measured: Record) -> str:
-    parts = []
+    parts, form = [], measured["setup"]["form"]
+    sizes = {
+        "grid": f"grid: 15 conditions × 5 samples × {form['num_tokens']} tokens",
+        "extraction": f"extraction: {form['texts']} texts × 5 layers",
+    }
     for work, unit in (("grid", "tokens/s"), ("extraction", "texts/s")):
         to_paper, to_batched = measured[work]["figures"], measured[work]["figures_to_batched"]
         rows = [
@@ -57,9 +61,10 @@ def hooks(measured: Record) -> str:
             for way in HOOKS
             if way in to_paper
         ]
-        header = [work, unit, "against the paper's way", "against batched hooks"]
+        header = [sizes[work], unit, "against the paper's way", "against batched hooks"]
         parts.append(table(header, rows))
-    return "\n\n".join(["**Against forward hooks in Hugging Face transformers**:", *parts, source(measured)])
+    title = f"**Against forward hooks in Hugging Face transformers**, medians of {form['rounds']} rounds:"
+    return "\n\n".join([title, *parts, source(measured)])
 
 
 def op(measured: Record) -> str:
