@@ -85,16 +85,16 @@ def op(measured: Record) -> str:
 
 def scale(measured: Record) -> str:
     alphas, actors = measured["alphas"]["figures"], measured["actors"]["figures"]
-    projection = measured["driver"]["projection"]
+    driver = measured["driver"]
     rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in alphas.items()]
     runs = [[name, f"{figure['median']:.1f}", times(figure)] for name, figure in actors.items()]
     return "\n\n".join([
         "**Scale** (a tiny random model, so that a cost of the plugin cannot hide behind the model's):",
         table(["different α in flight", "requests/s", "against one α"], rows),
         table(["Ray actors, one core each", "rows/s", "against one"], runs),
-        f"The driver takes {1e6 / projection['driver_rows_a_second']:.0f} µs a row. {projection['gpus']} GPUs at "
-        f"{projection['assumed_rows_a_second_a_gpu']:g} rows/s each, which is assumed, would keep its core busy for "
-        f"{projection['driver_busy_share']:.1%} of the time.",
+        f"The driver takes {driver['driver_microseconds_a_row']:.0f} µs a row. {driver['gpus']} GPUs at "
+        f"{driver['assumed_rows_a_second_a_gpu']:g} rows/s each, which is assumed, would keep its core busy for "
+        f"{driver['driver_busy_share']:.1%} of the time.",
         source(measured),
     ])  # fmt: skip
 

@@ -313,7 +313,8 @@ class BatchPlanner:
         preempted it begins again anyway; else its readout fails at its next token.
         """
         if not self._free_accumulators:
-            self._release(next(holder for holder in self.poolings if holder not in request_ids))
+            for absent in [one for one in self.poolings if one not in request_ids][:1]:
+                self._release(absent)
         return self._free_accumulators.pop()
 
     def _release(self, request_id: str) -> None:

@@ -52,7 +52,8 @@ class EntryRows:
         """
         if request_id not in self._first_row:
             if not self._free:
-                self.release(next(holder for holder in self._first_row if holder not in in_step))
+                for absent in [one for one in self._first_row if one not in in_step][:1]:
+                    self.release(absent)
             first_row = self._first_row[request_id] = self._free.pop()
             self._write(first_row, prompt, generated)
         return self._first_row[request_id]

@@ -179,7 +179,7 @@ def test_more_requests_or_tokens_than_there_is_room_for_stop_the_engine(engine: 
     new = [
         SimpleNamespace(req_id=f"r-{i}", sampling_params=SimpleNamespace(extra_args=extra, stop=[])) for i in range(4)
     ]
-    with pytest.raises(StopIteration):
+    with pytest.raises(IndexError):
         engine.runner.prepare([(one.req_id, 0, 1) for one in new], new=new)
     with pytest.raises(ValueError, match="29"):
         engine.start(engine.extra(), tokens=29)
