@@ -20,11 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from vllm_steer.batch_plan import StepPlan
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.staging import ring_for
-
-IntArray = npt.NDArray[np.int32]
+from vllm_steer.step_plan import IntArray, StepPlan
 
 
 class SteerBuffers:

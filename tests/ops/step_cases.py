@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.batch_plan import READ
+from vllm_steer.step_plan import READ
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 SPARE_TOKENS = 3  # the token tables are longer than a call: what lies beyond the call must not be looked at

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.batch_plan import READ, BatchPlanner, Pooling, RequestPlan, StepPlan
+from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.buffers import SteerBuffers
 from vllm_steer.engine.readouts import FinishedReadout
 from vllm_steer.engine.resolved import ResolvedReadout
 from vllm_steer.engine.traces import Trace
+from vllm_steer.step_plan import READ, StepPlan
 
 LAYERS, REQUESTS, SIZE, DRAFTS = 2, 2, 4, 3
 PROMPT_LEN = 2

@@ -82,11 +82,12 @@ BELOW = {
     "client": {"errors", "schema", "directions"},
     "trace_columns": set(),
     "entry_rows": set(),
-    "batch_plan": {"errors", "schema", "trace_columns", "entry_rows"},
+    "step_plan": set(),
+    "batch_plan": {"errors", "schema", "trace_columns", "entry_rows", "step_plan"},
     "staging": set(),
-    "ops": {"errors", "schema", "directions", "settings", "batch_plan"},
-    "buffers": {"errors", "schema", "directions", "settings", "batch_plan", "ops", "staging"},
-    "engine": {"errors", "schema", "directions", "settings", "entry_rows", "batch_plan", "ops", "buffers"},
+    "ops": {"errors", "schema", "directions", "settings", "step_plan"},
+    "buffers": {"errors", "schema", "directions", "settings", "step_plan", "ops", "staging"},
+    "engine": {"errors", "schema", "directions", "settings", "entry_rows", "step_plan", "batch_plan", "ops", "buffers"},
 }
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from vllm_steer.batch_plan import FloatArray
+FloatArray = npt.NDArray[np.float32]
 
 
 class Trace:

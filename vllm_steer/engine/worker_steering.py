@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.batch_plan import BatchPlanner, TracedTokens
+from vllm_steer.batch_plan import BatchPlanner
 from vllm_steer.buffers import SteerBuffers
 from vllm_steer.directions import Direction
 from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
@@ -22,6 +22,7 @@ from vllm_steer.engine.traces import Trace, TraceFlow, TraceRows
 from vllm_steer.errors import DirectionError, MalformedSpec
 from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
+from vllm_steer.step_plan import TracedTokens
 
 _ATTRIBUTE = "vllm_steer"
 
