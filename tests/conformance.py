@@ -7,6 +7,7 @@ run, and ``fails`` if one failed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -68,13 +69,18 @@ class ConformanceMatrix:
         terminalreporter.write(self.letters())
         terminalreporter.write_line(f"\n{self.target} says it in words.")
 
+    # Ordered by what was claimed, not by when its test ended, so that two runs write the same document.
     @property
     def families(self) -> list[str]:
-        return list(dict.fromkeys(family for _, family in self._seen))
+        """Those with the most features first."""
+        features = Counter(family for _, family in self._seen)
+        return sorted(features, key=lambda family: (-features[family], family))
 
     @property
     def features(self) -> list[str]:
-        return list(dict.fromkeys(feature for feature, _ in self._seen))
+        """Those shown for the most families first."""
+        families = Counter(feature for feature, _ in self._seen)
+        return sorted(families, key=lambda feature: (-families[feature], feature.casefold()))
 
     def cell(self, feature: str, family: str) -> str:
         """The verdict on a feature for a family, with both words where some of it is exact and some refused."""
@@ -85,7 +91,7 @@ class ConformanceMatrix:
 
     def reasons(self) -> Iterator[tuple[str, str]]:
         """(what, why) of all that did not run or failed."""
-        for (feature, family), outcomes in self._seen.items():
+        for (feature, family), outcomes in sorted(self._seen.items()):
             if self.cell(feature, family) in (FAILS, NOT_RUN):
                 yield f"{feature}, {family}", outcomes.get(FAILS) or outcomes.get(NOT_RUN) or "skipped"
         yield from NEVER_RUN.items()

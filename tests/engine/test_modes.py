@@ -100,6 +100,7 @@ def test_preempted_requests_give_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.conformance("torch.compile")
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine(
     workload: Workload, open_engine: OpenEngine
@@ -116,8 +117,10 @@ def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine
         workload.check(llm)
 
 
+# llama's compiled engine is the one above.
 @pytest.mark.slow
 @pytest.mark.conformance("torch.compile")
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
 def test_a_compiled_engine_gives_the_same(workload: Workload, open_engine: OpenEngine) -> None:
     with open_engine(workload.checkpoint, layers=LAYERS, **COMPILED) as llm:
         workload.check(llm)

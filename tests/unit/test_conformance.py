@@ -18,10 +18,11 @@ def matrix(tmp_path: Path) -> ConformanceMatrix:
 
 
 def report(
-    outcome: Outcome, when: Literal["setup", "call", "teardown"] = "call", verdict: str = "exact", why: str = ""
-) -> pytest.TestReport:
-    """What pytest reports of one phase of a test that claims LoRA for llama."""
-    claim = {"feature": "LoRA", "family": "llama", "verdict": verdict}
+    outcome: Outcome, when: Literal["setup", "call", "teardown"] = "call", verdict: str = "exact", why: str = "",
+    feature: str = "LoRA", family: str = "llama",
+) -> pytest.TestReport:  # fmt: skip
+    """What pytest reports of one phase of a test that makes a claim."""
+    claim = {"feature": feature, "family": family, "verdict": verdict}
     longrepr = ("file.py", 3, why) if outcome == "skipped" else None
     return pytest.TestReport(
         "file.py::test", ("file.py", 3, "test"), {}, outcome, longrepr, when, user_properties=[(PROPERTY, claim)]
@@ -63,6 +64,19 @@ def test_the_document_and_the_letters_show_the_same_cells(matrix: ConformanceMat
     assert "| LoRA | exact |" in matrix.markdown()
     assert "LoRA E\n" in matrix.letters()
     assert "     l\n     l\n     a\n     m\n     a\n" in matrix.letters()
+
+
+def test_the_document_does_not_depend_on_which_test_ended_first(tmp_path: Path) -> None:
+    claims = [("LoRA", "opt"), ("aborts", "llama"), ("LoRA", "llama"), ("steering", "bloom"), ("Beam", "llama")]
+    documents = []
+    for number, order in enumerate([claims, claims[::-1]]):
+        matrix = ConformanceMatrix(tmp_path / f"{number}.md")
+        for feature, family in order:
+            matrix.pytest_runtest_logreport(report("passed", feature=feature, family=family))
+        documents.append(matrix.markdown())
+    assert documents[0] == documents[1]
+    assert matrix.families == ["llama", "bloom", "opt"]
+    assert matrix.features == ["LoRA", "aborts", "Beam", "steering"]
 
 
 class FakeItem:
