@@ -9,7 +9,8 @@ decoding, and collecting the readouts. Prefill throughput counts the prompts' to
 Prefix caching is off for all: a way that repeats its prompts would measure the cache, which readouts may not read. The
 way "absent again", another plain engine, shows what the machine's noise makes of no difference at all.
 
-On a GPU, several engines share its memory: choose which with --engines, and the KV memory of each with --kv-gib.
+On a GPU, several engines share its memory: choose the ways, and so the engines, with --ways, and the KV memory of each
+with --kv-gib.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,15 +27,13 @@ from typing import Any
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
-from benchmarks.engine_process import COMPILED_WITH, PLUGIN, EngineProcess, Took, Work
+from benchmarks.engine_process import COMPILED_WITH, EngineProcess, Took, Work
 from benchmarks.rounds import Figure, figures, in_turn, interval
-
-ENGINES = ("absent", "absent again", "installed", "hooked", "all hooked")
 
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of work (see ``overhead_engine``) on one of ``ENGINES``."""
+    """A kind of work (see ``overhead_engine``), and the name of the engine that does it."""
 
     engine: str
     kind: str
@@ -54,20 +53,22 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "engines": ["absent", "installed", "hooked"], "batches": [64], "rounds": [11], "prefill_batches": [8],
-    "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
+    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [11],
+    "prefill_batches": [8], "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
 }  # fmt: skip
 MAX_TOKENS = (8, 64)
+SAME_GRAPH = ("absent again", "installed")
+"""Engines that run what the engine "absent" has compiled."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="fewer engines, batches and rounds")
+    parser.add_argument("--small", action="store_true", help="fewer ways, batches and rounds")
     parser.add_argument("--model", type=Path, default=None, help="folder of a checkpoint; default: the demo model")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights, and no tokenizer is needed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16, 20, 24], help="hooked in most engines")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="requests at once")
     parser.add_argument("--rounds", type=int, nargs="+", default=[21, 21, 61, 11], help="of each batch")
     parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 8])
@@ -77,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
     parser.add_argument("--starts", type=int, default=2, help="of each engine, of which the last is used and timed")
-    parser.add_argument("--together", action="store_true", help="start all at once; the starts are not timed")
+    parser.add_argument("--together", action="store_true", help="start engines at once; the starts are not timed")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
     if parser.parse_known_args()[0].small:
@@ -85,16 +86,16 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if len(arguments.rounds) != len(arguments.batches):
         parser.error(f"--rounds are {arguments.rounds}; allowed: one number for each of --batches {arguments.batches}")
-    if BASELINE not in arguments.engines:
-        parser.error(f"--engines lacks {BASELINE!r}, with which all are compared")
+    if BASELINE not in arguments.ways:
+        parser.error(f"--ways lacks {BASELINE!r}, with which all are compared")
     return arguments
 
 
 def main() -> None:
     arguments = parse()
     model = arguments.model or demo_model_path()
-    with running(model, arguments) as engines:
-        ways = {name: way for name, way in WAYS.items() if way.engine in engines}
+    ways = {name: way for name, way in WAYS.items() if name in arguments.ways}
+    with running(model, dict.fromkeys(way.engine for way in ways.values()), arguments) as engines:
         measured: dict[str, Any] = {"generated": {}, "prefill": {}}
         for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
             max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
@@ -128,8 +129,9 @@ def main() -> None:
 
 
 @contextmanager
-def running(model: Path, arguments: argparse.Namespace) -> Iterator[dict[str, EngineProcess]]:
-    """The engines, all waiting; started one after the other, or together, which leaves their times without meaning."""
+def running(model: Path, names: Collection[str], arguments: argparse.Namespace) -> Iterator[dict[str, EngineProcess]]:
+    """The engines of these names, all waiting; started one after the other, or together, which leaves their times
+    without meaning."""
     num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     layers = {"hooked": arguments.layers, "all hooked": list(range(num_layers))}
     engine_args = {
@@ -138,26 +140,30 @@ def running(model: Path, arguments: argparse.Namespace) -> Iterator[dict[str, En
         **COMPILED_WITH, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30), "seed": 0,
         # What vLLM looks for free before it starts, although the KV memory is given: leave the others theirs.
-        "gpu_memory_utilization": 0.9 / len(arguments.engines),
+        "gpu_memory_utilization": 0.9 / len(names),
         "disable_log_stats": False,  # the clocks of a request
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ExitStack() as started:
-        engines = {}
-        for name in arguments.engines:
-            plugins = "" if name.startswith(BASELINE) else PLUGIN
-            start = partial(EngineProcess, layers.get(name), plugins, engine_args, Path(folder, f"{name}.log"))
-            for _ in range(arguments.starts - 1):  # fill the compile cache
-                start().wait().close()
-            engines[name] = start()
-            started.callback(engines[name].close)
-            if not arguments.together:
-                engines[name].wait()
-        if arguments.together:
-            for engine in engines.values():
-                engine.wait()
-        for name, engine in engines.items():
-            print(f"{name}: started in {engine.start_seconds:.0f} s", flush=True)
+        engines: dict[str, EngineProcess] = {}
+
+        def start(name: str) -> EngineProcess:
+            plugin = not name.startswith(BASELINE)
+            return EngineProcess(layers.get(name), plugin, engine_args, Path(folder, f"{name}.log"))
+
+        for group in started_at_once(names) if arguments.together else [[name] for name in names]:
+            for name in group:
+                for _ in range(arguments.starts - 1):  # fill the compile cache
+                    start(name).wait().close()
+                engines[name] = start(name)
+                started.callback(engines[name].close)
+            for name in group:
+                print(f"{name}: started in {engines[name].wait().start_seconds:.0f} s", flush=True)
         yield engines
+
+
+def started_at_once(names: Collection[str]) -> list[list[str]]:
+    """Engines that each compile a graph of their own; behind them those that find theirs."""
+    return [[name for name in names if (name in SAME_GRAPH) == last] for last in (False, True)]
 
 
 def rounds_of(
@@ -175,8 +181,9 @@ def rounds_of(
 
 def check_that_steering_steers(took: Mapping[str, Took]) -> None:
     """End the run where steered requests got the tokens of unsteered ones, which would make it measure nothing."""
+    unsteered = {took[name].tokens for name in (BASELINE, "idle") if name in took}
     for name in ("steered", "stacked"):
-        if name in took and took[name].tokens == took["idle"].tokens:
+        if name in took and took[name].tokens in unsteered:
             raise SystemExit(f"the requests of {name!r} got the tokens of unsteered ones; raise LARGEST_ALPHA.")
 
 

@@ -15,12 +15,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks import record
+from benchmarks.line_process import LineProcess, ProcessDied
 from benchmarks.rounds import figures, in_turn
 from vllm_steer.engine.plugin import vllm_version
 
@@ -82,42 +84,6 @@ class Outcome:
     figures: dict[str, Any] | None = None
 
 
-class EngineDied(Exception):
-    """The process of an engine ended; the message is the last error it printed."""
-
-
-class PeerEngine:
-    """An engine of one kind in a process of its own; see `benchmarks.peer_engine`. Raises EngineDied."""
-
-    def __init__(self, kind: str, environment: Mapping[str, str], log: Path) -> None:
-        self._log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.peer_engine", kind],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
-            )  # fmt: skip
-        self._answer()
-
-    def tokens_a_second(self) -> float:
-        """Do the work once."""
-        _pipe(self._process.stdin).write("again\n")
-        _pipe(self._process.stdin).flush()
-        return float(self._answer())
-
-    def close(self) -> None:
-        """End the process."""
-        _pipe(self._process.stdin).close()
-        self._process.wait()
-
-    def _answer(self) -> str:
-        line = _pipe(self._process.stdout).readline()
-        if not line:
-            self._process.wait()
-            raise EngineDied(last_error(self._log.read_text(errors="replace")))
-        return line
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -164,8 +130,8 @@ def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
         return outcome
     try:
         measured = compared(peer, {**environment, "VLLM_PLUGINS": peer.plugin}, folder, num_rounds)
-    except EngineDied as error:
-        return replace(outcome, runs=str(error))
+    except ProcessDied as error:
+        return replace(outcome, runs=last_error(str(error)))
     return replace(outcome, runs="yes", figures=measured)
 
 
@@ -179,8 +145,8 @@ def resolved(requirement: str, constraints: Path) -> str:
 
 
 def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_rounds: int) -> dict[str, Any]:
-    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises EngineDied."""
-    engines: dict[str, PeerEngine] = {}
+    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises ProcessDied."""
+    engines: dict[str, LineProcess] = {}
     try:
         # The peer first: where it does not start, the others need not.
         for kind, its in (
@@ -188,13 +154,19 @@ def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_round
             (PLAIN, {"VLLM_PLUGINS": ""}),
             (OURS, {"VLLM_PLUGINS": "vllm_steer"}),
         ):
-            engines[kind] = PeerEngine(kind, its, folder / f"{kind}.log")
-        ways: dict[str, Callable[[], float]] = {kind: engine.tokens_a_second for kind, engine in engines.items()}
+            engines[kind] = LineProcess("peer_engine", kind, its, folder / f"{kind}.log")
+            engines[kind].wait()
+        ways = {kind: partial(tokens_a_second, engine) for kind, engine in engines.items()}
         rounds = in_turn(ways, num_rounds)
     finally:
         for engine in engines.values():
             engine.close()
     return {kind: asdict(figure) for kind, figure in figures(rounds, PLAIN).items()}
+
+
+def tokens_a_second(engine: LineProcess) -> float:
+    """Of the work, done once."""
+    return float(engine.ask())
 
 
 def answer_of(*command: str, **environment: str) -> str:
@@ -217,11 +189,6 @@ def last_error(output: str) -> str:
             if mark in line:
                 return line.removeprefix(mark)[:MAX_CHARACTERS]
     return lines[-1][:MAX_CHARACTERS] if lines else "no output"
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
 
 
 if __name__ == "__main__":

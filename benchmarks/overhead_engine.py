@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -22,8 +22,10 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
 from vllm import LLM, SamplingParams
+from vllm.plugins import load_general_plugins
 
-from benchmarks.engine_process import Took, Work
+from benchmarks.engine_process import PLUGIN, Took, Work
+from benchmarks.line_process import serve
 
 NUM_DIRECTIONS = 8
 LARGEST_ALPHA = 60.0
@@ -35,13 +37,17 @@ class OverheadEngine:
 
     Args:
         layers: hooked ones; None leaves steering unconfigured.
+        plugin: whether vLLM loads the plugin.
         engine_args: passed to ``vllm.LLM``.
     """
 
-    def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any]) -> None:
+    def __init__(self, layers: Sequence[int] | None, plugin: bool, engine_args: dict[str, Any]) -> None:
         self._layers = layers
+        if not plugin:
+            _load_no_plugin()
         if layers is None:
             self._llm = LLM(**engine_args)
+            assert ("vllm_steer" in sys.modules) == plugin
         else:
             # Imported where it is used: the engine that is measured without the plugin is without its code.
             from vllm_steer import Direction, load_llm, register_directions
@@ -127,19 +133,18 @@ def _memory_gib() -> dict[str, float]:
     return memory
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+def _load_no_plugin() -> None:
+    """vLLM loads the plugins that VLLM_PLUGINS names, once a process (``plugins/__init__.py``, vLLM 0.32). Its compile
+    cache goes by that variable, so it stays what it is with the plugin: the graphs are the same, and compiled once."""
+    os.environ["VLLM_PLUGINS"] = ""
+    load_general_plugins()
+    os.environ["VLLM_PLUGINS"] = PLUGIN
 
-    def answer(what: dict[str, Any]) -> None:
-        answers.write(json.dumps(what) + "\n")
-        answers.flush()
 
+def _engine() -> Callable[[str], str]:
     engine = OverheadEngine(**json.loads(sys.argv[1]))
-    answer({"ready": True})
-    for line in sys.stdin:
-        answer(asdict(engine.do(Work(**json.loads(line)))))
+    return lambda line: json.dumps(asdict(engine.do(Work(**json.loads(line)))))
 
 
 if __name__ == "__main__":
-    main()
+    serve(_engine)

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from batch_jobs.demo_model import demo_model_path
+from benchmarks.line_process import serve
 
 LAYER = 16
 NUM_REQUESTS = 64
@@ -26,27 +28,20 @@ NUM_TOKENS = 48
 PROMPT_TOKENS = 64
 
 
-def main() -> None:
-    kind = sys.argv[1]
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+def engine() -> Callable[[str], str]:
     draw = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": ids} for ids in draw.integers(100, 40_000, (NUM_REQUESTS, PROMPT_TOKENS)).tolist()]
     direction_D = draw.standard_normal(576).astype(np.float32)
     direction_D /= np.linalg.norm(direction_D)
-    llm, params = start(kind, direction_D, np.linspace(-20, 20, NUM_REQUESTS).tolist())
+    llm, params = start(sys.argv[1], direction_D, np.linspace(-20, 20, NUM_REQUESTS).tolist())
 
-    def tokens_a_second() -> float:
+    def tokens_a_second(_: str = "") -> str:
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
+        return str(sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start))
 
     tokens_a_second()  # warm-up
-    answers.write("ready\n")
-    answers.flush()
-    for _ in sys.stdin:
-        answers.write(f"{tokens_a_second()}\n")
-        answers.flush()
+    return tokens_a_second
 
 
 def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[SamplingParams]]:
@@ -89,4 +84,4 @@ def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[S
 
 
 if __name__ == "__main__":
-    main()
+    serve(engine)

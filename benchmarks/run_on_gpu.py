@@ -62,11 +62,12 @@ def main() -> None:
             "kernels": ["pytest", "tests/ops", "-m", "gpu", "-q"],
             "op": ["benchmarks.bench_op", *small, "--out", str(arguments.out / "op.json")],
             "weights": ["benchmarks.random_checkpoint", model, "--shape", arguments.shape],
-            # Random weights of the engine's own are as good as those on disk here, and are there sooner. Three engines
-            # fit beside each other into 80 GB.
+            # Random weights of the engine's own are as good as those on disk here, and are there sooner. The three
+            # engines of these ways fit beside each other into 80 GB.
             "overhead": [
                 "benchmarks.bench_overhead", *small, "--model", model, "--load-format", "dummy", "--kv-gib", "2",
-                "--engines", "absent", "installed", "hooked", "--out", str(arguments.out / "overhead.json"),
+                "--ways", "absent", "installed", "idle", "steered", "stacked", "prompt read", "read",
+                "--out", str(arguments.out / "overhead.json"),
             ],
             "hooks": [
                 "benchmarks.bench_hf_hooks", *small, "--model", model, "--device", "cuda",
