@@ -2,7 +2,7 @@
 #   make demo        the demo study on the demo model, from a bare machine
 #   make test        the whole test suite
 #   make conformance what is exact with which feature and family, into docs/conformance.md
-#   make bench       what it costs, in a small form: some twenty minutes at first; tables, and which goals hold
+#   make bench       what it costs, in a small form: a quarter of an hour at first; tables, and which goals hold
 #   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and README.md
 #   make bench-gpu ENGINE=cuda   kernels, engine and hooks on an NVIDIA GPU, on random weights in the shape of a 7B model
 #   make setup ENGINE=cuda PYTHON=python3.12     another engine, another interpreter

@@ -24,8 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.line_process import ENGINE_ENVIRONMENT
+
 # In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ |= ENGINE_ENVIRONMENT
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_PLUGINS", "vllm_steer")  # no other one takes part, and vLLM's compile cache goes by it
 

@@ -9,8 +9,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+
+ENGINE_ENVIRONMENT = {
+    # The engine shares its process with nothing but the work: nothing else is timed.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # On a CPU vLLM 0.32 saves ahead-of-time compiled graphs that it cannot load (``compilation/decorators.py`` asks for
+    # ``finalize_loading``, which only graphs of its own backend have), so it compiles at every start. Without them
+    # PyTorch's own cache serves: the same graph is compiled once.
+    "VLLM_USE_AOT_COMPILE": "0",
+}
 
 
 class ProcessDied(Exception):
@@ -32,15 +41,14 @@ class LineProcess:
 
     start_seconds: float
 
-    def __init__(self, module: str, argument: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, module: str, argument: str, environment: dict[str, str], log: Path) -> None:
         self._log = log
         self._began = time.perf_counter()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"benchmarks.{module}", argument],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
-                # An engine that shares its process with nothing but the work: nothing else is timed.
-                env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+                env=os.environ | ENGINE_ENVIRONMENT | environment,
             )  # fmt: skip
 
     def wait(self) -> None:
