@@ -53,7 +53,7 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [11],
+    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [21],
     "prefill_batches": [8], "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
 }  # fmt: skip
 MAX_TOKENS = (8, 64)

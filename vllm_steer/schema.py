@@ -13,6 +13,7 @@ hooked, is α within the operator's bound) is checked at admission, in ``vllm_st
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,9 @@ class Steering:
     def coefficients(self) -> tuple[float, float]:
         """(a, b) of the one form that all ops share: h + (a + b·⟨h,d⟩)·d."""
         assert self.alpha is not None  # __post_init__ filled it in
-        return {"add": (self.alpha, 0.0), "ablate": (0.0, -1.0), "set": (self.alpha, -1.0)}[self.op]
+        if self.op == "add":
+            return self.alpha, 0.0
+        return (self.alpha, -1.0) if self.op == "set" else (0.0, -1.0)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -279,11 +282,16 @@ def decoded(text: object) -> Any:
         ) from None
 
 
+@functools.cache
+def _names_of_fields(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
 def _checked_fields(cls: type[Any], value: object, where: str, required: Sequence[str]) -> dict[str, Any]:
-    allowed = [f.name for f in fields(cls)]
+    allowed = _names_of_fields(cls)
     if not isinstance(value, dict):
         raise MalformedSpec(f"{where} is a JSON {type(value).__name__}; allowed: an object with {', '.join(allowed)}.")
-    unknown = sorted(set(value) - set(allowed))
+    unknown = sorted(value.keys() - allowed)
     if unknown:
         raise UnknownField(f"{where} has the field {unknown[0]!r}; allowed: {', '.join(allowed)}. Remove it.")
     missing = [name for name in required if name not in value]

@@ -104,13 +104,14 @@ class Admission:
         if spec.readout is not None:
             for name in (*spec.readout.project, *spec.readout.trace):
                 named += book.layers_of(name).values()
+        prompt_digest = digest(prompt)
         resolved = Resolved(
             request_id=request_id,
             prompt_len=prompt_len,
             prompt=[self._row(entry) for entry in prompt],
             generated=[self._row(entry) for entry in generated],
-            prompt_digest=digest(prompt),
-            generated_digest=digest(generated),
+            prompt_digest=prompt_digest,
+            generated_digest=prompt_digest if generated == prompt else digest(generated),
             readout=None if spec.readout is None else self._readout(book, spec.readout, prompt_len),
             contents=[],
         )

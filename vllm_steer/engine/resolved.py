@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from typing import Any
 
@@ -86,7 +86,9 @@ class Resolved:
         return tuple(sorted(steered | read))
 
     def dump(self) -> dict[str, Any]:
-        return asdict(self)
+        """The plain lists and dicts that ``load`` takes; the lists are this object's own."""
+        dumped = {field.name: getattr(self, field.name) for field in fields(self)}
+        return dumped | {"readout": None if self.readout is None else asdict(self.readout)}
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
