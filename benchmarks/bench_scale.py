@@ -76,7 +76,7 @@ class Form:
     driver_rows: int
 
 
-FULL = Form(10_000, 8, (1, 10, 100, 1_000, 10_000), 5, 1_500, 100, 3, 150_000)
+FULL = Form(10_000, 4, (1, 100, 10_000), 5, 600, 50, 3, 150_000)
 SMALL = Form(1_000, 4, (1, 1_000), 3, 150, 50, 1, 15_000)
 
 
@@ -114,7 +114,7 @@ def alphas(model: Path, form: Form) -> dict[str, Any]:
     ]
 
     def requests_a_second(count: int) -> float:
-        values = np.linspace(-20, 20, count) if count > 1 else np.array([10.0])
+        values = np.linspace(9.5, 10.5, count)  # all push alike, so that the answers are of a kind
         sampling = {"temperature": 0.7, "max_tokens": form.request_tokens, "ignore_eos": True}
         params = [
             steered(sampling, [Steering("noise", float(values[index % count]), layer=LAYER)])

@@ -13,11 +13,10 @@ hooked, is α within the operator's bound) is checked at admission, in ``vllm_st
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -282,13 +281,8 @@ def decoded(text: object) -> Any:
         ) from None
 
 
-@functools.cache
-def _names_of_fields(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
-
-
 def _checked_fields(cls: type[Any], value: object, where: str, required: Sequence[str]) -> dict[str, Any]:
-    allowed = _names_of_fields(cls)
+    allowed = cls.__match_args__  # the names of a dataclass's fields
     if not isinstance(value, dict):
         raise MalformedSpec(f"{where} is a JSON {type(value).__name__}; allowed: an object with {', '.join(allowed)}.")
     unknown = sorted(value.keys() - allowed)
