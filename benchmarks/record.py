@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -38,7 +39,7 @@ def setup(**arguments: Any) -> dict[str, Any]:
     script = getattr(sys.modules["__main__"], "__spec__", None)
     command = ["python", "-m", script.name, *sys.argv[1:]] if script is not None else ["python", *sys.argv]
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "date": datetime.now(UTC).date().isoformat(),
         **arguments,
         "hardware": hardware(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def run(name: str, command: list[str]) -> Step:
         exit_code, output = ran.returncode, ran.stdout
     except subprocess.TimeoutExpired as expired:
         exit_code, output = None, (expired.stdout or b"").decode(errors="replace")
-    shown = " ".join(["python", *command[1:]])
+    shown = shlex.join(["python", *command[1:]])
     return Step(name, shown, exit_code, round(time.monotonic() - began, 1), output[-TAIL_CHARACTERS:])
 
 
