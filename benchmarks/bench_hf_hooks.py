@@ -24,19 +24,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_process import COMPILED_WITH, PLUGIN
 from benchmarks.line_process import ENGINE_ENVIRONMENT
 
 # In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
 os.environ |= ENGINE_ENVIRONMENT
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_PLUGINS", "vllm_steer")  # no other one takes part, and vLLM's compile cache goes by it
+os.environ.setdefault("VLLM_PLUGINS", PLUGIN)  # no other one takes part
 
 import numpy as np
 import torch
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
-from benchmarks.engine_process import COMPILED_WITH
 from benchmarks.hf_hooks import HookedModel, Means
 from benchmarks.paper_work import PaperWork, Row, has_tokenizer, paper_work
 from benchmarks.rounds import figures, in_turn

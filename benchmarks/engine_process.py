@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.line_process import LineProcess
 
 COMPILED_WITH: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256}
-"""Engine arguments that vLLM's compile cache goes by: with the same ones, and the same plugins, a benchmark finds the
-graph that another has compiled."""
+"""Engine arguments that the compiled graph depends on: with the same ones, a benchmark finds the graph that another has
+compiled."""
 PLUGIN = "vllm_steer"
 
 
@@ -64,8 +64,8 @@ class EngineProcess:
     """
 
     def __init__(self, layers: Sequence[int] | None, plugin: bool, engine_args: Mapping[str, Any], log: Path) -> None:
-        settings = json.dumps({"layers": layers, "plugin": plugin, "engine_args": dict(engine_args)})
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": PLUGIN}
+        settings = json.dumps({"layers": layers, "engine_args": dict(engine_args)})
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": PLUGIN if plugin else ""}
         self._process = LineProcess("overhead_engine", settings, environment, log)
 
     @property

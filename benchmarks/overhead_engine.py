@@ -22,7 +22,6 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 import torch
 from vllm import LLM, SamplingParams
-from vllm.plugins import load_general_plugins
 
 from benchmarks.engine_process import PLUGIN, Took, Work
 from benchmarks.line_process import serve
@@ -37,17 +36,14 @@ class OverheadEngine:
 
     Args:
         layers: hooked ones; None leaves steering unconfigured.
-        plugin: whether vLLM loads the plugin.
         engine_args: passed to ``vllm.LLM``.
     """
 
-    def __init__(self, layers: Sequence[int] | None, plugin: bool, engine_args: dict[str, Any]) -> None:
+    def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any]) -> None:
         self._layers = layers
-        if not plugin:
-            _load_no_plugin()
         if layers is None:
             self._llm = LLM(**engine_args)
-            assert ("vllm_steer" in sys.modules) == plugin
+            assert (PLUGIN in sys.modules) == (os.environ["VLLM_PLUGINS"] == PLUGIN)
         else:
             # Imported where it is used: the engine that is measured without the plugin is without its code.
             from vllm_steer import Direction, load_llm, register_directions
@@ -131,14 +127,6 @@ def _memory_gib() -> dict[str, float]:
         memory["allocated"] = torch.cuda.max_memory_allocated() / 2**30
         memory["reserved"] = torch.cuda.max_memory_reserved() / 2**30
     return memory
-
-
-def _load_no_plugin() -> None:
-    """vLLM loads the plugins that VLLM_PLUGINS names, once a process (``plugins/__init__.py``, vLLM 0.32). Its compile
-    cache goes by that variable, so it stays what it is with the plugin: the graphs are the same, and compiled once."""
-    os.environ["VLLM_PLUGINS"] = ""
-    load_general_plugins()
-    os.environ["VLLM_PLUGINS"] = PLUGIN
 
 
 def _engine() -> Callable[[str], str]:
