@@ -109,13 +109,13 @@ def test_long_runs_and_segments_agree_with_the_loop(
     implementation: Callable[..., None], dtype: torch.dtype, op: str
 ) -> None:
     """As in a prompt: a row and an accumulator for many tokens, and a token that nobody steers between two runs."""
-    case = make_case(21, tokens=70, dtype=dtype)
-    case.row_of_token[:70] = 3
+    case = make_case(21, tokens=170, dtype=dtype)
+    case.row_of_token[:170] = 3
     case.row_of_token[35] = -1
-    case.row_of_token[60:70] = 4
+    case.row_of_token[130:170] = 4
     case.entry_ab[..., 1] = 0.0 if op == "add" else -1.0
     case.entry_ab[case.entry_slot < 0] = 0.0
-    case.segment[:] = torch.tensor([[0, 0], [30, 40], [0, 29], [0, 0]])
+    case.segment[:] = torch.tensor([[0, 0], [70, 100], [0, 69], [0, 0]])
     case.flags[READ] = 1
     check(case, implementation)
 

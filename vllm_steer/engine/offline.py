@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def steered(
 ) -> SamplingParams:
     """A copy of ``params`` that carries steering and a readout; the original stays as it is.
 
+    The copy is shallow: a list in ``params``, such as ``stop``, is the copy's too.
+
     Args:
         params: sampling parameters, or a mapping of their fields.
         steering: any number of entries at any hooked layers; entries at one layer apply in this order.
@@ -67,12 +70,12 @@ def steered(
         raise MalformedSpec(f"steering is {steering!r}; allowed: a list of Steering(...).")
     if readout is not None and not isinstance(readout, Readout):
         raise MalformedSpec(f"readout is {readout!r}; allowed: a Readout(...) or None.")
-    copy = params.clone()
+    own = copy(params)  # vLLM clones it in full for every request
     if not steering and readout is None:
-        return copy  # a plain request, on any engine
+        return own  # a plain request, on any engine
     plugin.require(is_engine_running=False)
-    copy.extra_args = {**(copy.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
-    return copy
+    own.extra_args = {**(own.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
+    return own
 
 
 def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:

@@ -54,24 +54,30 @@ class FinishedReadout:
 
         The projections are taken here and not when they are collected: the bank may have changed by then.
         """
-        own = range(state.accumulator, state.accumulator + 1)
-        drafts = state.drafts if spec.end is None else range(0)
-        sums_LND = _stacked(buffers.sums_L_AD, spec.layer_indices, own, drafts)
-        last_LMD = _stacked(buffers.last_L_AD, spec.layer_indices, own)
-        tail_LMD = torch.cat([*(rows_LD[spec.layer_indices][:, None] for rows_LD in before_last), last_LMD], dim=1)
-        rows = [spec.layers.index(layer) for _, layer, _ in spec.project]
-        bank_PD = buffers.bank_SD[[slot for _, _, slot in spec.project]]
+        drafts = state.drafts if spec.end is None else ()
+        sums_LND = _rows(buffers.sums_L_AD, spec.layer_indices, state.accumulator, *drafts)
+        tail_LMD = _rows(buffers.last_L_AD, spec.layer_indices, state.accumulator)
+        if before_last:
+            earlier_LMD = torch.stack([rows_LD[spec.layer_indices] for rows_LD in before_last], dim=1)
+            tail_LMD = torch.cat([earlier_LMD, tail_LMD], dim=1)
+        layer_P = [spec.layers.index(layer) for _, layer, _ in spec.project]
+        slot_P = [slot for _, _, slot in spec.project]
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to("cpu", non_blocking=True)
+
+        def projected(rows_LND: torch.Tensor) -> torch.Tensor:
+            if not spec.project:  # five calls for nothing, for every request
+                return torch.zeros(0, rows_LND.shape[1])
+            return to_host((rows_LND[layer_P] * buffers.bank_SD[slot_P][:, None]).sum(dim=2))
 
         return cls(
             spec=spec,
             state=replace(state),
             sums_LND=to_host(sums_LND) if spec.vectors else None,
             tail_LMD=to_host(tail_LMD) if spec.vectors else None,
-            sums_PN=to_host((sums_LND[rows] * bank_PD[:, None]).sum(dim=2)),
-            tail_PM=to_host((tail_LMD[rows] * bank_PD[:, None]).sum(dim=2)),
+            sums_PN=projected(sums_LND),
+            tail_PM=projected(tail_LMD),
             trace=trace,
         )
 
@@ -137,10 +143,12 @@ class FinishedReadout:
         return [[name, values_N.tobytes()] for (name, _, _), values_N in zip(self.spec.trace, values_CN, strict=True)]
 
 
-def _stacked(tensors_L: list[torch.Tensor], indices: list[int], *ranges: range) -> torch.Tensor:
-    """The rows of these ranges at these layers, of which a pipeline stage may have none."""
-    stacked = [torch.cat([tensors_L[index][rows.start : rows.stop] for rows in ranges]) for index in indices]
-    return torch.stack(stacked) if stacked else tensors_L[0].new_zeros(0, sum(map(len, ranges)), tensors_L[0].shape[1])
+def _rows(tensors_L: list[torch.Tensor], indices: list[int], *rows: int) -> torch.Tensor:
+    """A copy of these rows at these layers, (L, N, D); a pipeline stage may have none of the layers."""
+    if not indices:
+        return tensors_L[0].new_zeros(0, len(rows), tensors_L[0].shape[1])
+    one_after_another = torch.stack([tensors_L[index][row] for index in indices for row in rows])
+    return one_after_another.reshape(len(indices), len(rows), -1)
 
 
 class ReadoutStore:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -87,8 +87,7 @@ class Resolved:
 
     def dump(self) -> dict[str, Any]:
         """The plain lists and dicts that ``load`` takes; the lists are this object's own."""
-        dumped = {field.name: getattr(self, field.name) for field in fields(self)}
-        return dumped | {"readout": None if self.readout is None else asdict(self.readout)}
+        return _shallow(self) | {"readout": None if self.readout is None else _shallow(self.readout)}
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
@@ -103,6 +102,10 @@ class Resolved:
             generated_entries=tuple(Entry(*entry) for entry in self.generated),
             pooling=None if self.readout is None else self.readout.pooling(),
         )
+
+
+def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__match_args__}  # the names of a dataclass's fields
 
 
 def digest(entries: Sequence[tuple[Steering, int, Registered]]) -> str:

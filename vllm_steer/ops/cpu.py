@@ -16,7 +16,10 @@ import torch
 from torch.nn.functional import embedding_bag
 
 LONG_RUN = 16
-"""From so many tokens a run on, on average, runs are done one by one."""
+"""From so many tokens a run on, on average, runs are steered one by one."""
+
+LONG_SEGMENT = 64
+"""The same of segments that are summed, where doing them all at once copies less."""
 
 IntArray = npt.NDArray[np.int32]
 
@@ -137,7 +140,7 @@ def _accumulate(
     if filled_N.size == 0:
         return
     first_N, count_N = segment_A2[filled_N].astype(np.int64).T
-    if count_N.sum() >= LONG_RUN * len(filled_N):
+    if count_N.sum() >= LONG_SEGMENT * len(filled_N):
         for accumulator, first, count in zip(filled_N.tolist(), first_N.tolist(), count_N.tolist(), strict=True):
             stream_MD = _stream(hidden_TD, residual_TD, slice(first, first + count))
             sums_AD[accumulator] += stream_MD.sum(dim=0)
