@@ -70,9 +70,8 @@ def settings(is_small: bool) -> list[Setting]:
         for dimension, (requests, tokens), steered, entries in itertools.product(sizes, shapes, (0, 0.1, 1), (1, 8))
         if (steered or entries == 1) and (steered != 0.1 or requests >= 10)
     ]
-    found += [Setting(64, 1, dimension, is_read=True) for dimension in sizes]
-    found += [Setting(4, 512, dimension, is_read=True) for dimension in (sizes[:1] if is_small else sizes)]
-    return found
+    reads = itertools.product(sizes, ((64, 1), (64, 16), (4, 512)))
+    return found + [Setting(requests, tokens, dimension, is_read=True) for dimension, (requests, tokens) in reads]
 
 
 def hook_of(setting: Setting, device: torch.device) -> HookPoint:
@@ -166,7 +165,7 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_roun
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a decode step and two readouts, in under 90 s on 2 cores")
+    parser.add_argument("--small", action="store_true", help="a decode step and readouts, in under 90 s on 2 cores")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")

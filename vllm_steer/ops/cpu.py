@@ -9,6 +9,8 @@ many short ones (a decode step) all at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -136,21 +138,53 @@ def _accumulate(
     sums_AD: torch.Tensor,
     last_AD: torch.Tensor,
 ) -> None:
-    filled_N = np.flatnonzero(segment_A2[:, 1])
-    if filled_N.size == 0:
+    runs, rest = _segments(segment_A2.tobytes())
+    for accumulator, run in runs:
+        stream_MD = _stream(hidden_TD, residual_TD, run)
+        sums_AD[accumulator] += stream_MD.sum(dim=0)
+        last_AD[accumulator] = stream_MD[-1]
+    if rest is None:
         return
-    first_N, count_N = segment_A2[filled_N].astype(np.int64).T
-    if count_N.sum() >= LONG_SEGMENT * len(filled_N):
-        for accumulator, first, count in zip(filled_N.tolist(), first_N.tolist(), count_N.tolist(), strict=True):
-            stream_MD = _stream(hidden_TD, residual_TD, slice(first, first + count))
-            sums_AD[accumulator] += stream_MD.sum(dim=0)
-            last_AD[accumulator] = stream_MD[-1]
-        return
-    before_N = count_N.cumsum() - count_N  # tokens of the segments before each
-    stream_MD = _stream(hidden_TD, residual_TD, _index((first_N - before_N).repeat(count_N) + np.arange(count_N.sum())))
-    into, ends = _index(filled_N), _index(before_N + count_N - 1)
-    if isinstance(into, slice) and len(stream_MD) == len(filled_N):
-        sums_AD[into] += stream_MD
+    stream_MD = _stream(hidden_TD, residual_TD, rest.tokens)
+    if rest.accumulator_M is None:
+        sums_AD[rest.into] += stream_MD
     else:
-        sums_AD.index_add_(0, torch.from_numpy(filled_N.repeat(count_N)), stream_MD)
-    last_AD[into] = stream_MD[ends]
+        sums_AD.index_add_(0, rest.accumulator_M, stream_MD)
+    last_AD[rest.into] = stream_MD[rest.ends]
+
+
+@dataclass(frozen=True, slots=True)
+class _AtOnce:
+    """Segments to be summed together.
+
+    Attributes:
+        tokens: those of all of them, one segment behind the other.
+        into: their accumulators.
+        ends: the last one of ``tokens`` of each.
+        accumulator_M: the accumulator of each of ``tokens``; None where ``into`` says it, as a slice.
+    """
+
+    tokens: slice | torch.Tensor
+    into: slice | torch.Tensor
+    ends: slice | torch.Tensor
+    accumulator_M: torch.Tensor | None
+
+
+@lru_cache(maxsize=8)
+def _segments(table: bytes) -> tuple[list[tuple[int, slice]], _AtOnce | None]:
+    """The segments (accumulator, tokens) to be summed one by one, or those to be summed together.
+
+    Remembered by the table's content, which is the same for every layer of a step and for most decode steps in a row.
+    """
+    first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
+    filled_N = np.flatnonzero(count_A)
+    first_N, count_N = first_A[filled_N], count_A[filled_N]
+    if count_N.sum() >= LONG_SEGMENT * len(filled_N):  # where there is none at all, too
+        runs = zip(filled_N.tolist(), first_N.tolist(), count_N.tolist(), strict=True)
+        return [(accumulator, slice(first, first + count)) for accumulator, first, count in runs], None
+    before_N = count_N.cumsum() - count_N  # tokens of the segments before each
+    tokens = _index((first_N - before_N).repeat(count_N) + np.arange(count_N.sum()))
+    into, ends = _index(filled_N), _index(before_N + count_N - 1)
+    is_told = isinstance(into, slice) and len(filled_N) == count_N.sum()
+    accumulator_M = None if is_told else torch.from_numpy(filled_N.repeat(count_N))
+    return [], _AtOnce(tokens, into, ends, accumulator_M)
