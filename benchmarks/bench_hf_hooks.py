@@ -73,7 +73,7 @@ class Form:
 
 
 FULL = Form(
-    num_tokens=200, rows_alone=3, texts=100, texts_alone=25, rounds=5, batch_sizes=(16, 32, 75), trial_tokens=32
+    num_tokens=200, rows_alone=1, texts=100, texts_alone=25, rounds=5, batch_sizes=(16, 32, 75), trial_tokens=32
 )
 SMALL = Form(num_tokens=16, rows_alone=1, texts=12, texts_alone=3, rounds=5, batch_sizes=(75,), trial_tokens=6)
 
