@@ -8,7 +8,7 @@
                  "trace": ["kind"]}}
 
 The checks here need nothing but the object itself. What depends on the engine (is the name registered, is the layer
-hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.requests``.
+hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.admission``.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ from tests.engine.worker_state import state_held
 from vllm_steer import Readout, ReadoutResult, Steering, save_directions, steer_config, steered
 from vllm_steer.client.replies import reply_of
 from vllm_steer.engine import async_readouts
+from vllm_steer.engine.admission import admission_of
 from vllm_steer.engine.http.bodies import CHAT
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
 from vllm_steer.engine.http.replies import complete_reply
 from vllm_steer.engine.http.sharing import share_registry
 from vllm_steer.engine.in_flight import DRAIN_SECONDS
-from vllm_steer.engine.requests import admission_of
 from vllm_steer.errors import MalformedSpec
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -7,11 +7,11 @@ import asyncio
 import numpy as np
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.http.directory import Server
 from vllm_steer.engine.http.shared_registry import SharedRegistry
 from vllm_steer.engine.in_flight import InFlight
 from vllm_steer.engine.registry import DirectionBook
-from vllm_steer.engine.requests import Admission
 from vllm_steer.settings import SteerSettings
 
 SIZE, CAPACITY = 4, 4

@@ -10,7 +10,8 @@ import pytest
 
 from vllm_steer.batch_plan import Entry, Pooling, RequestPlan
 from vllm_steer.directions import Direction
-from vllm_steer.engine.requests import Admission, salt
+from vllm_steer.engine.admission import Admission
+from vllm_steer.engine.requests import salt
 from vllm_steer.engine.resolved import Resolved
 from vllm_steer.errors import (
     AmbiguousDirection,
@@ -273,7 +274,7 @@ def test_configured_files_are_registered_at_start_up(tmp_path: Any) -> None:
 def test_remembered_readouts_are_bounded_and_the_oldest_go_first(
     admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_steer.engine.requests._REMEMBERED_READOUTS", 2)
+    monkeypatch.setattr("vllm_steer.engine.admission._REMEMBERED_READOUTS", 2)
     for name in ("a", "b", "a", "c"):
         admission.remember(name, Readout([8]))
     assert list(admission.asked) == ["b", "c"]

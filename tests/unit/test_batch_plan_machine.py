@@ -23,7 +23,7 @@ from tests.unit.request_model import CONTENT, HOMES, HOOKED, MOST_TRACED, Life, 
 from tests.unit.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInWorker, plain_streams
 from vllm_steer.directions import Direction
 from vllm_steer.engine import worker_rpc
-from vllm_steer.engine.requests import Admission
+from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.errors import BankFull
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec

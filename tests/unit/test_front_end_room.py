@@ -18,10 +18,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from tests.unit.stub_openai_app import StubChecker
 from vllm_steer import Direction, Readout, Steering, errors, steered
 from vllm_steer.engine import config, plugin, requests
+from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
 from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
 from vllm_steer.engine.offline import collect_readouts, register_directions
-from vllm_steer.engine.requests import Admission
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.schema import WIRE_KEY, RequestSpec
 from vllm_steer.settings import CONFIG_KEY, SteerSettings

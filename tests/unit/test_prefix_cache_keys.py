@@ -13,8 +13,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.prefix_cache import fork_key
-from vllm_steer.engine.requests import Admission, _admit
+from vllm_steer.engine.requests import _admit
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings

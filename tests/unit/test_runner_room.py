@@ -18,8 +18,8 @@ import torch
 from tests.unit.runner_stand_ins import BLOCKS, SIZE, LlamaDecoderLayer, StandInModel, StandInRunner, StandInWorker
 from vllm_steer import Direction, Readout, Steering, errors, save_directions
 from vllm_steer.engine import prefix_cache, worker_rpc
+from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.decoder_layers import decoder_blocks
-from vllm_steer.engine.requests import Admission
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.schema import WIRE_KEY, RequestSpec
 from vllm_steer.settings import SteerSettings

@@ -17,12 +17,13 @@ from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm_steer.engine.admission import admission_of
 from vllm_steer.engine.http import metrics
 from vllm_steer.engine.http.bodies import check_allowed
 from vllm_steer.engine.http.exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.http.replies import finite, readout_json
 from vllm_steer.engine.live_traces import LiveTraces
-from vllm_steer.engine.requests import admission_of, translated
+from vllm_steer.engine.requests import translated
 from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.errors import SteerError
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec

@@ -12,8 +12,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine import plugin
+from vllm_steer.engine.admission import admission_of
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
-from vllm_steer.engine.requests import admission_of
 from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.errors import MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering

@@ -10,11 +10,11 @@ from starlette.datastructures import State
 from vllm.logger import init_logger
 
 from vllm_steer.engine import async_readouts
+from vllm_steer.engine.admission import Admission, admission_of
 from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
 from vllm_steer.engine.http.playground import playground_router
 from vllm_steer.engine.http.routes import SERVER_STATE, SteeredServer, router
 from vllm_steer.engine.http.sharing import share_registry
-from vllm_steer.engine.requests import Admission, admission_of
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError
 from vllm_steer.schema import RequestSpec
 

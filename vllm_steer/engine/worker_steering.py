@@ -12,10 +12,10 @@ from torch import nn
 from vllm_steer.batch_plan import BatchPlanner
 from vllm_steer.buffers import SteerBuffers
 from vllm_steer.directions import Direction
+from vllm_steer.engine.admission import configured_directions
 from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
 from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.registry import DirectionRegistry
-from vllm_steer.engine.requests import configured_directions
 from vllm_steer.engine.resolved import RESOLVED_KEY, Resolved
 from vllm_steer.engine.tail_rows import TailRows
 from vllm_steer.engine.traces import Trace, TraceFlow, TraceRows

@@ -31,7 +31,7 @@ class Book(Protocol):
 
 
 class Checker(Protocol):
-    """What a body is checked against: ``vllm_steer.engine.requests.Admission``."""
+    """What a body is checked against: ``vllm_steer.engine.admission.Admission``."""
 
     @property
     def settings(self) -> SteerSettings: ...

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine.admission import Admission, configured_directions
 from vllm_steer.engine.http.directory import RegistryDirectory, Server
 from vllm_steer.engine.http.shared_registry import SharedRegistry
 from vllm_steer.engine.in_flight import InFlight
 from vllm_steer.engine.registry import bank_writes
-from vllm_steer.engine.requests import Admission, configured_directions
 
 
 async def share_registry(admission: Admission, engine_client: Any) -> SharedRegistry:
