@@ -108,24 +108,32 @@ def main() -> None:
                 "inter_token": compared(took, lambda one: one.inter_token),
             }
             show(f"batch {batch}, {max_tokens} tokens each", measured["generated"][str(batch)]["throughput"])
+            keep(measured, engines, arguments, model)
         for batch in arguments.prefill_batches:
             took = rounds_of(engines, ways, batch, arguments.prefill_tokens, 1, arguments.prefill_rounds)
             throughput = compared(took, rate(batch * arguments.prefill_tokens))
             measured["prefill"][str(batch)] = {"throughput": throughput}
             show(f"prefill of {batch} prompts of {arguments.prefill_tokens} tokens", throughput)
-        last = Work("plain", 1, arguments.prompt_tokens, 1)
-        started = {
-            name: {
-                "start_seconds": None if arguments.together else engine.start_seconds,
-                "memory_gib": engine.do(last).memory_gib,
-            }
-            for name, engine in engines.items()
-        }
-    for name, figure in started.items():
+            keep(measured, engines, arguments, model)
+    for name, figure in measured["engines"].items():
         print(f"{name:18} memory {figure['memory_gib']}")
+
+
+def keep(
+    measured: dict[str, Any], engines: Mapping[str, EngineProcess], arguments: argparse.Namespace, model: Path
+) -> None:
+    """Add how the engines stand, and write the record of what there is: a full run takes long, and may be stopped."""
+    last = Work("plain", 1, arguments.prompt_tokens, 1)
+    measured["engines"] = {
+        name: {
+            "start_seconds": None if arguments.together else engine.start_seconds,
+            "memory_gib": engine.do(last).memory_gib,
+        }
+        for name, engine in engines.items()
+    }
     if arguments.out is not None:
         about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
-        record.write(arguments.out, {**measured, "engines": started}, **about | {"model": model.name})
+        record.write(arguments.out, measured, **about | {"model": model.name})
 
 
 @contextmanager
