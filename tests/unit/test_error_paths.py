@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOM = ROOT / "vllm_steer" / "engine"
 MODULES = (
-    "worker_steering", "runner_v1", "runner_v2", "worker_rpc", "requests", "prefix_cache", "async_readouts", "offline",
-    "plugin", "config", "decoder_layers",
+    "worker_steering", "runner_v1", "runner_v2", "worker_rpc", "admission", "requests", "prefix_cache",
+    "async_readouts", "offline", "plugin", "config", "decoder_layers",
 )  # fmt: skip
 
 SHOWN_BY = {
@@ -22,14 +22,14 @@ SHOWN_BY = {
     "runner_v1._prepare_inputs._prepare_inputs": "unit/test_runner_room.py::test_a_model_that_was_put_in_the_place_of",
     "worker_rpc._checked.checked": "unit/test_runner_room.py::test_a_runner_that_puts_no_hooks_on_its_model",
     "worker_rpc._of": "unit/test_runner_room.py::test_a_worker_without_steering_answers_no_call",
-    "requests.Admission._hooked": "unit/test_admission.py::test_what_the_engine_cannot_do_is_refused",
-    "requests.Admission._entry": "unit/test_admission.py::test_what_the_engine_cannot_do_is_refused",
-    "requests.Admission._check_residual_norm": "unit/test_front_end_room.py::test_a_bound_in_residual_norms_is_kept",
-    "requests.Admission._check_room": "unit/test_admission.py::test_as_many_entries_as_there_is_room_for_count",
-    "requests.Admission._readout": "unit/test_admission.py::test_skipping_the_whole_prompt_is_refused",
-    "requests.Admission._trace": "unit/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
+    "admission.Admission._hooked": "unit/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "admission.Admission._entry": "unit/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "admission.Admission._check_residual_norm": "unit/test_front_end_room.py::test_a_bound_in_residual_norms_is_kept",
+    "admission.Admission._check_room": "unit/test_admission.py::test_as_many_entries_as_there_is_room_for_count",
+    "admission.Admission._readout": "unit/test_admission.py::test_skipping_the_whole_prompt_is_refused",
+    "admission.Admission._trace": "unit/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
     "requests._check_salt": "engine/test_refusals.py::test_a_cache_salt_cannot_pose_as_that_of_a_steered_request",
-    "requests.admission_of": "unit/test_front_end_room.py::test_an_engine_without_hooks_takes_neither",
+    "admission.admission_of": "unit/test_front_end_room.py::test_an_engine_without_hooks_takes_neither",
     "requests.translated": "unit/test_front_end_room.py::test_an_engine_without_hooks_takes_neither",
     "requests.install.process_inputs": "unit/test_front_end_room.py::test_what_would_run_unsteered_or_unchecked",
     "requests.install.assign_request_id": "unit/test_front_end_room.py::test_a_request_made_by_hand_with_a_spec",
