@@ -112,7 +112,8 @@ FOREIGN_NAMES = (
     # Requests: what a caller gives, and what the front end makes of it.
     ForeignName("vllm", "SamplingParams"),
     *_members(_SAMPLING, "SamplingParams", "extra_args output_kind skip_reading_prefix_cache stop"),
-    ForeignName(_SAMPLING, "SamplingParams.clone", "self"),
+    # process_inputs, below, calls it too: so what steered() makes may share its lists with what it was made from
+    ForeignName(_SAMPLING, "SamplingParams.clone", "self", contains="copy.deepcopy(self)"),
     ForeignName(_SAMPLING, "RequestOutputKind"),
     ForeignName(_SAMPLING, "RequestOutputKind.DELTA"),
     ForeignName(_PROCESSOR, "InputProcessor"),
