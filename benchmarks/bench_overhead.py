@@ -2,8 +2,11 @@
 
     python -m benchmarks.bench_overhead [--small] [--out FILE]
 
-Every engine runs in a process of its own, and only one works at a time. A round gives the same prompts to every way in
-turn. Throughput counts generated tokens and the time of the whole call: building the requests, their prompts' prefill,
+Every engine runs in a process of its own, and only one works at a time. A round compares each way with plain vLLM: both
+get the same prompts and go on in turn, step by step of their engines, so that what slows the machine down for a second
+slows both. With --turns call each does all of it in one turn: for a GPU, which works on while its process pauses.
+
+Throughput counts generated tokens and the time of the whole call: building the requests, their prompts' prefill,
 decoding, and collecting the readouts. Prefill throughput counts the prompts' tokens of requests that generate one.
 
 Prefix caching is off for all: a way that repeats its prompts would measure the cache, which readouts may not read. The
@@ -20,15 +23,15 @@ import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
 from benchmarks.engine_process import COMPILED_WITH, EngineProcess, Took, Work
-from benchmarks.rounds import Figure, figures, in_turn, interval
+from benchmarks.line_process import side_by_side
+from benchmarks.rounds import Figure, figures, interval
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [21],
+    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [13],
     "prefill_batches": [8], "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
 }  # fmt: skip
 MAX_TOKENS = (8, 64)
@@ -73,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, nargs="+", default=[21, 21, 61, 11], help="of each batch")
     parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill-rounds", type=int, default=21)
+    parser.add_argument("--turns", choices=["step", "call"], default="step", help="how often two ways take turns")
     parser.add_argument("--tokens", type=int, default=2048, help="generated in a call, within 8 to 64 a request")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
@@ -99,7 +103,8 @@ def main() -> None:
         measured: dict[str, Any] = {"generated": {}, "prefill": {}}
         for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
             max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
-            took = rounds_of(engines, ways, batch, arguments.prompt_tokens, max_tokens, rounds)
+            work = Work("", batch, arguments.prompt_tokens, max_tokens, pauses=arguments.turns == "step")
+            took = rounds_of(engines, ways, work, rounds)
             check_that_steering_steers(took[0])
             measured["generated"][str(batch)] = {
                 "max_tokens": max_tokens,
@@ -110,7 +115,8 @@ def main() -> None:
             show(f"batch {batch}, {max_tokens} tokens each", measured["generated"][str(batch)]["throughput"])
             keep(measured, engines, arguments, model)
         for batch in arguments.prefill_batches:
-            took = rounds_of(engines, ways, batch, arguments.prefill_tokens, 1, arguments.prefill_rounds)
+            work = Work("", batch, arguments.prefill_tokens, 1, pauses=arguments.turns == "step")
+            took = rounds_of(engines, ways, work, arguments.prefill_rounds)
             throughput = compared(took, rate(batch * arguments.prefill_tokens))
             measured["prefill"][str(batch)] = {"throughput": throughput}
             show(f"prefill of {batch} prompts of {arguments.prefill_tokens} tokens", throughput)
@@ -174,24 +180,35 @@ def started_at_once(names: Collection[str]) -> list[list[str]]:
     return [[name for name in names if (name in SAME_GRAPH) == last] for last in (False, True)]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What a way took, and plain vLLM in turn with it."""
+
+    way: Took
+    plain: Took
+
+
 def rounds_of(
-    engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], batch: int, prompt_tokens: int, max_tokens: int,
-    num_rounds: int,
-) -> list[dict[str, Took]]:  # fmt: skip
-    """What each way took in each round, warmed up."""
-    work = {
-        name: partial(engines[way.engine].do, Work(way.kind, batch, prompt_tokens, max_tokens))
-        for name, way in ways.items()
-    }
-    in_turn(work, 1)
-    return in_turn(work, num_rounds)
+    engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], work: Work, num_rounds: int
+) -> list[dict[str, Pair]]:
+    """What each way took in each round, warmed up; `work` but for its kind."""
+
+    def pair(name: str, is_first: bool) -> Pair:
+        names = (name, BASELINE) if is_first else (BASELINE, name)
+        took = side_by_side({
+            one: engines[ways[one].engine].turns(replace(work, kind=ways[one].kind)) for one in names
+        })  # fmt: skip
+        return Pair(took[name], took[BASELINE])
+
+    others = [name for name in ways if name != BASELINE]
+    rounds = [{name: pair(name, number % 2 == 0) for name in others} for number in range(num_rounds + 1)]
+    return rounds[1:]
 
 
-def check_that_steering_steers(took: Mapping[str, Took]) -> None:
+def check_that_steering_steers(took: Mapping[str, Pair]) -> None:
     """End the run where steered requests got the tokens of unsteered ones, which would make it measure nothing."""
-    unsteered = {took[name].tokens for name in (BASELINE, "idle") if name in took}
     for name in ("steered", "stacked"):
-        if name in took and took[name].tokens in unsteered:
+        if name in took and took[name].way.tokens == took[name].plain.tokens:
             raise SystemExit(f"the requests of {name!r} got the tokens of unsteered ones; raise LARGEST_ALPHA.")
 
 
@@ -200,10 +217,15 @@ def rate(tokens: int) -> Callable[[Took], float]:
     return lambda took: tokens / took.seconds
 
 
-def compared(took: Sequence[Mapping[str, Took]], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
-    """A figure for each way, compared with plain vLLM."""
-    rounds = [{name: measure(one) for name, one in round_.items()} for round_ in took]
-    return {name: asdict(figure) for name, figure in figures(rounds, BASELINE).items()}
+def compared(took: Sequence[Mapping[str, Pair]], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
+    """A figure for each way, compared with plain vLLM. That one's own is over all that was compared with it."""
+    plain = [{BASELINE: measure(pair.plain)} for round_ in took for pair in round_.values()]
+    found = figures(plain, BASELINE)
+    for name in took[0]:
+        pairs = [round_[name] for round_ in took]
+        both = [{name: measure(pair.way), BASELINE: measure(pair.plain)} for pair in pairs]
+        found[name] = figures(both, BASELINE)[name]
+    return {name: asdict(figure) for name, figure in found.items()}
 
 
 def show(title: str, throughput: Mapping[str, Mapping[str, Any]]) -> None:

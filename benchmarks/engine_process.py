@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.line_process import LineProcess
+from benchmarks.line_process import LineProcess, Turns, side_by_side
 
 COMPILED_WITH: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256}
 """Engine arguments that the compiled graph depends on: with the same ones, a benchmark finds the graph that another has
@@ -24,12 +24,14 @@ class Work:
         kind: what each asks: "plain", "steered", "stacked", "prompt read" or "read" (see ``overhead_engine``).
         requests: how many.
         prompt_tokens, max_tokens: of each; as many as ``max_tokens`` are generated.
+        pauses: whether it pauses before every step of the engine. Such pauses count nowhere.
     """
 
     kind: str
     requests: int
     prompt_tokens: int
     max_tokens: int
+    pauses: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,12 @@ class EngineProcess:
 
     def do(self, work: Work) -> Took:
         """Give it work, and wait for the end of it."""
-        return Took(**json.loads(self._process.ask(json.dumps(asdict(work)))))
+        return side_by_side({"": self.turns(work)})[""]
+
+    def turns(self, work: Work) -> Turns[Took]:
+        """Give it work, with the pauses that are asked for."""
+        answer = yield from self._process.turns(json.dumps(asdict(work)))
+        return Took(**json.loads(answer))
 
     def close(self) -> None:
         """End the process."""

@@ -1,6 +1,7 @@
 """A process that answers every line on its stdin with a line on its stdout, and does nothing in between.
 
-Engines that were started differently live in such processes, so that they can take turns within seconds.
+Engines that were started differently live in such processes, so that they can take turns: one does its work while the
+others wait, or all of them pause in theirs, many times a second, to let the next one go on.
 """
 
 from __future__ import annotations
@@ -9,8 +10,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
+Turns = Generator[None, None, Answer]
+"""Work that yields wherever it pauses, and returns its answer."""
+Pause = Callable[[], None]
+"""Returns when it is this process's turn again."""
+_PAUSED = "paused"
+_SETTLING_SECONDS = 0.005
+"""Before a process goes on: for as long, threads of the one before it may still be looking for work."""
 
 ENGINE_ENVIRONMENT = {
     # The engine shares its process with nothing but the work: nothing else is timed.
@@ -66,10 +77,24 @@ class LineProcess:
         Raises:
             ProcessDied: while at it.
         """
+        return side_by_side({"": self.turns(line)})[""]
+
+    def turns(self, line: str = "") -> Turns[str]:
+        """Its answer to a line, with the pauses that it makes on the way.
+
+        Raises:
+            ProcessDied: while at it.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        while True:
+            time.sleep(_SETTLING_SECONDS)
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._answer().removesuffix("\n")
+            if answer != _PAUSED:
+                return answer
+            yield
+            line = ""
 
     def close(self) -> None:
         """End the process."""
@@ -90,11 +115,30 @@ class LineProcess:
         return line
 
 
-def serve(start: Callable[[], Callable[[str], str]]) -> None:
+def side_by_side(work: Mapping[str, Turns[Answer]]) -> dict[str, Answer]:
+    """Let all go on in turn, from pause to pause, in this order; the answers."""
+    answers: dict[str, Answer] = {}
+    while len(answers) < len(work):
+        for name, turns in work.items():
+            if name in answers:
+                continue
+            try:
+                next(turns)
+            except StopIteration as ended:
+                answers[name] = ended.value
+    return answers
+
+
+def serve(start: Callable[[Pause], Callable[[str], str]]) -> None:
     """The other side: start something that answers lines, say that it is ready, and answer until stdin ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
-    answer = start()
+
+    def pause() -> None:
+        print(_PAUSED, file=answers, flush=True)
+        sys.stdin.readline()
+
+    answer = start(pause)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(answer(line), file=answers, flush=True)

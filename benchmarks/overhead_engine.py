@@ -1,8 +1,8 @@
 """The process of an ``EngineProcess``: takes a piece of work a line on stdin, answers with a line on stdout.
 
 What it reads of vLLM's own clocks (``v1/metrics/stats.py`` and ``outputs.py``, ``RequestOutput.metrics``, vLLM 0.32):
-``first_token_latency``, from arrival in the front end to the first token there, and the moments at which the engine
-core made a request's first and last token.
+the wall-clock time at which a request arrived in the front end, and the monotonic times at which the engine core made
+its first and last token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -24,7 +25,8 @@ import torch
 from vllm import LLM, SamplingParams
 
 from benchmarks.engine_process import PLUGIN, Took, Work
-from benchmarks.line_process import serve
+from benchmarks.line_process import Pause, serve
+from benchmarks.working_time import WorkingTime
 
 NUM_DIRECTIONS = 8
 LARGEST_ALPHA = 60.0
@@ -37,10 +39,12 @@ class OverheadEngine:
     Args:
         layers: hooked ones; None leaves steering unconfigured.
         engine_args: passed to ``vllm.LLM``.
+        pause: called before every step of the engine, where the work asks for it.
     """
 
-    def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any]) -> None:
+    def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any], pause: Pause) -> None:
         self._layers = layers
+        self._pause = pause
         if layers is None:
             self._llm = LLM(**engine_args)
             assert (PLUGIN in sys.modules) == (os.environ["VLLM_PLUGINS"] == PLUGIN)
@@ -62,26 +66,48 @@ class OverheadEngine:
         shape = (work.requests, work.prompt_tokens)
         ids = np.random.default_rng(0).integers(FIRST_WORD, words, shape).tolist()
         prompts = [{"prompt_token_ids": row} for row in ids]
-        began = time.perf_counter()
+        to_monotonic = time.monotonic() - time.time()
+        clock = WorkingTime()
         params = self._params(work)
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        with self._pausing(clock) if work.pauses else nullcontext():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if work.kind in ("prompt read", "read"):
             from vllm_steer import collect_readouts
 
             reads = collect_readouts(self._llm, outputs)
             assert all(samples[0] is not None for samples in reads)
-        seconds = time.perf_counter() - began
+        clock.stop()
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         assert all(len(row) == work.max_tokens for row in tokens)
+        steps = max(1, work.max_tokens - 1)
         clocks = [output.metrics for output in outputs]
-        steps = work.max_tokens - 1
         return Took(
-            seconds=seconds,
-            first_token=statistics.median(one.first_token_latency for one in clocks),
-            inter_token=statistics.median((one.last_token_ts - one.first_token_ts) / max(1, steps) for one in clocks),
+            seconds=clock.at(time.monotonic()),
+            first_token=statistics.median(
+                clock.at(one.first_token_ts) - clock.at(one.arrival_time + to_monotonic) for one in clocks
+            ),
+            inter_token=statistics.median(
+                (clock.at(one.last_token_ts) - clock.at(one.first_token_ts)) / steps for one in clocks
+            ),
             tokens=sha256(json.dumps(tokens).encode()).hexdigest(),
             memory_gib=_memory_gib(),
         )
+
+    @contextmanager
+    def _pausing(self, clock: WorkingTime) -> Iterator[None]:
+        engine = self._llm.llm_engine
+
+        def step() -> Any:
+            clock.stop()
+            self._pause()
+            clock.go_on()
+            return type(engine).step(engine)
+
+        engine.step = step
+        try:
+            yield
+        finally:
+            del engine.step
 
     def _params(self, work: Work) -> list[SamplingParams]:
         """One for each request; α goes from −60 to 60, and no two requests share one."""
@@ -129,8 +155,8 @@ def _memory_gib() -> dict[str, float]:
     return memory
 
 
-def _engine() -> Callable[[str], str]:
-    engine = OverheadEngine(**json.loads(sys.argv[1]))
+def _engine(pause: Pause) -> Callable[[str], str]:
+    engine = OverheadEngine(**json.loads(sys.argv[1]), pause=pause)
     return lambda line: json.dumps(asdict(engine.do(Work(**json.loads(line)))))
 
 

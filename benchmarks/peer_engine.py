@@ -20,7 +20,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks.line_process import serve
+from benchmarks.line_process import Pause, serve
 
 LAYER = 16
 NUM_REQUESTS = 64
@@ -28,7 +28,7 @@ NUM_TOKENS = 48
 PROMPT_TOKENS = 64
 
 
-def engine() -> Callable[[str], str]:
+def engine(_: Pause) -> Callable[[str], str]:
     draw = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": ids} for ids in draw.integers(100, 40_000, (NUM_REQUESTS, PROMPT_TOKENS)).tolist()]
     direction_D = draw.standard_normal(576).astype(np.float32)

@@ -1,0 +1,31 @@
+"""The time that a piece of work takes, where it pauses in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class WorkingTime:
+    """Counts the seconds since it was made, without the pauses.
+
+    Args:
+        now: the clock; its readings are the moments that ``at`` takes.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._laps: list[tuple[float, float]] = []
+        self._began = now()
+
+    def stop(self) -> None:
+        """Count no further until ``go_on``."""
+        self._laps.append((self._began, self._now()))
+
+    def go_on(self) -> None:
+        """Count again."""
+        self._began = self._now()
+
+    def at(self, moment: float) -> float:
+        """What it had counted at a moment, by the time that it stopped for the last time."""
+        return sum(min(end, moment) - began for began, end in self._laps if began < moment)
