@@ -4,7 +4,8 @@
 
 Every engine runs in a process of its own, and only one works at a time. A round compares each way with plain vLLM: both
 get the same prompts and go on in turn, step by step of their engines, so that what slows the machine down for a second
-slows both. With --turns call each does all of it in one turn: for a GPU, which works on while its process pauses.
+slows both. With --turns call each does all of it in one turn: for a GPU, which works on while its process pauses. Since
+an engine can be slower than the next one of its kind for as long as it lives, all are started --starts times.
 
 Throughput counts generated tokens and the time of the whole call: building the requests, their prompts' prefill,
 decoding, and collecting the readouts. Prefill throughput counts the prompts' tokens of requests that generate one.
@@ -24,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from batch_jobs.demo_model import demo_model_path
 from benchmarks import record
 from benchmarks.engine_process import COMPILED_WITH, EngineProcess, Took, Work
 from benchmarks.line_process import side_by_side
-from benchmarks.rounds import Figure, figures, interval
+from benchmarks.rounds import Figure, figures, figures_of_starts, interval
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16, 20, 24], help="hooked in most engines")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="requests at once")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[21, 21, 61, 11], help="of each batch")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[2, 2, 5, 2], help="of each batch, after each start")
     parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prefill-rounds", type=int, default=21)
+    parser.add_argument("--prefill-rounds", type=int, default=5)
     parser.add_argument("--turns", choices=["step", "call"], default="step", help="how often two ways take turns")
     parser.add_argument("--tokens", type=int, default=2048, help="generated in a call, within 8 to 64 a request")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
-    parser.add_argument("--starts", type=int, default=2, help="of each engine, of which the last is used and timed")
+    parser.add_argument("--starts", type=int, default=8, help="of all engines; the last ones are timed")
     parser.add_argument("--together", action="store_true", help="start engines at once; the starts are not timed")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
@@ -95,51 +97,91 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is compared, in how many rounds after each start.
+
+    Attributes:
+        section: of the record; "generated" or "prefill".
+        work: but for its kind.
+    """
+
+    section: str
+    work: Work
+    rounds: int
+
+    def rate(self, took: Took) -> float:
+        """The section's tokens a second."""
+        work = self.work
+        return work.requests * (work.max_tokens if self.section == "generated" else work.prompt_tokens) / took.seconds
+
+    def __str__(self) -> str:
+        work = self.work
+        if self.section == "generated":
+            return f"batch {work.requests}, {work.max_tokens} tokens each"
+        return f"prefill of {work.requests} prompts of {work.prompt_tokens} tokens"
+
+
 def main() -> None:
     arguments = parse()
     model = arguments.model or demo_model_path()
     ways = {name: way for name, way in WAYS.items() if name in arguments.ways}
-    with running(model, dict.fromkeys(way.engine for way in ways.values()), arguments) as engines:
-        measured: dict[str, Any] = {"generated": {}, "prefill": {}}
-        for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
-            max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
-            work = Work("", batch, arguments.prompt_tokens, max_tokens, pauses=arguments.turns == "step")
-            took = rounds_of(engines, ways, work, rounds)
-            check_that_steering_steers(took[0])
-            measured["generated"][str(batch)] = {
-                "max_tokens": max_tokens,
-                "throughput": compared(took, rate(batch * max_tokens)),
-                "first_token": compared(took, lambda one: one.first_token),
-                "inter_token": compared(took, lambda one: one.inter_token),
-            }
-            show(f"batch {batch}, {max_tokens} tokens each", measured["generated"][str(batch)]["throughput"])
-            keep(measured, engines, arguments, model)
-        for batch in arguments.prefill_batches:
-            work = Work("", batch, arguments.prefill_tokens, 1, pauses=arguments.turns == "step")
-            took = rounds_of(engines, ways, work, arguments.prefill_rounds)
-            throughput = compared(took, rate(batch * arguments.prefill_tokens))
-            measured["prefill"][str(batch)] = {"throughput": throughput}
-            show(f"prefill of {batch} prompts of {arguments.prefill_tokens} tokens", throughput)
-            keep(measured, engines, arguments, model)
+    took: dict[Task, list[Rounds]] = {task: [] for task in tasks(arguments)}
+    measured: dict[str, Any] = {}
+    for _ in range(arguments.starts):
+        with running(model, dict.fromkeys(way.engine for way in ways.values()), arguments) as engines:
+            for task, starts in took.items():
+                starts.append(rounds_of(engines, ways, task))
+                check_that_steering_steers(starts[-1][0])
+                show(task, compared(starts[-1:], task.rate))
+                # Written at once: a full run takes long, and may be stopped.
+                measured = {**measured_of(took), "engines": standing(engines, arguments)}
+                if arguments.out is not None:
+                    about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
+                    record.write(arguments.out, measured, **about | {"model": model.name})
+    if arguments.starts > 1:
+        print("over all starts:")
+        for task, starts in took.items():
+            show(task, compared(starts, task.rate))
     for name, figure in measured["engines"].items():
         print(f"{name:18} memory {figure['memory_gib']}")
 
 
-def keep(
-    measured: dict[str, Any], engines: Mapping[str, EngineProcess], arguments: argparse.Namespace, model: Path
-) -> None:
-    """Add how the engines stand, and write the record of what there is: a full run takes long, and may be stopped."""
+def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
+    """All that is measured after each start."""
+    pauses = arguments.turns == "step"
+    for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
+        max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
+        yield Task("generated", Work("", batch, arguments.prompt_tokens, max_tokens, pauses), rounds)
+    for batch in arguments.prefill_batches:
+        yield Task("prefill", Work("", batch, arguments.prefill_tokens, 1, pauses), arguments.prefill_rounds)
+
+
+def measured_of(took: Mapping[Task, list[Rounds]]) -> dict[str, Any]:
+    """The record of what there is so far."""
+    measured: dict[str, Any] = {"generated": {}, "prefill": {}}
+    for task, starts in took.items():
+        if not starts:
+            continue
+        found: dict[str, Any] = {"throughput": compared(starts, task.rate)}
+        if task.section == "generated":
+            found["max_tokens"] = task.work.max_tokens
+            for clock in ("first_token", "inter_token"):
+                found[clock] = compared(starts, attrgetter(clock))
+        measured[task.section][str(task.work.requests)] = found
+    return measured
+
+
+def standing(engines: Mapping[str, EngineProcess], arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long the engines took to start, and what they hold now."""
     last = Work("plain", 1, arguments.prompt_tokens, 1)
-    measured["engines"] = {
+    return {
         name: {
             "start_seconds": None if arguments.together else engine.start_seconds,
             "memory_gib": engine.do(last).memory_gib,
         }
         for name, engine in engines.items()
     }
-    if arguments.out is not None:
-        about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
-        record.write(arguments.out, measured, **about | {"model": model.name})
 
 
 @contextmanager
@@ -166,8 +208,6 @@ def running(model: Path, names: Collection[str], arguments: argparse.Namespace) 
 
         for group in started_at_once(names) if arguments.together else [[name] for name in names]:
             for name in group:
-                for _ in range(arguments.starts - 1):  # fill the compile cache
-                    start(name).wait().close()
                 engines[name] = start(name)
                 started.callback(engines[name].close)
             for name in group:
@@ -188,20 +228,22 @@ class Pair:
     plain: Took
 
 
-def rounds_of(
-    engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], work: Work, num_rounds: int
-) -> list[dict[str, Pair]]:
-    """What each way took in each round, warmed up; `work` but for its kind."""
+Rounds = list[dict[str, Pair]]
+"""Of each round, what each way took."""
+
+
+def rounds_of(engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], task: Task) -> Rounds:
+    """What each way took in each round, warmed up."""
 
     def pair(name: str, is_first: bool) -> Pair:
         names = (name, BASELINE) if is_first else (BASELINE, name)
         took = side_by_side({
-            one: engines[ways[one].engine].turns(replace(work, kind=ways[one].kind)) for one in names
+            one: engines[ways[one].engine].turns(replace(task.work, kind=ways[one].kind)) for one in names
         })  # fmt: skip
         return Pair(took[name], took[BASELINE])
 
     others = [name for name in ways if name != BASELINE]
-    rounds = [{name: pair(name, number % 2 == 0) for name in others} for number in range(num_rounds + 1)]
+    rounds = [{name: pair(name, number % 2 == 0) for name in others} for number in range(task.rounds + 1)]
     return rounds[1:]
 
 
@@ -212,24 +254,21 @@ def check_that_steering_steers(took: Mapping[str, Pair]) -> None:
             raise SystemExit(f"the requests of {name!r} got the tokens of unsteered ones; raise LARGEST_ALPHA.")
 
 
-def rate(tokens: int) -> Callable[[Took], float]:
-    """Tokens a second of work on this many."""
-    return lambda took: tokens / took.seconds
-
-
-def compared(took: Sequence[Mapping[str, Pair]], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
+def compared(starts: Sequence[Rounds], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
     """A figure for each way, compared with plain vLLM. That one's own is over all that was compared with it."""
-    plain = [{BASELINE: measure(pair.plain)} for round_ in took for pair in round_.values()]
-    found = figures(plain, BASELINE)
-    for name in took[0]:
-        pairs = [round_[name] for round_ in took]
-        both = [{name: measure(pair.way), BASELINE: measure(pair.plain)} for pair in pairs]
-        found[name] = figures(both, BASELINE)[name]
+    all_pairs = [pair for rounds in starts for round_ in rounds for pair in round_.values()]
+    found = figures([{BASELINE: measure(pair.plain)} for pair in all_pairs], BASELINE)
+    for name in starts[0][0]:
+        both = [
+            [{name: measure(round_[name].way), BASELINE: measure(round_[name].plain)} for round_ in rounds]
+            for rounds in starts
+        ]
+        found[name] = figures_of_starts(both, BASELINE)[name]
     return {name: asdict(figure) for name, figure in found.items()}
 
 
-def show(title: str, throughput: Mapping[str, Mapping[str, Any]]) -> None:
-    print(title)
+def show(task: Task, throughput: Mapping[str, Mapping[str, Any]]) -> None:
+    print(task)
     for name, values in throughput.items():
         figure = Figure(**values)
         low, high = interval(figure.ratios)

@@ -1,35 +1,40 @@
 """Other projects that steer inside vLLM: which of them installs beside this vLLM, which one runs, and how fast.
 
-    python -m benchmarks.bench_peers [--rounds 5] [--out FILE]
+    python -m benchmarks.bench_peers [--rounds 9] [--out FILE]
 
 For each peer: does pip find a set of packages with it and the vLLM that is here (a dry run, nothing is changed); if
-put into a folder of its own without regard to what it asks for, does it import; and if it does, the same requests in
-turn on plain vLLM, on the peer and on vllm-steer, each in a process of its own, started as its documentation says.
+put into a folder of its own without regard to what it asks for, does it import; and if it does, the same requests on
+plain vLLM, on the peer and on vllm-steer, each in a process of its own, started as its documentation says. The three
+go on in turn, step by step of their engines. One that gives the tokens of plain vLLM has not steered: that is said.
 Needs a package registry; without one every peer's line says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.line_process import LineProcess, ProcessDied
-from benchmarks.rounds import figures, in_turn
+from benchmarks.line_process import LineProcess, ProcessDied, side_by_side
+from benchmarks.rounds import Round, figures
 from vllm_steer.engine.plugin import vllm_version
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1")
 PIP_SECONDS = 300
 MAX_CHARACTERS = 300
 OURS, PLAIN = "vllm-steer", "plain"
+
+
+class NotSteered(Exception):
+    """What was to be steered was not."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
@@ -130,7 +135,7 @@ def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
         return outcome
     try:
         measured = compared(peer, {**environment, "VLLM_PLUGINS": peer.plugin}, folder, num_rounds)
-    except ProcessDied as error:
+    except (ProcessDied, NotSteered) as error:
         return replace(outcome, runs=last_error(str(error)))
     return replace(outcome, runs="yes", figures=measured)
 
@@ -145,7 +150,7 @@ def resolved(requirement: str, constraints: Path) -> str:
 
 
 def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_rounds: int) -> dict[str, Any]:
-    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises ProcessDied."""
+    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises ProcessDied, NotSteered."""
     engines: dict[str, LineProcess] = {}
     try:
         # The peer first: where it does not start, the others need not.
@@ -156,17 +161,25 @@ def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_round
         ):
             engines[kind] = LineProcess("peer_engine", kind, its, folder / f"{kind}.log")
             engines[kind].wait()
-        ways = {kind: partial(tokens_a_second, engine) for kind, engine in engines.items()}
-        rounds = in_turn(ways, num_rounds)
+        rounds = [one_round(engines, number % 2 == 1) for number in range(num_rounds)]
     finally:
         for engine in engines.values():
             engine.close()
     return {kind: asdict(figure) for kind, figure in figures(rounds, PLAIN).items()}
 
 
-def tokens_a_second(engine: LineProcess) -> float:
-    """Of the work, done once."""
-    return float(engine.ask())
+def one_round(engines: Mapping[str, LineProcess], is_reversed: bool) -> Round:
+    """Tokens a second of each engine, all of them side by side.
+
+    Raises:
+        NotSteered: one of them gave the tokens of plain vLLM.
+    """
+    kinds = [*reversed(engines)] if is_reversed else [*engines]
+    answers = {kind: json.loads(one) for kind, one in side_by_side({k: engines[k].turns() for k in kinds}).items()}
+    for kind, answer in answers.items():
+        if kind != PLAIN and answer["tokens"] == answers[PLAIN]["tokens"]:
+            raise NotSteered(f"the requests of {kind} got the tokens of unsteered ones")
+    return {kind: float(answer["rate"]) for kind, answer in answers.items()}
 
 
 def answer_of(*command: str, **environment: str) -> str:

@@ -71,14 +71,6 @@ class LineProcess:
         self._answer()
         self.start_seconds = time.perf_counter() - self._began
 
-    def ask(self, line: str = "") -> str:
-        """Its answer to a line.
-
-        Raises:
-            ProcessDied: while at it.
-        """
-        return side_by_side({"": self.turns(line)})[""]
-
     def turns(self, line: str = "") -> Turns[str]:
         """Its answer to a line, with the pauses that it makes on the way.
 

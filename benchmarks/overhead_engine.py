@@ -13,8 +13,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -26,7 +26,7 @@ from vllm import LLM, SamplingParams
 
 from benchmarks.engine_process import PLUGIN, Took, Work
 from benchmarks.line_process import Pause, serve
-from benchmarks.working_time import WorkingTime
+from benchmarks.working_time import WorkingTime, pausing
 
 NUM_DIRECTIONS = 8
 LARGEST_ALPHA = 60.0
@@ -69,7 +69,7 @@ class OverheadEngine:
         to_monotonic = time.monotonic() - time.time()
         clock = WorkingTime()
         params = self._params(work)
-        with self._pausing(clock) if work.pauses else nullcontext():
+        with pausing(self._llm, clock, self._pause) if work.pauses else nullcontext():
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if work.kind in ("prompt read", "read"):
             from vllm_steer import collect_readouts
@@ -92,22 +92,6 @@ class OverheadEngine:
             tokens=sha256(json.dumps(tokens).encode()).hexdigest(),
             memory_gib=_memory_gib(),
         )
-
-    @contextmanager
-    def _pausing(self, clock: WorkingTime) -> Iterator[None]:
-        engine = self._llm.llm_engine
-
-        def step() -> Any:
-            clock.stop()
-            self._pause()
-            clock.go_on()
-            return type(engine).step(engine)
-
-        engine.step = step
-        try:
-            yield
-        finally:
-            del engine.step
 
     def _params(self, work: Work) -> list[SamplingParams]:
         """One for each request; α goes from −60 to 60, and no two requests share one."""

@@ -1,9 +1,10 @@
-"""The process of one engine of `bench_peers`: for every line on stdin it does the work once and answers with tokens/s.
+"""The process of one engine of `bench_peers`: for every line on stdin it does the work once, pausing at every step.
 
     python -m benchmarks.peer_engine KIND
 
 KIND is "plain", "vllm-steer" or a peer's name. The work is the same: requests that are steered at one layer along one
-direction, each with an α of its own, and for "plain" not at all.
+direction, each with an α of its own, and for "plain" not at all. The answer is a JSON object: "rate" in tokens/s and
+"tokens", a digest of those that were generated, greedily.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from vllm import LLM, SamplingParams
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks.line_process import Pause, serve
+from benchmarks.working_time import WorkingTime, pausing
 
 LAYER = 16
 NUM_REQUESTS = 64
@@ -28,20 +31,24 @@ NUM_TOKENS = 48
 PROMPT_TOKENS = 64
 
 
-def engine(_: Pause) -> Callable[[str], str]:
+def engine(pause: Pause) -> Callable[[str], str]:
     draw = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": ids} for ids in draw.integers(100, 40_000, (NUM_REQUESTS, PROMPT_TOKENS)).tolist()]
     direction_D = draw.standard_normal(576).astype(np.float32)
     direction_D /= np.linalg.norm(direction_D)
     llm, params = start(sys.argv[1], direction_D, np.linspace(-20, 20, NUM_REQUESTS).tolist())
 
-    def tokens_a_second(_: str = "") -> str:
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        return str(sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start))
+    def work(_: str = "") -> str:
+        clock = WorkingTime()
+        with pausing(llm, clock, pause):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        clock.stop()
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        rate = sum(map(len, tokens)) / clock.at(time.monotonic())
+        return json.dumps({"rate": rate, "tokens": sha256(json.dumps(tokens).encode()).hexdigest()})
 
-    tokens_a_second()  # warm-up
-    return tokens_a_second
+    llm.generate(prompts, params, use_tqdm=False)  # warm-up
+    return work
 
 
 def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[SamplingParams]]:
@@ -50,7 +57,7 @@ def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[S
         "model": str(demo_model_path()), "dtype": "bfloat16", "max_model_len": 512, "seed": 0,
         "kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False,
     }  # fmt: skip
-    sampling: dict[str, Any] = {"temperature": 0.7, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     if kind == "vllm-steer":
         from vllm_steer import Direction, Steering, load_llm, register_directions, steered
 

@@ -31,7 +31,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def overhead(axes: Axes, measured: Mapping[str, Any]) -> None:
     """Throughput of every way against plain vLLM, a colour for each batch."""
-    batches = measured["generated"]
+    batches = {batch: measured["generated"][batch] for batch in sorted(measured["generated"], key=int)}
     names = [way for way in WAYS if way != "absent" and way in next(iter(batches.values()))["throughput"]]
     gap = 0.7 / len(batches)
     for number, (batch, figures) in enumerate(batches.items()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ class Figure:
         median: of what was measured, in its own unit.
         ratio: median over the rounds of measured / measured of the other way in the same round.
         ratio_low, ratio_high: lowest and highest of these.
-        ratios: all of them, in the order of the rounds.
+        ratios: all of them, in the order of the rounds; or one for each start (see ``figures_of_starts``).
     """
 
     median: float
@@ -50,6 +50,23 @@ def in_turn(ways: Mapping[str, Callable[[], Measured]], num_rounds: int) -> list
 def figures(rounds: Sequence[Round], baseline: str) -> dict[str, Figure]:
     """A figure for each way, compared with the way `baseline`, whose own ratios are 1."""
     return {name: _figure(rounds, name, baseline) for name in rounds[0]}
+
+
+def figures_of_starts(starts: Sequence[Sequence[Round]], baseline: str) -> dict[str, Figure]:
+    """``figures``, where the processes that were measured were started anew before each of these series of rounds.
+
+    One process can be slower than the next one of its kind from its start to its end, so behind several starts each
+    counts as one pair: ``ratios`` are the medians over the rounds of each.
+    """
+    if len(starts) == 1:
+        return figures(starts[0], baseline)
+    each = [figures(rounds, baseline) for rounds in starts]
+    medians = [{name: one[name].ratio for name in one} for one in each]
+    by_ratio = figures([one | {baseline: 1.0} for one in medians], baseline)
+    return {
+        name: replace(figure, median=statistics.median(one[name].median for one in each))
+        for name, figure in by_ratio.items()
+    }
 
 
 def _figure(rounds: Sequence[Round], name: str, baseline: str) -> Figure:

@@ -67,6 +67,7 @@ def main() -> None:
             # engines of these ways fit beside each other into 80 GB.
             "overhead": [
                 "benchmarks.bench_overhead", *small, "--model", model, "--load-format", "dummy", "--kv-gib", "2",
+                "--turns", "call", "--starts", "2",
                 "--ways", "absent", "installed", "idle", "steered", "stacked", "prompt read", "read",
                 "--out", str(arguments.out / "overhead.json"),
             ],

@@ -13,15 +13,8 @@ OP_DIMENSION = 3584  # Qwen2.5-7B's; both forms of the benchmark have it
 
 
 def overhead(measured: Record) -> str:
-    setup, generated, prefill = measured["setup"], measured["generated"], measured["prefill"]
-    names = {name: label.format(layers=len(setup["layers"])) for name, label in WAYS.items()}
-    columns = [
-        *((f"{n} × {batch['max_tokens']} tokens", batch["throughput"]) for n, batch in generated.items()),
-        *((f"prefill, {n} × {setup['prefill_tokens']}", batch["throughput"]) for n, batch in prefill.items()),
-    ]
-    rows = [["plugin absent, tokens/s", *(f"{figures['absent']['median']:.0f}" for _, figures in columns)]]
-    ways = [way for way in names if way in columns[0][1] and way != "absent"]
-    rows += [[names[way], *(ratio(figures[way]) for _, figures in columns)] for way in ways]
+    setup, generated = measured["setup"], measured["generated"]
+    names, ways = _ways(measured)
     largest = "64" if "64" in generated else max(generated, key=int)
     clocks = [generated[largest][clock] for clock in ("first_token", "inter_token")]
     latencies = [["plugin absent, ms", *(f"{1000 * figures['absent']['median']:.1f}" for figures in clocks)]]
@@ -37,15 +30,62 @@ def overhead(measured: Record) -> str:
     memory = " / ".join(next(iter(measured["engines"].values()))["memory_gib"])
     return "\n\n".join([
         f"**Throughput against plain vLLM** ({setup['model']}, {setup['dtype']}, "
-        f"{'eager' if setup['eager'] else 'compiled'}; median of {' / '.join(map(str, setup['rounds']))} rounds and "
-        "where that median lies with 95 % confidence; above 1 is faster than without the plugin):",
-        table(["requests", *(title for title, _ in columns)], rows),
+        f"{'eager' if setup['eager'] else 'compiled'}; {_medians(measured)} and where that median lies with 95 % "
+        "confidence; above 1 is faster than without the plugin):",
+        _throughput(measured),
         f"**Time to first token and between tokens, {largest} requests at once** (above 1 is slower):",
         table(["requests", "first token", "between tokens"], latencies),
         "**Start-up and memory:**",
         table(["engine", "start, s", f"memory, GiB ({memory})"], engines),
         source(measured),
     ])  # fmt: skip
+
+
+def overhead_one_start(measured: Record) -> str:
+    title = f"**The same at other numbers of requests, in one life of each engine** ({_medians(measured)}):"
+    return "\n\n".join([title, _throughput(measured), source(measured)])
+
+
+def _ways(measured: Record) -> tuple[dict[str, str], list[str]]:
+    """The labels of all ways, and those that were compared with plain vLLM."""
+    layers = len(measured["setup"]["layers"])
+    names = {name: label.format(layers=layers) for name, label in WAYS.items()}
+    return names, [name for name in names if name != "absent" and name in measured["setup"]["ways"]]
+
+
+def _columns(measured: Record) -> list[tuple[str, Mapping[str, Any]]]:
+    """Title and throughput of every column."""
+    generated, prefill = measured["generated"], measured["prefill"]
+    return [
+        *(
+            (f"{n} × {generated[n]['max_tokens']} tokens", generated[n]["throughput"])
+            for n in sorted(generated, key=int)
+        ),
+        *(
+            (f"prefill, {n} × {measured['setup']['prefill_tokens']}", prefill[n]["throughput"])
+            for n in sorted(prefill, key=int)
+        ),
+    ]
+
+
+def _throughput(measured: Record) -> str:
+    names, ways = _ways(measured)
+    columns = _columns(measured)
+    rows = [["plugin absent, tokens/s", *(f"{figures['absent']['median']:.0f}" for _, figures in columns)]]
+    rows += [[names[way], *(ratio(figures[way]) for _, figures in columns)] for way in ways]
+    return table(["requests", *(title for title, _ in columns)], rows)
+
+
+def _medians(measured: Record) -> str:
+    """Of what the medians are."""
+    setup, (_, ways) = measured["setup"], _ways(measured)
+    counts = " / ".join(str(len(figures[ways[0]]["ratios"])) for _, figures in _columns(measured))
+    if setup["starts"] == 1:
+        return f"median of {counts} rounds"
+    of_batch = dict(zip(setup["batches"], setup["rounds"], strict=True))
+    rounds = [of_batch[batch] for batch in sorted(of_batch)] + [setup["prefill_rounds"]] * len(setup["prefill_batches"])
+    each = " / ".join(map(str, rounds))
+    return f"median over {setup['starts']} starts of all engines, each the median of {each} rounds,"
 
 
 def hooks(measured: Record) -> str:
@@ -147,5 +187,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
-    "overhead": overhead, "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers
+    "overhead": overhead, "overhead-one-start": overhead_one_start, "hf-hooks": hooks, "op": op, "scale": scale,
+    "peers": peers,
 }  # fmt: skip

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.line_process import Pause
 
 
 class WorkingTime:
@@ -29,3 +33,21 @@ class WorkingTime:
     def at(self, moment: float) -> float:
         """What it had counted at a moment, by the time that it stopped for the last time."""
         return sum(min(end, moment) - began for began, end in self._laps if began < moment)
+
+
+@contextmanager
+def pausing(llm: Any, clock: WorkingTime, pause: Pause) -> Iterator[None]:
+    """Let what a ``vllm.LLM`` does pause before every step of its engine, which is in this process."""
+    engine = llm.llm_engine
+
+    def step() -> Any:
+        clock.stop()
+        pause()
+        clock.go_on()
+        return type(engine).step(engine)
+
+    engine.step = step
+    try:
+        yield
+    finally:
+        del engine.step

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.goals import GOALS, verdicts
 from benchmarks.record import RESULTS
-from benchmarks.rounds import figures, in_turn, interval
+from benchmarks.rounds import figures, figures_of_starts, in_turn, interval
 from benchmarks.summary import BEGIN, END, all_tables, goals, rewritten, section_of
 from tests.conftest import PROJECT_ROOT
 
@@ -81,3 +81,10 @@ def test_an_interval_covers_the_median_and_narrows_with_more_rounds() -> None:
     assert 0.90 <= low < 0.995 < high <= 1.10
     narrow_low, narrow_high = interval(ratios * 20)
     assert low < narrow_low < 0.995 < narrow_high < high
+
+
+def test_each_of_several_starts_counts_once() -> None:
+    starts = [[{"it": ratio, "other": 1.0} for ratio in ratios] for ratios in ([1.0, 2.0, 6.0], [3.0], [4.0, 4.0])]
+    it = figures_of_starts(starts, "other")["it"]
+    assert (it.median, it.ratio, it.ratio_low, it.ratio_high, it.ratios) == (3.0, 3.0, 2.0, 4.0, [2.0, 3.0, 4.0])
+    assert figures_of_starts(starts[:1], "other") == figures(starts[0], "other")
