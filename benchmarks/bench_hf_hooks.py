@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks import record
+from benchmarks import record, vllm_024
 from benchmarks.hf_hooks import HookedModel, Means
 from benchmarks.paper_work import PaperWork, Row, has_tokenizer, paper_work
 from benchmarks.rounds import figures, in_turn
@@ -107,6 +107,7 @@ def main() -> None:
     model = arguments.model or str(demo_model_path())
     work = paper_work(model)
 
+    vllm_024.install()
     llm = start_engine(model, arguments.device, arguments.max_num_batched_tokens)
     register_directions(llm, [Direction("paper", STEERED_LAYER, work.direction_D)])
     # float32 is the faster one on CPUs without bf16 instructions, and never on a GPU.

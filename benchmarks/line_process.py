@@ -19,7 +19,7 @@ Turns = Generator[None, None, Answer]
 """Work that yields wherever it pauses, and returns its answer."""
 Pause = Callable[[], None]
 """Returns when it is this process's turn again."""
-_PAUSED = "paused"
+_READY, _PAUSED = "ready", "paused"
 _SETTLING_SECONDS = 0.005
 """Before a process goes on: for as long, threads of the one before it may still be looking for work."""
 
@@ -68,7 +68,8 @@ class LineProcess:
         Raises:
             ProcessDied: it did not start.
         """
-        self._answer()
+        while self._answer() != _READY:  # before it: what libraries print while they are imported
+            pass
         self.start_seconds = time.perf_counter() - self._began
 
     def turns(self, line: str = "") -> Turns[str]:
@@ -82,7 +83,7 @@ class LineProcess:
             time.sleep(_SETTLING_SECONDS)
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-            answer = self._answer().removesuffix("\n")
+            answer = self._answer()
             if answer != _PAUSED:
                 return answer
             yield
@@ -104,7 +105,7 @@ class LineProcess:
         if not line:
             self._process.wait()
             raise ProcessDied(self._log.read_text(errors="replace"))
-        return line
+        return line.removesuffix("\n")
 
 
 def side_by_side(work: Mapping[str, Turns[Answer]]) -> dict[str, Answer]:
@@ -131,6 +132,6 @@ def serve(start: Callable[[Pause], Callable[[str], str]]) -> None:
         sys.stdin.readline()
 
     answer = start(pause)
-    print("ready", file=answers, flush=True)
+    print(_READY, file=answers, flush=True)
     for line in sys.stdin:
         print(answer(line), file=answers, flush=True)

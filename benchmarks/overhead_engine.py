@@ -140,6 +140,10 @@ def _memory_gib() -> dict[str, float]:
 
 
 def _engine(pause: Pause) -> Callable[[str], str]:
+    if os.environ["VLLM_PLUGINS"] == PLUGIN:
+        from benchmarks import vllm_024  # imports the plugin, which the engine that is without it is without
+
+        vllm_024.install()
     engine = OverheadEngine(**json.loads(sys.argv[1]), pause=pause)
     return lambda line: json.dumps(asdict(engine.do(Work(**json.loads(line)))))
 

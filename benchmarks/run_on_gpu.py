@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import vllm_024
 from benchmarks.random_checkpoint import SHAPES
 
 STEP_SECONDS = 3600
@@ -90,8 +91,9 @@ def run(name: str, command: list[str]) -> Step:
     began = time.monotonic()
     try:
         ran = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=STEP_SECONDS
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=STEP_SECONDS,
+            env=os.environ | (vllm_024.ENVIRONMENT if vllm_024.is_here() else {}),
+        )  # fmt: skip
         exit_code, output = ran.returncode, ran.stdout
     except subprocess.TimeoutExpired as expired:
         exit_code, output = None, (expired.stdout or b"").decode(errors="replace")

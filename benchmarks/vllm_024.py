@@ -1,0 +1,46 @@
+"""Lets the benchmarks steer beside vLLM 0.24, the newest release that is built for PyTorch 2.11, where no other runs.
+
+The plugin refuses this release, rightly for its users: no test runs on it, and its server knows no endpoint plugins, so
+it would steer nothing. What the offline API takes of later releases and this one lacks is put there before the plugin
+is loaded: enough for an engine within its process, on the classic runner. What it computes is compared with hooks by
+``bench_hf_hooks`` before that measures, and ``bench_overhead`` ends where steering changes no token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_steer.engine import plugin
+
+RELEASE = "0.24"
+ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""For engines beside that release, those without the plugin too: the same runner for all."""
+
+
+def is_here() -> bool:
+    """Whether that is the vLLM which is installed."""
+    return plugin.minor(plugin.vllm_version()) == RELEASE
+
+
+def install() -> None:
+    """Put there what is missing, beside that release only. Call it once, before an engine starts."""
+    if not is_here():
+        return
+    from vllm import exceptions
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    exceptions.GracefulHTTPError = type("GracefulHTTPError", (Exception,), {})
+    GPUModelRunner._on_request_state_removed = lambda self, req_id, req_state: None
+    GPUModelRunner._update_states = _update_states(GPUModelRunner._update_states)
+    plugin.SUPPORTED[RELEASE] = "made to run for benchmarks"
+
+
+def _update_states(original: Any) -> Any:
+    @functools.wraps(original)
+    def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for req_id in scheduler_output.finished_req_ids:
+            self._on_request_state_removed(req_id, self.requests.get(req_id))
+        return original(self, scheduler_output, *args, **kwargs)
+
+    return _update_states
