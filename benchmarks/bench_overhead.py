@@ -104,6 +104,7 @@ class Task:
     Attributes:
         section: of the record; "generated" or "prefill".
         work: but for its kind.
+        rounds: that count; one before them warms up.
     """
 
     section: str

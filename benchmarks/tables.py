@@ -19,15 +19,6 @@ def overhead(measured: Record) -> str:
     clocks = [generated[largest][clock] for clock in ("first_token", "inter_token")]
     latencies = [["plugin absent, ms", *(f"{1000 * figures['absent']['median']:.1f}" for figures in clocks)]]
     latencies += [[names[way], *(ratio(figures[way]) for figures in clocks)] for way in ways]
-    engines = [
-        [
-            names[{"hooked": "idle", "all hooked": "idle, all layers"}.get(name, name)],
-            "–" if engine["start_seconds"] is None else f"{engine['start_seconds']:.0f}",
-            " / ".join(f"{engine['memory_gib'][kind]:.2f}" for kind in engine["memory_gib"]),
-        ]
-        for name, engine in measured["engines"].items()
-    ]  # fmt: skip
-    memory = " / ".join(next(iter(measured["engines"].values()))["memory_gib"])
     return "\n\n".join([
         f"**Throughput against plain vLLM** ({setup['model']}, {setup['dtype']}, "
         f"{'eager' if setup['eager'] else 'compiled'}; {_medians(measured)} and where that median lies with 95 % "
@@ -36,14 +27,14 @@ def overhead(measured: Record) -> str:
         f"**Time to first token and between tokens, {largest} requests at once** (above 1 is slower):",
         table(["requests", "first token", "between tokens"], latencies),
         "**Start-up and memory:**",
-        table(["engine", "start, s", f"memory, GiB ({memory})"], engines),
+        _engines(measured),
         source(measured),
     ])  # fmt: skip
 
 
 def overhead_one_start(measured: Record) -> str:
     title = f"**The same at other numbers of requests, in one life of each engine** ({_medians(measured)}):"
-    return "\n\n".join([title, _throughput(measured), source(measured)])
+    return "\n\n".join([title, _throughput(measured), _engines(measured), source(measured)])
 
 
 def _ways(measured: Record) -> tuple[dict[str, str], list[str]]:
@@ -76,6 +67,21 @@ def _throughput(measured: Record) -> str:
     return table(["requests", *(title for title, _ in columns)], rows)
 
 
+def _engines(measured: Record) -> str:
+    """How long each engine took to start, and what it holds."""
+    names, _ = _ways(measured)
+    engines = [
+        [
+            names[{"hooked": "idle", "all hooked": "idle, all layers"}.get(name, name)],
+            "–" if engine["start_seconds"] is None else f"{engine['start_seconds']:.0f}",
+            " / ".join(f"{engine['memory_gib'][kind]:.2f}" for kind in engine["memory_gib"]),
+        ]
+        for name, engine in measured["engines"].items()
+    ]  # fmt: skip
+    memory = " / ".join(next(iter(measured["engines"].values()))["memory_gib"])
+    return table(["engine", "start, s", f"memory, GiB ({memory})"], engines)
+
+
 def _medians(measured: Record) -> str:
     """Of what the medians are."""
     setup, (_, ways) = measured["setup"], _ways(measured)
@@ -85,7 +91,7 @@ def _medians(measured: Record) -> str:
     of_batch = dict(zip(setup["batches"], setup["rounds"], strict=True))
     rounds = [of_batch[batch] for batch in sorted(of_batch)] + [setup["prefill_rounds"]] * len(setup["prefill_batches"])
     each = " / ".join(map(str, rounds))
-    return f"median over {setup['starts']} starts of all engines, each the median of {each} rounds,"
+    return f"median over {counts} starts of all engines, each the median of {each} rounds,"
 
 
 def hooks(measured: Record) -> str:
