@@ -61,8 +61,7 @@ def figures_of_starts(starts: Sequence[Sequence[Round]], baseline: str) -> dict[
     if len(starts) == 1:
         return figures(starts[0], baseline)
     each = [figures(rounds, baseline) for rounds in starts]
-    medians = [{name: one[name].ratio for name in one} for one in each]
-    by_ratio = figures([one | {baseline: 1.0} for one in medians], baseline)
+    by_ratio = figures([{name: one[name].ratio for name in one} for one in each], baseline)
     return {
         name: replace(figure, median=statistics.median(one[name].median for one in each))
         for name, figure in by_ratio.items()

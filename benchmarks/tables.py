@@ -159,7 +159,7 @@ def peers(measured: Record) -> str:
 
 
 def _came_of(peer: Mapping[str, Any]) -> str:
-    for step, verb in (("runs", "run"), ("imports", "import"), ("resolves", "install")):
+    for step, verb in (("runs", "steer"), ("imports", "import"), ("resolves", "install")):
         if answer := peer[step]:
             return peer["remark"] or step if answer == "yes" else f"does not {verb}: {answer}"
     return str(peer["remark"])
