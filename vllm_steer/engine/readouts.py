@@ -56,7 +56,8 @@ class FinishedReadout:
         """
         drafts = state.drafts if spec.end is None else ()
         sums_LND = _rows(buffers.sums_L_AD, spec.layer_indices, state.accumulator, *drafts)
-        tail_LMD = _rows(buffers.last_L_AD, spec.layer_indices, state.accumulator)
+        ends = () if spec.end is not None else (state.accumulator,)  # an end that was told is not overrun
+        tail_LMD = _rows(buffers.last_L_AD, spec.layer_indices, *ends)
         if before_last:
             earlier_LMD = torch.stack([rows_LD[spec.layer_indices] for rows_LD in before_last], dim=1)
             tail_LMD = torch.cat([earlier_LMD, tail_LMD], dim=1)
@@ -145,8 +146,8 @@ class FinishedReadout:
 
 def _rows(tensors_L: list[torch.Tensor], indices: list[int], *rows: int) -> torch.Tensor:
     """A copy of these rows at these layers, (L, N, D); a pipeline stage may have none of the layers."""
-    if not indices:
-        return tensors_L[0].new_zeros(0, len(rows), tensors_L[0].shape[1])
+    if not indices or not rows:
+        return tensors_L[0].new_zeros(len(indices), len(rows), tensors_L[0].shape[1])
     one_after_another = torch.stack([tensors_L[index][row] for index in indices for row in rows])
     return one_after_another.reshape(len(indices), len(rows), -1)
 

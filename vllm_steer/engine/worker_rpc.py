@@ -81,15 +81,14 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
     """
     if not _answers(worker):
         return None
-    if worker.device is not None and worker.device.type != "cpu":
-        torch.accelerator.synchronize()  # the copies to the host were started without waiting
     steering = _of(worker)
     steering.fetch_traces()
-    answers: list[Readout | None] = []
-    for external_id, index, computed_end in samples:
-        found = steering.find(external_id, index)
-        answers.append(None if found is None else found.answer(computed_end))
-    return answers
+    found = [steering.find(external_id, index) for external_id, index, _ in samples]
+    if worker.device is not None and worker.device.type != "cpu":
+        torch.accelerator.synchronize()  # all copies to the host, the last ones just now, were started without waiting
+        steering.fetch_traces()
+    ends = (computed_end for _, _, computed_end in samples)
+    return [None if one is None else one.answer(end) for one, end in zip(found, ends, strict=True)]
 
 
 def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace | None] | None:
