@@ -120,6 +120,37 @@ def test_long_runs_and_segments_agree_with_the_loop(
     check(case, implementation)
 
 
+@pytest.mark.parametrize("most", [1, 2, 40])
+@pytest.mark.parametrize("op", ["add", "set"])
+def test_the_fast_path_in_parts_agrees_with_the_loop(op: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens by the part: with runs, segments and gaps across the borders, and segments that end on one."""
+    for seed, tokens in ((31, 9), (32, 170)):
+        case = make_case(seed, tokens=tokens, steered="all" if seed == 31 else "some", columns=2)
+        if tokens == 170:  # long runs and segments, of which one ends where a part of 40 does
+            case.row_of_token[:170] = 3
+            case.row_of_token[35] = -1
+            case.segment[:] = torch.tensor([[0, 0], [70, 80], [0, 70], [0, 0]])
+        if op == "add":
+            case.entry_ab[..., 1] = 0.0
+        monkeypatch.setattr(cpu, "PART", most * case.hidden.shape[1])
+        check(case, cpu.steer_and_read)
+
+
+def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
+    """Tables are remembered by content: other scalars, slots, rows or segments at the same place are seen."""
+    case = make_case(33, entries=1, steered="all", read="all")
+    check(case, cpu.steer_and_read)
+    case.entry_ab[..., 0] *= -1.5
+    check(case, cpu.steer_and_read)
+    case.entry_slot[:] = (case.entry_slot + 1) % len(case.bank)
+    check(case, cpu.steer_and_read)
+    case.row_of_token[:] = case.row_of_token.flip(0)
+    case.bank.mul_(0.5)
+    check(case, cpu.steer_and_read)
+    case.segment[:] = case.segment.flip(0)
+    check(case, cpu.steer_and_read)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fast_path_and_specification_round_alike(dtype: torch.dtype) -> None:
     # One entry of op add a row: a product and an addition, and no dot product, whose order is free.

@@ -1,9 +1,9 @@
 """The CPU path of the op: the same result as ``reference``, touching only the tokens that a step steers or reads.
 
 On the host the tables can be looked at: a layer at which no token of the step is steered, read or traced costs one look
-at three integers, and which tokens are concerned is worked out in numpy, whose calls on small tables cost least. Long
-runs of tokens with one row or accumulator (a prompt) are done run by run, without a copy of the row for every token;
-many short ones (a decode step) all at once.
+at three integers. What a table says (which tokens, in which order) is worked out once and remembered by its content,
+which most decode steps in a row share. Long runs of tokens with one row or accumulator (a prompt) are done run by run,
+without a copy of the row for every token; many short ones (a decode step) all at once; either in parts of ``PART``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ LONG_RUN = 16
 LONG_SEGMENT = 64
 """The same of segments that are summed, where doing them all at once copies less."""
 
-IntArray = npt.NDArray[np.int32]
+PART = 131_072
+"""So many elements are worked on at a time: half a MiB in float32, which stays in the cache and comes from memory that
+the process has already touched. Several times as much a call is dominated by the faults of fresh pages."""
+
+Rows = slice | torch.Tensor
+"""Some rows of a tensor."""
 
 
 def steer_and_read(
@@ -43,81 +48,119 @@ def steer_and_read(
 ) -> None:
     """See ``reference.steer_and_read``."""
     depth, is_read, is_traced = flags_3.tolist()
+    most = max(PART // hidden_TD.shape[1], 1)
     if depth:
         row_T = row_of_token[: hidden_TD.shape[0]].numpy()
-        _steer(hidden_TD, residual_TD, bank_SD, row_T, entry_slot_RE[:, :depth], entry_ab_RE2[:, :depth])
+        slot_RE, ab_RE2 = entry_slot_RE[:, :depth].numpy(), entry_ab_RE2[:, :depth].numpy()
+        steered = _steered(row_T.tobytes(), slot_RE.tobytes(), ab_RE2.tobytes(), depth, most)
+        if steered is not None:
+            _steer(hidden_TD, residual_TD, bank_SD, steered)
     if is_read:
         reset = np.flatnonzero(keep_A.numpy() == 0)
         if reset.size:
             sums_AD[_index(reset)] = 0.0
-        _accumulate(hidden_TD, residual_TD, segment_A2.numpy(), sums_AD, last_AD)
+        _accumulate(hidden_TD, residual_TD, _segments(segment_A2.numpy().tobytes(), most), sums_AD, last_AD)
     if is_traced:
         columns = (trace_slot_K >= 0).nonzero()[:, 0]
-        stream_TD = _stream(hidden_TD, residual_TD, slice(None))
-        trace_TK[: len(stream_TD), columns] = stream_TD @ bank_SD[trace_slot_K[columns].long()].T
+        directions_DK = bank_SD[trace_slot_K[columns].long()].T
+        for tokens in _parts(0, hidden_TD.shape[0], most):
+            trace_TK[tokens, columns] = _stream(hidden_TD, residual_TD, tokens) @ directions_DK
 
 
-def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: slice | torch.Tensor) -> torch.Tensor:
+def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: Rows) -> torch.Tensor:
     """The stream of some tokens in float32."""
     own_ND = _rows(hidden_TD, at).float()
     return own_ND if residual_TD is None else own_ND + _rows(residual_TD, at).float()
 
 
-def _rows(tensor: torch.Tensor, at: slice | torch.Tensor) -> torch.Tensor:
+def _rows(tensor: torch.Tensor, at: Rows) -> torch.Tensor:
     # a fifth of what indexing with a tensor takes
     return tensor[at] if isinstance(at, slice) else tensor.index_select(0, at)
 
 
-def _index(numbers: npt.NDArray[np.int64]) -> slice | torch.Tensor:
+def _index(numbers: npt.NDArray[np.int64]) -> Rows:
     """What picks these rows of a tensor: a slice, which copies nothing, where they follow one another."""
+    if not numbers.size:
+        return slice(0, 0)
     if numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return torch.from_numpy(numbers)
 
 
-def _steer(
-    hidden_TD: torch.Tensor,
-    residual_TD: torch.Tensor | None,
-    bank_SD: torch.Tensor,
-    row_T: IntArray,
-    entry_slot_RE: torch.Tensor,
-    entry_ab_RE2: torch.Tensor,
-) -> None:
-    slot_RE = entry_slot_RE.numpy()
+def _parts(first: int, stop: int, most: int) -> list[slice]:
+    return [slice(at, min(at + most, stop)) for at in range(first, stop, most)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Steered:
+    """What a step's rows and a layer's entries ask for.
+
+    Attributes:
+        slots_UE, a_UE, b_UE: the entries of each unit, a unit being a run of tokens with the same row. One with fewer
+            than the deepest is filled up with slot 0, a = b = 0.
+        only_adds: b is 0 throughout.
+        parts: tokens, and the unit of each or one for all of them.
+    """
+
+    slots_UE: torch.Tensor
+    a_UE: torch.Tensor
+    b_UE: torch.Tensor
+    only_adds: bool
+    parts: list[tuple[Rows, Rows]]
+
+
+@lru_cache(maxsize=128)  # the layers that a step steers differ in their entries
+def _steered(rows: bytes, slots: bytes, scalars: bytes, depth: int, most: int) -> _Steered | None:
+    """None where no token is steered at this layer."""
+    row_T = np.frombuffer(rows, np.int32)
+    slot_RE = np.frombuffer(slots, np.int32).reshape(-1, depth)
+    ab_RE2 = np.frombuffer(scalars, np.float32).reshape(-1, depth, 2)
     # Entries are packed to the left, so a row whose first entry is empty does nothing at this layer.
     token_N = np.flatnonzero((row_T >= 0) & (slot_RE[row_T, 0] >= 0))
     if token_N.size == 0:
-        return
+        return None
     row_N = row_T[token_N]
     starts_U = np.flatnonzero(np.concatenate(([True], (np.diff(row_N) != 0) | (np.diff(token_N) != 1))))
     count_U = np.diff(starts_U, append=len(row_N))
     row_U = row_N[starts_U]
-    slot_UE, ab_UE2 = slot_RE[row_U], entry_ab_RE2.numpy()[row_U]  # (0, 0) where a row has fewer than the deepest
-    slots_UE, a_UE, b_UE = (torch.from_numpy(one) for one in (slot_UE.clip(0), ab_UE2[..., 0].copy(), ab_UE2[..., 1]))
-    only_adds = not ab_UE2[..., 1].any()
-    if only_adds:  # what is added does not depend on the token
-        delta_UD = embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE)
+    slots_UE, ab_UE2 = slot_RE[row_U].clip(0), ab_RE2[row_U]
     if len(row_N) >= LONG_RUN * len(row_U):
-        for u, (first, count) in enumerate(zip(token_N[starts_U].tolist(), count_U.tolist(), strict=True)):
-            run = slice(first, first + count)
-            if only_adds:
-                hidden_TD[run].add_(delta_UD[u])
-            else:
-                _apply(hidden_TD, residual_TD, run, bank_SD[slots_UE[u]], a_UE[u], b_UE[u])
-        return
-    unit_N = _index(np.arange(len(row_U)).repeat(count_U))
-    at = _index(token_N)
-    if only_adds:
-        hidden_TD[at] = (_rows(hidden_TD, at).float() + _rows(delta_UD, unit_N)).to(hidden_TD.dtype)
+        runs = zip(token_N[starts_U].tolist(), count_U.tolist(), strict=True)
+        parts: list[tuple[Rows, Rows]] = [
+            (tokens, slice(unit, unit + 1))
+            for unit, (first, count) in enumerate(runs)
+            for tokens in _parts(first, first + count, most)
+        ]
     else:
-        directions = (bank_SD.index_select(0, slot_N) for slot_N in slots_UE[unit_N].T)
-        _apply(hidden_TD, residual_TD, at, directions, a_UE[unit_N].T, b_UE[unit_N].T)
+        unit_N = np.arange(len(row_U)).repeat(count_U)
+        parts = [(_index(token_N[some]), _index(unit_N[some])) for some in _parts(0, len(unit_N), most)]
+    a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
+    return _Steered(torch.from_numpy(slots_UE), a_UE, b_UE, not b_UE.any(), parts)
+
+
+def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, bank_SD: torch.Tensor, steered: _Steered) -> None:
+    if steered.only_adds:  # what is added does not depend on the token
+        delta_UD = embedding_bag(steered.slots_UE, bank_SD, mode="sum", per_sample_weights=steered.a_UE)
+        for tokens, units in steered.parts:
+            _add(hidden_TD, tokens, _rows(delta_UD, units))
+        return
+    for tokens, units in steered.parts:
+        directions = (bank_SD.index_select(0, slot_N) for slot_N in steered.slots_UE[units].T)
+        _apply(hidden_TD, residual_TD, tokens, directions, steered.a_UE[units].T, steered.b_UE[units].T)
+
+
+def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
+    """In float32, rounded once."""
+    if isinstance(at, slice):
+        hidden_TD[at].add_(delta_ND)
+    else:
+        hidden_TD.index_copy_(0, at, (hidden_TD.index_select(0, at) + delta_ND).to(hidden_TD.dtype))
 
 
 def _apply(
     hidden_TD: torch.Tensor,
     residual_TD: torch.Tensor | None,
-    at: slice | torch.Tensor,
+    at: Rows,
     directions: Iterable[torch.Tensor],
     a: torch.Tensor,
     b: torch.Tensor,
@@ -128,63 +171,64 @@ def _apply(
     for direction, a_e, b_e in zip(directions, a, b, strict=True):
         projection_N = ((stream_ND + delta_ND) * direction).sum(dim=1)
         delta_ND.addcmul_((a_e + b_e * projection_N)[:, None], direction)
-    hidden_TD[at] = (_rows(hidden_TD, at).float() + delta_ND).to(hidden_TD.dtype)
+    _add(hidden_TD, at, delta_ND)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """Tokens that are summed in one go.
+
+    Attributes:
+        tokens: they, in the order of their accumulators.
+        into: the accumulator of all of them, or that of each.
+        ended: the accumulators whose segments end among these tokens.
+        ends: where, as rows of ``tokens``.
+    """
+
+    tokens: Rows
+    into: int | Rows
+    ended: Rows
+    ends: Rows
 
 
 def _accumulate(
     hidden_TD: torch.Tensor,
     residual_TD: torch.Tensor | None,
-    segment_A2: IntArray,
+    parts: list[_Segments],
     sums_AD: torch.Tensor,
     last_AD: torch.Tensor,
 ) -> None:
-    runs, rest = _segments(segment_A2.tobytes())
-    for accumulator, run in runs:
-        stream_MD = _stream(hidden_TD, residual_TD, run)
-        sums_AD[accumulator] += stream_MD.sum(dim=0)
-        last_AD[accumulator] = stream_MD[-1]
-    if rest is None:
-        return
-    stream_MD = _stream(hidden_TD, residual_TD, rest.tokens)
-    if rest.accumulator_M is None:
-        sums_AD[rest.into] += stream_MD
-    else:
-        sums_AD.index_add_(0, rest.accumulator_M, stream_MD)
-    last_AD[rest.into] = stream_MD[rest.ends]
-
-
-@dataclass(frozen=True, slots=True)
-class _AtOnce:
-    """Segments to be summed together.
-
-    Attributes:
-        tokens: those of all of them, one segment behind the other.
-        into: their accumulators.
-        ends: the last one of ``tokens`` of each.
-        accumulator_M: the accumulator of each of ``tokens``; None where ``into`` says it, as a slice.
-    """
-
-    tokens: slice | torch.Tensor
-    into: slice | torch.Tensor
-    ends: slice | torch.Tensor
-    accumulator_M: torch.Tensor | None
+    for part in parts:
+        stream_MD = _stream(hidden_TD, residual_TD, part.tokens)
+        if isinstance(part.into, torch.Tensor):
+            sums_AD.index_add_(0, part.into, stream_MD)
+        else:
+            sums_AD[part.into] += stream_MD.sum(dim=0) if isinstance(part.into, int) else stream_MD
+        last_AD[part.ended] = _rows(stream_MD, part.ends)
 
 
 @lru_cache(maxsize=8)
-def _segments(table: bytes) -> tuple[list[tuple[int, slice]], _AtOnce | None]:
-    """The segments (accumulator, tokens) to be summed one by one, or those to be summed together.
-
-    Remembered by the table's content, which is the same for every layer of a step and for most decode steps in a row.
-    """
+def _segments(table: bytes, most: int) -> list[_Segments]:
+    """The segments of a step, which every layer of it shares; at most so many tokens a part."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
     filled_N = np.flatnonzero(count_A)
     first_N, count_N = first_A[filled_N], count_A[filled_N]
-    if count_N.sum() >= LONG_SEGMENT * len(filled_N):  # where there is none at all, too
-        runs = zip(filled_N.tolist(), first_N.tolist(), count_N.tolist(), strict=True)
-        return [(accumulator, slice(first, first + count)) for accumulator, first, count in runs], None
-    before_N = count_N.cumsum() - count_N  # tokens of the segments before each
-    tokens = _index((first_N - before_N).repeat(count_N) + np.arange(count_N.sum()))
-    into, ends = _index(filled_N), _index(before_N + count_N - 1)
-    is_told = isinstance(into, slice) and len(filled_N) == count_N.sum()
-    accumulator_M = None if is_told else torch.from_numpy(filled_N.repeat(count_N))
-    return [], _AtOnce(tokens, into, ends, accumulator_M)
+    stop_N = count_N.cumsum()
+    accumulator_M = filled_N.repeat(count_N)
+    token_M = (first_N - stop_N + count_N).repeat(count_N) + np.arange(len(accumulator_M))
+    is_long = len(token_M) >= LONG_SEGMENT * len(filled_N)
+    bounds = zip((stop_N - count_N).tolist(), stop_N.tolist(), strict=True) if is_long else [(0, len(token_M))]
+    found = []
+    for part in (part for first, stop in bounds for part in _parts(first, stop, most)):
+        into = accumulator_M[part]
+        is_one = len(into) > 1 and into[0] == into[-1]
+        ended_N = np.flatnonzero((stop_N > part.start) & (stop_N <= part.stop))
+        found.append(
+            _Segments(
+                tokens=_index(token_M[part]),
+                into=int(into[0]) if is_one else _index(into),
+                ended=_index(filled_N[ended_N]),
+                ends=_index(stop_N[ended_N] - 1 - part.start),
+            )
+        )
+    return found
