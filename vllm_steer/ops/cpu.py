@@ -24,11 +24,12 @@ LONG_SEGMENT = 64
 """The same of segments that are summed, where doing them all at once copies less."""
 
 PART = 524_288
-"""So many elements are worked on at a time: 2 MiB in float32, which stay in the cache, where a long prompt's whole stream
-would come from fresh pages and cost their faults. Much less a call, and the calls cost more than the work."""
+"""So many elements are worked on at a time: 2 MiB in float32, which stay in the cache, where a long prompt's whole
+stream would come from fresh pages and cost their faults. Much less a call, and the calls cost more than the work."""
 
 Rows = slice | torch.Tensor
 """Some rows of a tensor."""
+Counts = npt.NDArray[np.int64]
 
 
 def steer_and_read(
@@ -50,9 +51,9 @@ def steer_and_read(
     depth, is_read, is_traced = flags_3.tolist()
     most = max(PART // hidden_TD.shape[1], 1)
     if depth:
-        row_T = row_of_token[: hidden_TD.shape[0]].numpy()
-        slot_RE, ab_RE2 = entry_slot_RE[:, :depth].numpy(), entry_ab_RE2[:, :depth].numpy()
-        steered = _steered(row_T.tobytes(), slot_RE.tobytes(), ab_RE2.tobytes(), depth, most)
+        units = _units(row_of_token[: hidden_TD.shape[0]].numpy().tobytes())
+        slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
+        steered = _steered(units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most)
         if steered is not None:
             _steer(hidden_TD, residual_TD, bank_SD, steered)
     if is_read:
@@ -78,7 +79,7 @@ def _rows(tensor: torch.Tensor, at: Rows) -> torch.Tensor:
     return tensor[at] if isinstance(at, slice) else tensor.index_select(0, at)
 
 
-def _index(numbers: npt.NDArray[np.int64]) -> Rows:
+def _index(numbers: Counts) -> Rows:
     """What picks these rows of a tensor: a slice, which copies nothing, where they follow one another."""
     if not numbers.size:
         return slice(0, 0)
@@ -91,13 +92,40 @@ def _parts(first: int, stop: int, most: int) -> list[slice]:
     return [slice(at, min(at + most, stop)) for at in range(first, stop, most)]
 
 
+def _consecutive(first_N: Counts, count_N: Counts) -> Counts:
+    """``count`` numbers from each ``first`` on, one series behind the other."""
+    stop_N = count_N.cumsum()
+    numbers: Counts = (first_N - stop_N + count_N).repeat(count_N) + np.arange(count_N.sum())
+    return numbers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Units:
+    """Runs of tokens with the same row; each its row, first token and number of tokens."""
+
+    row_U: Counts
+    first_U: Counts
+    count_U: Counts
+
+
+@lru_cache(maxsize=8)
+def _units(rows: bytes) -> _Units:
+    """The units of a step, which every layer of it shares."""
+    row_T = np.frombuffer(rows, np.int32).astype(np.int64)
+    starts_U = np.flatnonzero(np.diff(row_T, prepend=-2))
+    count_U = np.diff(starts_U, append=len(row_T))
+    row_U = row_T[starts_U]
+    some_U = row_U >= 0
+    return _Units(row_U[some_U], starts_U[some_U], count_U[some_U])
+
+
 @dataclass(frozen=True, slots=True)
 class _Steered:
-    """What a step's rows and a layer's entries ask for.
+    """What a step's units and a layer's entries ask for.
 
     Attributes:
-        slots_UE, a_UE, b_UE: the entries of each unit, a unit being a run of tokens with the same row. One with fewer
-            than the deepest is filled up with slot 0, a = b = 0.
+        slots_UE, a_UE, b_UE: the entries of each unit that has any. One with fewer than the deepest is filled up with
+            slot 0, a = b = 0.
         only_adds: b is 0 throughout.
         parts: tokens, and the unit of each or one for all of them.
     """
@@ -110,32 +138,28 @@ class _Steered:
 
 
 @lru_cache(maxsize=128)  # the layers that a step steers differ in their entries
-def _steered(rows: bytes, slots: bytes, scalars: bytes, depth: int, most: int) -> _Steered | None:
+def _steered(units: _Units, slots: bytes, scalars: bytes, depth: int, most: int) -> _Steered | None:
     """None where no token is steered at this layer."""
-    row_T = np.frombuffer(rows, np.int32)
-    slot_RE = np.frombuffer(slots, np.int32).reshape(-1, depth)
-    ab_RE2 = np.frombuffer(scalars, np.float32).reshape(-1, depth, 2)
-    # Entries are packed to the left, so a row whose first entry is empty does nothing at this layer.
-    token_N = np.flatnonzero((row_T >= 0) & (slot_RE[row_T, 0] >= 0))
-    if token_N.size == 0:
+    slot_UE = np.frombuffer(slots, np.int32).reshape(-1, depth)
+    ab_UE2 = np.frombuffer(scalars, np.float32).reshape(-1, depth, 2)
+    # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
+    some_U = slot_UE[:, 0] >= 0
+    slot_UE, ab_UE2 = slot_UE[some_U], ab_UE2[some_U]
+    first_U, count_U = units.first_U[some_U], units.count_U[some_U]
+    if not count_U.size:
         return None
-    row_N = row_T[token_N]
-    starts_U = np.flatnonzero(np.concatenate(([True], (np.diff(row_N) != 0) | (np.diff(token_N) != 1))))
-    count_U = np.diff(starts_U, append=len(row_N))
-    row_U = row_N[starts_U]
-    slots_UE, ab_UE2 = slot_RE[row_U].clip(0), ab_RE2[row_U]
-    if len(row_N) >= LONG_RUN * len(row_U):
-        runs = zip(token_N[starts_U].tolist(), count_U.tolist(), strict=True)
+    if count_U.sum() >= LONG_RUN * len(count_U):
+        runs = zip(first_U.tolist(), count_U.tolist(), strict=True)
         parts: list[tuple[Rows, Rows]] = [
             (tokens, slice(unit, unit + 1))
             for unit, (first, count) in enumerate(runs)
             for tokens in _parts(first, first + count, most)
         ]
     else:
-        unit_N = np.arange(len(row_U)).repeat(count_U)
+        token_N, unit_N = _consecutive(first_U, count_U), np.arange(len(count_U)).repeat(count_U)
         parts = [(_index(token_N[some]), _index(unit_N[some])) for some in _parts(0, len(unit_N), most)]
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
-    return _Steered(torch.from_numpy(slots_UE), a_UE, b_UE, not b_UE.any(), parts)
+    return _Steered(torch.from_numpy(slot_UE.clip(0)), a_UE, b_UE, not b_UE.any(), parts)
 
 
 def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, bank_SD: torch.Tensor, steered: _Steered) -> None:
@@ -175,7 +199,7 @@ def _apply(
 
 
 @dataclass(frozen=True, slots=True)
-class _Segments:
+class _Summed:
     """Tokens that are summed in one go.
 
     Attributes:
@@ -194,7 +218,7 @@ class _Segments:
 def _accumulate(
     hidden_TD: torch.Tensor,
     residual_TD: torch.Tensor | None,
-    parts: list[_Segments],
+    parts: list[_Summed],
     sums_AD: torch.Tensor,
     last_AD: torch.Tensor,
 ) -> None:
@@ -208,14 +232,14 @@ def _accumulate(
 
 
 @lru_cache(maxsize=8)
-def _segments(table: bytes, most: int) -> list[_Segments]:
+def _segments(table: bytes, most: int) -> list[_Summed]:
     """The segments of a step, which every layer of it shares; at most so many tokens a part."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
     filled_N = np.flatnonzero(count_A)
     first_N, count_N = first_A[filled_N], count_A[filled_N]
     stop_N = count_N.cumsum()
     accumulator_M = filled_N.repeat(count_N)
-    token_M = (first_N - stop_N + count_N).repeat(count_N) + np.arange(len(accumulator_M))
+    token_M = _consecutive(first_N, count_N)
     is_long = len(token_M) >= LONG_SEGMENT * len(filled_N)
     bounds = zip((stop_N - count_N).tolist(), stop_N.tolist(), strict=True) if is_long else [(0, len(token_M))]
     found = []
@@ -224,7 +248,7 @@ def _segments(table: bytes, most: int) -> list[_Segments]:
         is_one = len(into) > 1 and into[0] == into[-1]
         ended_N = np.flatnonzero((stop_N > part.start) & (stop_N <= part.stop))
         found.append(
-            _Segments(
+            _Summed(
                 tokens=_index(token_M[part]),
                 into=int(into[0]) if is_one else _index(into),
                 ended=_index(filled_N[ended_N]),
