@@ -53,7 +53,7 @@ def steer_and_read(
     if depth:
         units = _units(row_of_token[: hidden_TD.shape[0]].numpy().tobytes())
         slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
-        steered = _steered(units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most)
+        steered = _remembered(entry_slot_RE.data_ptr(), (units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most))
         if steered is not None:
             _steer(hidden_TD, residual_TD, bank_SD, steered)
     if is_read:
@@ -108,7 +108,7 @@ class _Units:
     count_U: Counts
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _units(rows: bytes) -> _Units:
     """The units of a step, which every layer of it shares."""
     row_T = np.frombuffer(rows, np.int32).astype(np.int64)
@@ -137,7 +137,20 @@ class _Steered:
     parts: list[tuple[Rows, Rows]]
 
 
-@lru_cache(maxsize=128)  # the layers that a step steers differ in their entries
+_Asked = tuple[_Units, bytes, bytes, int, int]
+_LAST: dict[int, tuple[_Asked, _Steered | None]] = {}
+"""By the address of a layer's table: what it asked for last, and what that says. No more is kept: what outlives its
+step keeps the memory around it from being given back."""
+
+
+def _remembered(layer: int, asked: _Asked) -> _Steered | None:
+    last, steered = _LAST.get(layer, (None, None))
+    if last != asked:
+        steered = _steered(*asked)
+        _LAST[layer] = asked, steered
+    return steered
+
+
 def _steered(units: _Units, slots: bytes, scalars: bytes, depth: int, most: int) -> _Steered | None:
     """None where no token is steered at this layer."""
     slot_UE = np.frombuffer(slots, np.int32).reshape(-1, depth)
@@ -231,7 +244,7 @@ def _accumulate(
         last_AD[part.ended] = _rows(stream_MD, part.ends)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _segments(table: bytes, most: int) -> list[_Summed]:
     """The segments of a step, which every layer of it shares; at most so many tokens a part."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
