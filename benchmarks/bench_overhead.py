@@ -58,8 +58,8 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [13],
-    "prefill_batches": [8], "prefill_rounds": 5, "tokens": 1024, "starts": 1, "together": True,
+    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [7],
+    "prefill_batches": [8], "prefill_rounds": 3, "tokens": 1024, "starts": 1, "together": True,
 }  # fmt: skip
 MAX_TOKENS = (8, 64)
 SAME_GRAPH = ("absent again", "installed")
