@@ -61,7 +61,7 @@ class WorkerSteering:
         self._flow = TraceFlow(self.buffers.trace_TK)
         self._traces: dict[str, Trace] = {}
         self._reading: dict[tuple[str, int], str] = {}  # sample -> internal id, of live requests with a readout
-        self._early: dict[str, FinishedReadout] = {}  # internal id -> taken before vLLM told that the request is over
+        self._taken: dict[str, FinishedReadout] = {}  # internal id -> what was last taken of a live request
         self._tails = TailRows(self.buffers.last_L_AD)
         self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
         attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
@@ -142,7 +142,7 @@ class WorkerSteering:
                 del self._reading[key]
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
-        self._early.pop(request_id, None)
+        self._taken.pop(request_id, None)
         self._may_stop.discard(request_id)
         self.planner.remove(request_id)
 
@@ -153,10 +153,7 @@ class WorkerSteering:
             return stored
         # vLLM tells the runner of a finished request with its next step; after the last step there is none.
         request_id = self._reading.get((external_id, index))
-        readout = None if request_id is None else self._take(request_id)
-        if request_id is not None and readout is not None:
-            self._early[request_id] = readout
-        return readout
+        return None if request_id is None else self._take(request_id)
 
     def trace(self, external_id: str, index: int) -> tuple[list[str], Trace] | None:
         """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
@@ -206,11 +203,12 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         if state is None or readout is None:
             return None
-        early = self._early.get(request_id)
-        if early is not None and early.state == state:  # nothing has been computed since
-            return early
-        before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-        return FinishedReadout.take(self.buffers, readout, state, self._traces.get(request_id), before_last)
+        taken = self._taken.get(request_id)
+        if taken is None or taken.state != state:  # else nothing has been computed since
+            before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
+            taken = FinishedReadout.take(self.buffers, readout, state, self._traces.get(request_id), before_last)
+            self._taken[request_id] = taken
+        return taken
 
 
 def sample_key(request_id: str, external_id: str) -> tuple[str, int]:
