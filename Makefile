@@ -12,6 +12,7 @@ ENGINE ?= cpu
 
 BIN := .venv/bin
 RECORDS := benchmarks/results/cpu
+GPU_RECORDS := benchmarks/results/gpu
 # A file's tests share an engine, so a file stays in one process; the short ones of tests/unit come last.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -65,10 +66,11 @@ bench-record: demo-model
 	$(MAKE) readme-performance
 
 bench-gpu: setup
-	$(BIN)/python -m benchmarks.run_on_gpu --out benchmarks/results/gpu
+	$(BIN)/python -m benchmarks.run_on_gpu --out $(GPU_RECORDS)
 
 readme-performance: setup
 	@$(BIN)/python -m benchmarks.summary $(RECORDS) --readme README.md
+	@$(BIN)/python -m benchmarks.summary $(GPU_RECORDS) --readme README.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -84,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
     parser.add_argument("--starts", type=int, default=8, help="of all engines; the last ones are timed")
+    parser.add_argument("--fill-cache", action="store_true", help="start all once more before, for their graphs")
     parser.add_argument("--together", action="store_true", help="start engines at once; the starts are not timed")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
@@ -129,8 +130,13 @@ def main() -> None:
     ways = {name: way for name, way in WAYS.items() if name in arguments.ways}
     took: dict[Task, list[Rounds]] = {task: [] for task in tasks(arguments)}
     measured: dict[str, Any] = {}
-    for _ in range(arguments.starts):
-        with running(model, dict.fromkeys(way.engine for way in ways.values()), arguments) as engines:
+    names = dict.fromkeys(way.engine for way in ways.values())
+    if arguments.fill_cache:
+        with running(model, names, arguments, together=True):
+            pass
+    for start in range(arguments.starts):
+        together = arguments.together or start < arguments.starts - 1  # the last one is timed, one by one
+        with running(model, names, arguments, together) as engines:
             for task, starts in took.items():
                 starts.append(rounds_of(engines, ways, task))
                 check_that_steering_steers(starts[-1][0])
@@ -186,7 +192,9 @@ def standing(engines: Mapping[str, EngineProcess], arguments: argparse.Namespace
 
 
 @contextmanager
-def running(model: Path, names: Collection[str], arguments: argparse.Namespace) -> Iterator[dict[str, EngineProcess]]:
+def running(
+    model: Path, names: Collection[str], arguments: argparse.Namespace, together: bool
+) -> Iterator[dict[str, EngineProcess]]:
     """The engines of these names, all waiting; started one after the other, or together, which leaves their times
     without meaning."""
     num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
@@ -207,7 +215,7 @@ def running(model: Path, names: Collection[str], arguments: argparse.Namespace) 
             plugin = not name.startswith(BASELINE)
             return EngineProcess(layers.get(name), plugin, engine_args, Path(folder, f"{name}.log"))
 
-        for group in started_at_once(names) if arguments.together else [[name] for name in names]:
+        for group in started_at_once(names) if together else [[name] for name in names]:
             for name in group:
                 engines[name] = start(name)
                 started.callback(engines[name].close)

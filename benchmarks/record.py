@@ -52,10 +52,12 @@ def setup(**arguments: Any) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """The GPU's name where there is one, else the CPU's with the number of its cores."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return f"{os.cpu_count()} cores of {_cpu_name()}"
+    """The CPU's name with the number of its cores, and before it the GPU's with its memory where there is one."""
+    cores = f"{os.cpu_count()} cores of {_cpu_name()}"
+    if not torch.cuda.is_available():
+        return cores
+    device = torch.cuda.get_device_properties(0)
+    return f"{device.name} ({device.total_memory / 2**30:.0f} GiB), {cores}"
 
 
 def _cpu_name() -> str:

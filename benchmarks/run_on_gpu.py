@@ -1,10 +1,11 @@
 """All that wants an NVIDIA GPU, in one command: kernels, the custom op, the full engine, and hooks on the same weights.
 
-    python -m benchmarks.run_on_gpu [--out benchmarks/results/gpu] [--shape qwen2.5-7b]
+    python -m benchmarks.run_on_gpu [--out benchmarks/results/gpu] [--shape qwen2.5-7b] [--steps NAME ...]
 
-Needs no network and no model: the engine runs on random weights in the shape of Qwen2.5-7B, from a temporary folder
-(15 GB on disk; 80 GB of GPU memory are enough). A step that fails is recorded, and the next one runs all the same. Each
-step leaves its own record in the folder; gpu.json holds the machine, the commands, how each ended and its last output.
+Needs no network and no model: the engine runs on random weights in the shape of Qwen2.5-7B, which stay in build/gpu
+(15 GB; 80 GB of GPU memory are enough, with more of it an engine with every layer hooked is measured too). A step that
+fails is recorded, and the next one runs all the same. Each step leaves its own record in the folder; gpu.json holds the
+machine, the commands, how each ended and its last output. With --steps, what an earlier run left of the others stays.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +27,15 @@ import torch
 from benchmarks import vllm_024
 from benchmarks.random_checkpoint import SHAPES
 
+WEIGHTS = Path("build/gpu")
 STEP_SECONDS = 3600
+ENGINE_GIB = 24
+"""What an engine of the benchmarks takes of the GPU's memory, with room to start the next one beside it."""
+WAYS = ["absent", "installed", "idle", "steered", "stacked", "prompt read", "read"]
+ALL_LAYERS = ["idle, all layers", "read, all layers"]
+"""The ways of ``bench_overhead`` that three engines do, and those that a fourth one does."""
 TAIL_CHARACTERS = 6000
+STEPS = ("kernels", "parity", "op", "weights", "hooks", "overhead")
 _PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-steer")
 
 
@@ -52,38 +60,55 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder for the records")
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b", help="of the random weights")
     parser.add_argument("--small", action="store_true", help="the small form of every benchmark")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="some of them only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(f"run_on_gpu needs a CUDA device, and torch {torch.__version__} sees none; run it on a GPU machine.")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    small = ["--small"] if arguments.small else []
-    steps: list[Step] = []
-    with tempfile.TemporaryDirectory(prefix="run-on-gpu-") as folder:
-        model = str(Path(folder, arguments.shape))
-        commands = {
-            "kernels": ["pytest", "tests/ops", "-m", "gpu", "-q"],
-            "op": ["benchmarks.bench_op", *small, "--out", str(arguments.out / "op.json")],
-            "weights": ["benchmarks.random_checkpoint", model, "--shape", arguments.shape],
-            # Random weights of the engine's own are as good as those on disk here, and are there sooner. The three
-            # engines of these ways fit beside each other into 80 GB.
-            "overhead": [
-                "benchmarks.bench_overhead", *small, "--model", model, "--load-format", "dummy", "--kv-gib", "2",
-                "--turns", "call", "--starts", "2",
-                "--ways", "absent", "installed", "idle", "steered", "stacked", "prompt read", "read",
-                "--out", str(arguments.out / "overhead.json"),
-            ],
-            "hooks": [
-                "benchmarks.bench_hf_hooks", *small, "--model", model, "--device", "cuda",
-                "--out", str(arguments.out / "hf-hooks.json"),
-            ],
-        }  # fmt: skip
-        for name, command in commands.items():
-            print(f"{name} ...", flush=True)
-            steps.append(run(name, [sys.executable, "-m", *command]))
-            print(steps[-1].output)
-            print(f"{name}: exit code {steps[-1].exit_code} after {steps[-1].seconds:.0f} s\n", flush=True)
-            write(arguments.out / "gpu.json", steps)  # after each step: what there is, is kept
-    sys.exit(any(step.exit_code != 0 for step in steps))
+    document = arguments.out / "gpu.json"
+    steps = steps_of(document)
+    commands = commands_of(WEIGHTS / arguments.shape, arguments.shape, arguments.out, arguments.small)
+    for name in (name for name in commands if name in arguments.steps):
+        print(f"{name} ...", flush=True)
+        steps[name] = step = run(name, [sys.executable, "-m", *commands[name]])
+        print(step.output)
+        print(f"{name}: exit code {step.exit_code} after {step.seconds:.0f} s\n", flush=True)
+        write(document, steps.values())  # after each step: what there is, is kept
+    sys.exit(any(steps[name].exit_code != 0 for name in arguments.steps))
+
+
+def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str, list[str]]:
+    """What each step runs: a module and its arguments."""
+    tests = ["pytest", *(["-p", vllm_024.__name__] if vllm_024.is_here() else []), "-q", "-m", "gpu"]
+    small = ["--small"] if is_small else []
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return {
+        "kernels": [*tests, "tests/ops"],
+        "parity": [*tests, "tests/engine/test_on_gpu.py"],
+        "op": ["benchmarks.bench_op", *small, "--out", str(out / "op.json")],
+        "weights": ["benchmarks.random_checkpoint", str(model), "--shape", shape],
+        "hooks": [
+            "benchmarks.bench_hf_hooks", *small, "--model", str(model), "--device", "cuda",
+            "--out", str(out / "hf-hooks.json"),
+        ],
+        # Random weights of the engine's own are as good as those on disk here, and are there sooner. Calls are long
+        # enough for a hundredth of them to show.
+        "overhead": [
+            "benchmarks.bench_overhead", *small, "--model", str(model), "--load-format", "dummy", "--kv-gib", "2",
+            "--turns", "call", "--starts", "1", "--fill-cache", "--tokens", "16384", "--prefill-tokens", "512",
+            "--prefill-batches", "1", "16", "--ways", *WAYS, *(ALL_LAYERS if memory_gib >= 4 * ENGINE_GIB else []),
+            *([] if is_small else ["--rounds", *["5"] * 4, "--prefill-rounds", "7"]),
+            "--out", str(out / "overhead.json"),
+        ],
+    }  # fmt: skip
+
+
+def steps_of(document: Path) -> dict[str, Step]:
+    """What an earlier run has left, by name."""
+    if not document.exists():
+        return {}
+    steps = json.loads(document.read_text(encoding="utf-8"))["steps"]
+    return {step["name"]: Step(**step) for step in steps}
 
 
 def run(name: str, command: list[str]) -> Step:
@@ -101,7 +126,7 @@ def run(name: str, command: list[str]) -> Step:
     return Step(name, shown, exit_code, round(time.monotonic() - began, 1), output[-TAIL_CHARACTERS:])
 
 
-def write(path: Path, steps: list[Step]) -> None:
+def write(path: Path, steps: Iterable[Step]) -> None:
     """The machine, the versions and the steps so far."""
     device = torch.cuda.get_device_properties(0)
     setup = {

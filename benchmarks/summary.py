@@ -3,8 +3,8 @@
     python -m benchmarks.summary DIR [--readme README.md]
 
 DIR holds the records (see ``benchmarks/README.md``); what is not there is said to be not measured. A picture of them is
-drawn beside them. ``--readme`` rewrites what stands between the two markers there. All of it is Markdown, which a
-terminal shows as it is.
+drawn beside them. ``--readme`` rewrites what stands there between the two markers that name DIR. All of it is Markdown,
+which a terminal shows as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from benchmarks.goals import Verdict, verdicts
 from benchmarks.plots import PANELS, draw
 from benchmarks.tables import TABLES, Record, table
 
-BEGIN, END = "<!-- measured: begin, made by `make readme-performance` -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- measured on {}: begin, made by `make readme-performance` -->", "<!-- measured on {}: end -->"
+"""Markers, for the name of a folder of records."""
 PICTURE = "cost.svg"
 
 
@@ -52,17 +53,18 @@ def reached(verdict: Verdict) -> str:
     return f"{verdict.ratio:.{digits}f} ({verdict.low:.{digits}f} – {verdict.high:.{digits}f})"
 
 
-def rewritten(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between the markers.
+def rewritten(readme: str, name: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers of the records called ``name``.
 
     Raises:
         ValueError: the markers are not there.
     """
-    before, found_begin, rest = readme.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
+    begin, end = BEGIN.format(name), END.format(name)
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise ValueError(f"README lacks the lines {BEGIN!r} and {END!r}, between which the section belongs.")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise ValueError(f"README lacks the lines {begin!r} and {end!r}, between which the section belongs.")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -76,7 +78,7 @@ def main() -> None:
         draw(records, arguments.folder / PICTURE)
     if arguments.readme is not None:
         readme = arguments.readme.read_text(encoding="utf-8")
-        text = rewritten(readme, section_of(arguments.folder, arguments.readme))
+        text = rewritten(readme, arguments.folder.name, section_of(arguments.folder, arguments.readme))
         arguments.readme.write_text(text, encoding="utf-8")
 
 

@@ -20,7 +20,8 @@ def overhead(measured: Record) -> str:
     latencies = [["plugin absent, ms", *(f"{1000 * figures['absent']['median']:.1f}" for figures in clocks)]]
     latencies += [[names[way], *(ratio(figures[way]) for figures in clocks)] for way in ways]
     return "\n\n".join([
-        f"**Throughput against plain vLLM** ({setup['model']}, {setup['dtype']}, "
+        f"**Throughput against plain vLLM** ({setup['model']}, "
+        f"{'random weights, ' if setup['load_format'] == 'dummy' else ''}{setup['dtype']}, "
         f"{'eager' if setup['eager'] else 'compiled'}; {_medians(measured)} and where that median lies with 95 % "
         "confidence; above 1 is faster than without the plugin):",
         _throughput(measured),

@@ -44,3 +44,8 @@ def _update_states(original: Any) -> Any:
         return original(self, scheduler_output, *args, **kwargs)
 
     return _update_states
+
+
+def pytest_configure() -> None:
+    """As a plugin of pytest (``-p benchmarks.vllm_024``): the tests' engines steer beside that release too."""
+    install()

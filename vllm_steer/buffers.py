@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.ops.host_flags import HostFlags
 from vllm_steer.staging import ring_for
 from vllm_steer.step_plan import IntArray, StepPlan
 
@@ -73,6 +74,7 @@ class SteerBuffers:
         self.bank_SD = floats(max_directions, hidden_size)
         self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
         self.flags_L3 = self._flags.of(packed)[:, :3]
+        self._host_flags = HostFlags(self.flags_L3, self._flags.of(self._image)[:, :3])
         self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
         self.row_of_token = self._row.of(packed)
         entry_RLE3 = self._entry.of(packed)[..., : 3 * max_entries].unflatten(2, (max_entries, 3))
@@ -88,11 +90,17 @@ class SteerBuffers:
         """The module that carries the tensors of hooked layer number ``index`` into the traced graph."""
         return HookPoint(self, index)
 
-    def write(self, plan: StepPlan) -> None:
+    def write(self, plan: StepPlan | None) -> None:
         """Bring a step's tables to the device, in at most one copy; what the step does not cover is marked untouched.
 
         Draft tokens of earlier steps that turned out to be accepted are added to their sums, once a plan.
+
+        Args:
+            plan: None for a step that is as idle as the one before it.
         """
+        self._host_flags.is_step = True
+        if plan is None:
+            return
         if plan.accepted:
             self._put(self._accepted, np.array(plan.accepted, np.int32))
         self._put(self._keep, plan.keep_A)
@@ -118,6 +126,7 @@ class SteerBuffers:
     def silence(self) -> None:
         """Mark every token untouched, for forward passes that no request stands behind."""
         self.write(self._nothing)
+        self._host_flags.is_step = False
 
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
         """Put a direction's (D,) float32 vector into a slot of the bank."""

@@ -140,8 +140,10 @@ def tiny_config(family: str) -> PreTrainedConfig:
     return config
 
 
-def save_tiny_model(family: str, tokenizer_dir: Path, target: Path, seed: int = 0) -> Path:
+def save_tiny_model(family: str, tokenizer_dir: Path | None, target: Path, seed: int = 0) -> Path:
     """Write a random float32 checkpoint of `family` to `target`, with the first words of `tokenizer_dir`'s tokenizer.
+
+    None leaves it without one, for machines that have no other model either.
 
     Norm weights and biases are random too: left at ones and zeros they would hide a stream that skips a norm or
     drops a bias. Returns `target`; raises KeyError for a family that is not in the tables.
@@ -155,6 +157,8 @@ def save_tiny_model(family: str, tokenizer_dir: Path, target: Path, seed: int = 
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     config.dtype = "float32"
     model.save_pretrained(target)
+    if tokenizer_dir is None:
+        return target
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer_dir / name).exists():
             shutil.copy(tokenizer_dir / name, target / name)

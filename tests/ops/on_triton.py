@@ -7,14 +7,19 @@ device is CUDA where TRITON_INTERPRET is not set.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.ops.step_cases import Case, check, make_case
-from vllm_steer.ops import reference
-from vllm_steer.ops.triton_kernels import READ_BLOCK_D, READ_BLOCK_T, steer_and_read
+from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
+from vllm_steer.buffers import SteerBuffers
+from vllm_steer.entry_rows import Entry
+from vllm_steer.ops import reference, triton_kernels
+from vllm_steer.ops.triton_kernels import FEW, FEW_TOKENS, MANY, steer_and_read
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,14 +42,18 @@ def test_agrees_with_the_loop_for_every_sparsity(tokens: int, steered: str, read
     check(make_case(7, tokens=tokens, entries=4, steered=steered, read=read), steer_and_read, DEVICE)
 
 
-@pytest.mark.parametrize("dimension", [1, READ_BLOCK_D, 576])
+@pytest.mark.parametrize("dimension", [1, FEW.block_d, 576])
 def test_any_size_of_the_stream_will_do(dimension: int) -> None:
     # Normal vectors of one element are ±1 and so is every direction: nothing about the tolerances changes.
     check(make_case(3, dimension=dimension, columns=2, dtype=torch.float16), steer_and_read, DEVICE)
 
 
-def test_a_segment_longer_than_a_block_of_tokens() -> None:
-    tokens = 2 * READ_BLOCK_T + 3
+# Segments that are longer than two blocks of tokens, in a small call and in a large one.
+LONG = pytest.mark.parametrize("tokens", [2 * FEW.block_t + 3, FEW_TOKENS + MANY.block_t + 3])
+
+
+@LONG
+def test_a_segment_longer_than_a_block_of_tokens(tokens: int) -> None:
     case = make_case(5, tokens=tokens)
     case.segment[:] = torch.tensor([[0, 1], [1, 0], [2, tokens - 2], [1, 1]])
     check(case, steer_and_read, DEVICE)
@@ -52,13 +61,9 @@ def test_a_segment_longer_than_a_block_of_tokens() -> None:
 
 def test_a_stream_whose_elements_are_apart() -> None:
     case = make_case(6, columns=2)
-    apart = torch.stack([case.hidden, torch.full_like(case.hidden, torch.nan)], dim=2)[..., 0]
-    got, expected = replace(case.copy(DEVICE), hidden=apart.to(DEVICE)), case.copy(DEVICE)
-    assert got.hidden.stride(1) == 2
-    steer_and_read(*got.args())
-    steer_and_read(*expected.args())
-    for one, other in zip(got.args(), expected.args(), strict=True):
-        assert torch.equal(one, other)
+    apart = replace(case, hidden=torch.stack([case.hidden, case.hidden], dim=2)[..., 0])
+    assert apart.copy(DEVICE).hidden.stride(1) == 2
+    check(apart, steer_and_read, DEVICE)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -90,10 +95,10 @@ def test_flags_that_say_nothing_is_there_leave_everything_as_it_is() -> None:
         assert torch.equal(before, after.cpu())
 
 
+@LONG
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_have_one_order(dtype: torch.dtype) -> None:
+def test_sums_have_one_order(dtype: torch.dtype, tokens: int) -> None:
     """Bit for bit the same whichever accumulators are beside it, and however often."""
-    tokens = 2 * READ_BLOCK_T + 3
     case = make_case(5, tokens=tokens, dtype=dtype)
     case.segment[:] = torch.tensor([[0, 0], [0, tokens], [0, 0], [0, 0]])
     case.keep[:] = 0
@@ -111,6 +116,94 @@ def same(got: Case, expected: Case) -> None:
     # Sums of at most 17 rows that may differ by that rounding; a token more or less errs by about 1.
     for name in ("sums", "last", "trace"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2 * eps, atol=20 * eps + 1e-4)
+
+
+class Launches:
+    """Stands before a kernel, and counts how often it is launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.count += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
+    """How often each kernel has been launched since it was last asked."""
+    counting = [Launches(getattr(triton_kernels, name)) for name in ("_steer_and_trace", "_read")]
+    for one, name in zip(counting, ("_steer_and_trace", "_read"), strict=True):
+        monkeypatch.setattr(triton_kernels, name, one)
+
+    def since() -> tuple[int, int]:
+        steered, read = (one.count for one in counting)
+        for one in counting:
+            one.count = 0
+        return steered, read
+
+    return since
+
+
+def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
+    """Buffers with two hooked layers, and a call at the first one over four tokens."""
+    buffers = SteerBuffers(
+        num_layers=2, hidden_size=24, max_tokens=8, max_requests=2, max_entries=1, max_directions=1, trace_columns=1,
+        device=torch.device(DEVICE),
+    )  # fmt: skip
+    hook = buffers.layer(0)
+    stream = torch.ones(4, 24, device=DEVICE)
+    tables = (hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.keep, hook.segment, hook.sums)
+    rest = (hook.last, hook.trace_slot, hook.trace, hook.flags)
+    return buffers, lambda: steer_and_read(stream, stream, *tables, *rest)
+
+
+ENTRY = Entry(0, 0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("request_plan", "expected"),
+    [
+        (RequestPlan(4), (0, 0)),
+        (RequestPlan(4, (ENTRY,), (ENTRY,)), (1, 0)),
+        (RequestPlan(4, pooling=Pooling((0,), 0, None)), (0, 1)),
+        (RequestPlan(4, pooling=Pooling((0,), 0, None, trace=((0, 0),))), (1, 1)),
+        (RequestPlan(4, (Entry(1, 0, 1.0, 0.0),), (), Pooling((1,), 0, None)), (0, 0)),
+    ],
+    ids=["nothing", "steering", "reading", "tracing", "another layer"],
+)  # fmt: skip
+def test_a_step_launches_only_what_it_asks_of_the_layer(
+    request_plan: RequestPlan, expected: tuple[int, int], launches: Callable[[], tuple[int, int]]
+) -> None:
+    planner = BatchPlanner(2, 2, 1, 1)
+    buffers, call = hook_of()
+    call()
+    assert launches() == (1, 1), "before the first step kernels are compiled"
+    planner.add("a", request_plan)
+    buffers.write(planner.build(["a"], [0], [4]))
+    call()
+    assert launches() == expected
+    buffers.silence()
+    call()
+    assert launches() == (1, 1), "a pass that no request stands behind may be there to compile kernels"
+    planner.remove("a")
+    buffers.write(planner.build(["b"], [0], [4]))
+    call()
+    assert launches() == (0, 0)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_holds_both_kernels_though_the_step_asks_for_neither(
+    launches: Callable[[], tuple[int, int]],
+) -> None:
+    planner = BatchPlanner(2, 2, 1, 1)
+    buffers, call = hook_of()
+    call()
+    buffers.write(planner.build(["b"], [0], [4]))
+    launches()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        call()
+    assert launches() == (1, 1)
 
 
 @pytest.mark.gpu

@@ -38,11 +38,11 @@ class Case:
         return tuple(vars(self).values())
 
     def copy(self, device: str = "cpu") -> Case:
-        """The same with storage of its own, and the same strides."""
-        wide = torch.cat([self.hidden, self.hidden], dim=1)[:, : self.hidden.shape[1]]
-        hidden = self.hidden.clone() if self.hidden.is_contiguous() else wide
-        if device != "cpu":
-            hidden = torch.empty_strided(hidden.shape, hidden.stride(), dtype=hidden.dtype, device=device).copy_(hidden)
+        """The same with storage of its own, and the same strides; what lies between the elements of hidden is NaN."""
+        shape, strides = self.hidden.shape, self.hidden.stride()
+        reach = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+        storage = torch.full((reach,), torch.nan, dtype=self.hidden.dtype, device=device)
+        hidden = storage.as_strided(shape, strides).copy_(self.hidden)
         return Case(hidden, *(None if arg is None else arg.clone().to(device) for arg in self.args()[1:]))
 
     def of_token(self) -> list[int]:

@@ -23,9 +23,12 @@ from vllm_steer.ops import triton_kernels
 POINTERS = {"bank": "*fp32", "row_of_token": "*i32", "entry_slot": "*i32", "entry_ab": "*fp32", "trace_slot": "*i32",
             "trace": "*fp32", "flags": "*i32", "keep": "*i32", "segment": "*i32", "sums": "*fp32", "last": "*fp32",
             "hidden": "*bf16", "residual": "*bf16"}
-CONSTANTS = {"D": 3584, "K": 8, "HAS_RESIDUAL": True, "BLOCK_T": triton_kernels.READ_BLOCK_T}
-for kernel, block in ((triton_kernels._steer_and_trace, 4096), (triton_kernels._read, triton_kernels.READ_BLOCK_D)):
-    constants = {name: value for name, value in (CONSTANTS | {"BLOCK_D": block}).items() if name in kernel.arg_names}
+CONSTANTS = {"D": 3584, "K": 8, "HAS_RESIDUAL": True}
+KERNELS = [(triton_kernels._steer_and_trace, {"BLOCK_D": 4096})]
+for tiling in (triton_kernels.FEW, triton_kernels.MANY):
+    KERNELS.append((triton_kernels._read, {"BLOCK_T": tiling.block_t, "BLOCK_D": tiling.block_d}))
+for kernel, blocks in KERNELS:
+    constants = {name: value for name, value in (CONSTANTS | blocks).items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]

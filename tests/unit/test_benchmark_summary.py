@@ -31,10 +31,11 @@ def records_that_measured(*ratios: float) -> dict[str, Any]:
     return records
 
 
-def test_readme_shows_the_committed_records() -> None:
+@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
+def test_readme_shows_the_committed_records(folder: Path) -> None:
     readme = PROJECT_ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    assert rewritten(text, section_of(RESULTS / "cpu", readme)) == text, "run `make readme-performance`"
+    assert rewritten(text, folder.name, section_of(folder, readme)) == text, "run `make readme-performance`"
 
 
 def test_a_goal_is_held_from_its_bound_on_and_missed_below() -> None:
@@ -57,11 +58,12 @@ def test_a_missed_goal_says_so_and_an_absent_record_that_nothing_was_measured() 
 
 
 def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    readme = f"above\n\n{BEGIN}\n\nold\n\n{END}\n\nbelow\n"
-    assert rewritten(readme, "new") == f"above\n\n{BEGIN}\n\nnew\n\n{END}\n\nbelow\n"
+    begin, end, other = BEGIN.format("cpu"), END.format("cpu"), BEGIN.format("gpu")
+    readme = f"{other}\n\nabove\n\n{begin}\n\nold\n\n{end}\n\nbelow\n"
+    assert rewritten(readme, "cpu", "new") == f"{other}\n\nabove\n\n{begin}\n\nnew\n\n{end}\n\nbelow\n"
     assert section_of(tmp_path, tmp_path / "README.md") == all_tables({})
     with pytest.raises(ValueError, match="README lacks the lines"):
-        rewritten("no markers", "new")
+        rewritten(f"{other} alone", "gpu", "new")
 
 
 def test_ways_take_turns_so_that_each_comes_first_and_last() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.buffers import SteerBuffers
-from vllm_steer.engine.readouts import FinishedReadout
+from vllm_steer.engine.readout_flow import ReadoutFlow, Summed
 from vllm_steer.engine.resolved import ResolvedReadout
 from vllm_steer.engine.traces import Trace
 from vllm_steer.step_plan import READ, StepPlan
@@ -56,7 +56,7 @@ def test_only_accepted_drafts_are_in_the_mean_and_a_stop_among_them_cuts_it(comp
     step(planner, buffers, 5, known=1, right=0, wrong=3)
     step(planner, buffers, 6, known=1, right=2, wrong=1)
     spec = ResolvedReadout([5], [0], first=0, end=None, project=[], vectors=True, trace=[])
-    answer = FinishedReadout.take(buffers, spec, planner.poolings["a"], None).answer(computed_end)
+    answer = ReadoutFlow(buffers).take([Summed(spec, planner.poolings["a"], None)])[0].answer(computed_end)
     assert answer["num_tokens"] == computed_end
     # float32 sums of numbers around 1; one rejected row alone would err by 1e5
     expected = ROWS[:computed_end].astype(np.float64).mean(axis=0)
@@ -70,7 +70,7 @@ def test_an_end_that_no_acceptance_explains_is_an_error(computed_end: int) -> No
     step(planner, buffers, 2, known=1, right=3, wrong=0)
     step(planner, buffers, 6, known=1, right=2, wrong=0)
     spec = ResolvedReadout([5], [0], first=0, end=None, project=[], vectors=True, trace=[])
-    answer = FinishedReadout.take(buffers, spec, planner.poolings["a"], None).answer(computed_end)
+    answer = ReadoutFlow(buffers).take([Summed(spec, planner.poolings["a"], None)])[0].answer(computed_end)
     assert f"up to token 7 where {computed_end}" in answer["error"]
 
 

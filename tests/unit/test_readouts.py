@@ -10,6 +10,7 @@ import torch
 
 from vllm_steer.batch_plan import PoolingState
 from vllm_steer.buffers import SteerBuffers
+from vllm_steer.engine.readout_flow import ReadoutFlow, Summed
 from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.resolved import ResolvedReadout
 from vllm_steer.engine.traces import Trace
@@ -47,7 +48,8 @@ def finished(
         buffers.sums_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, :tokens].sum(axis=0))
         buffers.last_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, max(tokens - 1, 0)])
     before = [torch.from_numpy(ROWS[:, token]) for token in range(tokens - 1 - kept, tokens - 1)]
-    taken = FinishedReadout.take(buffers, asked, PoolingState(ACCUMULATOR, tokens, tokens, failure), trace, before)
+    summed = Summed(asked, PoolingState(ACCUMULATOR, tokens, tokens, failure), trace, before)
+    (taken,) = ReadoutFlow(buffers).take([summed])
     for layer in range(2):  # the next request with this accumulator, and a direction in the slot of a replaced one
         buffers.sums_L_AD[layer].fill_(99)
         buffers.last_L_AD[layer].fill_(99)
@@ -154,6 +156,49 @@ def test_a_replaced_readout_does_not_count_twice_and_one_too_large_is_kept() -> 
     small = ReadoutStore(1)
     small.put("a", 0, finished(spec()))
     assert small.get("a", 0) is not None
+
+
+def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
+    """Of every kind that differs in what is gathered: open and closed spans, rows before the last, drafts, layers."""
+    rows_ALD = np.random.default_rng(2).standard_normal((6, 2, SIZE)).astype(np.float32)
+    buffers = SteerBuffers(
+        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=6, max_entries=1, max_directions=4,
+        trace_columns=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    buffers.write_direction(3, DIRECTION)
+    for layer in range(2):
+        buffers.sums_L_AD[layer].copy_(torch.from_numpy(rows_ALD[:, layer]))
+        buffers.last_L_AD[layer].copy_(torch.from_numpy(-rows_ALD[:, layer]))
+    before = [torch.full((2, SIZE), value) for value in (10.0, 20.0)]
+    one_layer = ResolvedReadout([7], [1], first=0, end=None, project=[("kind", 7, 3)], vectors=True, trace=[])
+    asked = [
+        (Summed(spec(), PoolingState(2, 5, 5), None, before), [2], [10.0, 20.0, -2]),
+        (Summed(spec(end=5), PoolingState(0, 5, 5), None), [0], []),
+        (Summed(one_layer, PoolingState(3, 5, 5), None), [3], [-3]),
+        (Summed(spec(), PoolingState(1, 5, 5, drafts=range(4, 6)), None), [1, 4, 5], [-1]),
+        (Summed(spec(vectors=False), PoolingState(3, 5, 5), None, before[:1]), [3], [10.0, -3]),
+    ]
+    taken = ReadoutFlow(buffers).take([summed for summed, _, _ in asked])
+    for tensor in (*buffers.sums_L_AD, *buffers.last_L_AD):
+        tensor.fill_(99)
+
+    def row(number: float) -> np.ndarray:
+        """That of an accumulator, what it has last if negative, or one of those before."""
+        if number >= 10:
+            return np.full((2, SIZE), number, np.float32)
+        return rows_ALD[int(abs(number))] * (-1 if number < 0 else 1)
+
+    for readout, (summed, sums, tail) in zip(taken, asked, strict=True):
+        layers = summed.spec.layer_indices
+        for got, projected, numbers in (
+            (readout.sums_LND, readout.sums_PN, sums), (readout.tail_LMD, readout.tail_PM, tail),
+        ):  # fmt: skip
+            expected_NLD = np.array([row(number)[layers] for number in numbers]).reshape(-1, len(layers), SIZE)
+            if summed.spec.vectors:
+                assert got is not None
+                np.testing.assert_array_equal(got.numpy(), expected_NLD.transpose(1, 0, 2))
+            # float32 products of a few numbers up to 20
+            np.testing.assert_allclose(projected.numpy(), (expected_NLD[:, -1] @ DIRECTION)[None], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,8 @@ def check_step(runner: RunnerWithoutKernels, batch: InputBatch, jobs: dict[str, 
 
 def check_readout(runner: RunnerWithoutKernels, job: Job) -> None:
     readout = job.resolved.readout if job.is_steered else None
-    steering(runner).fetch_traces()  # as the worker does when it is asked
-    found = steering(runner).find(job.resolved.request_id, 0)
+    steering(runner).fetch()  # as the worker does when it is asked
+    (found,) = steering(runner).find([(job.resolved.request_id, 0)])
     if readout is None:
         assert found is None
         return

@@ -16,7 +16,7 @@ from tests.unit.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInWork
 from vllm_steer import Direction, Readout
 from vllm_steer.engine import traces, worker_rpc
 from vllm_steer.engine.admission import Admission
-from vllm_steer.engine.readouts import FinishedReadout
+from vllm_steer.engine.readout_flow import ReadoutFlow, Summed
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.schema import WIRE_KEY, RequestSpec
 from vllm_steer.settings import SteerSettings
@@ -44,15 +44,9 @@ class LateDevice:
         self.late.clear()
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        to = torch.Tensor.to
-
-        def copying(tensor: torch.Tensor, *args: Any, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
-            return self.copy(tensor) if args == ("cpu",) and non_blocking else to(tensor, *args, **kwargs)
-
         def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Any]:
             return self.copy(values_TK), lambda: not self.late
 
-        monkeypatch.setattr(torch.Tensor, "to", copying)
         monkeypatch.setattr(traces, "start_copy", start_copy)
         monkeypatch.setattr(torch.accelerator, "synchronize", self.synchronize)
 
@@ -109,15 +103,35 @@ def test_a_readout_is_waited_for_where_its_request_has_just_been_removed(
 def test_a_readout_is_copied_once_however_often_it_is_collected(
     runner: StandInRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = []
-    take = FinishedReadout.take
-    monkeypatch.setattr(FinishedReadout, "take", lambda *args: taken.append(1) or take(*args))
+    taken: list[Summed] = []
+    take = ReadoutFlow.take
+    monkeypatch.setattr(ReadoutFlow, "take", lambda flow, samples: taken.extend(samples) or take(flow, samples))
     runner.forward(CONTENTS[:PROMPT_LEN])
     for _ in range(2):
         check(collected(runner, PROMPT_LEN), PROMPT_LEN)
     runner._on_request_state_removed("r-0", None)
     check(collected(runner, PROMPT_LEN), PROMPT_LEN)
     assert len(taken) == 1
+
+
+def test_what_has_arrived_lets_go_of_the_memory_that_it_was_copied_into(
+    runner: StandInRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator that is pinned memory, which the next readouts go into."""
+    device = LateDevice()
+    device.patch(monkeypatch)
+    runner.forward(CONTENTS[:PROMPT_LEN])
+    runner._on_request_state_removed("r-0", None)
+    runner.prepare([])
+    copied = [host.data_ptr() for host, _ in device.late]
+    readout = runner.steering.store.get("r", 0)  # type: ignore[attr-defined]
+    assert readout.sums_LND.data_ptr() in copied
+    runner.prepare([])
+    assert readout.sums_LND.data_ptr() in copied, "it has not arrived"
+    device.synchronize()
+    runner.prepare([])
+    assert readout.sums_LND.data_ptr() not in copied
+    check(collected(runner, PROMPT_LEN), PROMPT_LEN)
 
 
 def test_a_readout_that_was_collected_too_early_is_copied_again(runner: StandInRunner) -> None:

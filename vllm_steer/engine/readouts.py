@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_steer.batch_plan import PoolingState
-from vllm_steer.buffers import SteerBuffers
 from vllm_steer.engine.resolved import ResolvedReadout
 from vllm_steer.engine.traces import Trace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FinishedReadout:
-    """The sums of one sample, copied out of the accumulators.
+    """The sums of one sample, copied out of the accumulators by ``ReadoutFlow``.
 
     Attributes:
         spec: what was asked.
@@ -38,49 +36,11 @@ class FinishedReadout:
     tail_PM: torch.Tensor
     trace: Trace | None
 
-    @classmethod
-    def take(
-        cls,
-        buffers: SteerBuffers,
-        spec: ResolvedReadout,
-        state: PoolingState,
-        trace: Trace | None,
-        before_last: Sequence[torch.Tensor] = (),
-    ) -> FinishedReadout:
-        """Copy a request's accumulators to the host without waiting for the device.
-
-        Args:
-            before_last: the rows, at all hooked layers, of the tokens before the last one in the sum: ``TailRows``.
-
-        The projections are taken here and not when they are collected: the bank may have changed by then.
-        """
-        drafts = state.drafts if spec.end is None else ()
-        sums_LND = _rows(buffers.sums_L_AD, spec.layer_indices, state.accumulator, *drafts)
-        ends = () if spec.end is not None else (state.accumulator,)  # an end that was told is not overrun
-        tail_LMD = _rows(buffers.last_L_AD, spec.layer_indices, *ends)
-        if before_last:
-            earlier_LMD = torch.stack([rows_LD[spec.layer_indices] for rows_LD in before_last], dim=1)
-            tail_LMD = torch.cat([earlier_LMD, tail_LMD], dim=1)
-        layer_P = [spec.layers.index(layer) for _, layer, _ in spec.project]
-        slot_P = [slot for _, _, slot in spec.project]
-
-        def to_host(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to("cpu", non_blocking=True)
-
-        def projected(rows_LND: torch.Tensor) -> torch.Tensor:
-            if not spec.project:  # five calls for nothing, for every request
-                return torch.zeros(0, rows_LND.shape[1])
-            return to_host((rows_LND[layer_P] * buffers.bank_SD[slot_P][:, None]).sum(dim=2))
-
-        return cls(
-            spec=spec,
-            state=replace(state),
-            sums_LND=to_host(sums_LND) if spec.vectors else None,
-            tail_LMD=to_host(tail_LMD) if spec.vectors else None,
-            sums_PN=projected(sums_LND),
-            tail_PM=projected(tail_LMD),
-            trace=trace,
-        )
+    def settle(self) -> None:
+        """Go on with copies of its own, instead of a share in what was brought to the host for many at once."""
+        self.sums_PN, self.tail_PM = self.sums_PN.clone(), self.tail_PM.clone()
+        if self.sums_LND is not None and self.tail_LMD is not None:
+            self.sums_LND, self.tail_LMD = self.sums_LND.clone(), self.tail_LMD.clone()
 
     @property
     def num_bytes(self) -> int:
@@ -120,7 +80,9 @@ class FinishedReadout:
 
         def mean(sums: torch.Tensor, tail: torch.Tensor) -> Any:
             total = sums.numpy()[:, : 1 + num_accepted].sum(axis=1)
-            return ((total - tail.numpy()[:, most - over :].sum(axis=1)) * weight).astype(np.float32)
+            if over:
+                total -= tail.numpy()[:, most - over :].sum(axis=1)
+            return (total * weight).astype(np.float32, copy=False)
 
         vectors = None
         if self.sums_LND is not None and self.tail_LMD is not None:
@@ -142,14 +104,6 @@ class FinishedReadout:
             return []
         values_CN = self.trace.values(0, count)
         return [[name, values_N.tobytes()] for (name, _, _), values_N in zip(self.spec.trace, values_CN, strict=True)]
-
-
-def _rows(tensors_L: list[torch.Tensor], indices: list[int], *rows: int) -> torch.Tensor:
-    """A copy of these rows at these layers, (L, N, D); a pipeline stage may have none of the layers."""
-    if not indices or not rows:
-        return tensors_L[0].new_zeros(len(indices), len(rows), tensors_L[0].shape[1])
-    one_after_another = torch.stack([tensors_L[index][row] for index in indices for row in rows])
-    return one_after_another.reshape(len(indices), len(rows), -1)
 
 
 class ReadoutStore:

@@ -82,11 +82,11 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
     if not _answers(worker):
         return None
     steering = _of(worker)
-    steering.fetch_traces()
-    found = [steering.find(external_id, index) for external_id, index, _ in samples]
+    steering.fetch()
+    found = steering.find([(external_id, index) for external_id, index, _ in samples])
     if worker.device is not None and worker.device.type != "cpu":
         torch.accelerator.synchronize()  # all copies to the host, the last ones just now, were started without waiting
-        steering.fetch_traces()
+        steering.fetch()
     ends = (computed_end for _, _, computed_end in samples)
     return [None if one is None else one.answer(end) for one, end in zip(found, ends, strict=True)]
 
@@ -109,7 +109,7 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
     if not _answers(worker):
         return None
     steering = _of(worker)
-    steering.fetch_traces()
+    steering.fetch()
     answers: list[LiveTrace | None] = []
     for external_id, index, start in samples:
         live = steering.trace(external_id, index)

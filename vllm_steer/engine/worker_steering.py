@@ -14,6 +14,7 @@ from vllm_steer.buffers import SteerBuffers
 from vllm_steer.directions import Direction
 from vllm_steer.engine.admission import configured_directions
 from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
+from vllm_steer.engine.readout_flow import ReadoutFlow, Summed
 from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.resolved import RESOLVED_KEY, Resolved
@@ -24,6 +25,8 @@ from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 from vllm_steer.step_plan import TracedTokens
 
+SampleKey = tuple[str, int]
+"""External request id and sample index."""
 _ATTRIBUTE = "vllm_steer"
 
 
@@ -58,10 +61,11 @@ class WorkerSteering:
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
-        self._flow = TraceFlow(self.buffers.trace_TK)
+        self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
         self._traces: dict[str, Trace] = {}
-        self._reading: dict[tuple[str, int], str] = {}  # sample -> internal id, of live requests with a readout
+        self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
         self._taken: dict[str, FinishedReadout] = {}  # internal id -> what was last taken of a live request
+        self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
         self._tails = TailRows(self.buffers.last_L_AD)
         self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
         attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
@@ -74,6 +78,7 @@ class WorkerSteering:
 
     def write_directions(self, writes: list[tuple[int, Direction]]) -> None:
         """Put vectors into their slots of the bank."""
+        self._take_ended()  # their projections are onto what is there now
         for slot, direction in writes:
             self.buffers.write_direction(slot, direction.vector)
             self._contents[slot] = direction.content_hash
@@ -104,6 +109,7 @@ class WorkerSteering:
     def preempt(self, request_id: str) -> None:
         """Drop what was summed of a request that will be computed again from its first token."""
         self.planner.preempt(request_id)
+        self._taken.pop(request_id, None)
 
     def prepare(
         self,
@@ -113,31 +119,36 @@ class WorkerSteering:
         drafts: Mapping[str, Sequence[int]],
     ) -> None:
         """Bring the buffers up to date for the step that is about to run; arguments as of ``BatchPlanner.build``."""
-        self.fetch_traces()
+        self.fetch()
+        self._take_ended()  # before their accumulators are others'
         poolings = self.planner.poolings
         self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
         plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
+        self.buffers.write(plan)
         if plan is not None:
-            self.buffers.write(plan)
-            self._flow.expect([self._rows(tokens) for tokens in plan.traced])
+            self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
 
     def silence(self) -> None:
         """Mark every token untouched for a forward pass that no request stands behind."""
-        self.fetch_traces()  # that pass writes over the rows of the last one
+        self.fetch()  # that pass writes over the rows of the last one
         self.buffers.silence()
 
-    def fetch_traces(self) -> None:
-        """Bring the traces up to the last forward pass, as far as can be done without waiting for the device."""
-        self._flow.fetch()
+    def fetch(self) -> None:
+        """Take in traces and readouts up to the last forward pass, as far as can be done without waiting for the
+        device."""
+        self._trace_flow.fetch()
+        self._readout_flow.fetch()
 
     def finish(self, request_id: str) -> None:
-        """Move a finished request's readout to the store and forget the request."""
+        """Forget a finished request; its readout goes to the store with those of all that end in this step."""
         resolved = self._resolved.get(request_id)
         if resolved is not None and resolved.readout is not None:
             key = sample_key(request_id, resolved.request_id)
-            readout = self._take(request_id)
-            if readout is not None:
-                self.store.put(*key, readout)
+            summed = self._to_take(request_id)
+            if summed is not None:
+                self._ended.append((key, summed))
+            elif request_id in self._taken:
+                self.store.put(*key, self._taken[request_id])
             if self._reading.get(key) == request_id:  # a later request may carry the same external id
                 del self._reading[key]
         self._resolved.pop(request_id, None)
@@ -146,14 +157,19 @@ class WorkerSteering:
         self._may_stop.discard(request_id)
         self.planner.remove(request_id)
 
-    def find(self, external_id: str, index: int) -> FinishedReadout | None:
-        """The readout of one sample: from the store, or of a request that is finished but not yet removed."""
-        stored = self.store.get(external_id, index)
-        if stored is not None:
-            return stored
+    def find(self, samples: Sequence[SampleKey]) -> list[FinishedReadout | None]:
+        """The readouts of samples: from the store, or of requests that are finished but not yet removed."""
+        self._take_ended()
+        found = [self.store.get(*key) for key in samples]
         # vLLM tells the runner of a finished request with its next step; after the last step there is none.
-        request_id = self._reading.get((external_id, index))
-        return None if request_id is None else self._take(request_id)
+        live = [self._reading.get(key, "") for key in samples]
+        to_take = {
+            request_id: summed
+            for request_id, readout in zip(live, found, strict=True)
+            if readout is None and (summed := self._to_take(request_id)) is not None
+        }
+        self._taken.update(zip(to_take, self._readout_flow.take([*to_take.values()]), strict=True))
+        return [readout or self._taken.get(request_id) for readout, request_id in zip(found, live, strict=True)]
 
     def trace(self, external_id: str, index: int) -> tuple[list[str], Trace] | None:
         """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
@@ -197,21 +213,25 @@ class WorkerSteering:
         start = traced.position - readout.first
         return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
 
-    def _take(self, request_id: str) -> FinishedReadout | None:
-        """The readout of a request as it stands now, or None if nothing of it has been computed."""
+    def _to_take(self, request_id: str) -> Summed | None:
+        """The readout of a request as it stands; None if nothing has been computed of it since it was last taken."""
         state = self.planner.poolings.get(request_id)
-        readout = self._resolved[request_id].readout
-        if state is None or readout is None:
-            return None
         taken = self._taken.get(request_id)
-        if taken is None or taken.state != state:  # else nothing has been computed since
-            before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-            taken = FinishedReadout.take(self.buffers, readout, state, self._traces.get(request_id), before_last)
-            self._taken[request_id] = taken
-        return taken
+        if state is None or (taken is not None and taken.state == state):
+            return None
+        readout = self._resolved[request_id].readout
+        assert readout is not None  # it is what is pooled
+        before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
+        return Summed(readout, replace(state), self._traces.get(request_id), before_last)
+
+    def _take_ended(self) -> None:
+        """Move the readouts of finished requests to the store."""
+        ended, self._ended = self._ended, []
+        for (key, _), readout in zip(ended, self._readout_flow.take([summed for _, summed in ended]), strict=True):
+            self.store.put(*key, readout)
 
 
-def sample_key(request_id: str, external_id: str) -> tuple[str, int]:
+def sample_key(request_id: str, external_id: str) -> SampleKey:
     """(external id, sample index) of an internal request id.
 
     vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of more ``<i>_<external>-<random>``

@@ -1,9 +1,9 @@
-"""The op in Triton: two launches a hook, each of which exits at once where there is nothing to do.
+"""The op in Triton: two launches a hook at most, each of which exits at once where there is nothing to do.
 
 ``_steer_and_trace`` has a program a token, which holds the token's whole row. In ``_read`` a program has some
-accumulators and a block of D, and sums the segment of each by itself. So every sum has one order, whatever runs beside
-it, and nothing is shared between programs. How much there is to do is read on the device: a captured CUDA graph does
-what the tables say when it is replayed, and no shape, grid or block size depends on them.
+accumulators and a block of D, and sums the segment of each by itself. So a sum has one order in all calls of as many
+tokens, whatever runs beside it, and nothing is shared between programs. How much there is to do is read on the device:
+a captured CUDA graph does what the tables say when it is replayed; no shape, grid or block size depends on them.
 """
 
 # Kernels are no Python functions: Triton gives their parameters types of its own.
@@ -11,14 +11,37 @@ what the tables say when it is replayed, and no shape, grid or block size depend
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-READ_BLOCK_T, READ_BLOCK_D = 32, 128
-"""Tokens and elements that ``_read`` takes at a time."""
-READ_PROGRAMS = 128
-"""Programs a block of D: as many as an idle hook's exit costs little for, and segments of one token keep busy."""
+from vllm_steer.ops.host_flags import asked
+
+
+class Tiling(NamedTuple):
+    """How the work of a call is cut up.
+
+    Attributes:
+        elements_a_warp: of a token's row in ``_steer_and_trace``.
+        block_t, block_d: tokens and elements that ``_read`` takes at a time.
+        programs: of ``_read``, for each block of D. An idle hook's exit costs more the more there are.
+        warps: of each.
+    """
+
+    elements_a_warp: int
+    block_t: int
+    block_d: int
+    programs: int
+    warps: int
+
+
+FEW_TOKENS = 512
+"""Up to so many tokens, a step mostly generates; vLLM captures no larger graph unless it is told to."""
+FEW = Tiling(elements_a_warp=512, block_t=16, block_d=256, programs=128, warps=2)
+MANY = Tiling(elements_a_warp=2048, block_t=256, block_d=32, programs=16, warps=4)
+"""Measured on an H200: many short segments, or a few long ones, which only narrow blocks spread over the device."""
 
 
 @triton.jit
@@ -56,6 +79,15 @@ def _steer_and_trace(
     if (not steered) & (traced == 0):
         return
 
+    slots = entry_slot + row.to(tl.int64) * slot_stride_r
+    coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
+    projections = traced  # how many there are
+    if steered:
+        for entry in range(depth):
+            b = tl.load(coefficients + entry * ab_stride_e + 1)
+            if (tl.load(slots + entry * slot_stride_e) >= 0) & (b != 0):
+                projections += 1
+
     column = tl.arange(0, BLOCK_D)
     within = column < D
     hidden_at = hidden + token * hidden_stride_t + column.to(tl.int64) * hidden_stride_d
@@ -63,20 +95,21 @@ def _steer_and_trace(
     stream = own
     if HAS_RESIDUAL:
         residual_at = residual + token * residual_stride_t + column.to(tl.int64) * residual_stride_d
-        beside = tl.load(residual_at, mask=within, other=0.0).to(tl.float32)
+        needed = tl.where(projections > 0, D, 0)  # nothing is read that nothing is projected from
+        beside = tl.load(residual_at, mask=column < needed, other=0.0).to(tl.float32)
         stream = own + beside
 
     if steered:
-        slots = entry_slot + row.to(tl.int64) * slot_stride_r
-        coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
         delta = tl.zeros([BLOCK_D], dtype=tl.float32)
         for entry in range(depth):
             slot = tl.load(slots + entry * slot_stride_e)
             if slot >= 0:
                 direction = tl.load(bank + slot.to(tl.int64) * D + column, mask=within, other=0.0)
-                a = tl.load(coefficients + entry * ab_stride_e)
+                factor = tl.load(coefficients + entry * ab_stride_e)
                 b = tl.load(coefficients + entry * ab_stride_e + 1)
-                delta += (a + b * tl.sum((stream + delta) * direction, axis=0)) * direction
+                if b != 0:
+                    factor += b * tl.sum((stream + delta) * direction, axis=0)
+                delta += factor * direction
         rounded = (own + delta).to(hidden.dtype.element_ty)
         tl.store(hidden_at, rounded, mask=within)
         stream = rounded.to(tl.float32)
@@ -123,25 +156,29 @@ def _read(
         if (count > 0) | (is_kept == 0):
             at = accumulator * D + column.to(tl.int64)
             total = tl.zeros([BLOCK_D], dtype=tl.float32)
-            for start in range(0, count, BLOCK_T):
-                index = start + tl.arange(0, BLOCK_T)
-                token = (first + index)[:, None]
-                mask = (index < count)[:, None] & within[None, :]
-                stream = tl.load(hidden_column[None, :] + token * hidden_stride_t, mask=mask, other=0.0).to(tl.float32)
+            if count > 0:
+                token = first + count - 1
+                end = tl.load(hidden_column + token * hidden_stride_t, mask=within, other=0.0).to(tl.float32)
                 if HAS_RESIDUAL:
-                    beside = tl.load(residual_column[None, :] + token * residual_stride_t, mask=mask, other=0.0)
-                    stream += beside.to(tl.float32)
-                total += tl.sum(stream, axis=0)
+                    beside = tl.load(residual_column + token * residual_stride_t, mask=within, other=0.0)
+                    end += beside.to(tl.float32)
+                tl.store(last + at, end, mask=within)
+                total = end
+            if count > 1:  # else, as in most steps, its one token is all there is
+                total = tl.zeros([BLOCK_D], dtype=tl.float32)
+                for start in range(0, count, BLOCK_T):
+                    index = start + tl.arange(0, BLOCK_T)
+                    token = (first + index)[:, None]
+                    mask = (index < count)[:, None] & within[None, :]
+                    stream = tl.load(hidden_column[None, :] + token * hidden_stride_t, mask=mask, other=0.0)
+                    stream = stream.to(tl.float32)
+                    if HAS_RESIDUAL:
+                        beside = tl.load(residual_column[None, :] + token * residual_stride_t, mask=mask, other=0.0)
+                        stream += beside.to(tl.float32)
+                    total += tl.sum(stream, axis=0)
             # Chosen, not multiplied: a NaN times zero would stay one.
             kept = tl.where(is_kept, tl.load(sums + at, mask=within, other=0.0), 0.0)
             tl.store(sums + at, kept + total, mask=within)
-            if count > 0:
-                token = first + count - 1
-                stream = tl.load(hidden_column + token * hidden_stride_t, mask=within, other=0.0).to(tl.float32)
-                if HAS_RESIDUAL:
-                    beside = tl.load(residual_column + token * residual_stride_t, mask=within, other=0.0)
-                    stream += beside.to(tl.float32)
-                tl.store(last + at, stream, mask=within)
 
 
 def steer_and_read(
@@ -164,14 +201,19 @@ def steer_and_read(
     if tokens == 0:
         return
     beside_TD = hidden_TD if residual_TD is None else residual_TD
-    block = triton.next_power_of_2(dimension)
-    _steer_and_trace[(tokens,)](
-        hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
-        entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
-        flags_3, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
-        num_warps=min(max(block // 512, 1), 16),
-    )  # fmt: skip
-    _read[(min(len(keep_A), READ_PROGRAMS), triton.cdiv(dimension, READ_BLOCK_D))](
-        hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), keep_A, segment_A2, sums_AD, last_AD, flags_3,
-        len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=READ_BLOCK_T, BLOCK_D=READ_BLOCK_D,
-    )  # fmt: skip
+    tiling = FEW if tokens <= FEW_TOKENS else MANY
+    is_touched, is_read = asked(flags_3)
+    if is_touched:
+        block = triton.next_power_of_2(dimension)
+        _steer_and_trace[(tokens,)](
+            hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
+            entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
+            flags_3, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
+            num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
+        )  # fmt: skip
+    if is_read:
+        _read[(min(len(keep_A), tiling.programs), triton.cdiv(dimension, tiling.block_d))](
+            hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), keep_A, segment_A2, sums_AD, last_AD,
+            flags_3, len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=tiling.block_t,
+            BLOCK_D=tiling.block_d, num_warps=tiling.warps,
+        )  # fmt: skip
