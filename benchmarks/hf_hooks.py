@@ -107,6 +107,16 @@ class HookedModel:
         return [{layer: means[layer][row] for layer in layers} for row in range(len(prompts))]
 
     @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 meanwhile, with the same weights."""
+        own = self._model.dtype
+        self._model.float()
+        try:
+            yield
+        finally:
+            self._model.to(own)  # bit for bit what they were
+
+    @contextmanager
     def _steered(
         self, alphas: Sequence[float], direction_D: npt.NDArray[np.float32] | None, layer: int
     ) -> Iterator[None]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import accumulate
 
 import torch
 
@@ -101,11 +101,10 @@ class ReadoutFlow:
         # One after another, so the last one's arrival is that of both.
         rows_LRD, _ = traces.start_copy(rows_LRD)
         projected_PR, has_arrived = traces.start_copy(projected_PR)
-        readouts, start = [], 0
+        readouts, sums_end, tail_end = [], 0, sum(map(_num_sums, samples))
         for sample in samples:
-            sums = slice(start, start + _num_sums(sample))
-            tail = slice(sums.stop, sums.stop + _num_tail(sample))
-            start = tail.stop
+            sums = slice(sums_end, sums_end := sums_end + _num_sums(sample))
+            tail = slice(tail_end, tail_end := tail_end + _num_tail(sample))
             readouts.append(
                 FinishedReadout(
                     spec=sample.spec,
@@ -120,29 +119,27 @@ class ReadoutFlow:
         return readouts, has_arrived
 
     def _rows(self, layer_indices: Sequence[int], samples: Sequence[Summed]) -> torch.Tensor:
-        """A copy of all rows of these samples, of each its sums and then its last tokens, oldest first."""
-        buffers = self._buffers
+        """A copy of all rows of these samples: the sums of each, and then the last tokens of each, oldest first."""
+        buffers, layers = self._buffers, list(layer_indices)
+        with_tail = [one for one in samples if one.is_open]
         summed_N = [row for one in samples for row in _summed_rows(one)]
-        last_M = [one.state.accumulator for one in samples if one.is_open]
-        earlier = [rows_LD for one in samples if one.is_open for rows_LD in one.before_last]
-        if not layer_indices:  # a pipeline stage may have none of the layers
-            num_rows = len(summed_N) + len(last_M) + len(earlier)
-            return buffers.bank_SD.new_zeros(0, num_rows, buffers.bank_SD.shape[1])
-        # They are gathered kind by kind, and then put into this order.
-        sums, lasts, before = count(), count(len(summed_N)), count(len(summed_N) + len(last_M))
-        order_R: list[int] = []
-        for one in samples:
-            order_R += islice(sums, _num_sums(one))
-            if one.is_open:
-                order_R += [*islice(before, len(one.before_last)), next(lasts)]
-        indices = torch.tensor([*summed_N, *last_M, *order_R]).to(buffers.bank_SD.device, non_blocking=True)
-        index_N, index_M, index_R = indices.split([len(summed_N), len(last_M), len(order_R)])
-        kinds = [
-            torch.stack([buffers.sums_L_AD[layer][index_N] for layer in layer_indices]),
-            torch.stack([buffers.last_L_AD[layer][index_M] for layer in layer_indices]),
-            *(rows_LD[list(layer_indices)][:, None] for rows_LD in earlier),
-        ]
-        return torch.cat(kinds, dim=1)[:, index_R]
+        num_sums, size = len(summed_N), buffers.bank_SD.shape[1]
+        # Where each tail ends; the rows of last tokens are in the buffers, and those before them were kept.
+        end_M = list(accumulate(map(_num_tail, with_tail), initial=num_sums))[1:]
+        rows_LRD = buffers.bank_SD.new_empty(len(layers), end_M[-1] if end_M else num_sums, size)
+        indices = torch.tensor([*summed_N, *(one.state.accumulator for one in with_tail)])
+        index_N, index_M = indices.to(rows_LRD.device, non_blocking=True).split([num_sums, len(with_tail)])
+        has_earlier = any(one.before_last for one in with_tail)
+        for rows_RD, layer in zip(rows_LRD, layers, strict=True):
+            torch.index_select(buffers.sums_L_AD[layer], 0, index_N, out=rows_RD[:num_sums])
+            if has_earlier:
+                rows_RD[[end - 1 for end in end_M]] = buffers.last_L_AD[layer][index_M]
+            else:
+                torch.index_select(buffers.last_L_AD[layer], 0, index_M, out=rows_RD[num_sums:])
+        for one, end in zip(with_tail, end_M, strict=True):
+            for place, earlier_LD in enumerate(one.before_last, start=end - _num_tail(one)):
+                rows_LRD[:, place] = earlier_LD[layers]
+        return rows_LRD
 
 
 def _summed_rows(sample: Summed) -> list[int]:

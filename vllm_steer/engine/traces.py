@@ -127,9 +127,9 @@ class TraceFlow:
 
 
 def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
-    """A copy on the host, which later forward passes leave alone, and the question whether it has arrived."""
+    """The values on the host, as they are in the device's order of things, and whether they have arrived."""
     if values_TK.device.type == "cpu":
-        return values_TK.clone(), lambda: True
+        return values_TK, lambda: True
     host_TK = values_TK.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
     arrived = torch.Event(values_TK.device)
     arrived.record()
