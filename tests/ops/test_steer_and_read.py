@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from tests.ops.step_cases import REQUESTS, check, make_case
+from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.step_plan import READ, STEER, TRACE
@@ -149,6 +150,27 @@ def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
     check(case, cpu.steer_and_read)
     case.segment[:] = case.segment.flip(0)
     check(case, cpu.steer_and_read)
+
+
+def test_the_fast_path_adds_the_directions_that_are_in_the_bank_now() -> None:
+    """What it adds is remembered: a direction that is written anew counts, and another bank behind the same tables."""
+    case = make_case(21, steered="all", read="none")
+    case.entry_ab[..., 1] = 0.0  # nothing but additions, whose sum does not depend on the token
+    another = replace(case, bank=2 * case.bank)
+
+    def check_added(case: Case) -> None:
+        hidden = case.hidden.clone()
+        cpu.steer_and_read(hidden, *case.args()[1:])
+        np.testing.assert_allclose(hidden.double().numpy(), loop(case).hidden, atol=2e-5)  # as in check
+
+    with torch.inference_mode():  # as vLLM's workers run
+        check_added(case)
+        case.bank.neg_()
+        check_added(case)
+        while another.bank._version < case.bank._version:  # written as often, like that of an engine started alike
+            another.bank.mul_(1.0)
+        check_added(another)
+        check_added(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

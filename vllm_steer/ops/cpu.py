@@ -53,9 +53,10 @@ def steer_and_read(
     if depth:
         units = _units(row_of_token[: hidden_TD.shape[0]].numpy().tobytes())
         slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
-        steered = _remembered(entry_slot_RE.data_ptr(), (units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most))
+        asked = (units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most, bank_SD.data_ptr(), bank_SD._version)
+        steered = _remembered(entry_slot_RE.data_ptr(), asked, bank_SD)
         if steered is not None:
-            _steer(hidden_TD, residual_TD, bank_SD, steered)
+            _steer(hidden_TD, residual_TD, steered)
     if is_read:
         reset = np.flatnonzero(keep_A.numpy() == 0)
         if reset.size:
@@ -124,34 +125,41 @@ class _Steered:
     """What a step's units and a layer's entries ask for.
 
     Attributes:
+        bank_SD: the directions.
         slots_UE, a_UE, b_UE: the entries of each unit that has any. One with fewer than the deepest is filled up with
             slot 0, a = b = 0.
-        only_adds: b is 0 throughout.
+        delta_UD: what is added to each token of a unit, where that does not depend on the token: b is 0 throughout.
         parts: tokens, and the unit of each or one for all of them.
     """
 
+    bank_SD: torch.Tensor
     slots_UE: torch.Tensor
     a_UE: torch.Tensor
     b_UE: torch.Tensor
-    only_adds: bool
+    delta_UD: torch.Tensor | None
     parts: list[tuple[Rows, Rows]]
 
 
-_Asked = tuple[_Units, bytes, bytes, int, int]
+_Asked = tuple[_Units, bytes, bytes, int, int, int, int]
+"""Units, slots, scalars, depth, the most tokens a part; address and version of the bank, which ``_Steered`` keeps from
+moving and whose version changes with every write."""
 _LAST: dict[int, tuple[_Asked, _Steered | None]] = {}
 """By the address of a layer's table: what it asked for last, and what that says. No more is kept: what outlives its
 step keeps the memory around it from being given back."""
 
 
-def _remembered(layer: int, asked: _Asked) -> _Steered | None:
+def _remembered(layer: int, asked: _Asked, bank_SD: torch.Tensor) -> _Steered | None:
     last, steered = _LAST.get(layer, (None, None))
     if last != asked:
-        steered = _steered(*asked)
+        units, slots, scalars, depth, most, *_ = asked
+        steered = _steered(bank_SD, units, slots, scalars, depth, most)
         _LAST[layer] = asked, steered
     return steered
 
 
-def _steered(units: _Units, slots: bytes, scalars: bytes, depth: int, most: int) -> _Steered | None:
+def _steered(
+    bank_SD: torch.Tensor, units: _Units, slots: bytes, scalars: bytes, depth: int, most: int
+) -> _Steered | None:
     """None where no token is steered at this layer."""
     slot_UE = np.frombuffer(slots, np.int32).reshape(-1, depth)
     ab_UE2 = np.frombuffer(scalars, np.float32).reshape(-1, depth, 2)
@@ -171,18 +179,19 @@ def _steered(units: _Units, slots: bytes, scalars: bytes, depth: int, most: int)
     else:
         token_N, unit_N = _consecutive(first_U, count_U), np.arange(len(count_U)).repeat(count_U)
         parts = [(_index(token_N[some]), _index(unit_N[some])) for some in _parts(0, len(unit_N), most)]
+    slots_UE = torch.from_numpy(slot_UE.clip(0))
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
-    return _Steered(torch.from_numpy(slot_UE.clip(0)), a_UE, b_UE, not b_UE.any(), parts)
+    delta_UD = None if b_UE.any() else embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE)
+    return _Steered(bank_SD, slots_UE, a_UE, b_UE, delta_UD, parts)
 
 
-def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, bank_SD: torch.Tensor, steered: _Steered) -> None:
-    if steered.only_adds:  # what is added does not depend on the token
-        delta_UD = embedding_bag(steered.slots_UE, bank_SD, mode="sum", per_sample_weights=steered.a_UE)
+def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, steered: _Steered) -> None:
+    if steered.delta_UD is not None:
         for tokens, units in steered.parts:
-            _add(hidden_TD, tokens, _rows(delta_UD, units))
+            _add(hidden_TD, tokens, _rows(steered.delta_UD, units))
         return
     for tokens, units in steered.parts:
-        directions = (bank_SD.index_select(0, slot_N) for slot_N in steered.slots_UE[units].T)
+        directions = (steered.bank_SD.index_select(0, slot_N) for slot_N in steered.slots_UE[units].T)
         _apply(hidden_TD, residual_TD, tokens, directions, steered.a_UE[units].T, steered.b_UE[units].T)
 
 
