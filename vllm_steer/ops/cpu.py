@@ -49,6 +49,8 @@ def steer_and_read(
 ) -> None:
     """See ``reference.steer_and_read``."""
     depth, is_read, is_traced = flags_3.tolist()
+    if not (depth or is_read or is_traced):
+        return
     most = max(PART // hidden_TD.shape[1], 1)
     if depth:
         units = _units(row_of_token[: hidden_TD.shape[0]].numpy().tobytes())
