@@ -35,15 +35,20 @@ def trace_of(tokens: int, failure: str | None = None) -> Trace:
     return trace
 
 
+def make_buffers(max_requests: int) -> SteerBuffers:
+    buffers = SteerBuffers(
+        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=max_requests, max_entries=1, max_directions=4,
+        trace_columns=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    buffers.write_direction(3, DIRECTION)
+    return buffers
+
+
 def finished(
     asked: ResolvedReadout, tokens: int = 5, failure: str | None = None, trace: Trace | None = None, kept: int = 0
 ) -> FinishedReadout:
     """The readout of a request of which so many tokens were summed, with the rows of ``kept`` ones before the last."""
-    buffers = SteerBuffers(
-        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=2, max_entries=1, max_directions=4,
-        trace_columns=0, device=torch.device("cpu"),
-    )  # fmt: skip
-    buffers.write_direction(3, DIRECTION)
+    buffers = make_buffers(2)
     for layer in range(2):
         buffers.sums_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, :tokens].sum(axis=0))
         buffers.last_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, max(tokens - 1, 0)])
@@ -161,11 +166,7 @@ def test_a_replaced_readout_does_not_count_twice_and_one_too_large_is_kept() -> 
 def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
     """Of every kind that differs in what is gathered: open and closed spans, rows before the last, drafts, layers."""
     rows_ALD = np.random.default_rng(2).standard_normal((6, 2, SIZE)).astype(np.float32)
-    buffers = SteerBuffers(
-        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=6, max_entries=1, max_directions=4,
-        trace_columns=0, device=torch.device("cpu"),
-    )  # fmt: skip
-    buffers.write_direction(3, DIRECTION)
+    buffers = make_buffers(6)
     for layer in range(2):
         buffers.sums_L_AD[layer].copy_(torch.from_numpy(rows_ALD[:, layer]))
         buffers.last_L_AD[layer].copy_(torch.from_numpy(-rows_ALD[:, layer]))

@@ -127,7 +127,11 @@ class TraceFlow:
 
 
 def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
-    """The values on the host, as they are in the device's order of things, and whether they have arrived."""
+    """The values on the host, and the question whether they have arrived.
+
+    On an accelerator a copy, queued behind what runs and before what comes. On the host they are there already, and are
+    the very same memory: they are taken over before the next pass writes to it.
+    """
     if values_TK.device.type == "cpu":
         return values_TK, lambda: True
     host_TK = values_TK.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
