@@ -11,6 +11,7 @@ changed is brought to the device by one copy of its beginning::
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from torch import nn
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.ops.host_flags import HostFlags
 from vllm_steer.staging import ring_for
-from vllm_steer.step_plan import IntArray, StepPlan
+from vllm_steer.step_plan import VERSION, IntArray, StepPlan
+
+_CHANGES = itertools.count()
+"""Of all tables in this process."""
 
 
 class SteerBuffers:
@@ -58,7 +62,7 @@ class SteerBuffers:
         self._accepted = packer.table(max_requests * max_drafts, 2, fill=0)
         self._keep = packer.table(accumulators, fill=1)
         self._segment = packer.table(accumulators, 2, fill=0)
-        self._flags = packer.table(num_layers, _aligned(3), fill=0)
+        self._flags = packer.table(num_layers, 4, fill=0)
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
         # No row is looked at before it is written.
@@ -74,8 +78,8 @@ class SteerBuffers:
 
         self.bank_SD = floats(max_directions, hidden_size)
         self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
-        self.flags_L3 = self._flags.of(packed)[:, :3]
-        self._host_flags = HostFlags(self.flags_L3, self._flags.of(self._image)[:, :3])
+        self.flags_L4 = self._flags.of(packed)
+        self._host_flags = HostFlags(self.flags_L4, self._flags.of(self._image))
         self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
         self.row_of_token = self._row.of(packed)
         entry_RLE3 = self._entry.of(packed)[..., : 3 * max_entries].unflatten(2, (max_entries, 3))
@@ -117,8 +121,11 @@ class SteerBuffers:
         self._high_water = plan.num_tokens
         for first_row, pair_2LE3 in plan.new_rows:
             self._put(self._entry, pair_2LE3.reshape(*pair_2LE3.shape[:2], -1), at=first_row)
-        if self._ring is not None and self._num_changed:
-            self._ring.send(self._image[: self._num_changed], self._packed)
+        if self._num_changed:
+            self._flags.of(self._image)[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
+            self._num_changed = max(self._num_changed, self._flags.end_of(self._flags.shape[0]))
+            if self._ring is not None:
+                self._ring.send(self._image[: self._num_changed], self._packed)
         self._num_changed = 0
         if plan.accepted:
             into_N, draft_N = self._accepted.of(self._packed)[: len(plan.accepted)].unbind(1)
@@ -205,7 +212,7 @@ class HookPoint(nn.Module):
             "last": buffers.last_L_AD[index],
             "trace_slot": buffers.trace_slot_LK[index],
             "trace": buffers.trace_TK,
-            "flags": buffers.flags_L3[index],
+            "flags": buffers.flags_L4[index],
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)

@@ -10,7 +10,9 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 
 STEER, READ, TRACE = 0, 1, 2
-"""Columns of ``StepPlan.flags_L3``."""
+"""Columns of ``StepPlan.flags_L3``, and of what the op gets."""
+VERSION = 3
+"""A further column of what the op gets; see ``ops.reference``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ def make_case(
         trace_slot=torch.from_numpy(trace_slot),
         trace=normal(tokens + SPARE_TOKENS, columns),
         flags=torch.tensor(
-            [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0)], dtype=torch.int32
+            [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0), 0], dtype=torch.int32
         ),
     )
 

@@ -12,7 +12,7 @@ import torch
 from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
-from vllm_steer.step_plan import READ, STEER, TRACE
+from vllm_steer.step_plan import READ, STEER, TRACE, VERSION
 
 IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,7 +138,7 @@ def test_the_fast_path_in_parts_agrees_with_the_loop(op: str, most: int, monkeyp
 
 
 def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
-    """Tables are remembered by content: other scalars, slots, rows or segments at the same place are seen."""
+    """Of tables without a version nothing is remembered: other scalars, slots, rows or segments at a place are seen."""
     case = make_case(33, entries=1, steered="all", read="all")
     check(case, cpu.steer_and_read)
     case.entry_ab[..., 0] *= -1.5
@@ -153,10 +153,10 @@ def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
 
 
 def test_the_fast_path_adds_the_directions_that_are_in_the_bank_now() -> None:
-    """What it adds is remembered: a direction that is written anew counts, and another bank behind the same tables."""
+    """What it adds is remembered by the tables' version: a direction that is written anew counts all the same."""
     case = make_case(21, steered="all", read="none")
     case.entry_ab[..., 1] = 0.0  # nothing but additions, whose sum does not depend on the token
-    another = replace(case, bank=2 * case.bank)
+    case.flags[VERSION] = 1
 
     def check_added(case: Case) -> None:
         hidden = case.hidden.clone()
@@ -167,10 +167,26 @@ def test_the_fast_path_adds_the_directions_that_are_in_the_bank_now() -> None:
         check_added(case)
         case.bank.neg_()
         check_added(case)
-        while another.bank._version < case.bank._version:  # written as often, like that of an engine started alike
-            another.bank.mul_(1.0)
-        check_added(another)
-        check_added(case)
+
+
+def test_the_fast_path_looks_at_tables_once_for_each_version_and_number_of_tokens() -> None:
+    case = make_case(34, tokens=9, steered="all", read="all")
+    case.entry_ab[..., 1] = 0.0
+    others = replace(case, entry_ab=-2 * case.entry_ab, segment=case.segment.flip(0))  # at the same flags
+    case.flags[VERSION] = 5
+
+    def added(case: Case, tokens: int) -> torch.Tensor:
+        run = replace(case, sums=torch.zeros_like(case.sums), hidden=case.hidden[:tokens].clone())
+        cpu.steer_and_read(run.hidden, None, *run.args()[2:])
+        return torch.cat([run.hidden, run.sums])
+
+    whole, part = added(case, 9), added(replace(case, segment=torch.zeros_like(case.segment)), 5)
+    assert torch.equal(part[:5], whole[:5])
+    case.flags[VERSION] = 6
+    assert torch.equal(added(case, 9), whole)
+    assert torch.equal(added(others, 9), whole), "tables of one version were looked at twice"
+    case.flags[VERSION] = 7
+    assert not torch.equal(added(others, 9), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

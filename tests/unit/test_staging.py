@@ -14,6 +14,7 @@ from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.buffers import SteerBuffers
 from vllm_steer.entry_rows import Entry
 from vllm_steer.staging import RING_LENGTH, StagingRing
+from vllm_steer.step_plan import VERSION
 
 LAYERS, REQUESTS, ENTRIES = 2, 3, 2
 BOTH = (Entry(0, 1, 2.0, 0.0), Entry(1, 0, 1.0, -1.0))
@@ -104,10 +105,42 @@ def test_the_device_gets_what_the_plan_says(copies: list[int], step: Callable[..
     assert buffers.row_of_token.tolist() == [-1] * 2 + [row] * 4 + [row + 1] * 2 + [-1] * 8
     assert buffers.segment_A2[0].tolist() == [2, 6]
     assert buffers.keep_A.tolist() == [0, 1, 1]
-    assert buffers.flags_L3.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert buffers.flags_L4[:, :VERSION].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert buffers.trace_slot_LK.tolist() == [[1, -1], [-1, -1]]
     assert buffers.entry_slot_LRE[:, row].tolist() == [[1, -1], [0, -1]]
     assert buffers.entry_ab_LRE2[:, row, 0].tolist() == [[2.0, 0.0], [1.0, -1.0]]
+
+
+def test_the_version_of_the_tables_is_another_one_whenever_any_of_them_changes(
+    copies: list[int], step: Callable[..., None]
+) -> None:
+    planner, buffers = make_planner("a", "b"), make_buffers()
+    seen: list[int] = []
+
+    def version() -> int:
+        assert len(set(buffers.flags_L4[:, VERSION].tolist())) == 1, "all layers have one version"
+        return int(buffers.flags_L4[0, VERSION])
+
+    def is_new() -> bool:
+        seen.append(version())
+        return seen[-1] not in seen[:-1]
+
+    assert version() == 0, "nothing has been written yet"
+    step(planner, buffers, ("a", 0, 4))
+    assert is_new()
+    assert version() != 0
+    step(planner, buffers, ("a", 4, 1))
+    assert is_new(), "the prompt's rows, segment and reset are gone"
+    for position in (5, 6):
+        step(planner, buffers, ("a", position, 1))
+        assert version() == seen[-1], "a steady decode"
+    step(planner, buffers, ("a", 7, 1), ("b", 0, 4))
+    assert is_new(), "entries came"
+    buffers.silence()
+    assert is_new()
+    other = make_buffers()
+    step(make_planner("a"), other, ("a", 0, 4))
+    assert int(other.flags_L4[0, VERSION]) not in seen, "the version of another engine's tables"
 
 
 def test_rows_of_a_larger_step_are_blanked_behind_a_smaller_one(copies: list[int], step: Callable[..., None]) -> None:
@@ -127,7 +160,7 @@ def test_silence_is_copied_once_and_the_step_behind_it_again(copies: list[int], 
     buffers.silence()
     assert len(copies) == before + 1
     assert buffers.row_of_token.eq(-1).all()
-    assert not buffers.flags_L3.any()
+    assert not buffers.flags_L4[:, :VERSION].any()
     step(planner, buffers, ("a", 6, 1))
     assert len(copies) == before + 2
     assert buffers.row_of_token[0] >= 0

@@ -1,9 +1,11 @@
 """The CPU path of the op: the same result as ``reference``, touching only the tokens that a step steers or reads.
 
 On the host the tables can be looked at: a layer at which no token of the step is steered, read or traced costs one look
-at three integers. What a table says (which tokens, in which order) is worked out once and remembered by its content,
-which most decode steps in a row share. Long runs of tokens with one row or accumulator (a prompt) are done run by run,
-without a copy of the row for every token; many short ones (a decode step) all at once; either in parts of ``PART``.
+at four integers. What the tables ask of a layer (which tokens, in which order, what is added to them) is worked out
+once and remembered for as long as their version stays, which most decode steps in a row share: between two steps all
+weights of the model pass through the caches, so that what is looked at then costs several times what it does in a loop.
+Long runs of tokens with one row or accumulator (a prompt) are done run by run, without a copy of the row for every
+token; many short ones (a decode step) all at once; either in parts of ``PART``.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ PART = 524_288
 """So many elements are worked on at a time: 2 MiB in float32, which stay in the cache, where a long prompt's whole
 stream would come from fresh pages and cost their faults. Much less a call, and the calls cost more than the work."""
 
-Rows = slice | torch.Tensor
-"""Some rows of a tensor."""
+Rows = slice | torch.Tensor | None
+"""Some rows of a tensor; None: all of them, which spares the slice."""
 Counts = npt.NDArray[np.int64]
 
 
@@ -45,30 +47,57 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
-    flags_3: torch.Tensor,
+    flags_4: torch.Tensor,
 ) -> None:
     """See ``reference.steer_and_read``."""
-    depth, is_read, is_traced = flags_3.tolist()
+    depth, is_read, is_traced, version = flags_4.tolist()
     if not (depth or is_read or is_traced):
         return
-    most = max(PART // hidden_TD.shape[1], 1)
-    if depth:
-        units = _units(row_of_token[: hidden_TD.shape[0]].numpy().tobytes())
-        slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
-        asked = (units, slot_UE.tobytes(), ab_UE2.tobytes(), depth, most, bank_SD.data_ptr(), bank_SD._version)
-        steered = _remembered(entry_slot_RE.data_ptr(), asked, bank_SD)
-        if steered is not None:
-            _steer(hidden_TD, residual_TD, steered)
+    asked = version, hidden_TD.shape, bank_SD._version
+    last, work = _LAST.get(flags_4.data_ptr(), (None, None))
+    if work is None or last != asked or not version:
+        num_tokens, dimension = hidden_TD.shape
+        most = max(PART // dimension, 1)
+        units = _units(row_of_token[:num_tokens].numpy().tobytes()) if depth else None
+        work = _Work(
+            None if units is None else _steered(bank_SD, units, num_tokens, entry_slot_RE, entry_ab_RE2, depth, most),
+            _index(reset) if is_read and (reset := np.flatnonzero(keep_A.numpy() == 0)).size else None,
+            _summed(segment_A2.numpy().tobytes(), num_tokens, most) if is_read else [],
+            _parts(0, num_tokens, most) if is_traced else [],
+        )
+        _LAST[flags_4.data_ptr()] = asked, work
+    if work.steered is not None:
+        _steer(hidden_TD, residual_TD, bank_SD, work.steered)
     if is_read:
-        reset = np.flatnonzero(keep_A.numpy() == 0)
-        if reset.size:
-            sums_AD[_index(reset)] = 0.0
-        _accumulate(hidden_TD, residual_TD, _segments(segment_A2.numpy().tobytes(), most), sums_AD, last_AD)
+        if work.reset is not None:
+            sums_AD[work.reset] = 0.0
+        _accumulate(hidden_TD, residual_TD, work.summed, sums_AD, last_AD)
     if is_traced:
         columns = (trace_slot_K >= 0).nonzero()[:, 0]
         directions_DK = bank_SD[trace_slot_K[columns].long()].T
-        for tokens in _parts(0, hidden_TD.shape[0], most):
+        for tokens in work.traced:
             trace_TK[tokens, columns] = _stream(hidden_TD, residual_TD, tokens) @ directions_DK
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the tables of a step ask of a layer.
+
+    Attributes:
+        steered: None where no token is steered.
+        reset: accumulators to be set to zero, None for none.
+        summed, traced: in parts.
+    """
+
+    steered: _Steered | None
+    reset: slice | torch.Tensor | None
+    summed: list[_Summed]
+    traced: list[slice]
+
+
+_LAST: dict[int, tuple[tuple[int, torch.Size, int], _Work]] = {}
+"""By the address of a layer's flags: what was done there last, behind the tables' version, the shape of hidden and the
+version of the bank. No more is kept: what outlives its step keeps the memory around it from being given back."""
 
 
 def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: Rows) -> torch.Tensor:
@@ -78,12 +107,20 @@ def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: Rows)
 
 
 def _rows(tensor: torch.Tensor, at: Rows) -> torch.Tensor:
+    if at is None:
+        return tensor
     # a fifth of what indexing with a tensor takes
     return tensor[at] if isinstance(at, slice) else tensor.index_select(0, at)
 
 
-def _index(numbers: Counts) -> Rows:
-    """What picks these rows of a tensor: a slice, which copies nothing, where they follow one another."""
+def _rows_of(numbers: Counts, count: int) -> Rows:
+    """What picks these rows of a tensor that has so many."""
+    index = _index(numbers)
+    return None if isinstance(index, slice) and index == slice(0, count) else index
+
+
+def _index(numbers: Counts) -> slice | torch.Tensor:
+    """What picks these rows: a slice, which copies nothing, where they follow one another."""
     if not numbers.size:
         return slice(0, 0)
     if numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
@@ -127,14 +164,12 @@ class _Steered:
     """What a step's units and a layer's entries ask for.
 
     Attributes:
-        bank_SD: the directions.
         slots_UE, a_UE, b_UE: the entries of each unit that has any. One with fewer than the deepest is filled up with
             slot 0, a = b = 0.
         delta_UD: what is added to each token of a unit, where that does not depend on the token: b is 0 throughout.
         parts: tokens, and the unit of each or one for all of them.
     """
 
-    bank_SD: torch.Tensor
     slots_UE: torch.Tensor
     a_UE: torch.Tensor
     b_UE: torch.Tensor
@@ -142,29 +177,17 @@ class _Steered:
     parts: list[tuple[Rows, Rows]]
 
 
-_Asked = tuple[_Units, bytes, bytes, int, int, int, int]
-"""Units, slots, scalars, depth, the most tokens a part; address and version of the bank, which ``_Steered`` keeps from
-moving and whose version changes with every write."""
-_LAST: dict[int, tuple[_Asked, _Steered | None]] = {}
-"""By the address of a layer's table: what it asked for last, and what that says. No more is kept: what outlives its
-step keeps the memory around it from being given back."""
-
-
-def _remembered(layer: int, asked: _Asked, bank_SD: torch.Tensor) -> _Steered | None:
-    last, steered = _LAST.get(layer, (None, None))
-    if last != asked:
-        units, slots, scalars, depth, most, *_ = asked
-        steered = _steered(bank_SD, units, slots, scalars, depth, most)
-        _LAST[layer] = asked, steered
-    return steered
-
-
 def _steered(
-    bank_SD: torch.Tensor, units: _Units, slots: bytes, scalars: bytes, depth: int, most: int
+    bank_SD: torch.Tensor,
+    units: _Units,
+    num_tokens: int,
+    entry_slot_RE: torch.Tensor,
+    entry_ab_RE2: torch.Tensor,
+    depth: int,
+    most: int,
 ) -> _Steered | None:
     """None where no token is steered at this layer."""
-    slot_UE = np.frombuffer(slots, np.int32).reshape(-1, depth)
-    ab_UE2 = np.frombuffer(scalars, np.float32).reshape(-1, depth, 2)
+    slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
     # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
     some_U = slot_UE[:, 0] >= 0
     slot_UE, ab_UE2 = slot_UE[some_U], ab_UE2[some_U]
@@ -180,27 +203,31 @@ def _steered(
         ]
     else:
         token_N, unit_N = _consecutive(first_U, count_U), np.arange(len(count_U)).repeat(count_U)
-        parts = [(_index(token_N[some]), _index(unit_N[some])) for some in _parts(0, len(unit_N), most)]
+        parts = [
+            (_rows_of(token_N[some], num_tokens), _rows_of(unit_N[some], len(count_U)))
+            for some in _parts(0, len(unit_N), most)
+        ]
     slots_UE = torch.from_numpy(slot_UE.clip(0))
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
     delta_UD = None if b_UE.any() else embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE)
-    return _Steered(bank_SD, slots_UE, a_UE, b_UE, delta_UD, parts)
+    return _Steered(slots_UE, a_UE, b_UE, delta_UD, parts)
 
 
-def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, steered: _Steered) -> None:
+def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, bank_SD: torch.Tensor, steered: _Steered) -> None:
     if steered.delta_UD is not None:
         for tokens, units in steered.parts:
             _add(hidden_TD, tokens, _rows(steered.delta_UD, units))
         return
     for tokens, units in steered.parts:
-        directions = (steered.bank_SD.index_select(0, slot_N) for slot_N in steered.slots_UE[units].T)
-        _apply(hidden_TD, residual_TD, tokens, directions, steered.a_UE[units].T, steered.b_UE[units].T)
+        directions = (bank_SD.index_select(0, slot_N) for slot_N in _rows(steered.slots_UE, units).T)
+        a_NE, b_NE = _rows(steered.a_UE, units), _rows(steered.b_UE, units)
+        _apply(hidden_TD, residual_TD, tokens, directions, a_NE.T, b_NE.T)
 
 
 def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
     """In float32, rounded once."""
-    if isinstance(at, slice):
-        hidden_TD[at].add_(delta_ND)
+    if not isinstance(at, torch.Tensor):
+        _rows(hidden_TD, at).add_(delta_ND)
     else:
         hidden_TD.index_copy_(0, at, (hidden_TD.index_select(0, at) + delta_ND).to(hidden_TD.dtype))
 
@@ -234,8 +261,8 @@ class _Summed:
     """
 
     tokens: Rows
-    into: int | Rows
-    ended: Rows
+    into: int | slice | torch.Tensor
+    ended: slice | torch.Tensor
     ends: Rows
 
 
@@ -256,7 +283,7 @@ def _accumulate(
 
 
 @lru_cache(maxsize=4)
-def _segments(table: bytes, most: int) -> list[_Summed]:
+def _summed(table: bytes, num_tokens: int, most: int) -> list[_Summed]:
     """The segments of a step, which every layer of it shares; at most so many tokens a part."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
     filled_N = np.flatnonzero(count_A)
@@ -273,10 +300,10 @@ def _segments(table: bytes, most: int) -> list[_Summed]:
         ended_N = np.flatnonzero((stop_N > part.start) & (stop_N <= part.stop))
         found.append(
             _Summed(
-                tokens=_index(token_M[part]),
+                tokens=_rows_of(token_M[part], num_tokens),
                 into=int(into[0]) if is_one else _index(into),
                 ended=_index(filled_N[ended_N]),
-                ends=_index(stop_N[ended_N] - 1 - part.start),
+                ends=_rows_of(stop_N[ended_N] - 1 - part.start, part.stop - part.start),
             )
         )
     return found

@@ -20,17 +20,17 @@ class HostFlags:
     """The flags of one worker's hooked layers.
 
     Args:
-        on_device_L3: what the op gets, row by row.
-        on_host_L3: int32; the same, as the next pass will find them there.
+        on_device_L4: what the op gets, row by row.
+        on_host_L4: int32; the same, as the next pass will find them there.
 
     Attributes:
         is_step: whether the next pass is a step, and not one that no request stands behind.
     """
 
-    def __init__(self, on_device_L3: torch.Tensor, on_host_L3: npt.NDArray[np.int32]) -> None:
+    def __init__(self, on_device_L4: torch.Tensor, on_host_L4: npt.NDArray[np.int32]) -> None:
         self.is_step = False
-        self._on_host_L3 = on_host_L3
-        self._layer_at = {row_3.data_ptr(): layer for layer, row_3 in enumerate(on_device_L3)}
+        self._on_host_L4 = on_host_L4
+        self._layer_at = {row_4.data_ptr(): layer for layer, row_4 in enumerate(on_device_L4)}
         for address in self._layer_at:
             _KNOWN[address] = self
 
@@ -38,17 +38,17 @@ class HostFlags:
         """Of the layer whose flags are there: whether anything is steered or traced, and whether anything is read."""
         if not self.is_step:
             return True, True
-        flags_3 = self._on_host_L3[self._layer_at[address]]
-        return bool(flags_3[STEER] or flags_3[TRACE]), bool(flags_3[READ])
+        flags_4 = self._on_host_L4[self._layer_at[address]]
+        return bool(flags_4[STEER] or flags_4[TRACE]), bool(flags_4[READ])
 
 
 _KNOWN: WeakValueDictionary[int, HostFlags] = WeakValueDictionary()
 """By the address of a layer's flags on its device, for as long as the tensors are there."""
 
 
-def asked(flags_3: torch.Tensor) -> tuple[bool, bool]:
+def asked(flags_4: torch.Tensor) -> tuple[bool, bool]:
     """What a call with these flags has to launch: the kernel that steers and traces, the one that reads."""
-    if flags_3.is_cuda and torch.cuda.is_current_stream_capturing():
+    if flags_4.is_cuda and torch.cuda.is_current_stream_capturing():
         return True, True
-    known = _KNOWN.get(flags_3.data_ptr())
-    return (True, True) if known is None else known.at(flags_3.data_ptr())
+    known = _KNOWN.get(flags_4.data_ptr())
+    return (True, True) if known is None else known.at(flags_4.data_ptr())

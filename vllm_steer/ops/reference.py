@@ -27,8 +27,10 @@ entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float3
 the tables are int32, all else float32. Segments lie within the T tokens and do not overlap; entries of a row are packed
 to the left.
 
-``flags`` are the most entries of a row of this step, whether anything is read, and whether anything is traced. They are
-for fast paths, which may leave out what they say is not there, and are not looked at here.
+``flags`` are the most entries of a row of this step, whether anything is read, whether anything is traced, and the
+version of the tables, these three included: a number that goes with no other contents of any tables in the process, or
+0, which says nothing. They are for fast paths, which may leave out what they say is not there and remember what tables
+of one version ask, and are not looked at here.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
-    flags_3: torch.Tensor,
+    flags_4: torch.Tensor,
 ) -> None:
     """Steer ``hidden_TD`` in place, then accumulate and trace the stream; see the module's loop."""
-    del flags_3
+    del flags_4
     tokens, dimension = hidden_TD.shape
     stream_TD = hidden_TD.float()
     if residual_TD is not None:

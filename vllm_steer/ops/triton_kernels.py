@@ -194,7 +194,7 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
-    flags_3: torch.Tensor,
+    flags_4: torch.Tensor,
 ) -> None:
     """See ``reference.steer_and_read``. All but the stream and the entries is dense, as ``SteerBuffers`` has it."""
     tokens, dimension = hidden_TD.shape
@@ -202,18 +202,18 @@ def steer_and_read(
         return
     beside_TD = hidden_TD if residual_TD is None else residual_TD
     tiling = FEW if tokens <= FEW_TOKENS else MANY
-    is_touched, is_read = asked(flags_3)
+    is_touched, is_read = asked(flags_4)
     if is_touched:
         block = triton.next_power_of_2(dimension)
         _steer_and_trace[(tokens,)](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
             entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
-            flags_3, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
+            flags_4, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
             num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:
         _read[(min(len(keep_A), tiling.programs), triton.cdiv(dimension, tiling.block_d))](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), keep_A, segment_A2, sums_AD, last_AD,
-            flags_3, len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=tiling.block_t,
+            flags_4, len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=tiling.block_t,
             BLOCK_D=tiling.block_d, num_warps=tiling.warps,
         )  # fmt: skip
