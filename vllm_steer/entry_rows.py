@@ -9,14 +9,13 @@ Letters of shapes: R rows, L hooked layers, E entries a row.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """h + (a + b·⟨h,d⟩)·d with d in ``slot`` of the bank, after hooked layer number ``layer_index``."""
 
     layer_index: int
@@ -35,7 +34,8 @@ class EntryRows:
     """
 
     def __init__(self, num_layers: int, max_requests: int, max_entries: int) -> None:
-        self._shape = (2, num_layers, max_entries, 3)
+        self._blank_2LE3 = np.zeros((2, num_layers, max_entries, 3), np.int32)
+        self._blank_2LE3[..., 0] = -1
         self._first_row: dict[str, int] = {}
         self._free = list(range(2 * max_requests - 2, -1, -2))
         self._depth_RL = np.zeros((2 * max_requests, num_layers), np.int32)
@@ -77,16 +77,19 @@ class EntryRows:
         changes, self._changes = self._changes, []
         return changes
 
-    def _write(self, first_row: int, *halves: Sequence[Entry]) -> None:
-        pair_2LE3 = np.zeros(self._shape, np.int32)
-        pair_2LE3[..., 0] = -1
+    def _write(self, first_row: int, prompt: Sequence[Entry], generated: Sequence[Entry]) -> None:
+        pair_2LE3 = self._blank_2LE3.copy()
         coefficients_2LE2 = pair_2LE3.view(np.float32)[..., 1:]
         depth_2L = self._depth_RL[first_row : first_row + 2]
-        depth_2L[:] = 0
-        for half, entries in enumerate(halves):
-            for entry in entries:
-                place = half, entry.layer_index, depth_2L[half, entry.layer_index]
-                pair_2LE3[(*place, 0)] = entry.slot
-                coefficients_2LE2[place] = entry.a, entry.b
-                depth_2L[half, entry.layer_index] += 1
+        for half, entries in enumerate((prompt, generated)):
+            if half and generated == prompt:  # as a rule
+                pair_2LE3[half], depth_2L[half] = pair_2LE3[0], depth_2L[0]
+                continue
+            depth = [0] * depth_2L.shape[1]
+            for layer_index, slot, a, b in entries:
+                place = half, layer_index, depth[layer_index]
+                pair_2LE3[(*place, 0)] = slot
+                coefficients_2LE2[place] = a, b
+                depth[layer_index] += 1
+            depth_2L[half] = depth
         self._changes.append((first_row, pair_2LE3))

@@ -41,11 +41,22 @@ def _check_span(span: object) -> None:
 
 
 def _layer(layer: object, where: str) -> int:
+    if type(layer) is int and layer >= 0:  # what comes over the wire
+        return layer
     if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or layer < 0:
         raise MalformedSpec(
             f"{where} is {layer!r}; allowed: a whole number from 0 (the first decoder block). Give the block's index."
         )
     return int(layer)
+
+
+def _number(alpha: object) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.floating | np.integer):
+        raise BadAlpha(f"alpha is {alpha!r}; allowed: a finite number. Give a number.")
+    try:
+        return float(alpha)
+    except OverflowError:  # a whole number beyond the range of floats
+        return math.inf
 
 
 def _check_name(name: object, where: str) -> None:
@@ -91,26 +102,22 @@ class Steering:
         if self.op not in OPS:
             raise BadOp(f"op is {self.op!r}; allowed: {', '.join(OPS)}. Choose one of them.")
         _check_span(self.span)
-        if self.layer is not None:
-            object.__setattr__(self, "layer", _layer(self.layer, "steering layer"))
+        if self.layer is not None and (layer := _layer(self.layer, "steering layer")) is not self.layer:
+            object.__setattr__(self, "layer", layer)
         if self.alpha is None:
             if self.op != "ablate":
                 raise BadAlpha(f"op {self.op!r} came without alpha; allowed: any finite number. Give alpha.")
             object.__setattr__(self, "alpha", 1.0)
             return
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | np.floating | np.integer):
-            raise BadAlpha(f"alpha is {self.alpha!r}; allowed: a finite number. Give a number.")
-        try:
-            alpha = float(self.alpha)
-        except OverflowError:  # a whole number beyond the range of floats
-            alpha = math.inf
+        alpha = self.alpha if type(self.alpha) is float else _number(self.alpha)
         if not math.isfinite(alpha):
             raise BadAlpha(f"alpha is {alpha}; allowed: a finite number. Use 0 to leave the stream as it is.")
         if self.op == "ablate" and alpha != 1.0:
             raise BadAlpha(
                 f"op 'ablate' came with alpha {alpha}; allowed: 1.0 or none. Use op 'set' to choose the projection."
             )
-        object.__setattr__(self, "alpha", alpha)
+        if alpha is not self.alpha:
+            object.__setattr__(self, "alpha", alpha)
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -285,9 +292,9 @@ def _checked_fields(cls: type[Any], value: object, where: str, required: Sequenc
     allowed = cls.__match_args__  # the names of a dataclass's fields
     if not isinstance(value, dict):
         raise MalformedSpec(f"{where} is a JSON {type(value).__name__}; allowed: an object with {', '.join(allowed)}.")
-    unknown = sorted(value.keys() - allowed)
+    unknown = [name for name in value if name not in allowed]
     if unknown:
-        raise UnknownField(f"{where} has the field {unknown[0]!r}; allowed: {', '.join(allowed)}. Remove it.")
+        raise UnknownField(f"{where} has the field {min(unknown)!r}; allowed: {', '.join(allowed)}. Remove it.")
     missing = [name for name in required if name not in value]
     if missing:
         raise MalformedSpec(f"{where} lacks {missing[0]!r}; allowed fields: {', '.join(allowed)}. Add it.")

@@ -30,7 +30,6 @@ SHOWN_BY = {
     "admission.Admission._trace": "unit/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
     "requests._check_salt": "engine/test_refusals.py::test_a_cache_salt_cannot_pose_as_that_of_a_steered_request",
     "admission.admission_of": "unit/test_front_end_room.py::test_an_engine_without_hooks_takes_neither",
-    "requests.translated": "unit/test_front_end_room.py::test_an_engine_without_hooks_takes_neither",
     "requests.install.process_inputs": "unit/test_front_end_room.py::test_what_would_run_unsteered_or_unchecked",
     "requests.install.assign_request_id": "unit/test_front_end_room.py::test_a_request_made_by_hand_with_a_spec",
     "async_readouts._steered": "server/test_api_server.py::test_a_bad_spec_is_a_client_error",

@@ -7,14 +7,15 @@ mistake. What passes is resolved to slots and hook numbers.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections import Counter
+from operator import itemgetter
 
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.directions import Direction, load_directions
 from vllm_steer.engine.in_flight import InFlight
-from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered
-from vllm_steer.engine.resolved import Resolved, ResolvedReadout, digest
+from vllm_steer.engine.registry import DirectionBook, DirectionRegistry
+from vllm_steer.engine.resolved import Resolved, ResolvedReadout, Row, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
@@ -30,7 +31,8 @@ from vllm_steer.settings import SteerSettings
 _REMEMBERED_READOUTS = 1 << 20
 _ATTRIBUTE = "vllm_steer_admission"
 
-_Entries = list[tuple[Steering, int, Registered]]
+_Entry = tuple[int, str, Row, str]
+"""Of one entry: layer, span, what the workers are told, and the hash of the vector."""
 
 
 class Admission:
@@ -80,30 +82,30 @@ class Admission:
     def _resolve(self, book: DirectionBook, request_id: str, spec: RequestSpec, prompt_len: int) -> Resolved:
         entries = [self._entry(book, steering) for steering in spec.steering]
         # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
-        entries = [entry for entry in entries if entry[0].coefficients != (0.0, 0.0)]
+        entries = [entry for entry in entries if entry[2][2:] != (0.0, 0.0)]
         # Entries at different layers do not meet, so only the order within a layer is told to digest and workers.
-        entries.sort(key=lambda entry: entry[1])
-        prompt = [entry for entry in entries if entry[0].span in ("prompt", "all")]
-        generated = [entry for entry in entries if entry[0].span in ("generated", "all")]
+        entries.sort(key=itemgetter(0))
+        prompt = [entry for entry in entries if entry[1] != "generated"]
+        generated = [entry for entry in entries if entry[1] != "prompt"]
         for which in (prompt, generated):
             self._check_room(which)
-        named = [direction for _, _, direction in entries]
+        contents = {row[1]: content for _, _, row, content in entries}
+        readout = None
         if spec.readout is not None:
-            for name in (*spec.readout.project, *spec.readout.trace):
-                named += book.layers_of(name).values()
-        prompt_digest = digest(prompt)
-        resolved = Resolved(
+            readout = self._readout(book, spec.readout, prompt_len)
+            for name, _, slot in (*readout.project, *readout.trace):
+                contents[slot] = next(one.content_hash for one in book.layers_of(name).values() if one.slot == slot)
+        prompt_digest = _digest(prompt)
+        return Resolved(
             request_id=request_id,
             prompt_len=prompt_len,
-            prompt=[self._row(entry) for entry in prompt],
-            generated=[self._row(entry) for entry in generated],
+            prompt=[row for _, _, row, _ in prompt],
+            generated=[row for _, _, row, _ in generated],
             prompt_digest=prompt_digest,
-            generated_digest=prompt_digest if generated == prompt else digest(generated),
-            readout=None if spec.readout is None else self._readout(book, spec.readout, prompt_len),
-            contents=[],
+            generated_digest=prompt_digest if generated == prompt else _digest(generated),
+            readout=readout,
+            contents=sorted(contents.items()),
         )
-        content_of = {direction.slot: direction.content_hash for direction in named}
-        return replace(resolved, contents=[(slot, content_of[slot]) for slot in resolved.slots])
 
     def check(self, spec: RequestSpec) -> None:
         """Raise what ``resolve`` would raise, as far as it can be known without the prompt.
@@ -126,10 +128,10 @@ class Admission:
             )
         return self._index_of[layer]
 
-    def _entry(self, book: DirectionBook, steering: Steering) -> tuple[Steering, int, Registered]:
+    def _entry(self, book: DirectionBook, steering: Steering) -> _Entry:
         direction = book.find(steering.direction, steering.layer)
         layer = direction.layer if steering.layer is None else steering.layer
-        self._hooked(layer)
+        hook = self._hooked(layer)
         assert steering.alpha is not None  # Steering fills it in
         if abs(steering.alpha) > self.settings.max_alpha:
             raise BadAlpha(
@@ -143,7 +145,7 @@ class Admission:
                 f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
                 "or a unit direction. Register Direction(...).normalised()."
             )
-        return steering, layer, direction
+        return layer, steering.span, (hook, direction.slot, *steering.coefficients), direction.content_hash
 
     def _check_residual_norm(self, alpha: float, layer: int) -> None:
         multiple = self.settings.max_alpha_residual_norm
@@ -157,16 +159,13 @@ class Admission:
                 "engine with steer_config(max_alpha_residual_norm=...) larger."
             )
 
-    def _row(self, entry: tuple[Steering, int, Registered]) -> tuple[int, int, float, float]:
-        steering, layer, direction = entry
-        return (self._index_of[layer], direction.slot, *steering.coefficients)
-
-    def _check_room(self, entries: _Entries) -> None:
-        layers = [layer for _, layer, _ in entries]
-        for layer in sorted(set(layers)):
-            if layers.count(layer) > self.settings.max_entries:
+    def _check_room(self, entries: list[_Entry]) -> None:
+        if len(entries) <= self.settings.max_entries:  # nearly always, and the count costs more than all else here
+            return
+        for layer, count in Counter(map(itemgetter(0), entries)).items():
+            if count > self.settings.max_entries:
                 raise TooManyEntries(
-                    f"{layers.count(layer)} entries at layer {layer}; allowed: {self.settings.max_entries}. Add the "
+                    f"{count} entries at layer {layer}; allowed: {self.settings.max_entries}. Add the "
                     "directions up, or start the engine with steer_config(max_entries=...) larger."
                 )
 
@@ -212,6 +211,10 @@ class Admission:
                 "engine with steer_config(trace_columns=...) larger."
             )
         return trace
+
+
+def _digest(entries: list[_Entry]) -> str:
+    return digest([(layer, a, b, content) for layer, _, (_, _, a, b), content in entries])
 
 
 def configured_directions(settings: SteerSettings) -> list[Direction]:

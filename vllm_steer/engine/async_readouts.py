@@ -75,11 +75,13 @@ async def _steered(
 ) -> AsyncIterator[RequestOutput]:
     """The outputs of a request that carries a spec; ``run`` starts it under the id that it is given."""
     try:
-        with translated():
+        try:
             spec = RequestSpec.loads(params.extra_args[WIRE_KEY])
             if exchange is not None:
                 check_allowed(spec, exchange.allowed)
             admission = admission_of(engine.input_processor)
+        except SteerError as error:
+            raise translated(error) from None
         # Clients choose ids (X-Request-Id) and repeat them; the workers' store needs one that no other request has.
         engine_id = request_id if spec.readout is None else f"{request_id}-{uuid4().hex[:8]}"
         tally = Tally(is_delta=params.output_kind == RequestOutputKind.DELTA)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any
@@ -31,7 +29,7 @@ def install() -> None:
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         extra = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
-        with translated():
+        try:
             if RESOLVED_KEY in extra:
                 raise UnknownField(
                     f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
@@ -54,6 +52,8 @@ def install() -> None:
             _check_salt(request)
             _admit(admission, spec, request)
             return request
+        except SteerError as error:
+            raise translated(error) from None
 
     assign = InputProcessor.assign_request_id
 
@@ -74,20 +74,17 @@ def install() -> None:
     InputProcessor.assign_request_id = assign_request_id
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Let a refusal reach an HTTP client with its own status.
+def translated(error: SteerError) -> SteerError:
+    """The refusal that reaches an HTTP client with its own status.
 
     vLLM's asynchronous front end answers 500 to any exception but its own (vllm/v1/engine/async_llm.py, ``generate``),
     so a refusal becomes both: the class that callers of the offline API catch, and vLLM's error that carries a status.
     """
-    try:
-        yield
-    except SteerError as error:
-        both = _with_status(type(error))
-        refusal = both.__new__(both)
-        refusal.args, refusal.message, refusal.http_status = error.args, str(error), HTTPStatus(error.status)
-        raise refusal from None
+    both = _with_status(type(error))
+    refusal = both.__new__(both)
+    refusal.args, refusal.message, refusal.http_status = error.args, str(error), HTTPStatus(error.status)
+    assert isinstance(refusal, SteerError)
+    return refusal
 
 
 def _with_status(refusal: type[SteerError]) -> Any:

@@ -12,10 +12,10 @@ from hashlib import sha256
 from typing import Any
 
 from vllm_steer.batch_plan import Pooling, RequestPlan
-from vllm_steer.engine.registry import Registered
 from vllm_steer.entry_rows import Entry
-from vllm_steer.schema import Steering
 
+Row = tuple[int, int, float, float]
+"""Layer index, slot, a, b of an entry: what ``Entry`` is on the workers."""
 RESOLVED_KEY = "vllm_steer_resolved"
 
 
@@ -64,15 +64,15 @@ class Resolved:
     Attributes:
         request_id: the id that the caller knows; internal ids of the samples of one request contain it.
         prompt_len: tokens of the prompt.
-        prompt, generated: (layer index, slot, a, b) of the entries for prompt and for generated tokens.
+        prompt, generated: the entries for prompt and for generated tokens.
         prompt_digest, generated_digest: content of these entries; empty where there are none.
         contents: (slot, hash of the vector) of each of ``slots``, for the worker to compare with what it has there.
     """
 
     request_id: str
     prompt_len: int
-    prompt: list[tuple[int, int, float, float]]
-    generated: list[tuple[int, int, float, float]]
+    prompt: list[Row]
+    generated: list[Row]
     prompt_digest: str
     generated_digest: str
     readout: ResolvedReadout | None
@@ -81,9 +81,12 @@ class Resolved:
     @property
     def slots(self) -> tuple[int, ...]:
         """Every slot of the bank that the request reads, each once."""
-        steered = {slot for _, slot, _, _ in (*self.prompt, *self.generated)}
-        read = set() if self.readout is None else {slot for _, _, slot in (*self.readout.project, *self.readout.trace)}
-        return tuple(sorted(steered | read))
+        found = {slot for _, slot, _, _ in self.prompt}
+        if self.generated != self.prompt:
+            found |= {slot for _, slot, _, _ in self.generated}
+        if self.readout is not None:
+            found |= {slot for _, _, slot in (*self.readout.project, *self.readout.trace)}
+        return tuple(sorted(found))
 
     def dump(self) -> dict[str, Any]:
         """The plain lists and dicts that ``load`` takes; the lists are this object's own."""
@@ -96,10 +99,11 @@ class Resolved:
 
     def plan(self) -> RequestPlan:
         """The request as ``batch_plan`` wants it."""
+        prompt = tuple(map(Entry._make, self.prompt))
         return RequestPlan(
             prompt_len=self.prompt_len,
-            prompt_entries=tuple(Entry(*entry) for entry in self.prompt),
-            generated_entries=tuple(Entry(*entry) for entry in self.generated),
+            prompt_entries=prompt,
+            generated_entries=prompt if self.generated == self.prompt else tuple(map(Entry._make, self.generated)),
             pooling=None if self.readout is None else self.readout.pooling(),
         )
 
@@ -108,12 +112,9 @@ def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__match_args__}  # the names of a dataclass's fields
 
 
-def digest(entries: Sequence[tuple[Steering, int, Registered]]) -> str:
-    """Hash of what the entries do, by content: layer, op, α and the vector's hash, in order of application.
+def digest(entries: Sequence[tuple[int, float, float, str]]) -> str:
+    """Hash of what entries do, by content: layer, a, b and the vector's hash of each, in order of application.
 
     Names do not enter: the same vector under two names gives the same KV, and a name with a new vector does not.
     """
-    if not entries:
-        return ""
-    told = [[layer, *steering.coefficients, direction.content_hash] for steering, layer, direction in entries]
-    return sha256(json.dumps(told).encode()).hexdigest()
+    return sha256(json.dumps(entries).encode()).hexdigest() if entries else ""
