@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -245,7 +246,7 @@ class RequestSpec:
         Raises:
             MalformedSpec, UnknownField, or what ``Steering`` and ``Readout`` raise.
         """
-        return cls.from_json(decoded(text))
+        return _spec_of(text) if isinstance(text, str) else cls.from_json(decoded(text))
 
     @classmethod
     def from_json(cls, wire: object) -> RequestSpec:
@@ -267,6 +268,12 @@ class RequestSpec:
             steering=tuple(Steering.from_json(entry) for entry in steering),
             readout=None if readout is None else Readout.from_json(readout),
         )
+
+
+@lru_cache(maxsize=32)
+def _spec_of(text: str) -> RequestSpec:
+    """Parsed once where requests in a row ask the same: all texts of an extraction, all rows of a condition."""
+    return RequestSpec.from_json(decoded(text))
 
 
 def decoded(text: object) -> Any:

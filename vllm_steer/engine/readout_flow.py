@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -32,7 +32,7 @@ class Summed:
     """A sample whose readout is to be taken, as it stands.
 
     Attributes:
-        spec, state, trace: see ``FinishedReadout``.
+        spec, state, trace: see ``FinishedReadout``, whose they become.
         before_last: the rows, at all hooked layers, of the tokens before the last one in the sum: ``TailRows``.
     """
 
@@ -108,7 +108,7 @@ class ReadoutFlow:
             readouts.append(
                 FinishedReadout(
                     spec=sample.spec,
-                    state=replace(sample.state),
+                    state=sample.state,
                     sums_LND=rows_LRD[:, sums] if vectors else None,
                     tail_LMD=rows_LRD[:, tail] if vectors else None,
                     sums_PN=projected_PR[:, sums],

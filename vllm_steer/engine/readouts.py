@@ -38,7 +38,8 @@ class FinishedReadout:
 
     def settle(self) -> None:
         """Go on with copies of its own, instead of a share in what was brought to the host for many at once."""
-        self.sums_PN, self.tail_PM = self.sums_PN.clone(), self.tail_PM.clone()
+        if self.spec.project:
+            self.sums_PN, self.tail_PM = self.sums_PN.clone(), self.tail_PM.clone()
         if self.sums_LND is not None and self.tail_LMD is not None:
             self.sums_LND, self.tail_LMD = self.sums_LND.clone(), self.tail_LMD.clone()
 
@@ -87,7 +88,7 @@ class FinishedReadout:
         vectors = None
         if self.sums_LND is not None and self.tail_LMD is not None:
             vectors = mean(self.sums_LND, self.tail_LMD).tobytes()
-        values = mean(self.sums_PN, self.tail_PM).tolist()
+        values = mean(self.sums_PN, self.tail_PM).tolist() if self.spec.project else []
         return {
             "num_tokens": count,
             "layers": self.spec.layers,

@@ -34,6 +34,8 @@ def _by_sample(workers: Sequence[Sequence[Any] | None]) -> zip[tuple[Any, ...]]:
 
 
 def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
+    if len(parts) == 1:
+        return parts[0]
     stages = [part for part in parts if part is not None]
     if len(stages) < len(parts):
         return None
