@@ -40,6 +40,8 @@ class Took:
 
     Attributes:
         seconds: from before the requests were built until all outputs and readouts were there.
+        laps: the same from pause to pause; where it pauses at every step, the first one is admission, and the last one
+            has the readouts' collection in it.
         first_token: seconds from a request's arrival to its first token, the median over the requests.
         inter_token: seconds from one of its tokens to the next, the mean of a request, the median over the requests;
             0.0 where one token was generated.
@@ -49,6 +51,7 @@ class Took:
     """
 
     seconds: float
+    laps: list[float]
     first_token: float
     inter_token: float
     tokens: str

@@ -105,7 +105,7 @@ def _medians(measured: Record) -> str:
     of_batch = dict(zip(setup["batches"], setup["rounds"], strict=True))
     rounds = [of_batch[batch] for batch in sorted(of_batch)] + [setup["prefill_rounds"]] * len(setup["prefill_batches"])
     each = " / ".join(map(str, rounds))
-    return f"median over {counts} starts of all engines, each the median of {each} rounds,"
+    return f"median over {counts} starts of all engines, each step the median of {each} rounds,"
 
 
 def hooks(measured: Record) -> str:

@@ -30,6 +30,11 @@ class WorkingTime:
         """Count again."""
         self._began = self._now()
 
+    @property
+    def laps(self) -> list[float]:
+        """The seconds from each start to the stop behind it."""
+        return [end - began for began, end in self._laps]
+
     def at(self, moment: float) -> float:
         """What it had counted at a moment, by the time that it stopped for the last time."""
         return sum(min(end, moment) - began for began, end in self._laps if began < moment)

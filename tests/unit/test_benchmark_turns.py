@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.bench_overhead import Pair, Task, throughput, typical
+from benchmarks.engine_process import Took, Work
 from benchmarks.line_process import Turns, side_by_side
 from benchmarks.working_time import WorkingTime
 
@@ -33,3 +35,18 @@ def test_pauses_do_not_count() -> None:
     assert [clock.at(moment) for moment in (9.0, 11.0, 12.0, 15.0, 20.0, 21.5, 23.0, 99.0)] == [
         0.0, 1.0, 2.0, 2.0, 2.0, 3.5, 5.0, 5.0
     ]  # fmt: skip
+    assert clock.laps == [2.0, 3.0]
+
+
+def test_a_burst_in_one_step_does_not_count() -> None:
+    def took(*laps: float) -> Took:
+        return Took(sum(laps), list(laps), first_token=0.1, inter_token=0.1, tokens="", memory_gib={})
+
+    quiet, first_hit, last_hit = took(1.0, 2.0, 3.0), took(9.0, 2.0, 3.5), took(1.0, 2.5, 7.0)
+    rounds = [{"idle": Pair(way=way, plain=quiet)} for way in (first_hit, last_hit, quiet)]
+    pair = typical(rounds)["idle"]
+    assert (pair.way.laps, pair.way.seconds) == ([1.0, 2.0, 3.5], 6.5)
+    assert pair.plain.seconds == 6.0
+    task = Task("generated", Work("", 2, 4, 3), rounds=3)
+    assert throughput([rounds, rounds], task)["idle"]["ratios"] == [6.0 / 6.5] * 2
+    assert throughput([rounds], task)["idle"]["ratio"] == 6.0 / 10.5, "of a single start the median of whole calls"
