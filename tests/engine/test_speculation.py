@@ -171,7 +171,8 @@ class TestEnds:
         self, llm: LLM, reference: Reference, counted: Counter[str]
     ) -> None:
         asked = [request for request in REQUESTS if request.readout]
-        outs, reads = run(llm, asked, n=2, temperature=0.15, seed=5, max_tokens=12)
+        # So many that some drafts are accepted whatever is drawn: a dozen tokens of two each were once too few.
+        outs, reads = run(llm, asked, n=4, temperature=0.15, seed=5, max_tokens=24)
         for request, out, results in zip(asked, outs, reads, strict=True):
             for completion, result in zip(out.outputs, results, strict=True):
                 truth = reference.replay(request.prompt_ids, list(completion.token_ids), request.steering)
