@@ -141,7 +141,7 @@ def main() -> None:
             for task, starts in took.items():
                 starts.append(rounds_of(engines, ways, task))
                 check_that_steering_steers(starts[-1][0])
-                show(task, compared(starts[-1:], task.rate))
+                show(task, throughput(starts[-1:], task))
                 # Written at once: a full run takes long, and may be stopped.
                 measured = {**measured_of(took), "engines": standing(engines, arguments)}
                 if arguments.out is not None:
@@ -274,8 +274,7 @@ def typical(rounds: Rounds) -> dict[str, Pair]:
     the same. So a burst of the machine's other work that hit one of two engines in one step does not count."""
 
     def call(took: Sequence[Took]) -> Took:
-        laps = [statistics.median(lap) for lap in zip(*(one.laps for one in took), strict=True)]
-        return replace(took[0], seconds=sum(laps), laps=laps)
+        return replace(took[0], laps=[statistics.median(lap) for lap in zip(*(one.laps for one in took), strict=True)])
 
     return {
         name: Pair(call([round_[name].way for round_ in rounds]), call([round_[name].plain for round_ in rounds]))

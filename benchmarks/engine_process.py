@@ -39,9 +39,9 @@ class Took:
     """What a piece of work took.
 
     Attributes:
-        seconds: from before the requests were built until all outputs and readouts were there.
-        laps: the same from pause to pause; where it pauses at every step, the first one is admission, and the last one
-            has the readouts' collection in it.
+        laps: seconds from pause to pause, from before the requests were built until all outputs and readouts were
+            there; where it pauses at every step, the first one is admission, and the last one has the readouts'
+            collection in it.
         first_token: seconds from a request's arrival to its first token, the median over the requests.
         inter_token: seconds from one of its tokens to the next, the mean of a request, the median over the requests;
             0.0 where one token was generated.
@@ -50,12 +50,16 @@ class Took:
             had "allocated" and "reserved" there.
     """
 
-    seconds: float
     laps: list[float]
     first_token: float
     inter_token: float
     tokens: str
     memory_gib: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return sum(self.laps)
 
 
 class EngineProcess:

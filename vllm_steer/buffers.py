@@ -62,7 +62,7 @@ class SteerBuffers:
         self._accepted = packer.table(max_requests * max_drafts, 2, fill=0)
         self._keep = packer.table(accumulators, fill=1)
         self._segment = packer.table(accumulators, 2, fill=0)
-        self._flags = packer.table(num_layers, 4, fill=0)
+        self._flags = packer.table(num_layers, _aligned(VERSION + 1), fill=0)
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
         # No row is looked at before it is written.

@@ -40,7 +40,7 @@ def test_pauses_do_not_count() -> None:
 
 def test_a_burst_in_one_step_does_not_count() -> None:
     def took(*laps: float) -> Took:
-        return Took(sum(laps), list(laps), first_token=0.1, inter_token=0.1, tokens="", memory_gib={})
+        return Took(list(laps), first_token=0.1, inter_token=0.1, tokens="", memory_gib={})
 
     quiet, first_hit, last_hit = took(1.0, 2.0, 3.0), took(9.0, 2.0, 3.5), took(1.0, 2.5, 7.0)
     rounds = [{"idle": Pair(way=way, plain=quiet)} for way in (first_hit, last_hit, quiet)]
