@@ -16,13 +16,21 @@ ENDINGS = [".safetensors", ".gguf", ".npy"]
 
 
 def valid(ending: str) -> bytes:
-    """A file that loads."""
+    """A file that loads, of VALUES in float32."""
     if ending == ".npy":
         return npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16,), }", VALUES[0].tobytes())
     if ending == ".gguf":
         tensors = [tensor("direction.1"), tensor("direction.2", offset=64)]
         return gguf(fields=[text_field("vllm_steer.name", "kind")], tensors=tensors, data=VALUES.tobytes())
     return safetensors({"kind@1": described(0, 64), "kind@2": described(64, 128)}, VALUES.tobytes())
+
+
+def valid_bfloat16(ending: str) -> bytes:
+    """A file that loads, of the upper halves of VALUES: safetensors or GGUF."""
+    data = (VALUES.view(np.uint32) >> 16).astype("<u2").tobytes()
+    if ending == ".gguf":
+        return gguf(tensors=[tensor("direction.1", kind=30), tensor("direction.2", kind=30, offset=32)], data=data)
+    return safetensors({"kind@1": described(0, 32, "BF16"), "kind@2": described(32, 64, "BF16")}, data)
 
 
 def npy(header: str | bytes, data: bytes = b"", version: tuple[int, int] = (1, 0), length: int | None = None) -> bytes:
@@ -89,11 +97,22 @@ def with_value(value: float, dtype: str = "<f4") -> bytes:
     return broken.tobytes()
 
 
+def bfloat16_with(bits: int) -> bytes:
+    """Sixteen bfloat16 numbers, one of them of these bits."""
+    values = np.full(16, 0x3F80, "<u2")
+    values[3] = bits
+    return values.tobytes()
+
+
 FLAT = "{'descr': '<f4', 'fortran_order': False, 'shape': %s, }"
 OF_TYPE = "{'descr': %s, 'fortran_order': False, 'shape': (16,), }"
 DATA = VALUES[0].tobytes()
 ONE = {"kind@1": described(0, 64)}
 
+VALID = {
+    **{f"float32{ending}": valid(ending) for ending in ENDINGS},
+    **{f"bfloat16{ending}": valid_bfloat16(ending) for ending in (".safetensors", ".gguf")},
+}
 BROKEN: dict[str, bytes] = {
     # NumPy
     "negative dimension.npy": npy(FLAT % "(-16,)", DATA),
@@ -120,6 +139,10 @@ BROKEN: dict[str, bytes] = {
     "NaN.npy": npy(FLAT % "(16,)", with_value(np.nan)),
     "infinity.npy": npy(FLAT % "(16,)", with_value(np.inf)),
     "more than float32 holds.npy": npy(OF_TYPE % "'<f8'", with_value(1e300, "<f8")),
+    "less than float32 holds.npy": npy(OF_TYPE % "'<f8'", np.full(16, 1e-60).tobytes()),
+    "items of two bytes.npy": npy(OF_TYPE % "'|V2'", DATA[:32]),
+    "items of two bytes, little-endian.npy": npy(OF_TYPE % "'<V2'", DATA[:32]),
+    "no element, a dimension of 2**63.npy": npy(FLAT % "(0, 9223372036854775808)", DATA),
     "all zeros.npy": npy(FLAT % "(16,)", bytes(64)),
     "header of 4 GiB.npy": npy(FLAT % "(16,)", DATA, version=(2, 0), length=(1 << 32) - 1),
     "header of 4 GiB, version 3.npy": npy(FLAT % "(16,)", DATA, version=(3, 0), length=(1 << 32) - 1),
@@ -159,6 +182,29 @@ BROKEN: dict[str, bytes] = {
     "a hole between tensors.safetensors": safetensors({**ONE, "kind@2": described(96, 160)}, DATA * 3),
     "bytes behind the last tensor.safetensors": safetensors(ONE, DATA + b"more"),
     "a shape that is not its size.safetensors": safetensors({"kind@1": described(0, 64, shape=(15,))}, DATA),
+    "a size in bytes that is not its type's.safetensors": safetensors({"kind@1": described(0, 64, "BF16")}, DATA),
+    "half a bfloat16 more.safetensors": safetensors({"kind@1": described(0, 33, "BF16")}, DATA[:33]),
+    "a negative dimension.safetensors": safetensors({"kind@1": described(0, 64, shape=(-16,))}, DATA),
+    "two negative dimensions.safetensors": safetensors({"kind@1": described(0, 64, shape=(-4, -4))}, DATA),
+    "a dimension that is no integer.safetensors": safetensors({"kind@1": described(0, 64, shape=(16.0,))}, DATA),
+    "a dimension of 2**64.safetensors": safetensors({"kind@1": described(0, 64, shape=(1 << 64,))}, DATA),
+    "a dimension of 10,000 digits.safetensors": safetensors(
+        json.dumps(ONE).encode().replace(b"[16]", b"[" + b"9" * 10_000 + b"]"), DATA
+    ),
+    "100,000 dimensions.safetensors": safetensors({"kind@1": described(0, 4, shape=(1,) * 100_000)}, DATA[:4]),
+    "no element, a dimension of 2**63.safetensors": safetensors({"kind@1": described(0, 0, shape=(0, 1 << 63))}),
+    "no element, a size beyond 64 bits.safetensors": safetensors(
+        {"kind@1": described(0, 0, "BF16", shape=(0, 1 << 62, 2))}
+    ),
+    "a shape nested deeply.safetensors": safetensors(
+        json.dumps(ONE).encode().replace(b"[16]", b"[" * 100_000 + b"]" * 100_000), DATA
+    ),
+    "offsets that are no integers.safetensors": safetensors(
+        json.dumps(ONE).encode().replace(b"[0, 64]", b"[0, 64.0]"), DATA
+    ),
+    "one offset.safetensors": safetensors(json.dumps(ONE).encode().replace(b"[0, 64]", b"[64]"), DATA),
+    "half a character in a key.safetensors": safetensors(json.dumps(ONE).encode().replace(b"kind", b"\\ud800"), DATA),
+    "bytes after the header's end.safetensors": safetensors(json.dumps(ONE).encode() + b"{}", DATA),
     "a shape that overflows.safetensors": safetensors({"kind@1": described(0, 64, shape=(1 << 63, 1 << 63))}, DATA),
     "no element.safetensors": safetensors({"kind@1": described(0, 0, shape=(0,))}),
     "a scalar.safetensors": safetensors({"kind@1": described(0, 4, shape=())}, DATA[:4]),
@@ -168,13 +214,21 @@ BROKEN: dict[str, bytes] = {
     ),
     "booleans.safetensors": safetensors({"kind@1": described(0, 16, "BOOL")}, bytes([1] * 16)),
     "complex.safetensors": safetensors({"kind@1": described(0, 128, "C64")}, DATA * 2),
-    "bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, DATA[:32]),
     "float8.safetensors": safetensors({"kind@1": described(0, 16, "F8_E4M3")}, DATA[:16]),
     "scales of float8.safetensors": safetensors({"kind@1": described(0, 16, "F8_E8M0")}, DATA[:16]),
     "four bits.safetensors": safetensors({"kind@1": described(0, 8, "F4")}, DATA[:8]),
     "a type of no name.safetensors": safetensors({"kind@1": described(0, 64, "Q\n9" * 5000)}, DATA),
     "NaN.safetensors": safetensors(ONE, with_value(np.nan)),
     "infinity.safetensors": safetensors(ONE, with_value(-np.inf)),
+    "NaN in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, bfloat16_with(0x7FC1)),
+    "infinity in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, bfloat16_with(0xFF80)),
+    "all zeros in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, b"\0\x80" * 16),
+    "more than float32 holds.safetensors": safetensors(
+        {"kind@1": described(0, 128, "F64")}, with_value(1e300, "<f8")
+    ),
+    "less than float32 holds.safetensors": safetensors(
+        {"kind@1": described(0, 128, "F64")}, np.full(16, 1e-60).tobytes()
+    ),
     "all zeros.safetensors": safetensors(ONE, bytes(64)),
     "a name of 1 MB.safetensors": safetensors({"a" * (1 << 20) + "@1": described(0, 64)}, DATA),
     "a key of 1 MB without a layer.safetensors": safetensors({"a" * (1 << 20): described(0, 64)}, DATA),
@@ -209,6 +263,12 @@ BROKEN: dict[str, bytes] = {
     "quantised.gguf": gguf(tensors=[tensor("direction.1", kind=8)], data=DATA),
     "a type of no name.gguf": gguf(tensors=[tensor("direction.1", kind=12345)], data=DATA),
     "NaN.gguf": gguf(tensors=[tensor("direction.1")], data=with_value(np.nan)),
+    "NaN in bfloat16.gguf": gguf(tensors=[tensor("direction.1", kind=30)], data=bfloat16_with(0x7FC1)),
+    "more than float32 holds.gguf": gguf(tensors=[tensor("direction.1", kind=28)], data=with_value(1e300, "<f8")),
+    "bfloat16 beyond the file.gguf": gguf(tensors=[tensor("direction.1", kind=30)], data=DATA[:31]),
+    "float64 beyond the file.gguf": gguf(tensors=[tensor("direction.1", kind=28)], data=DATA),
+    "whole numbers.gguf": gguf(tensors=[tensor("direction.1", kind=26)], data=DATA),
+    "no element, a dimension of 2**63.gguf": gguf(tensors=[tensor("direction.1", shape=(0, 1 << 63))], data=DATA),
     "all zeros.gguf": gguf(tensors=[tensor("direction.1")], data=bytes(64)),
     "no direction.gguf": gguf(tensors=[tensor("direction.x")], data=DATA),
     "version 1.gguf": gguf(tensors=[tensor("direction.1")], data=DATA, version=1),

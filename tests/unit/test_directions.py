@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vllm_steer import directions
 from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
@@ -134,30 +134,6 @@ def test_a_tensor_whose_key_is_no_name_at_layer_is_refused(tmp_path: Path, key: 
         load_directions(tmp_path / "d.safetensors")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
-def test_tensors_of_types_that_numpy_lacks_are_refused(tmp_path: Path, dtype: str) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    save_file({"kind@1": torch.ones(4).to(getattr(torch, dtype))}, str(tmp_path / "d.safetensors"))
-    with pytest.raises(BadDirectionFile, match="float16 or float32"):
-        load_directions(tmp_path / "d.safetensors")
-
-
-def test_quantised_gguf_is_refused_by_type(tmp_path: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(str(tmp_path / "d.gguf"), "controlvector")
-    packed = gguf.quants.quantize(np.ones((1, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
-    writer.add_tensor("direction.1", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(BadDirectionFile, match="Q8_0"):
-        load_directions(tmp_path / "d.gguf")
-
-
 def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadDirectionFile, match="no direction file at"):
         load_directions(tmp_path / "absent.safetensors")
@@ -184,6 +160,7 @@ KIND = Direction("kind", 1, VALUES[0])
         ("d.safetensors", [KIND, KIND], "'kind@1' comes twice"),
         ("d.npy", [KIND], r"'\.npy'; allowed: \.safetensors, \.gguf"),
         ("d.gguf", [KIND, Direction("cold", 2, VALUES[1])], "one name"),
+        ("d.gguf", [KIND, Direction("cold", 0, VALUES[1])], "layer 0"),
         ("d.gguf", [Direction("kind", 0, VALUES[0])], "layer 0"),
     ],
 )
@@ -206,7 +183,7 @@ def test_saving_is_atomic(tmp_path: Path, ending: str, monkeypatch: pytest.Monke
         assert path.read_bytes() == before, "written in place"
         raise OSError("power cut")
 
-    monkeypatch.setattr(directions.os, "replace", replace_fails)
+    monkeypatch.setattr(os, "replace", replace_fails)
     with pytest.raises(OSError, match="power cut"):
         save_directions(path, [Direction("kind", 9, VALUES[2])])
     assert path.read_bytes() == before
@@ -248,7 +225,7 @@ def test_a_name_that_no_key_can_hold_is_refused(name: Any) -> None:
         Direction(name, 1, VALUES[0])
 
 
-@pytest.mark.parametrize("layer", [-1, 1.0, True, "1", None])
+@pytest.mark.parametrize("layer", [-1, 1.0, True, "1", None, 1_000_000])
 def test_a_layer_that_is_no_block_is_refused(layer: Any) -> None:
     with pytest.raises(MalformedSpec, match="has layer"):
         Direction("kind", layer, VALUES[0])

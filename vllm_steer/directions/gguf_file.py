@@ -14,11 +14,18 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from vllm_steer.directions.bfloat16 import float32_of_bfloat16
+
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _MOST_DIMENSIONS = 4  # of a tensor in ggml
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _BYTES_OF = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its size
-_FLOATS = {0: "f4", 1: "f2"}  # type of a tensor -> how NumPy calls it
+_BFLOAT16 = 30
+_FLOATS = {0: "f4", 1: "f2", 28: "f8", _BFLOAT16: "u2"}  # type of a tensor -> NumPy's dtype; of bfloat16 the bits
+
+
+class TensorTypeError(ValueError):
+    """A tensor is undamaged and of a type that is not read, such as a quantised one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,7 @@ class GgufTensor:
     """A tensor as the file describes it.
 
     Attributes:
-        type: number of ggml's type; 0 is F32 and 1 is F16.
+        type: number of ggml's type; 0 is F32, 1 F16, 28 F64 and 30 BF16.
         shape: as NumPy counts, the fastest dimension last.
     """
 
@@ -75,16 +82,22 @@ class GgufFile:
         self._data_start = -(-self._at // alignment) * alignment
 
     def values(self, tensor: GgufTensor) -> npt.NDArray[np.floating]:
-        """The numbers of an F32 or F16 tensor.
+        """The numbers of an F64, F32, F16 or BF16 tensor, the last as float32.
 
         Raises:
-            ValueError: a tensor of another type, or they lie beyond the file's end.
+            TensorTypeError: a tensor of another type.
+            ValueError: they lie beyond the file's end.
         """
         if tensor.type not in _FLOATS:
-            raise ValueError(f"{tensor.name} is stored as {_type_name(tensor.type)}; allowed: F32 or F16, unquantised")
+            raise TensorTypeError(
+                f"{tensor.name} is stored as {_type_name(tensor.type)}; allowed: F64, F32, F16 and BF16, unquantised"
+            )
         dtype = np.dtype(_FLOATS[tensor.type]).newbyteorder("<" if self._order == "little" else ">")
         self._at = self._data_start + tensor._start
-        return self._take(math.prod(tensor.shape) * dtype.itemsize).view(dtype).reshape(tensor.shape)
+        values = self._take(math.prod(tensor.shape) * dtype.itemsize).view(dtype)
+        if tensor.type == _BFLOAT16:
+            values = float32_of_bfloat16(values)
+        return values.reshape(tensor.shape)
 
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         if count > self._data.size - self._at:

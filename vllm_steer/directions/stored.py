@@ -1,0 +1,30 @@
+"""What a direction file holds, as its reader found it: nothing of it has been checked yet."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_steer.directions.direction import MOST_LAYERS
+
+LAYER = r"(0|[1-9][0-9]{0,5})"
+"""A layer's number in a file: below `MOST_LAYERS`, in one spelling, so that no two keys of a file mean the same."""
+LAYERS_ALLOWED = f"a whole number from 0 to {MOST_LAYERS - 1} without leading zeros"
+METADATA_KEY = "vllm_steer"
+"""Where the metadata of a file holds what is ours."""
+
+
+class Stored(NamedTuple):
+    """One direction of a file.
+
+    Attributes:
+        vector: of any shape and any real dtype.
+        sha256: the ``content_hash`` that `save_directions` noted for it, or None.
+    """
+
+    name: str
+    layer: int
+    vector: npt.NDArray[np.generic]
+    sha256: str | None = None
