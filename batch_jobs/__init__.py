@@ -3,8 +3,10 @@ comes out.
 
 Which module to open, in the order of the work (`pipeline` runs them in it, `cli*` is the command `vllm-steer`):
 
-- config and place: `study`, `run_directory`, `provenance`, `config_difference`
-- texts: `contrastive`; `pair_source`, `text_writer`, `chat_endpoint` write pairs, `pair_check` looks at them
+- config and place: `study` (read by `study_document`), `run_directory`, `provenance`, `config_difference`; `documents`
+  reads files for all of them, and `errors` holds what that raises
+- texts: `contrastive`; `pair_source`, `text_writer`, `chat_endpoint` (with `chat_dialect`) write pairs, `pair_check`
+  looks at them; `prompts` says what a model is asked, `thought` tells its thinking from its answer
 - directions: `extract` reads the texts into a `readout_file`; `direction_methods`, `probes`
 - validation: `validate`, made of `layer_validation`, `auroc`, `baselines`, `lexical_ablation`; stored by `validation`
 - rows: `grid`, `shards`, `store` (Parquet)

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from batch_jobs.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, part_paths, read_part
+from batch_jobs.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, answered, part_paths, read_part
 from batch_jobs.paper_metric import keyword_grade
 
 Floats = npt.NDArray[np.float64]
@@ -22,7 +21,8 @@ _COLUMNS = [*GROUP_COLUMNS, "alpha", "projection_unsteered", "projection_generat
 
 @dataclass(frozen=True)
 class BehaviourPoints:
-    """One entry a completion, N of them, in the order of the parts. Rows with an error are left out."""
+    """One entry a completion, N of them, in the order of the parts. Rows with an error, and those that ended inside a
+    thought, are left out."""
 
     model: Strings
     layer: npt.NDArray[np.int32]
@@ -54,7 +54,7 @@ def behaviour_points(folder: Path, grades: Mapping[str, int] | None = None) -> B
     judged: list[bool] = []
     for part in part_paths(folder):
         for table in read_part(part):
-            usable = table.filter(pc.is_null(table["error"]))
+            usable = answered(table)
             for row_id, text in zip(usable["row_id"].to_pylist(), usable["completion"].to_pylist(), strict=True):
                 given = grades.get(row_id)
                 judged.append(given is not None)

@@ -1,23 +1,29 @@
 """A client for the chat route that OpenAI-compatible servers share: `POST <base url>/chat/completions`.
 
-Waits and tries again where waiting can help (no connection, 408, 429, 5xx); everything else ends at once in an
-EndpointError that says what to change. The API key is read from an environment variable when the client is made, and
-appears in no message, record or representation.
+Waits and tries again where waiting can help (no connection, 408, 429, 5xx), and asks in another form where the endpoint
+does not take this one (`chat_dialect`); everything else ends at once in an EndpointError that says what to change. The
+API key is read from an environment variable when the client is made, and appears in no message, record or
+representation.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import httpx
 
+from batch_jobs.chat_dialect import ChatDialect
+from batch_jobs.documents import has_utf8_form, printable
+from batch_jobs.thought import OPEN_THOUGHT, split_thought
 from vllm_steer.errors import SteerError
 
 TIMEOUT_SECONDS = 120.0
@@ -26,8 +32,12 @@ BACKOFF_SECONDS = 1.0
 """Wait before the second attempt; each further one doubles it."""
 LONGEST_WAIT_SECONDS = 120.0
 """A server that asks for a longer wait than this is left alone."""
+_REQUEST_STATUSES = (400, 413, 422)
+"""The request itself is at fault; another one may pass."""
 _PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
 _SHOWN_CHARACTERS = 200
+NO_UTF8_FORM = "has no UTF-8 form (half of a surrogate pair)"
+"""What is wrong with a text that can be neither stored nor sent."""
 
 
 class EndpointError(SteerError):
@@ -59,7 +69,7 @@ class Endpoint:
         model, url = text[:scheme], text[scheme + 1 :]
         url, _, variable = url.partition("#")
         # a key pasted in place of the variable's name must not be echoed, nor passwords inside the URL
-        if scheme < 1 or (variable and not variable.isidentifier()) or "@" in url:
+        if scheme < 1 or (variable and not variable.isidentifier()) or "@" in url or not has_utf8_form(text):
             raise EndpointError(
                 "An endpoint is written MODEL@URL or MODEL@URL#VARIABLE, e.g. "
                 "my-model@http://localhost:8000/v1#MY_API_KEY, where VARIABLE names the environment variable that "
@@ -73,11 +83,13 @@ class ChatReply:
     """What the model answered."""
 
     text: str
-    """Stripped; empty when the model gave no text."""
+    """The answer, stripped, without the model's thought; empty when there is none."""
     finish_reason: str | None
     """`stop`, `length`, `content_filter` or what else the server says."""
     refusal: str | None = None
     """The refusal, where the server reports it apart from the text."""
+    fault: str | None = None
+    """Why there is no answer although the model wrote something: OPEN_THOUGHT or NO_UTF8_FORM."""
 
 
 class ChatClient:
@@ -90,14 +102,19 @@ class ChatClient:
         timeout_seconds: float = TIMEOUT_SECONDS,
         max_attempts: int = MAX_ATTEMPTS,
         sleep: Callable[[float], None] = time.sleep,
+        warn: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
     ) -> None:
         """`timeout_seconds`: for connecting and for each pause in the answer. `sleep`: what waits between attempts.
+        `warn`: is told of a wish that the endpoint does not take, once.
 
         Raises EndpointError when the endpoint's environment variable is not set.
         """
         self.endpoint = endpoint
         self._max_attempts = max_attempts
         self._sleep = sleep
+        self._warn = warn
+        self._dialect = ChatDialect()
+        self._learning = threading.Lock()
         self._key = ""
         if endpoint.api_key_variable is not None:
             self._key = os.environ.get(endpoint.api_key_variable, "").strip()
@@ -129,20 +146,41 @@ class ChatClient:
     ) -> ChatReply:
         """The model's answer to `messages`, each `{"role": …, "content": …}`.
 
-        `seed` is a wish: servers may ignore it. Raises RequestRefused when only this request is at fault, and
-        EndpointError for everything else, after `max_attempts` where waiting could have helped.
+        `max_tokens` bounds all that the model writes, its thought included. `temperature` and `seed` are wishes: an
+        endpoint that does not take one is asked without it, and the user is told. Raises RequestRefused when only this
+        request is at fault, and EndpointError for everything else, after `max_attempts` where waiting could have
+        helped.
         """
-        body: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "model": self.endpoint.model,
             "messages": list(messages),
             "temperature": temperature,
-            "max_tokens": max_tokens,
         }
         if seed is not None:
-            body["seed"] = seed
-        return self._reply(self._post(body))
+            fields["seed"] = seed
+        dialect = known = self._dialect
+        while True:
+            body = dialect.body(fields, max_tokens)
+            response = self._post(body)
+            if response.status_code == httpx.codes.OK:
+                if dialect != known:
+                    self._learn(dialect)
+                return self._reply(response)
+            other = dialect.after_refusal(response.text, body)
+            if other == dialect:
+                raise self._refusal(response)
+            dialect = other
+
+    def _learn(self, dialect: ChatDialect) -> None:
+        """Keep a form that was accepted. Threads may learn the same thing at once; only the first one tells."""
+        with self._learning:
+            news = dialect.left_out - self._dialect.left_out
+            self._dialect = replace(dialect, left_out=dialect.left_out | self._dialect.left_out)
+        for name in sorted(news):
+            self._warn(f"{self._name} does not take {name}; it goes by its own default.")
 
     def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+        """The response, accepted or refused for a fault of this very request; raises EndpointError for any other."""
         url = f"{self.endpoint.base_url}/chat/completions"
         for attempt in range(1, self._max_attempts + 1):
             wait = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # not all threads at once
@@ -153,11 +191,11 @@ class ChatClient:
             except httpx.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code == httpx.codes.OK:
+                if response.status_code in (httpx.codes.OK, *_REQUEST_STATUSES):
                     return response
-                trouble = f"status {response.status_code}: {self._excerpt(response)}"
+                trouble = self._trouble(response)
                 if response.status_code not in _PASSING_STATUSES:
-                    raise self._refusal(response.status_code, trouble)
+                    raise self._refusal(response)
                 wait = max(wait, _retry_after(response))
                 if wait > LONGEST_WAIT_SECONDS:
                     raise EndpointError(
@@ -170,8 +208,8 @@ class ChatClient:
             "the server runs, then run the same command again."
         )
 
-    def _refusal(self, status: int, trouble: str) -> EndpointError:
-        endpoint = self.endpoint
+    def _refusal(self, response: httpx.Response) -> EndpointError:
+        endpoint, status, trouble = self.endpoint, response.status_code, self._trouble(response)
         if status in (401, 403):
             source = f"the key in {endpoint.api_key_variable}" if self._key else "a request without an API key"
             return EndpointError(
@@ -183,7 +221,7 @@ class ChatClient:
                 f"{self._name} was not found ({trouble}); check the model's name and that the URL ends where "
                 "/chat/completions begins, usually in /v1."
             )
-        if status in (400, 413, 422):
+        if status in _REQUEST_STATUSES:
             return RequestRefused(f"{self._name} refused the request ({trouble}).")
         return EndpointError(f"{self._name} answered {trouble}; a chat endpoint answers 200.")
 
@@ -193,13 +231,25 @@ class ChatClient:
             message = choice["message"]
             content, refusal = message.get("content"), message.get("refusal")
             finish_reason = choice.get("finish_reason")
+            # where a server splits the thought off itself, it is in one of these, and the content is the answer alone
+            apart = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EndpointError(
                 f"{self._name} answered no chat completion but {self._excerpt(response)!r}; check the URL."
             ) from error
         if not isinstance(content, str | None):
             raise EndpointError(f"{self._name} answered a message of type {type(content).__name__}, not a text.")
-        return ChatReply((content or "").strip(), finish_reason, refusal)
+        refusal = printable(refusal) if isinstance(refusal, str) else None
+        finish_reason = printable(finish_reason) if isinstance(finish_reason, str) else None
+        if not has_utf8_form(content or ""):
+            return ChatReply("", finish_reason, refusal, NO_UTF8_FORM)
+        _, answer, is_open = split_thought(content or "")
+        answer = answer.strip()
+        never_answered = is_open or (bool(apart) and not answer and not refusal)
+        return ChatReply(answer, finish_reason, refusal, OPEN_THOUGHT if never_answered else None)
+
+    def _trouble(self, response: httpx.Response) -> str:
+        return f"status {response.status_code}: {self._excerpt(response)}"
 
     def _excerpt(self, response: httpx.Response) -> str:
         text = " ".join(response.text.split())

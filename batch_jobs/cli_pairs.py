@@ -26,7 +26,14 @@ def generate(
         Path | None, typer.Option(help="The two system prompts: a JSON file.", show_default="bundled")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text.")] = 600,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text, the model's thought included.")] = 600,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="Variables for the chat template of --local, as a JSON object, e.g. '{\"enable_thinking\": false}'.",
+            show_default=False,
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time to an endpoint.")] = 4,
     max_attempts: Annotated[int, typer.Option(min=1, help="Draws of a pair whose texts are unusable.")] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -38,11 +45,20 @@ def generate(
     from rich.console import Console
 
     from batch_jobs.contrastive import load_scenarios
+    from batch_jobs.errors import StudyError
     from batch_jobs.pair_source import generate_pairs, load_system_prompts
+    from batch_jobs.prompts import parse_template_variables
     from batch_jobs.text_writer import open_writers
 
+    if chat_template_kwargs is not None and local is None:
+        raise StudyError("--chat-template-kwargs is for the model of --local; add --local MODEL, or leave it out.")
     writers = open_writers(
-        endpoint or [], local, temperature=temperature, max_tokens=max_tokens, concurrency=concurrency
+        endpoint or [],
+        local,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        template_variables=parse_template_variables(chat_template_kwargs or "{}", "--chat-template-kwargs"),
     )
     with writers as models:
         made = generate_pairs(

@@ -101,8 +101,14 @@ def judge(
         str, typer.Option(help="MODEL@URL#VARIABLE; VARIABLE names the environment variable with the API key.")
     ],
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest reply, the judge's thought before the digit included.")
+    ] = 1024,
 ) -> None:
-    """Have a language model grade every completion 0, 1 or 2 by its scenario's rubric; then `study score` again."""
+    """Have a language model grade every completion 0, 1 or 2 by its scenario's rubric; then `study score` again.
+
+    Exit code 1 when rows are left without a grade; run again, it asks for those alone.
+    """
     from rich.console import Console
 
     from batch_jobs.chat_endpoint import ChatClient, Endpoint
@@ -119,12 +125,21 @@ def judge(
             run.judgements,
             concurrency=concurrency,
             console=Console(stderr=True),
+            max_tokens=max_tokens,
         )
-    print(f"{summary.graded} graded, {summary.reused} there before, {summary.unparsed} unparsed: {run.judgements}")
+    counts = f"{summary.graded} graded, {summary.reused} there before, {len(summary.ungraded)} without a grade"
+    print(f"{counts}: {run.judgements}")
     for scenario, rows in summary.without_rubric.items():
         print(f"{scenario}: {rows} rows not judged, it has no rubric")
-    for row_id, reason in summary.refused.items():
-        print(f"{row_id}: {reason}")
+    for reason, rows in summary.reasons.items():
+        row_id, first = next((row_id, one) for row_id, one in summary.ungraded.items() if one.reason == reason)
+        print(f"{rows} rows {reason}, e.g. {row_id}: {first.detail[:200]!r}")
+    if summary.ungraded:
+        print(
+            f"{len(summary.ungraded)} rows have no grade. Run the same command again to ask for these alone, with a "
+            "larger --max-tokens where the token limit cut replies off."
+        )
+        raise typer.Exit(1)
 
 
 @app.command("compare")

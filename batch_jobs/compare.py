@@ -15,6 +15,7 @@ from batch_jobs.atomic_file import write_atomically
 from batch_jobs.completion_agreement import CompletionAgreement, compare_completions
 from batch_jobs.config_difference import FieldChange, config_difference
 from batch_jobs.cross_model import BlockReadouts, CrossModelAgreement, compare_readouts
+from batch_jobs.documents import printable
 from batch_jobs.layer_validation import LayerValidation
 from batch_jobs.readout_file import StudyReadouts, read_readouts
 from batch_jobs.run_directory import RunDirectory
@@ -147,7 +148,7 @@ def _record(run: RunDirectory) -> dict[str, Any]:
 
 def _facts(run: RunDirectory, record: Mapping[str, Any]) -> RunFacts:
     return RunFacts(
-        path=str(run.path),
+        path=printable(str(run.path)),
         study=record["study"],
         model=record["config"]["model"],
         config_hash=record["config_hash"],

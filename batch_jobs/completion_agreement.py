@@ -13,13 +13,13 @@ from batch_jobs.store import read_rows
 
 AlphaUnit = Literal["raw", "residual_norm"]
 
-_COLUMNS = ["row_id", "alpha", "alpha_residual_norm", "seed", "completion", "error"]
+_COLUMNS = ["row_id", "alpha", "alpha_residual_norm", "seed", "thought", "completion", "error"]
 _BATCH_ROWS = 8192
 
 
 @dataclass(frozen=True)
 class EqualShare:
-    """Rows of two runs, compared as text."""
+    """Rows of two runs, compared as text: thought and answer, as far as a row has them."""
 
     rows: int
     """At least 1."""
@@ -77,7 +77,7 @@ def compare_completions(
             other_seed += 1
         else:
             for tally in (everything, tallies.setdefault(row[alpha_column], _Tally())):
-                tally.add(row["completion"], row["completion_b"])
+                tally.add(_generated(row, ""), _generated(row, "_b"))
     return CompletionAgreement(
         rows_a=rows_a.num_rows,
         rows_b=rows_b.num_rows,
@@ -88,6 +88,11 @@ def compare_completions(
         overall=everything.result() if everything.rows else None,
         by_alpha={alpha: tallies[alpha].result() for alpha in sorted(tallies)},
     )
+
+
+def _generated(row: dict[str, Any], suffix: str) -> str:
+    """All that the row's model wrote: its thought, if any, then its answer, if it came to one."""
+    return (row[f"thought{suffix}"] or "") + (row[f"completion{suffix}"] or "")
 
 
 def _in_batches(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.atomic_file import write_atomically
+from batch_jobs.documents import Place, read_json, read_json_lines
 from batch_jobs.study import SplitSizes, StudyError
 
 QUESTION = "What do you do?"
@@ -99,8 +100,8 @@ def load_split(source: Path | None, sizes: SplitSizes) -> Split:
     """The pairs of a study, split. None: bundled; a file: its pairs, split by `sizes`; a folder: its two
     files, as split there.
 
-    Raises StudyError when a file is absent or malformed, ids repeat, or `sizes` do not add up to the number
-    of pairs.
+    Raises StudyError when a file is absent or malformed or holds text without a UTF-8 form, ids repeat, or `sizes` do
+    not add up to the number of pairs.
     """
     if source is not None and source.is_dir():
         split = Split(
@@ -134,7 +135,8 @@ def load_scenarios(source: Path | None) -> dict[str, Scenario]:
 
     Fields beyond those of Scenario are left alone (the paper's file has more). A scenario without `markers` or
     without a `rubric` takes that of the bundled scenario of the same id, or none. A rubric is a list of three texts,
-    or an object with the keys "0", "1" and "2". Raises StudyError when the file is absent or malformed.
+    or an object with the keys "0", "1" and "2". Raises StudyError when the file is absent or malformed, or holds text
+    without a UTF-8 form.
     """
     bundled = _read_scenarios(_bundled("scenarios.json"), {})
     if source is None:
@@ -150,11 +152,8 @@ def write_scenarios(path: Path, scenarios: Iterable[Scenario]) -> None:
     write_atomically(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_scenarios(place: Path | Traversable, known: Mapping[str, Scenario]) -> dict[str, Scenario]:
-    try:
-        entries = json.loads(_read_text(place))
-    except json.JSONDecodeError as error:
-        raise StudyError(f"{place}: not JSON ({error}); it must hold a list of scenarios.") from error
+def _read_scenarios(place: Place, known: Mapping[str, Scenario]) -> dict[str, Scenario]:
+    entries = read_json(place, advice="give a JSON file with a list of scenarios")
     if not isinstance(entries, list) or not entries:
         raise StudyError(f"{place}: got {type(entries).__name__}; it must hold a non-empty list of scenarios.")
     scenarios = []
@@ -182,16 +181,9 @@ def _rubric(given: Any, where: str) -> tuple[str, str, str]:
     raise StudyError(f"{where}: rubric must be three texts, for the grades 0, 1 and 2; got {given!r}.")
 
 
-def _read_pairs(place: Path | Traversable, prefix: str) -> list[Pair]:
+def _read_pairs(place: Place, prefix: str) -> list[Pair]:
     pairs = []
-    for number, line in enumerate(_read_text(place).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{place}: line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StudyError(f"{where}: not JSON ({error.msg}); each line must hold one pair as an object.") from error
+    for number, where, entry in read_json_lines(place, advice="give a file with one pair a line, each a JSON object"):
         scenario_id, empathic, non_empathic = (
             _text(entry, field, where) for field in ("scenario_id", "empathic_text", "non_empathic_text")
         )
@@ -212,21 +204,12 @@ def _text(entry: Any, field: str, where: str) -> str:
     return value
 
 
-def _read_text(place: Path | Traversable) -> str:
-    try:
-        return place.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{place}: cannot be read ({error.strerror}); give the path of an existing file.") from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{place}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-
-
 def _refuse_repeated(ids: list[str], field: str, place: object) -> None:
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
         raise StudyError(f"{place}: {field} {repeated[:5]} given more than once; each must be unique.")
 
 
-def _place_of_pairs(source: Path | None) -> Path | Traversable:
+def _place_of_pairs(source: Path | None) -> Place:
     return _bundled("pairs.jsonl") if source is None else source
 
 

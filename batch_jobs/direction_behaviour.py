@@ -26,6 +26,7 @@ from batch_jobs.correlation import (
     behavioural_correlation,
     condition_correlation,
 )
+from batch_jobs.documents import read_json
 
 MAX_POINTS = 400
 """Points kept of each layer and direction for the scatter plot; the coefficients rest on all of them."""
@@ -79,12 +80,9 @@ def write_behaviour(path: Path, behaviours: Sequence[DirectionBehaviour]) -> Non
 def read_behaviour(path: Path) -> tuple[DirectionBehaviour, ...]:
     """Read what `write_behaviour` wrote. Raises CorrelationError, naming the file, when it is absent or not of that
     form."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CorrelationError(f"There is no behaviour file {path}; score the run's generations first.") from error
-    except ValueError as error:
-        raise CorrelationError(f"{path} is not JSON ({error}); score the run's generations again.") from error
+    if not path.exists():
+        raise CorrelationError(f"There is no behaviour file {path}; score the run's generations first.")
+    document = read_json(path, advice="score the run's generations again", error=CorrelationError)
     if not isinstance(document, dict) or "directions" not in document:
         raise CorrelationError(f"{path} lacks the list 'directions'; score the run's generations again.")
     try:

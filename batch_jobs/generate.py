@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batch_jobs.contrastive import Scenario, steering_prompt
+from batch_jobs.documents import has_utf8_form
 from batch_jobs.engine import Engine
 from batch_jobs.grid import Row
 from batch_jobs.progress import Progress, Work
@@ -15,6 +16,7 @@ from batch_jobs.prompts import Prompt, steering_prompt_ids
 from batch_jobs.reread import FinishedRow, Reread, reread
 from batch_jobs.store import Generation
 from batch_jobs.study import Study, StudyError
+from batch_jobs.thought import OPENING, split_thought
 from vllm_steer.errors import ReadoutUnavailable
 
 
@@ -42,14 +44,20 @@ def prepare_prompts(
 ) -> SteeringPrompts:
     """Tokenise each scenario's steering prompt and read it once, unsteered, at the steered layers.
 
-    The directions must be registered. Raises StudyError when a prompt and its completion cannot fit
-    max_model_len.
+    The directions must be registered. Warns when the chat template opens a thought. Raises StudyError when the template
+    is absent or refuses the study's variables, and when a prompt and its completion cannot fit max_model_len.
     """
     from vllm_steer import Readout, collect_readouts, steered
 
     tokenizer = engine.get_tokenizer()
     prompts = {
-        scenario: steering_prompt_ids(tokenizer, steering_prompt(scenarios[scenario]), study.prompt_format)
+        scenario: steering_prompt_ids(
+            tokenizer,
+            steering_prompt(scenarios[scenario]),
+            study.prompt_format,
+            study.chat_template_kwargs,
+            model=study.model,
+        )
         for scenario in study.steer.scenarios
     }
     for scenario, prompt in prompts.items():
@@ -59,6 +67,13 @@ def prepare_prompts(
                 f"{study.sampling.max_tokens} new ones exceed max_model_len {study.max_model_len}; "
                 "raise it or lower sampling.max_tokens."
             )
+    if any(prompt.opens_thought for prompt in prompts.values()):
+        progress.warn(
+            f"The chat template of {study.model} opens a thought ({OPENING}) that every completion has to close within "
+            f"sampling.max_tokens, {study.sampling.max_tokens}; a row that does not has no answer and enters no rate. "
+            "If the template can switch thinking off, set chat_template_kwargs (often {enable_thinking: false}); else "
+            "raise sampling.max_tokens."
+        )
     names = tuple(study.direction_name(method) for method in study.steer.directions)
     readout = Readout(layers=study.steer.layers, project=names, vectors=False, skip_first=study.skip_first)
     params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout=readout)
@@ -162,6 +177,11 @@ def _generation(
     if completion.finish_reason not in ("stop", "length"):
         error = f"the engine ended the row with finish_reason {completion.finish_reason!r}"
         return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
+    if not has_utf8_form(completion.text):
+        # vLLM detokenises with the Rust tokenizers, whose strings are UTF-8; a tokenizer written in Python may do else
+        error = "the tokenizer made text without a UTF-8 form (half of a surrogate pair)"
+        return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
+    parts = split_thought(completion.text, opened=prompts.prompts[cell.scenario_id].opens_thought)
     projection = None
     # a completion of one token fed none back, so its generated span is empty
     if readout is not None and readout.num_tokens > 0:
@@ -172,7 +192,8 @@ def _generation(
         origin,
         attempts,
         started_at=started_at,
-        completion=completion.text,
+        thought=parts.thought,
+        completion=None if parts.is_open else parts.answer,
         finish_reason=completion.finish_reason,
         completion_tokens=len(completion.token_ids),
         projection_generated=projection,
@@ -189,6 +210,7 @@ def _record(
     attempts: int,
     *,
     started_at: datetime,
+    thought: str | None = None,
     completion: str | None = None,
     finish_reason: str | None = None,
     completion_tokens: int | None = None,
@@ -215,6 +237,7 @@ def _record(
         sample=row.sample,
         seed=row.seed,
         prompt=prompt.text,
+        thought=thought,
         completion=completion,
         finish_reason=finish_reason,
         prompt_tokens=len(prompt.token_ids),

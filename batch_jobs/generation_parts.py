@@ -26,8 +26,9 @@ COLUMN_TYPES: Mapping[str, pa.DataType] = {
     "row_id": pa.string(),
     "projection_unsteered": pa.float64(),
     "log_likelihood": pa.float64(),
+    "thought": pa.string(),
 }
-_OPTIONAL_COLUMNS = ("row_id", "projection_unsteered", "log_likelihood")
+_OPTIONAL_COLUMNS = ("row_id", "projection_unsteered", "log_likelihood", "thought")
 _BATCH_ROWS = 1024  # about 1 MB of completions
 
 
@@ -68,8 +69,9 @@ def split_table(table: pa.Table) -> Iterator[pa.Table]:
 def scoring_columns(table: pa.Table) -> pa.Table:
     """The columns of COLUMN_TYPES, in these types: dictionary-encoded ones decoded, -0.0 made 0.0.
 
-    Columns that older tables lack (`row_id`, `projection_unsteered`, `log_likelihood`) come out null. Raises ScoreError
-    when another column is missing, or holds a null or an α that it must not.
+    Columns that older tables lack (`row_id`, `projection_unsteered`, `log_likelihood`, `thought`) come out null. Raises
+    ScoreError when another column is missing, or holds a null or an α that it must not, and for a row without
+    completion, error and thought.
     """
     if missing := [name for name in COLUMN_TYPES if name not in {*table.column_names, *_OPTIONAL_COLUMNS}]:
         needed = [name for name in COLUMN_TYPES if name not in _OPTIONAL_COLUMNS]
@@ -86,9 +88,19 @@ def scoring_columns(table: pa.Table) -> pa.Table:
             raise ScoreError(f"The column {name} is null in {nulls} of {table.num_rows} rows; every row must have it.")
     if pc.all(pc.is_finite(table["alpha"])).as_py() is False:
         raise ScoreError("The column alpha holds NaN or infinity; every row needs a finite α.")
-    if lost := pc.sum(pc.and_(pc.is_null(table["completion"]), pc.is_null(table["error"]))).as_py():
+    if lost := pc.sum(pc.and_(in_thought(table), pc.is_null(table["thought"]))).as_py():
         raise ScoreError(f"{lost} rows have neither completion nor an error; store one of the two for each.")
     return table
+
+
+def in_thought(table: pa.Table) -> pa.ChunkedArray:
+    """Whether each row of `scoring_columns` ended inside a thought: it has neither a completion nor an error."""
+    return pc.and_(pc.is_null(table["completion"]), pc.is_null(table["error"]))
+
+
+def answered(table: pa.Table) -> pa.Table:
+    """The rows of `scoring_columns` that have an answer to score: neither an error nor an unfinished thought."""
+    return table.filter(pc.and_(pc.is_valid(table["completion"]), pc.is_null(table["error"])))
 
 
 def _open(part: Path) -> pq.ParquetFile:

@@ -37,6 +37,8 @@ def headlines(results: RunResults) -> list[Headline]:
     found.append(_coherence_headline(scores))
     generations = results.generations
     failed = f"{generations.num_failed} failed" if generations.num_failed else "none failed"
+    if generations.unfinished_thoughts:
+        failed += f", {generations.unfinished_thoughts} ended inside a thought"
     found.append(Headline("Samples", f"{generations.num_rows:,}", f"{len(scores.conditions)} conditions, {failed}"))
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
+
+from batch_jobs.documents import read_json
 
 Replacements = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Keyword -> its form, lower case -> what may stand in that form's place."""
@@ -30,11 +31,13 @@ class AblatedText:
 def load_replacements() -> Replacements:
     """The bundled list, `data/ablation_words.json`: 41 empathy keywords with their inflected forms. No replacement
     is a form of any keyword."""
-    content = (resources.files("batch_jobs") / "data" / "ablation_words.json").read_text(encoding="utf-8")
+    words = read_json(
+        resources.files("batch_jobs") / "data" / "ablation_words.json", advice="install the package again"
+    )
     return MappingProxyType(
         {
             keyword: {form: tuple(replacements) for form, replacements in forms.items()}
-            for keyword, forms in json.loads(content).items()
+            for keyword, forms in words.items()
         }
     )
 

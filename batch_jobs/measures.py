@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_jobs.degeneration import Degeneration, degeneration
-from batch_jobs.generation_parts import COLUMN_TYPES, ScoreError, count_rows, part_paths, read_part, split_table
+from batch_jobs.generation_parts import (
+    COLUMN_TYPES,
+    ScoreError,
+    count_rows,
+    in_thought,
+    part_paths,
+    read_part,
+    split_table,
+)
 from batch_jobs.paper_metric import EMPATHY_KEYWORDS, MIN_CONTEXT_MARKERS, TASK_KEYWORDS, is_coherent
 from batch_jobs.word_index import WordIndex
 
@@ -38,8 +46,9 @@ _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
 
 def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
     """The measures of each row of generations: the columns of COLUMN_TYPES without the texts, `failed` (it has an
-    error), and `empathetic`, `coherent`, `in_context`, `empty`, `loop`, `code_like`, `repetition`, `compression_ratio`,
-    null where it failed. Raises ScoreError as `scoring_columns` does."""
+    error), `in_thought` (it ended inside a thought), and `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
+    `code_like`, `repetition`, `compression_ratio`, null where there is no answer. Raises ScoreError as
+    `scoring_columns` does."""
     return _measure_all(split_table(table), markers)
 
 
@@ -75,7 +84,8 @@ def _measure_all(tables: Iterable[pa.Table], markers: Markers) -> pa.Table:
 
 
 def _measure(table: pa.Table, markers: Markers) -> pa.Table:
-    failed = pc.is_valid(table["error"])
+    failed, unfinished = pc.is_valid(table["error"]), in_thought(table)
+    unanswered = pc.or_(failed, unfinished)
     texts = pc.fill_null(table["completion"], "").combine_chunks()
     words = WordIndex(texts)
     signs, coherent = [], []
@@ -89,8 +99,9 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         **{name: pa.array([getattr(sign, name) for sign in signs], kind) for name, kind in _SIGNS.items()},
     }
     for name, column in columns.items():
-        table = table.append_column(name, pc.if_else(failed, None, column))
-    return table.drop_columns(["completion", "error"]).append_column("failed", failed)
+        table = table.append_column(name, pc.if_else(unanswered, None, column))
+    table = table.drop_columns(["completion", "error", "thought"])
+    return table.append_column("failed", failed).append_column("in_thought", unfinished)
 
 
 def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:

@@ -7,7 +7,6 @@ asked for again: a run that was cut short goes on where it stopped, and a finish
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from typing import Final
 from rich.console import Console
 
 from batch_jobs.contrastive import Scenario, steering_prompt
+from batch_jobs.documents import read_json
 from batch_jobs.record_file import RecordWriter, read_records
 from batch_jobs.study import StudyError
 from batch_jobs.text_writer import Draft, TextRequest, TextWriter
+from batch_jobs.thought import OPEN_THOUGHT
 
 MIN_WORDS = 40
 """A text of fewer words says too little; the bundled prompts ask for 80 to 100."""
@@ -74,16 +75,10 @@ class _Job:
 def load_system_prompts(source: Path | None) -> SystemPrompts:
     """System prompts from a JSON object with the texts `empathic` and `non_empathic`; None means the bundled ones.
 
-    Raises StudyError when the file is absent or malformed.
+    Raises StudyError when the file is absent or malformed, or holds text without a UTF-8 form.
     """
     place = resources.files("batch_jobs") / "data" / "system_prompts.json" if source is None else source
-    try:
-        document = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(f"{place}: cannot be read ({error.strerror}); give the path of a JSON file.") from error
-    except ValueError as error:
-        raise StudyError(f"{place}: not JSON in UTF-8 ({error}).") from error
-    match document:
+    match read_json(place, advice="give a JSON file with the two system prompts"):
         case {"empathic": str(empathic), "non_empathic": str(other)} if empathic.strip() and other.strip():
             pass
         case _:
@@ -110,7 +105,8 @@ def generate_pairs(
     writer of run r of scenario number s is number (s + r) modulo their count, so every scenario hears all of them
     equally often. A pair with an unusable side is drawn again as a whole with another seed, `max_attempts` times in
     all, and then left out and reported; the next call tries it again. Unusable is a text that is empty, refused or too
-    short, and a pair of equal texts. One that the token limit cut off is kept; the record's `cut_off` names its side.
+    short, that ended inside the model's thought or has no UTF-8 form, and a pair of equal texts. One that the token
+    limit cut off is kept; the record's `cut_off` names its side.
 
     `runs`, `max_attempts` >= 1; `writers` and `scenarios` not empty. Raises StudyError for a file that holds something
     else, and what a writer raises, after everything finished has been stored.
@@ -182,6 +178,9 @@ def _complaint(drafts: tuple[Draft, Draft]) -> str | None:
         words = len(draft.text.split())
         if draft.refusal is not None:
             return f"{side} text refused: {draft.refusal}"
+        if draft.fault is not None:
+            advice = "; give more tokens, or switch thinking off" if draft.fault == OPEN_THOUGHT else ""
+            return f"{side} text {draft.fault}{advice}"
         if not words:
             return f"{side} text is empty"
         if _REFUSAL_START.match(draft.text):

@@ -55,6 +55,8 @@ class StudyResult:
     """Rows that lay there already."""
     failed: int
     """Rows stored with an error, of this session and earlier ones."""
+    unfinished_thoughts: int
+    """Rows stored without an answer because the generation ended inside a thought, of all sessions."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,10 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
 
     scores = score_run(run, scenarios, probes.validation)
     failed = len(store.read_index(run.generations).failed)
-    record.finish(rows_generated=generated, rows_failed=failed)
+    unfinished = store.count_unfinished_thoughts(run.generations)
+    record.finish(rows_generated=generated, rows_failed=failed, rows_unfinished_thoughts=unfinished)
     write_report(run.path)
-    return StudyResult(run, probes.validation, scores, generated, reused, failed)
+    return StudyResult(run, probes.validation, scores, generated, reused, failed, unfinished)
 
 
 def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation) -> Scores:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.contrastive import Split
+from batch_jobs.documents import printable
 from batch_jobs.run_directory import RunDirectory
 from batch_jobs.study import Study
 
@@ -67,7 +68,7 @@ class StudyRecord:
         """Take up the run's record, or start one, add this session, and write it."""
         self._run = run
         self._session: dict[str, Any] = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
             "versions": package_versions(),
             "git_commit": git_commit(),
             "platform": platform.platform(),

@@ -6,7 +6,6 @@ several models have that object one level deeper, under `models`: a list of them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 
 from batch_jobs.atomic_file import write_atomically
+from batch_jobs.documents import read_json
 from batch_jobs.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, ScoreError
 from batch_jobs.score import score_table
 from batch_jobs.scores import Scores, SuccessRate, csv_text, group_key
@@ -62,7 +62,7 @@ def read_published_generations(raw: Path) -> pa.Table:
     without samples has no row. What the file does not hold (token counts, projections, norms) is null.
 
     Raises ScoreError, in one line that names the file and the place in it, when it is absent, no JSON, of another
-    shape, or holds no sample.
+    shape, holds text without a UTF-8 form, or holds no sample.
     """
     rows = [
         {
@@ -114,12 +114,7 @@ def _failure_rates(scores: Scores, rate: SuccessRate) -> dict[str, float]:
 
 
 def _models(raw: Path) -> list[_ModelResult]:
-    try:
-        document = json.loads(Path(raw).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ScoreError(f"{raw} cannot be read ({error.strerror}); give a raw file of steered generations.") from error
-    except ValueError as error:  # no JSON, or not UTF-8
-        raise ScoreError(f"{raw} is not JSON in UTF-8 ({error}); give a raw file of steered generations.") from error
+    document = read_json(Path(raw), advice="give a raw file of steered generations", error=ScoreError)
     try:
         return TypeAdapter(list[_ModelResult]).validate_python(list(_model_objects(document)))
     except ValidationError as error:

@@ -9,27 +9,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from batch_jobs.study import StudyError
+from batch_jobs.documents import json_lines
+from batch_jobs.errors import StudyError
 
-# JSON leaves these alone, but str.splitlines ends a line at each of them
+# JSON leaves these alone and our own reader does too; other readers split lines by str.splitlines
 _ESCAPED_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """All records of the file; none when there is no file. A last line torn by a crash is left out.
 
-    Raises StudyError, naming file and line, for any other line that is no JSON object.
+    Raises StudyError, naming file and line, for any other line that is no JSON object in UTF-8, and for text without
+    a UTF-8 form.
     """
     whole, tail = _split(path)
-    records = []
-    for number, line in enumerate([*whole.splitlines(), tail], start=1):
-        if not line.strip():
-            continue
-        record = _parsed(line)
-        if record is None:
-            raise StudyError(f"{path}: line {number} is no JSON object; mend or delete that line.")
-        records.append(record)
-    return records
+    return [line.entry for line in json_lines(whole + tail, path, advice="mend or delete that line")]
 
 
 class RecordWriter:
@@ -54,7 +48,10 @@ class RecordWriter:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line; it is on disk when this returns. Raises OSError when the disk does."""
+        """Add one line; it is on disk when this returns. Raises OSError when the disk does.
+
+        Every text in `record` must have a UTF-8 form.
+        """
         line = json.dumps(dict(record), ensure_ascii=False).translate(_ESCAPED_LINE_ENDS)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
@@ -70,12 +67,11 @@ def _split(path: Path) -> tuple[bytes, bytes]:
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); give the path of a file.") from error
     whole, end, tail = content.rpartition(b"\n")
-    return whole + end, tail if _parsed(tail) is not None else b""
+    return whole + end, tail if _is_object(tail) else b""
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _is_object(line: bytes) -> bool:
     try:
-        record = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except ValueError:  # not JSON, or not UTF-8
-        return None
-    return record if isinstance(record, dict) else None
+        return False

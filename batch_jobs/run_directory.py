@@ -11,6 +11,7 @@ from typing import Any
 
 from batch_jobs.atomic_file import write_atomically
 from batch_jobs.config_difference import config_difference
+from batch_jobs.documents import read_json
 from batch_jobs.study import WORKING_FIELDS, StudyError
 
 
@@ -120,12 +121,9 @@ class RunDirectory:
     def read_provenance(self) -> dict[str, Any]:
         """What `write_provenance` wrote, or an empty mapping when there is no such file. Raises StudyError if
         malformed."""
-        try:
-            document = json.loads(self.provenance.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.provenance.exists():
             return {}
-        except ValueError as error:
-            raise StudyError(f"{self.provenance}: not JSON ({error}); use --overwrite to start anew.") from error
+        document = read_json(self.provenance, advice="use --overwrite to start anew")
         if not isinstance(document, dict):
             raise StudyError(f"{self.provenance}: not a JSON object; use --overwrite to start anew.")
         return document

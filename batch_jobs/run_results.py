@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.direction_behaviour import DirectionBehaviour, read_behaviour
+from batch_jobs.documents import read_json
 from batch_jobs.findings import Findings, read_findings
 from batch_jobs.samples import Generations, read_generations
 from batch_jobs.scores import Scores, read_scores
@@ -91,12 +91,9 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
 
 
 def _read_provenance(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ReportError(f"There is no {path}; a study run writes it, so run the study first.") from error
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON ({error}); run the study again.") from error
+    if not path.exists():
+        raise ReportError(f"There is no {path}; a study run writes it, so run the study first.")
+    document = read_json(path, advice="run the study again", error=ReportError)
     if not isinstance(document, dict):
         raise ReportError(f"{path} holds a {type(document).__name__}; it must be a JSON object.")
     return document

@@ -24,7 +24,7 @@ _COLUMNS = (
     *_CONDITION, "alpha_residual_norm", "sample", "seed", "prompt", "completion", "finish_reason",
     "completion_tokens", "projection_generated", "error",
 )  # fmt: skip
-_OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood")
+_OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood", "thought")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Sample:
     sample: int
     seed: int
     text: str
+    """The answer, without its thought."""
     empathetic: bool
     coherent: bool
     signatures: tuple[Signature, ...]
@@ -43,6 +44,8 @@ class Sample:
     projection_generated: float | None
     projection_unsteered: float | None
     log_likelihood: float | None
+    thought: str | None
+    """None where the model wrote none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Generations:
     """All rows, failed ones included."""
     errors: dict[str, int]
     """Error message -> number of failed rows, most frequent first."""
+    unfinished_thoughts: int
+    """Rows without an answer, because the generation ended inside a thought."""
     groups: tuple[SampleGroup, ...]
     """Ordered by model, layer, direction, op, span, scenario, α."""
     prompts: dict[str, str]
@@ -91,8 +96,8 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
     that makes more than `max_samples` in all.
 
     The rest is only counted, so a grid of a million rows costs no more memory than what is kept. Folder names
-    are not read: every column is inside the files; `projection_unsteered` and `log_likelihood` may be missing. Raises
-    ScoreError, naming the folder, when it has no Parquet file or lacks another column.
+    are not read: every column is inside the files; `projection_unsteered`, `log_likelihood` and `thought` may be
+    missing. Raises ScoreError, naming the folder, when it has no Parquet file or lacks another column.
     """
     # a name with a leading dot is a part that is still being written
     files = sorted(str(path) for path in Path(folder).glob("**/*.parquet") if not path.name.startswith("."))
@@ -108,6 +113,9 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
     return Generations(
         num_rows=dataset.count_rows(),
         errors=dict(Counter(failed).most_common()),
+        unfinished_thoughts=dataset.count_rows(
+            filter=pc.is_null(pc.field("error")) & pc.is_null(pc.field("completion"))
+        ),
         groups=tuple(
             _group(list(rows)) for _, rows in groupby(kept, key=lambda row: [row[name] for name in _CONDITION])
         ),
@@ -116,7 +124,7 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
 
 
 def _kept_rows(dataset: ds.Dataset, per_condition: int, max_samples: int) -> list[dict[str, Any]]:
-    usable = pc.is_null(pc.field("error"))
+    usable = pc.is_null(pc.field("error")) & pc.is_valid(pc.field("completion"))
     # sample numbers are narrow; how many texts each bound would keep is known before any text is read
     numbers = dataset.to_table(columns=["sample"], filter=usable & (pc.field("sample") < per_condition))["sample"]
     counts = Counter(numbers.to_pylist())
@@ -160,4 +168,5 @@ def _sample(row: dict[str, Any]) -> Sample:
         projection_generated=row["projection_generated"],
         projection_unsteered=row.get("projection_unsteered"),
         log_likelihood=row.get("log_likelihood"),
+        thought=row.get("thought"),
     )

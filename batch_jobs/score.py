@@ -60,6 +60,7 @@ _MEANS = (
     "completion_tokens", "grade",
 )  # fmt: skip
 
+_Key = tuple[Any, ...]  # the values of _KEYS
 _Setting = tuple[str, int, str]  # model, layer, scenario
 _Counts = tuple[int, int]  # empathetic samples, samples
 
@@ -79,8 +80,9 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
     """Score generations, one row a sample, columns as in the generations' Parquet schema.
 
     `markers`: scenario id -> its context markers; a scenario without any gets `context_rate` None. `grades`: row id ->
-    a judge's 0, 1 or 2; rows it does not name have no grade. Rows with an `error` are left out of every rate and
-    counted in `failed`; a condition of which every row failed has no score and is left out. Rows at α = 0 are unsteered
+    a judge's 0, 1 or 2; rows it does not name have no grade. Rows with an `error`, and rows that ended inside a thought
+    (neither `error` nor `completion`, but a `thought`), are left out of every rate and mean and counted in `failed` and
+    `unfinished_thoughts`; a condition without any other row has no score and is left out. Rows at α = 0 are unsteered
     whatever their op, so they are pooled over direction, op and span into the scenario's baseline.
 
     Raises ScoreError when the table has no rows, lacks a column or holds a null it must not, when α is not finite, when
@@ -94,11 +96,10 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
 
 def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
     measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
-    failed_rows = measures.filter(measures["failed"]).group_by(list(_KEYS)).aggregate([([], "count_all")]).to_pylist()
-    failed = {_key(row): row["count_all"] for row in failed_rows}
+    failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
         # one thread: sums of floats depend on their order, and the same rows must give the same last digit
-        measures.filter(pc.invert(measures["failed"]))
+        measures.filter(pc.invert(pc.or_(measures["failed"], measures["in_thought"])))
         .group_by(list(_KEYS), use_threads=False)
         .aggregate([
             ([], "count_all"),
@@ -110,13 +111,19 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
         .sort_by([(key, "ascending") for key in _KEYS])
         .to_pylist()
     )  # fmt: skip
-    baselines = _baselines(groups, failed)
+    baselines = _baselines(groups, failed, unfinished)
     p_values = _directional_p_values(groups, baselines)
     conditions = tuple(
-        _condition(row, failed.get(_key(row), 0), baselines[_setting(row)], p)
+        _condition(row, failed.get(_key(row), 0), unfinished.get(_key(row), 0), baselines[_setting(row)], p)
         for row, p in zip(groups, p_values, strict=True)
     )
     return Scores(conditions=conditions, success=success_rates(conditions))
+
+
+def _counts(measures: pa.Table, flag: str) -> dict[_Key, int]:
+    """How many rows of each condition have the flag; conditions without any are absent."""
+    rows = measures.filter(measures[flag]).group_by(list(_KEYS)).aggregate([([], "count_all")]).to_pylist()
+    return {_key(row): row["count_all"] for row in rows}
 
 
 def _grade_column(row_ids: pa.ChunkedArray, grades: Mapping[str, int]) -> pa.Array:
@@ -129,7 +136,7 @@ def _grade_column(row_ids: pa.ChunkedArray, grades: Mapping[str, int]) -> pa.Arr
     return pa.array([grades.get(row_id) for row_id in row_ids.to_pylist()], type=pa.int8())
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(row: Mapping[str, Any]) -> _Key:
     return tuple(row[key] for key in _KEYS)
 
 
@@ -137,19 +144,27 @@ def _setting(row: Mapping[str, Any]) -> _Setting:
     return row["model"], row["layer"], row["scenario"]
 
 
-def _baselines(groups: Sequence[Mapping[str, Any]], failed: Mapping[tuple[Any, ...], int]) -> dict[_Setting, _Counts]:
+def _baselines(
+    groups: Sequence[Mapping[str, Any]], failed: Mapping[_Key, int], unfinished: Mapping[_Key, int]
+) -> dict[_Setting, _Counts]:
     totals: dict[_Setting, _Counts] = {}
     for row in groups:
         if row["alpha"] == 0.0:
             empathetic, samples = totals.get(_setting(row), (0, 0))
             totals[_setting(row)] = (empathetic + row["empathetic_sum"], samples + row["count_all"])
-    wanted = {_setting(row) for row in groups} | {key[:3] for key in failed}
+    wanted = {_setting(row) for row in groups} | {key[:3] for key in (*failed, *unfinished)}
     if absent := sorted(wanted - set(totals)):
         model, layer, scenario = absent[0]
+        cut = sum(count for key, count in unfinished.items() if key[:3] == absent[0] and key[-1] == 0.0)
+        advice = (
+            f"{cut} of them ended inside a thought, so raise sampling.max_tokens or switch thinking off with "
+            "chat_template_kwargs"
+            if cut
+            else "add 0 to the study's alphas or run its failed rows again"
+        )
         raise ScoreError(
             f"Scenario {scenario} of {model} at layer {layer} has no usable row at α = 0 ({len(absent)} such "
-            "in all); effects are measured against the unsteered rate, so add 0 to the study's alphas or run "
-            "its failed rows again."
+            f"in all); effects are measured against the unsteered rate; {advice}."
         )
     return totals
 
@@ -171,7 +186,9 @@ def _directional_p_values(
     return [next(found) if _judged(row) else None for row in groups]
 
 
-def _condition(row: Mapping[str, Any], failed: int, baseline: _Counts, p: float | None) -> ConditionScore:
+def _condition(
+    row: Mapping[str, Any], failed: int, unfinished: int, baseline: _Counts, p: float | None
+) -> ConditionScore:
     samples, empathetic, alpha = row["count_all"], row["empathetic_sum"], row["alpha"]
     rate, baseline_rate = empathetic / samples, baseline[0] / baseline[1]
     low, high = wilson_interval(empathetic, samples)
@@ -207,4 +224,5 @@ def _condition(row: Mapping[str, Any], failed: int, baseline: _Counts, p: float 
         mean_projection_generated=row["projection_generated_mean"],
         mean_completion_tokens=row["completion_tokens_mean"],
         mean_grade=row["grade_mean"],
+        unfinished_thoughts=unfinished,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class ConditionScore:
     alpha_residual_norm: float | None
     """α over the layer's mean residual norm; None where the table does not have it."""
     samples: int
-    """Rows scored. Failed rows (with an error) are not among them."""
+    """Rows scored. Failed rows (with an error) and rows that ended inside a thought are not among them."""
     failed: int
     empathy_rate: float
     empathy_low: float
@@ -74,9 +74,11 @@ class ConditionScore:
     """Mean over samples of the generated span's projection at the layer, after steering; None where none was
     read."""
     mean_completion_tokens: float | None
-    """None where the table does not count them."""
+    """Tokens generated, those of thoughts included; None where the table does not count them."""
     mean_grade: float | None
     """Mean of the judge's grades, in 0..2, over the samples that have one; None without a judge."""
+    unfinished_thoughts: int = 0
+    """Rows without an answer, because the generation ended inside a thought."""
 
     @property
     def decidable(self) -> bool:
@@ -196,8 +198,9 @@ def write_scores(path: Path, scores: Scores) -> Path:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read what `write_scores` wrote; success rates are worked out again from the conditions. Raises
-    ScoreError, naming the file, when it is absent, lacks a column or holds a cell of the wrong type."""
+    """Read what `write_scores` wrote; success rates are worked out again from the conditions. A column that files of
+    earlier versions lack has its default. Raises ScoreError, naming the file, when it is absent, lacks another column
+    or holds a cell of the wrong type."""
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -207,7 +210,11 @@ def read_scores(path: Path) -> Scores:
     try:
         conditions = tuple(
             ConditionScore(
-                **{field.name: _PARSERS[str(field.type)](row[field.name]) for field in fields(ConditionScore)}
+                **{
+                    field.name: _PARSERS[str(field.type)](row[field.name])
+                    for field in fields(ConditionScore)
+                    if field.name in row or field.default is MISSING
+                }
             )
             for row in rows
         )

@@ -97,9 +97,9 @@ def _check_aliases(config: ServerConfig, layers: Sequence[int], directions: Sequ
                     f"{alias} steers with {entry.direction!r}; the direction files hold "
                     f"{', '.join(sorted(named)) or 'none'}. Add its file with --directions."
                 )
-            own = named.get(entry.direction, set())
-            layer = next(iter(own)) if entry.layer is None and len(own) == 1 else entry.layer
-            if layer is not None and layer not in layers:
+            own = named.get(entry.direction, set()) if entry.layer is None else {entry.layer}
+            if own and not own & set(layers):
                 raise LayerNotHooked(
-                    f"{alias} steers at layer {layer}; hooked: {list(layers)}. Add the layer to --layers."
+                    f"{alias} steers at layer {' or '.join(map(str, sorted(own)))}; hooked: {list(layers)}. Add the "
+                    "layer to --layers."
                 )

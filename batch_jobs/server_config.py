@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
+from batch_jobs.documents import read_yaml
 from vllm_steer.errors import SettingsError
 from vllm_steer.schema import Steering
 from vllm_steer.settings import SteerSettings, steer_config
@@ -98,12 +98,7 @@ def parse_alias(text: str) -> tuple[str, Steering]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+    document = read_yaml(path, advice="give the path of a server's YAML file", error=SettingsError)
     if not isinstance(document, dict):
         raise SettingsError(
             f"{path}: got {type(document).__name__} at the top level; a server config is a mapping of fields."

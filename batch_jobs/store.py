@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from batch_jobs.study import StudyError
+from batch_jobs.errors import StudyError
 
 SCHEMA = pa.schema(
     [
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("sample", pa.int32(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
+        pa.field("thought", pa.string()),
         pa.field("completion", pa.string()),
         pa.field("finish_reason", pa.string()),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
@@ -55,10 +56,14 @@ SCHEMA = pa.schema(
     ]
 )
 
+_LATER_COLUMNS = ("thought",)
+"""What parts of earlier versions lack."""
+
 
 @dataclass(frozen=True)
 class Generation:
-    """One row of SCHEMA, field for column. Either `completion` or `error` is set."""
+    """One row of SCHEMA, field for column. Either `completion` or `error` is set, or neither where the generation ended
+    inside a thought: then `thought` is, and there is no answer to score."""
 
     row_id: str
     model: str
@@ -77,23 +82,27 @@ class Generation:
     prompt: str
     """The exact text the model read, chat template included."""
     completion: str | None
+    """The answer: what was generated, without its thought. An empty text is an answer too; None: there is none."""
     finish_reason: str | None
     """`stop` (the model ended) or `length`."""
     prompt_tokens: int
     completion_tokens: int | None
+    """Tokens of the whole generation, thought included."""
     projection_prompt: float | None
     """Projection of the prompt's readout at `layer` in an *unsteered* pass: where the scenario stands before
     steering. The same in all rows of a scenario and layer."""
     projection_generated: float | None
     """Projection of the generated span's readout at `layer`, taken *after* this row's steering at that layer,
-    so with op add and a span that covers it α itself is part of it. None for a completion of one token: none
-    was fed back."""
+    so with op add and a span that covers it α itself is part of it. The span is the whole generation, thought included.
+    None for a completion of one token: none was fed back."""
     projection_unsteered: float | None
-    """Projection of the completion's tokens when the *unsteered* model reads prompt and completion: what the text
-    itself says, without the α that steering put into the stream. None where it was not read."""
+    """Projection of the generated tokens, those of a thought included, when the *unsteered* model reads prompt and
+    generation: what the text itself says, without the α that steering put into the stream. None where it was not
+    read."""
     log_likelihood: float | None
-    """Mean natural-log probability of a completion token under the unsteered model, given the prompt; near the
-    entropy of its sampling for text of its own, far below it for text it would not have written."""
+    """Mean natural-log probability of a generated token, those of a thought included, under the unsteered model, given
+    the prompt; near the entropy of its sampling for text of its own, far below it for text it would not have
+    written."""
     attempts: int
     """How often the row was tried, this time included."""
     started_at: datetime
@@ -101,7 +110,10 @@ class Generation:
     seconds: float | None
     """From first scheduling to last token; rows share the batch, so these overlap and do not add up."""
     error: str | None
-    """Why the row has no usable completion; None when it has one."""
+    """Why the engine gave no completion; None when it gave one."""
+    thought: str | None = None
+    """What the model wrote between `<think>` and `</think>`, stripped; None where it wrote no thought. Rows of earlier
+    versions have none: their completion is the whole text."""
 
 
 def model_slug(model: str) -> str:
@@ -157,8 +169,8 @@ def to_table(rows: Sequence[Generation]) -> pa.Table:
 def read_rows(folder: Path) -> pa.Table:
     """All rows under `folder`, columns and types of SCHEMA, ordered by model, layer, scenario, α, sample.
 
-    No folder or no part gives an empty table. Raises StudyError, naming the file, for a part that is not such
-    a table.
+    No folder or no part gives an empty table. Columns that parts of earlier versions lack are null. Raises StudyError,
+    naming the file, for a part that is not such a table.
     """
     parts = _parts(folder)
     if not parts:
@@ -174,7 +186,7 @@ class RowIndex:
     """What is stored, without the texts."""
 
     done: frozenset[str]
-    """Ids of the rows with a completion."""
+    """Ids of the rows that the engine completed, those that ended inside a thought included."""
     failed: frozenset[str]
     """Ids of the rows with an error in its place."""
     direction_hashes: frozenset[str]
@@ -204,6 +216,15 @@ def read_index(folder: Path) -> RowIndex:
         done.update(ids[False])
         hashes.update(pc.unique(table["direction_hash"]).to_pylist())
     return RowIndex(frozenset(done), frozenset(failed), frozenset(hashes))
+
+
+def count_unfinished_thoughts(folder: Path) -> int:
+    """How many rows under `folder` ended inside a thought: they have neither a completion nor an error."""
+    parts = _parts(folder)
+    if not parts:
+        return 0
+    dataset = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet")
+    return int(dataset.count_rows(filter=pc.is_null(pc.field("completion")) & pc.is_null(pc.field("error"))))
 
 
 def drop_failed_rows(folder: Path) -> int:
@@ -237,7 +258,13 @@ def _check_part(part: Path) -> None:
             f"{part}: not a readable Parquet file ({error}); delete it and run the study again."
         ) from error
     wrong = [
-        field.name for field in SCHEMA if field.name not in schema.names or schema.field(field.name).type != field.type
+        field.name
+        for field in SCHEMA
+        if (
+            schema.field(field.name).type != field.type
+            if field.name in schema.names
+            else field.name not in _LATER_COLUMNS
+        )
     ]
     if wrong:
         raise StudyError(

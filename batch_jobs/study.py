@@ -1,25 +1,28 @@
-"""The study config: one typed schema, read from YAML, and the error every unusable study input ends in."""
+"""The study config: one typed schema, read from YAML."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     FiniteFloat,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from vllm_steer.errors import SteerError
+from batch_jobs.documents import refuse_half_pairs
+from batch_jobs.errors import StudyError as StudyError  # what an unusable study ends in
+from batch_jobs.prompts import template_variables
+from batch_jobs.study_document import explain_faults, read_study_document
 
 DEMO_MODEL = "demo-model"
 """The `model` that stands for the small instruct model made by `vllm-steer demo-model`."""
@@ -27,11 +30,6 @@ DEMO_MODEL = "demo-model"
 Layer = Annotated[int, Field(ge=0)]
 DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
 """How a direction is made from the train readouts. The paper's, and the one that is always made, is the first."""
-
-
-class StudyError(SteerError):
-    """A study's config, texts or run directory cannot be used; the message names the place, what was got,
-    what is allowed."""
 
 
 WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
@@ -179,6 +177,10 @@ class Study(_Section):
     prompt_format: Literal["chat", "raw"] = "chat"
     """`chat`: the steering prompt is one user turn of the model's chat template; `raw`: the text alone, as in
     the paper. The contrastive texts are always read alone."""
+    # left out of every dump when empty, so that a config without it keeps its hash and its run directory
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=lambda given: not given)
+    """Variables for the model's chat template, e.g. `{enable_thinking: false}` for a model that thinks unless it is
+    told not to. What a template does not ask for, it ignores."""
     skip_first: int = Field(default=0, ge=0)
     """Leading tokens left out of every readout mean. 1 drops the attention sink that dominates many models'
     mean."""
@@ -201,8 +203,18 @@ class Study(_Section):
     max_attempts: int = Field(default=3, ge=1)
     """How often a row that breaks its engine is tried before the error is stored in its place."""
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_variables_only(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return template_variables(given)
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
+        if self.chat_template_kwargs and self.prompt_format == "raw":
+            raise ValueError(
+                f"chat_template_kwargs is {self.chat_template_kwargs!r} with prompt_format raw, which uses no chat "
+                "template; set prompt_format: chat or leave chat_template_kwargs out"
+            )
         if missing := sorted(set(self.steer.layers) - set(self.extract.layers)):
             raise ValueError(
                 f"steer.layers {missing} have no direction: extract.layers are {list(self.extract.layers)}; "
@@ -262,79 +274,10 @@ def load_study(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Stu
     base's, section by section. `overrides` replaces top-level fields (the command line's options; paths in it are
     used as they are). Raises StudyError naming file, field, what was got and what is allowed.
     """
-    document = _read_document(path, ())
+    document = {**read_study_document(path, ", ".join(Study.model_fields)), **(overrides or {})}
+    # the options, and folders: what the files themselves hold is checked
+    refuse_half_pairs(document, f"{path}", advice="give text, or a path, in UTF-8")
     try:
-        return Study.model_validate({**document, **(overrides or {})})
+        return Study.model_validate(document)
     except ValidationError as error:
-        raise StudyError(f"{path}: {_explain(error, Study)}") from error
-
-
-def _read_document(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The YAML's mapping, laid over that of its `base`. `above`: the files that led here, to stop a circle."""
-    if path.resolve() in above:
-        raise StudyError(f"{path}: is its own base, by way of {len(above)} files; end the circle.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(
-            f"Cannot read the study config {path} ({error.strerror}); give the path of a YAML file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{path}: not UTF-8 text ({error.reason}); a study config is a YAML file.") from error
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict):
-        raise StudyError(
-            f"{path}: got {type(document).__name__} at the top level; a study config is a mapping of fields "
-            f"({', '.join(Study.model_fields)})."
-        )
-    for field in ("pairs", "scenarios"):
-        if isinstance(document.get(field), str):
-            document[field] = path.parent / document[field]
-    base = document.pop("base", None)
-    if base is None:
-        return document
-    if not isinstance(base, str):
-        raise StudyError(f"{path}: field base: got {base!r}; allowed: the path of another study's YAML.")
-    return _laid_over(document, _read_document(path.parent / base, (*above, path.resolve())))
-
-
-def _laid_over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(lower)
-    for field, value in upper.items():
-        under = lower.get(field)
-        merged[field] = _laid_over(value, under) if isinstance(value, dict) and isinstance(under, dict) else value
-    return merged
-
-
-def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    faults = []
-    for fault in error.errors(include_url=False):
-        field = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            faults.append(f"field {field}: unknown; allowed here: {', '.join(_siblings(schema, fault['loc']))}")
-        elif fault["type"] == "missing":
-            faults.append(f"field {field}: missing; it has no default, so give it")
-        elif fault["type"] == "value_error":
-            place = f"field {field}: " if field else ""
-            faults.append(place + str(fault["ctx"]["error"]))
-        else:
-            allowed = fault["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
-            faults.append(f"field {field}: got {_shortened(fault['input'])}; allowed: {allowed}")
-    return "; ".join(faults) + "."
-
-
-def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location[:-1]:
-        annotation = schema.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        schema = annotation
-    return list(schema.model_fields)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise StudyError(f"{path}: {explain_faults(error, Study)}") from error

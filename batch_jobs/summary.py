@@ -23,7 +23,15 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
         )
         console.print(_rate_table(cells))
     rows = f"{result.generated} rows generated, {result.reused} there before, {result.failed} failed"
+    if result.unfinished_thoughts:
+        rows += f", {result.unfinished_thoughts} ended inside a thought"
     console.print(f"\nResults ({rows})", highlight=False)
+    if result.unfinished_thoughts:
+        console.print(
+            "  What ended inside a thought has no answer and enters no rate; raise sampling.max_tokens, or switch "
+            "thinking off with chat_template_kwargs.",
+            highlight=False,
+        )
     run = result.run
     for what, path in (
         ("directions", run.directions),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
-from batch_jobs.chat_endpoint import ChatClient, Endpoint, RequestRefused
+from pydantic import JsonValue
+
+from batch_jobs.chat_endpoint import NO_UTF8_FORM, ChatClient, Endpoint, RequestRefused
+from batch_jobs.documents import has_utf8_form
 from batch_jobs.engine import Engine, model_location, set_engine_environment
 from batch_jobs.parallel_calls import parallel_calls
+from batch_jobs.prompts import Prompt, chat_prompt
 from batch_jobs.study import EngineOptions, StudyError
+from batch_jobs.thought import OPEN_THOUGHT, split_thought
 
 PROMPT_TOKENS = 1024
 """Room for a system prompt and a scenario in the local engine's context."""
@@ -34,11 +39,13 @@ class Draft:
     """What a model wrote, usable or not."""
 
     text: str
-    """Stripped."""
+    """Stripped, without the model's thought."""
     cut_off: bool = False
     """The model was stopped by the token limit."""
     refusal: str | None = None
     """Why there is no text, where the model or its server says so."""
+    fault: str | None = None
+    """What makes the text unusable, as the end of a sentence about it: OPEN_THOUGHT or NO_UTF8_FORM."""
 
 
 class TextWriter(Protocol):
@@ -81,17 +88,25 @@ class EndpointWriter:
         except RequestRefused as error:
             return Draft("", refusal=str(error))
         refusal = "stopped by a content filter" if reply.finish_reason == "content_filter" else reply.refusal
-        return Draft(reply.text, cut_off=reply.finish_reason == "length", refusal=refusal)
+        return Draft(reply.text, cut_off=reply.finish_reason == "length", refusal=refusal, fault=reply.fault)
 
 
 class EngineWriter:
     """Writes with vLLM in this process, all requests as one batch. The engine starts with the first request."""
 
     def __init__(
-        self, model: str, *, temperature: float, max_tokens: int, options: EngineOptions = LOCAL_ENGINE
+        self,
+        model: str,
+        *,
+        temperature: float,
+        max_tokens: int,
+        template_variables: Mapping[str, JsonValue] | None = None,
+        options: EngineOptions = LOCAL_ENGINE,
     ) -> None:
-        """`model`: hub id, local path, or `demo-model`."""
+        """`model`: hub id, local path, or `demo-model`. `max_tokens`: of a text, its thought included.
+        `template_variables`: go to the model's chat template, e.g. `{"enable_thinking": False}`."""
         self._model = model
+        self._template_variables = template_variables or {}
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._options = options
@@ -107,27 +122,19 @@ class EngineWriter:
         sampling = {"temperature": self._temperature, "max_tokens": self._max_tokens}
         params = [steered({**sampling, "seed": request.seed}) for request in requests]
         prompts = [self._prompt(request) for request in requests]
-        outputs = self._engine.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-        for request, output in zip(requests, outputs, strict=True):
+        outputs = self._engine.generate([prompt.request for prompt in prompts], params, use_tqdm=sys.stderr.isatty())
+        for request, prompt, output in zip(requests, prompts, outputs, strict=True):
             completion = output.outputs[0]
-            yield request, Draft(completion.text.strip(), cut_off=completion.finish_reason == "length")
+            cut_off = completion.finish_reason == "length"
+            if has_utf8_form(completion.text):
+                _, answer, is_open = split_thought(completion.text, opened=prompt.opens_thought)
+                yield request, Draft(answer.strip(), cut_off, fault=OPEN_THOUGHT if is_open else None)
+            else:
+                yield request, Draft("", cut_off, fault=NO_UTF8_FORM)
 
-    def _prompt(self, request: TextRequest) -> dict[str, Any]:
-        import jinja2
-
-        tokenizer = self._engine.get_tokenizer()
-        if not tokenizer.chat_template:
-            raise StudyError(f"{self._model} has no chat template; write pairs with an instruct model.")
+    def _prompt(self, request: TextRequest) -> Prompt:
         messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
-        try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise StudyError(
-                f"The chat template of {self._model} takes no system prompt ({error}); write pairs with a model whose "
-                "template does."
-            ) from error
-        # the template has written the special tokens already
-        return {"prompt_token_ids": list(tokenizer(rendered, add_special_tokens=False)["input_ids"])}
+        return chat_prompt(self._engine.get_tokenizer(), messages, self._template_variables, model=self._model)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -152,11 +159,13 @@ def open_writers(
     temperature: float,
     max_tokens: int,
     concurrency: int,
+    template_variables: Mapping[str, JsonValue] | None = None,
 ) -> Iterator[list[TextWriter]]:
     """Writers for endpoints, as `Endpoint.parse` reads them, and for one local model, in this order.
 
-    `concurrency`: requests at a time to an endpoint. Raises StudyError when neither is given, and EndpointError for an
-    endpoint that is malformed or lacks its key. No model is called or loaded before it writes.
+    `concurrency`: requests at a time to an endpoint. `template_variables`: go to the local model's chat template.
+    Raises StudyError when neither is given, and EndpointError for an endpoint that is malformed or lacks its key. No
+    model is called or loaded before it writes.
     """
     if not endpoints and local_model is None:
         raise StudyError("There is no model to write pairs with; give an endpoint (MODEL@URL) or a local model.")
@@ -167,5 +176,12 @@ def open_writers(
             for client in clients
         ]
         if local_model is not None:
-            writers.append(EngineWriter(local_model, temperature=temperature, max_tokens=max_tokens))
+            writers.append(
+                EngineWriter(
+                    local_model,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    template_variables=template_variables,
+                )
+            )
         yield writers

@@ -11,6 +11,7 @@ import pydantic
 
 from batch_jobs.atomic_file import write_atomically
 from batch_jobs.baselines import RandomBaseline
+from batch_jobs.documents import read_json
 from batch_jobs.layer_validation import LayerValidation, ValidationError
 from batch_jobs.study import DirectionMethod
 
@@ -130,12 +131,9 @@ def write_validation(path: Path, validation: Validation) -> None:
 def read_validation(path: Path) -> Validation:
     """Read what `write_validation` wrote. Raises ValidationError, naming the file, when it is absent or not of that
     form, as the files of earlier versions are."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValidationError(f"There is no validation file {path}; run the study's validation first.") from error
-    except ValueError as error:
-        raise ValidationError(f"{path} is not JSON ({error}); write it again by running the validation.") from error
+    if not path.exists():
+        raise ValidationError(f"There is no validation file {path}; run the study's validation first.")
+    document = read_json(path, advice="write it again by running the validation", error=ValidationError)
     if not isinstance(document, dict):
         raise ValidationError(
             f"{path}: got {type(document).__name__}; it must hold a JSON object. Run the study again."

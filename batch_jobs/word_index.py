@@ -20,11 +20,13 @@ class WordIndex:
 
     def __init__(self, texts: pa.Array) -> None:
         self._texts = texts
-        split = pc.utf8_split_whitespace(texts)  # white space is the same as for str.split, to the last code point
+        # White space is the same as for str.split, to the last code point. Trimmed, because Arrow looks one code point
+        # past a text that ends in white space, and takes the white space for a part of the word where it finds no UTF-8
+        split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
         encoded = split.values.dictionary_encode()
         rows = np.repeat(np.arange(len(texts)), pc.list_value_length(split).to_numpy())
         numbers = encoded.indices.to_numpy().astype(np.int64)
-        # unlike str.split, the other gives an empty word where a text begins or ends with white space
+        # unlike str.split, the other gives an empty word for a text that is empty
         real = (pc.binary_length(encoded.dictionary).to_numpy() > 0)[numbers]
         self._rows, self._numbers = rows[real], numbers[real]
         # str.lower, since Arrow's has other rules for letters such as "İ" and a final "Σ"

@@ -115,7 +115,7 @@ def write_part(folder: Path, layer: int, first: int, completions: list[str]) -> 
     alphas = [ALPHAS[index % len(ALPHAS)] for index in range(count)]
     same: dict[str, Any] = {
         "model": MODEL, "model_revision": None, "direction": "empathy", "direction_hash": "0" * 16, "layer": layer,
-        "op": "add", "span": "all", "seed": 0, "prompt": "What do you do?", "finish_reason": "length",
+        "op": "add", "span": "all", "seed": 0, "prompt": "What do you do?", "thought": None, "finish_reason": "length",
         "prompt_tokens": 60, "completion_tokens": 200, "projection_prompt": 1.5, "projection_generated": 2.5,
         "projection_unsteered": 0.5, "log_likelihood": -1.25, "attempts": 1, "started_at": datetime.now(UTC),
         "seconds": 9.5, "error": None,

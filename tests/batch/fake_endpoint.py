@@ -24,9 +24,10 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def said(text: str | None, finish_reason: str = "stop") -> Answer:
-    """A chat completion."""
-    return Answer({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}]})
+def said(text: str | None, finish_reason: str = "stop", **beside: Any) -> Answer:
+    """A chat completion. `beside`: further fields of the message."""
+    message = {"role": "assistant", "content": text, **beside}
+    return Answer({"choices": [{"message": message, "finish_reason": finish_reason}]})
 
 
 @dataclass

@@ -22,9 +22,13 @@ COMPLETION_TOKENS = 40
 
 
 class FormulaEngine:
-    """Records every batch it was given in `batches`."""
+    """Records every batch it was given in `batches`, and what went to the chat template in `variables`."""
+
+    opening = ""
+    """What the chat template begins the assistant's turn with."""
 
     def __init__(self) -> None:
+        self.variables: list[dict[str, Any]] = []
         self.chat_template = "{{ messages }}"
         self.batches: list[list[SimpleNamespace]] = []
         self.unfinished = 0
@@ -35,8 +39,12 @@ class FormulaEngine:
     def __call__(self, text: str, *, truncation: bool = False, max_length: int = 10**9, **_: Any) -> Any:
         return {"input_ids": [ord(letter) for letter in text][:max_length]}
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: Any) -> str:
-        return f"<user>{messages[0]['content']}<assistant>"
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
+    ) -> str:
+        assert (tokenize, add_generation_prompt) == (False, True)
+        self.variables.append(variables)
+        return f"<user>{messages[0]['content']}<assistant>{self.opening}"
 
     def get_metrics(self) -> list[Any]:
         return []

@@ -39,7 +39,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     failed = vllm_steer("study", "run", str(tmp_path / "none.yaml"))
     assert failed.returncode == 2
-    assert failed.stderr.startswith("vllm-steer: Cannot read the study config")
+    assert failed.stderr.startswith(f"vllm-steer: {tmp_path / 'none.yaml'}: cannot be read")
     assert failed.stderr.count("\n") == 1
     assert failed.stdout == ""
 

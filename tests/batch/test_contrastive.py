@@ -90,6 +90,41 @@ def test_a_malformed_pair_is_named_by_file_and_line(tmp_path: Path, line: str, s
     assert str(path) in str(caught.value)
 
 
+def test_characters_that_end_a_line_elsewhere_may_stand_in_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    text = "one\u2028two\u2029three\x85four"
+    entry = {"scenario_id": "a", "empathic_text": text, "non_empathic_text": "y"}
+    lines = [json.dumps(entry, ensure_ascii=False), json.dumps(entry | {"non_empathic_text": "z"}, ensure_ascii=False)]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert load_pairs(path) == (Pair("pair-001", "a", text, "y"), Pair("pair-002", "a", text, "z"))
+
+
+@pytest.mark.parametrize("field", ["scenario_id", "empathic_text", "non_empathic_text", "pair_id", "source_model"])
+def test_a_pair_with_half_a_surrogate_pair_is_named_by_file_line_and_field(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "train_pairs.jsonl"
+    good = {"scenario_id": "a", "empathic_text": "x", "non_empathic_text": "y"}
+    bad = good | {field: "x \ud83d"}
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n", encoding="utf-8")
+    for source in (path, tmp_path):
+        with pytest.raises(StudyError) as caught:
+            load_pairs(source)
+        told = rf"{path}: line 2: field {field}: got 'x \ud83d', which has no UTF-8 form"
+        assert str(caught.value).startswith(told)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["id", "title", "objective", "empathy_pressure", "markers", "rubric"])
+def test_a_scenario_with_half_a_surrogate_pair_is_named_by_file_entry_and_field(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "scenarios.json"
+    good: dict[str, object] = {"id": "a", "title": "A", "objective": "W.", "empathy_pressure": "C."}
+    value = ["no", "some", "\ud83d"] if field in ("markers", "rubric") else "\ud83d"
+    path.write_text(json.dumps([good, good | {"id": "b", field: value}]), encoding="utf-8")
+    with pytest.raises(
+        StudyError, match=rf"scenarios\.json: entry 2: field {field}.*: got '\\ud83d', which has no UTF-8"
+    ):
+        load_scenarios(path)
+
+
 def test_absent_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="cannot be read"):
         load_split(tmp_path / "none.jsonl", SplitSizes())

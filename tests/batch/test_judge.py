@@ -13,7 +13,14 @@ from rich.console import Console
 
 from batch_jobs.chat_endpoint import ChatClient, EndpointError, RequestRefused
 from batch_jobs.contrastive import Scenario
-from batch_jobs.judge import JudgeSummary, judge_rows, read_grades
+from batch_jobs.judge import (
+    NO_DIGIT,
+    REFUSED,
+    JudgeSummary,
+    Ungraded,
+    judge_rows,
+    read_grades,
+)
 from batch_jobs.record_file import read_records
 from batch_jobs.store import SCHEMA
 from batch_jobs.study import StudyError
@@ -49,16 +56,18 @@ def judge(
     out: Path,
     model: str = "judge",
     scenarios: Mapping[str, Scenario] = SCENARIOS,
+    **options: Any,
 ) -> JudgeSummary:
+    console = Console(file=io.StringIO())
     with ChatClient(fake.endpoint(model), max_attempts=2, sleep=lambda _: None) as client:
-        return judge_rows(generations, scenarios, client, out, concurrency=3, console=Console(file=io.StringIO()))
+        return judge_rows(generations, scenarios, client, out, concurrency=3, console=console, **options)
 
 
 def test_each_completion_is_graded_by_its_scenarios_rubric(tmp_path: Path) -> None:
     texts = {"r1": "I run.", "r2": "I wave, then run.", "r3": "I stay\nand listen {to} them."}
     generations, out = write_completions(tmp_path, texts), tmp_path / "judgements.jsonl"
     with fake_endpoint(graded_by_length) as fake:
-        assert judge(fake, generations, out) == JudgeSummary(3, 0, 0, {}, {})
+        assert judge(fake, generations, out) == JudgeSummary(3, 0, {}, {})
     assert read_grades(out) == {name: len(text) % 3 for name, text in texts.items()}
     assert {answer_of(request) for request in fake.requests} == set(texts.values())
     for request in fake.requests:
@@ -74,14 +83,11 @@ def test_each_completion_is_graded_by_its_scenarios_rubric(tmp_path: Path) -> No
 def test_anything_but_a_digit_is_asked_about_once_and_then_left_without_a_grade(tmp_path: Path, reply: str) -> None:
     generations, out = write_completions(tmp_path, {"r1": "I run."}), tmp_path / "judgements.jsonl"
     with fake_endpoint(lambda _: said(reply)) as fake:
-        assert judge(fake, generations, out) == JudgeSummary(0, 0, 1, {}, {})
-        assert [len(request["messages"]) for request in fake.requests] == [1, 3]
-        assert fake.requests[1]["messages"][2]["content"].startswith("That was not a single digit.")
-        (record,) = read_records(out)
-        assert (record["grade"], record["reply"]) == (None, reply)
-        # settled: at temperature 0 the next call would hear the same
-        assert judge(fake, generations, out) == JudgeSummary(0, 1, 0, {}, {})
-    assert len(fake.requests) == 2
+        assert judge(fake, generations, out) == JudgeSummary(0, 0, {"r1": Ungraded(NO_DIGIT, reply)}, {})
+    assert [len(request["messages"]) for request in fake.requests] == [1, 3]
+    assert fake.requests[1]["messages"][2]["content"].startswith("That was not a single digit.")
+    (record,) = read_records(out)
+    assert (record["grade"], record["reason"], record["reply"]) == (None, NO_DIGIT, reply)
     assert read_grades(out) == {}
 
 
@@ -101,9 +107,9 @@ def test_a_second_call_asks_only_for_what_is_missing(tmp_path: Path) -> None:
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[:3]) + lines[3][:20])
         fake.requests.clear()
-        assert judge(fake, generations, out) == JudgeSummary(3, 3, 0, {}, {})
+        assert judge(fake, generations, out) == JudgeSummary(3, 3, {}, {})
         assert len(fake.requests) == 3
-        assert judge(fake, generations, out) == JudgeSummary(0, 6, 0, {}, {})
+        assert judge(fake, generations, out) == JudgeSummary(0, 6, {}, {})
     assert len(fake.requests) == 3
     assert read_grades(out) == whole
 
@@ -134,7 +140,7 @@ def test_rows_without_completion_or_rubric_are_left_out_and_counted(tmp_path: Pa
     generations = write_completions(tmp_path, {"r1": None, "r2": ""})
     with fake_endpoint(lambda _: said("0")) as fake:
         summary = judge(fake, generations, tmp_path / "judgements.jsonl")
-    assert summary == JudgeSummary(1, 0, 0, {}, {"unknown": 2})
+    assert summary == JudgeSummary(1, 0, {}, {"unknown": 2})
     assert [answer_of(request) for request in fake.requests] == ["(The agent says nothing.)"]
 
 
@@ -151,10 +157,10 @@ def test_a_refused_row_is_reported_and_asked_again_next_time(tmp_path: Path) -> 
     generations, out = write_completions(tmp_path, {"r1": "fine", "r2": "filtered"}), tmp_path / "judgements.jsonl"
     with fake_endpoint(lambda request: Answer({}, 400) if answer_of(request) == "filtered" else said("1")) as fake:
         summary = judge(fake, generations, out)
-        assert (summary.graded, set(summary.refused)) == (1, {"r2"})
-        assert "refused the request" in summary.refused["r2"]
+        assert (summary.graded, summary.reasons) == (1, {REFUSED: 1})
+        assert "refused the request" in summary.ungraded["r2"].detail
         fake.requests.clear()
-        assert set(judge(fake, generations, out).refused) == {"r2"}
+        assert set(judge(fake, generations, out).ungraded) == {"r2"}
     assert [answer_of(request) for request in fake.requests] == ["filtered"]
 
 

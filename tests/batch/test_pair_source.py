@@ -150,6 +150,13 @@ def test_what_was_written_before_an_endpoint_fails_is_kept(tmp_path: Path) -> No
         (lambda: said("As an AI, I have no feelings." + PLENTY), "is a refusal"),
         (lambda: said(None, "content_filter"), "refused: stopped by a content filter"),
         (lambda: Answer({"error": "filtered"}, 400), "refused: .*filtered"),
+        (lambda: said(f"<think>I could stay.{PLENTY}", "length"), "ended inside its thought; give more tokens"),
+        (lambda: said(f"I stay.{PLENTY} <think>Or do", "length"), "ended inside its thought"),
+        (lambda: said(None, "length", reasoning_content=PLENTY), "ended inside its thought"),
+        (lambda: said(f"<think>{PLENTY}</think>Too little to say."), "has 4 words; at least 40"),
+        (lambda: said(f"<think>Hm.</think>As an AI, I have no feelings.{PLENTY}"), "is a refusal"),
+        (lambda: said(f"half \ud83d{PLENTY}"), "has no UTF-8 form"),
+        (lambda: said(None, refusal="No \ud83d."), r"refused: No \\ud83d\."),
     ],
 )
 def test_an_unusable_text_is_asked_for_again_with_another_seed(
@@ -186,6 +193,17 @@ def test_a_text_that_the_token_limit_cut_off_is_kept_and_marked(tmp_path: Path) 
     with fake_endpoint(answer) as fake:
         assert generate(tmp_path / "pairs.jsonl", writers_for(fake, "m"), runs=1).written == 3
     assert [record["cut_off"] for record in read_records(tmp_path / "pairs.jsonl")] == [["empathic"]] * 3
+
+
+@pytest.mark.parametrize("opening", ["<think>", ""])
+def test_a_thought_is_no_part_of_the_text(tmp_path: Path, opening: str) -> None:
+    def answer(request: dict[str, Any]) -> Answer:
+        return said(f"{opening}Somebody cries.\n</think>\n\n{request['messages'][0]['content']}{PLENTY}\n")
+
+    with fake_endpoint(answer) as fake:
+        assert generate(tmp_path / "pairs.jsonl", writers_for(fake, "m"), runs=1).written == 3
+    for pair in load_pairs(tmp_path / "pairs.jsonl"):
+        assert (pair.empathic, pair.non_empathic) == (f"Be kind.{PLENTY}", f"Be quick.{PLENTY}")
 
 
 def test_a_pair_that_stays_unusable_is_reported_and_not_stored(tmp_path: Path) -> None:
@@ -236,10 +254,15 @@ def test_system_prompts_are_bundled_or_given(tmp_path: Path) -> None:
         ('["a", "b"]', "object of two texts"),
         ('{"empathic": "a"}', "object of two texts"),
         ('{"empathic": "a", "non_empathic": "a"}', "both system prompts are the same"),
+        (
+            r'{"empathic": "a", "non_empathic": "b \ud83d"}',
+            r"field non_empathic: got 'b \\ud83d', which has no UTF-8 form",
+        ),
+        (b'{"empathic": "\xff"}', "not UTF-8 text"),
     ],
 )
-def test_malformed_system_prompts_are_refused(tmp_path: Path, content: str, told: str) -> None:
+def test_malformed_system_prompts_are_refused(tmp_path: Path, content: str | bytes, told: str) -> None:
     path = tmp_path / "prompts.json"
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(StudyError, match=told):
         load_system_prompts(path)

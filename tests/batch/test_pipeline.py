@@ -204,6 +204,28 @@ def test_an_unknown_scenario_and_a_prompt_too_long_are_refused(engine: FormulaEn
         run(make_study(max_model_len=700), tmp_path)
 
 
+def test_texts_without_a_utf8_form_are_refused_before_anything_runs(engine: FormulaEngine, tmp_path: Path) -> None:
+    pairs, scenarios, out = tmp_path / "pairs.jsonl", tmp_path / "scenarios.json", tmp_path / "out"
+    pairs.write_text('{"scenario_id": "a", "empathic_text": "x", "non_empathic_text": "\\ud83d"}\n', encoding="utf-8")
+    scenarios.write_text(json.dumps([{"id": "the_duel", "title": "half \ud83d"}]), encoding="utf-8")
+    for changes, told in (
+        ({"pairs": pairs}, r"pairs\.jsonl: line 1: field non_empathic_text: got '\\ud83d'"),
+        ({"scenarios": scenarios}, r"scenarios\.json: entry 1: field title: got 'half \\ud83d'"),
+    ):
+        with pytest.raises(StudyError, match=told):
+            run(make_study(**changes), out)
+    assert not engine.batches
+    assert not out.exists()
+
+
+def test_a_command_line_that_is_not_utf8_is_recorded_all_the_same(
+    engine: FormulaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm-steer", "study", "run", "caf\udce9.yaml"])
+    run(make_study(), tmp_path)
+    assert RunDirectory(tmp_path).read_provenance()["command"] == r"vllm-steer study run 'caf\udce9.yaml'"
+
+
 def test_raw_prompts_are_the_text_alone(engine: FormulaEngine, tmp_path: Path) -> None:
     run(make_study(prompt_format="raw"), tmp_path)
     prompts = set(read_rows(tmp_path / "generations")["prompt"].to_pylist())

@@ -124,6 +124,10 @@ def bad(change: Any) -> Any:
         (bad(lambda d: d["layer_results"][1].update(layer="x")), "model 0, layer_results.1.layer: "),
         (bad(lambda d: d["layer_results"][0]["experiments"][0]["conditions"][1].update(samples=[3])), "samples.0"),
         (bad(lambda d: d["layer_results"][0]["experiments"][0]["conditions"].pop(1)), "no usable row at α = 0"),
+        (
+            bad(lambda d: d["layer_results"][0]["experiments"][1]["conditions"][2]["samples"].append("\ud83d")),
+            r"field conditions: entry 3: field samples: entry 3: got '\ud83d', which has no UTF-8 form",
+        ),
     ],
 )
 def test_a_file_of_another_shape_is_refused_in_one_line_that_names_it(
@@ -142,5 +146,5 @@ def test_a_file_that_is_absent_or_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="No such file"):
         score_raw(tmp_path / "none.json", tmp_path / "out.csv")
     (tmp_path / "raw.json").write_bytes(b"\xff{")
-    with pytest.raises(ScoreError, match="is not JSON"):
+    with pytest.raises(ScoreError, match="not UTF-8 text"):
         score_raw(tmp_path / "raw.json", tmp_path / "out.csv")

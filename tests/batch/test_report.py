@@ -114,6 +114,27 @@ def test_text_of_the_run_is_escaped(page: str) -> None:
     assert "&lt;b&gt;out&lt;/b&gt;" in page
 
 
+def test_what_ended_inside_a_thought_is_told_and_a_thought_is_folded(
+    results: RunResults, no_figures: dict[str, PaperFigure]
+) -> None:
+    group = results.generations.groups[0]
+    thinking = replace(group, samples=(replace(group.samples[0], thought="<b>Hm</b> " + "so " * 2000),))
+    unfinished = tuple(replace(row, unfinished_thoughts=2) for row in results.scores.conditions)
+    changed = replace(
+        results,
+        generations=replace(results.generations, groups=(thinking,), unfinished_thoughts=7),
+        scores=replace(results.scores, conditions=unfinished),
+    )
+    page = report_page(changed, no_figures)
+    assert outline(page).unbalanced == []
+    assert "7 rows ended inside a thought" in words(page)
+    assert ", 7 ended inside a thought" in words(page)
+    assert words(page).count("2 unfinished") == len(unfinished)
+    assert "<summary>Thought</summary><pre>&lt;b&gt;Hm&lt;/b&gt; so" in page
+    assert page.count("so so so") < 500  # the beginning is enough
+    assert "inside a thought" not in report_page(results, no_figures)
+
+
 def test_all_nine_figures_and_five_tables_are_there(page: str) -> None:
     text = words(page)
     for number in range(1, 10):

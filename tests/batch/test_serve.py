@@ -123,10 +123,23 @@ def test_what_could_not_serve_is_refused_before_it_starts(
         command(passed_on, model=model, **fields)
 
 
+def test_a_config_with_text_that_no_server_can_be_told_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text('model: "half \\uD83D"\n', encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"server\.yaml: field model: got 'half \\ud83d', which has no UTF-8 form"):
+        load_server_config(path, {})
+
+
 def test_an_alias_at_a_layer_without_a_hook_is_refused(model: str, directions: str) -> None:
     alias = {"a": [Steering("kind", 1.0, 3)]}
-    with pytest.raises(LayerNotHooked, match=r"a steers at layer 3; hooked: \[1\]"):
+    with pytest.raises(SettingsError, match=r"alias 'a' steers at layer 3; hooked: \[1\]"):
         command(model=model, layers=[1], directions=[directions], served_aliases=alias)
+    own_layers = {"a": [Steering("kind", 1.0)]}
+    with pytest.raises(LayerNotHooked, match=r"a steers at layer 1 or 3; hooked: \[2\]"):
+        command(model=model, layers=[2], directions=[directions], served_aliases=own_layers)
+    assert "kind" in json.dumps(
+        settings_of(command(model=model, layers=[3], directions=[directions], served_aliases=own_layers))
+    )
 
 
 def test_a_registry_folder_may_hold_what_the_files_do_not(model: str, tmp_path: Path) -> None:

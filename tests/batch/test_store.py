@@ -16,6 +16,7 @@ import pytest
 from batch_jobs.store import (
     SCHEMA,
     Generation,
+    count_unfinished_thoughts,
     drop_failed_rows,
     has_rows,
     model_slug,
@@ -109,6 +110,29 @@ def test_a_half_written_file_of_a_killed_process_is_not_a_part(tmp_path: Path) -
     part.with_name(".part-dead.123.tmp").write_bytes(b"PAR1")
     assert read_rows(tmp_path).num_rows == 1
     assert pq.read_table(tmp_path).num_rows == 1
+
+
+def test_parts_of_an_earlier_version_have_no_thoughts(tmp_path: Path) -> None:
+    thinking = replace(ROW, row_id="r8", layer=8, thought="Hm.", completion="I stay.")
+    write_rows(tmp_path, [ROW, FAILED, thinking], {"config_hash": "c0ffee"})
+    (old,) = (tmp_path / f"model_key={model_slug(ROW.model)}" / "layer_key=16").glob("*.parquet")
+    pq.write_table(pq.read_table(old, partitioning=None).drop_columns(["thought"]), old)
+    table = read_rows(tmp_path)
+    assert table.schema.equals(SCHEMA)
+    assert {row["row_id"]: row["thought"] for row in table.to_pylist()} == {"r0": None, "r1": None, "r8": "Hm."}
+    assert read_index(tmp_path).done == {"r0", "r8"}
+    assert drop_failed_rows(tmp_path) == 1
+    assert read_rows(tmp_path)["completion"].to_pylist() == ["I stay.", ROW.completion]
+
+
+def test_what_ended_inside_a_thought_is_done_and_counted(tmp_path: Path) -> None:
+    assert count_unfinished_thoughts(tmp_path / "none") == 0
+    unfinished = replace(ROW, row_id="r9", sample=2, thought="Hm, so I", completion=None)
+    write_rows(tmp_path, [replace(ROW, completion=""), FAILED, unfinished], {})
+    assert count_unfinished_thoughts(tmp_path) == 1
+    assert read_index(tmp_path).done == {"r0", "r9"}
+    assert drop_failed_rows(tmp_path) == 1
+    assert count_unfinished_thoughts(tmp_path) == 1
 
 
 def test_the_index_tells_done_from_failed(tmp_path: Path) -> None:

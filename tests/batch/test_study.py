@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from batch_jobs.contrastive import load_split
+from batch_jobs.pipeline import _chosen_scenarios as chosen_scenarios
+from batch_jobs.pipeline import _run_key as run_key
 from batch_jobs.study import Study, StudyError, load_study
 from vllm_steer.errors import SteerError
 
@@ -56,6 +61,15 @@ def test_the_papers_pairing_hooks_the_layer_below_as_well(tmp_path: Path) -> Non
         ({"temperature": 0.5}, ["temperature", "unknown", "sampling"]),
         ({"prompt_format": "chatty"}, ["prompt_format", "'chatty'", "'chat' or 'raw'"]),
         ({"name": "a b/c"}, ["name", "'a b/c'"]),
+        ({"chat_template_kwargs": [1]}, ["chat_template_kwargs", "got [1]", "dictionary"]),
+        ({"chat_template_kwargs": {"tokenize": True}}, ["chat_template_kwargs", "['tokenize']", "set by rendering"]),
+        ({"chat_template_kwargs": {"x": float("nan")}}, ["chat_template_kwargs", "nan", "what JSON can hold"]),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}, "prompt_format": "raw"},
+            ["chat_template_kwargs is {'enable_thinking': False}", "prompt_format: chat or leave"],
+        ),
+        ({"model": "half \ud83d"}, ["field model", r"'half \ud83d'", "no UTF-8 form"]),
+        ({"chat_template_kwargs": {"x": ["\ud83d"]}}, ["field x: entry 1", r"'\ud83d'", "no UTF-8 form"]),
     ],
 )
 def test_a_wrong_field_is_named_with_file_value_and_what_is_allowed(
@@ -90,7 +104,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, said: st
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="Cannot read"):
+    with pytest.raises(StudyError, match=r"none\.yaml: cannot be read"):
         load_study(tmp_path / "none.yaml")
 
 
@@ -132,6 +146,41 @@ def test_a_study_may_be_laid_over_another_section_by_section(tmp_path: Path) -> 
     upper.write_text("base: upper.yaml\n", encoding="utf-8")
     with pytest.raises(StudyError, match="its own base"):
         load_study(upper)
+
+
+# sha256 of identity, run key and config hash before configs could hold chat_template_kwargs
+DEMO_IDENTITY, DEMO_RUN_KEY, DEMO_CONFIG_HASH = "cc2bf5dc25895504", "91aa35954d199262", "314e4363737e6522"
+
+
+def test_a_config_without_template_variables_keeps_its_run_directory() -> None:
+    study = load_study(DEMO)
+    identity = hashlib.sha256(json.dumps(study.identity, sort_keys=True).encode()).hexdigest()[:16]
+    assert (identity, study.config_hash) == (DEMO_IDENTITY, DEMO_CONFIG_HASH)
+    assert run_key(study, load_split(None, study.split), chosen_scenarios(study)) == DEMO_RUN_KEY
+    assert "chat_template_kwargs" not in study.model_dump(mode="json")
+
+
+def test_template_variables_are_part_of_a_runs_identity(tmp_path: Path) -> None:
+    study = load_study(write_config(tmp_path, chat_template_kwargs={"enable_thinking": False}))
+    assert study.chat_template_kwargs == {"enable_thinking": False}
+    assert study.identity == load_study(DEMO).identity | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert study.config_hash != DEMO_CONFIG_HASH
+    assert Study.model_validate(study.model_dump(mode="json")) == study
+
+
+def test_template_variables_replace_those_of_the_base_as_a_whole(tmp_path: Path) -> None:
+    write_config(tmp_path, chat_template_kwargs={"enable_thinking": False, "effort": "low"})
+    upper = tmp_path / "upper.yaml"
+    for given in ({}, {"effort": "high"}):
+        upper.write_text(f"base: study.yaml\nchat_template_kwargs: {json.dumps(given)}\n", encoding="utf-8")
+        assert load_study(upper).chat_template_kwargs == given
+
+
+@pytest.mark.parametrize("field", ["model", "pairs"])
+def test_an_option_without_a_utf8_form_is_refused(field: str) -> None:
+    option = "caf\udce9" if field == "model" else Path("caf\udce9")
+    with pytest.raises(StudyError, match=rf"field {field}: got 'caf\\udce9', which has no UTF-8 form"):
+        load_study(DEMO, overrides={field: option})
 
 
 def test_what_only_says_how_the_work_is_done_is_no_part_of_a_runs_identity(tmp_path: Path) -> None:

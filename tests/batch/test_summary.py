@@ -59,13 +59,15 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
         generated=10,
         reused=5,
         failed=3,
+        unfinished_thoughts=2,
     )
     out = io.StringIO()
     print_summary(result, "empathy", Console(file=out, width=80))
     text = out.getvalue()
     assert "16 (best)" in text
     assert "0.975" in text
-    assert "10 rows generated, 5 there before, 3 failed" in text
+    assert "10 rows generated, 5 there before, 3 failed, 2 ended inside a thought" in text
+    assert "chat_template_kwargs" in text
     assert f"report       {path}/report.html\n" in text  # whole, on its own line
     for cell in ("-20.0", "+0.20", "0.8", "the_duel"):
         assert cell in text

@@ -73,6 +73,14 @@ def test_texts_of_few_words_or_none_are_counted(texts: list[str]) -> None:
     assert index.count_found(["two"]).tolist() == [int("two" in text) for text in texts]
 
 
+@pytest.mark.parametrize("beyond", [b"", b"x", b"\xff\xff", b"\x80"])
+def test_what_lies_behind_the_last_text_in_memory_makes_no_difference(beyond: bytes) -> None:
+    text = "go go go go go "
+    offsets = pa.py_buffer(pa.array([0, len(text)], pa.int32()).buffers()[1])
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(text.encode() + beyond)])
+    assert list(WordIndex(texts).counts()) == [plain_counts(text)]
+
+
 def test_a_four_gram_is_not_begun_in_one_text_and_ended_in_the_next() -> None:
     counts = list(WordIndex(pa.array(["a b c", "d a b c d", "a b"])).counts())
     assert [count.grams for count in counts] == [0, 2, 0]
