@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from vllm_steer.engine.doctor import Diagnosis, diagnose
     from vllm_steer.engine.offline import (
         abandon_requests,
+        abandon_requests_async,
         close_llm,
         collect_readouts,
+        collect_readouts_async,
         load_llm,
         register_directions,
+        register_directions_async,
         steered,
     )
     from vllm_steer.errors import SteerError
@@ -35,12 +38,15 @@ __all__ = [
     "Steering",
     "__version__",
     "abandon_requests",
+    "abandon_requests_async",
     "close_llm",
     "collect_readouts",
+    "collect_readouts_async",
     "diagnose",
     "load_directions",
     "load_llm",
     "register_directions",
+    "register_directions_async",
     "save_directions",
     "steer_config",
     "steered",
@@ -58,10 +64,13 @@ _HOME = {
     "Diagnosis": "vllm_steer.engine.doctor",
     "diagnose": "vllm_steer.engine.doctor",
     "abandon_requests": "vllm_steer.engine.offline",
+    "abandon_requests_async": "vllm_steer.engine.offline",
     "close_llm": "vllm_steer.engine.offline",
     "collect_readouts": "vllm_steer.engine.offline",
+    "collect_readouts_async": "vllm_steer.engine.offline",
     "load_llm": "vllm_steer.engine.offline",
     "register_directions": "vllm_steer.engine.offline",
+    "register_directions_async": "vllm_steer.engine.offline",
     "steered": "vllm_steer.engine.offline",
 }
 

@@ -173,6 +173,11 @@ class BatchPlanner:
         self._rows.release(request_id)
         self._release(request_id)
 
+    def rows(self) -> dict[str, int]:
+        """Request -> its row for prompt tokens, before which stands none of its own and behind which stands that for
+        generated tokens; of all requests that were steered so far and not removed or preempted."""
+        return self._rows.lent()
+
     def build(
         self,
         request_ids: Sequence[str],

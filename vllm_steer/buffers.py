@@ -38,6 +38,7 @@ class SteerBuffers:
             S, K.
         max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
         device: where the model runs.
+        can_cut: the residual stream is float16, so the op may have to cut it off.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class SteerBuffers:
         trace_columns: int,
         device: torch.device,
         max_drafts: int = 0,
+        can_cut: bool = False,
     ) -> None:
+        self.can_cut = can_cut
         rows, accumulators = 2 * max_requests, max_requests * (1 + max_drafts)
 
         def floats(*shape: int) -> torch.Tensor:
@@ -90,6 +93,8 @@ class SteerBuffers:
         self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
         # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
         self.trace_TK = floats(max_tokens, trace_columns)
+        # The op sets 1 at the rows of requests whose stream it had to cut off. A row that changes hands begins at 0.
+        self.cut_R = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def layer(self, index: int) -> HookPoint:
         """The module that carries the tensors of hooked layer number ``index`` into the traced graph."""
@@ -119,6 +124,8 @@ class SteerBuffers:
             # Padding tokens of a graph that is larger than the step must not meet an older step's rows.
             self._put(self._row, np.full(self._high_water - plan.num_tokens, -1, np.int32), at=plan.num_tokens)
         self._high_water = plan.num_tokens
+        if plan.new_rows and self.can_cut:
+            self.cut_R.zero_()
         for first_row, pair_2LE3 in plan.new_rows:
             self._put(self._entry, pair_2LE3.reshape(*pair_2LE3.shape[:2], -1), at=first_row)
         if self._num_changed:
@@ -212,6 +219,7 @@ class HookPoint(nn.Module):
             "last": buffers.last_L_AD[index],
             "trace_slot": buffers.trace_slot_LK[index],
             "trace": buffers.trace_TK,
+            "cut": buffers.cut_R,
             "flags": buffers.flags_L4[index],
         }
         for name, tensor in tensors.items():
@@ -221,5 +229,5 @@ class HookPoint(nn.Module):
         """Steer and read the stream hidden + residual, in place in ``hidden``; both (T, D)."""
         steer_and_read(
             hidden, residual, self.bank, self.row_of_token, self.entry_slot, self.entry_ab, self.keep, self.segment,
-            self.sums, self.last, self.trace_slot, self.trace, self.flags,
+            self.sums, self.last, self.trace_slot, self.trace, self.cut, self.flags,
         )  # fmt: skip

@@ -58,6 +58,10 @@ class EntryRows:
             self._write(first_row, prompt, generated)
         return self._first_row[request_id]
 
+    def lent(self) -> dict[str, int]:
+        """Request -> its row for prompt tokens, of all that have any; a copy."""
+        return dict(self._first_row)
+
     def release(self, request_id: str) -> None:
         """Give a request's rows back; harmless if it has none."""
         if request_id in self._first_row:

@@ -1,7 +1,8 @@
 """Everything that can be refused, one class each.
 
-Each message says what was got, what is allowed and what to do. ``status`` is the HTTP status a server answers with.
-All of them are ``ValueError`` too.
+Each message says what was got, what is allowed and what to do. All of them are ``ValueError`` too. A server answers
+with the HTTP ``status`` and names the refusal by ``code``. A wrong body is always 400: routers and clients take 404 and
+5xx from an inference route for a missing model or a broken server, and stop using it.
 
 ::
 
@@ -9,14 +10,17 @@ All of them are ``ValueError`` too.
     ├── SpecError                a request's steering or readout is malformed                  400
     │   ├── MalformedSpec            not JSON, not an object, wrong type of a field
     │   ├── UnknownField             a field that the wire does not have
-    │   ├── BadAlpha                 not a finite number, or beyond the configured bound
+    │   ├── BadAlpha                 not a finite number, or beyond what the engine allows
     │   ├── BadSpan                  not prompt / generated / all
     │   ├── BadOp                    not add / ablate / set, or one that the direction does not allow
     │   ├── BadReadout               nothing to read, bad skip_first, a projection that no layer can give
-    │   └── TooManyEntries           more entries at one layer than the server has room for    413
-    ├── UnknownDirection         a name that is not registered                                 404
+    │   ├── MisplacedField           steering or a readout in a place that vLLM would not look at
+    │   ├── NotOnThisRoute           steering, a readout or an alias on a route that cannot honour it
+    │   └── TooManyEntries           more entries at one layer than the engine has room for
+    ├── UnknownDirection         a name that is not registered                                 400
+    │   └── DirectionNotFound        the same, named by the URL of a GET or DELETE             404
     ├── AmbiguousDirection       a name at several layers, and no layer given                  400
-    ├── LayerNotHooked           a layer that the engine was not started with                  404
+    ├── LayerNotHooked           a layer that the engine was not started with                  400
     ├── DirectionError           a direction that cannot be used
     │   ├── BadVector                NaN, inf, zero, not one-dimensional                       400
     │   ├── WrongDimension           its length is not the model's hidden size                 400
@@ -32,19 +36,32 @@ All of them are ``ValueError`` too.
     │   └── UnsupportedFeature       an engine feature with which steering would not be exact
     ├── DirectionNotAllowed      a name that the operator has not opened to the caller          403
     ├── NotConfigured            steering asked of an engine without ``steer_config``          400
+    ├── StreamOverflow           the steered stream left the range of the engine's dtype       400
     └── ReadoutUnavailable       a finished request whose readout cannot be given              409
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+_WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
+
 
 class SteerError(ValueError):
-    """Root of all refusals of this package."""
+    """Root of all refusals of this package.
+
+    Attributes:
+        status: the HTTP status that a server answers with.
+    """
 
     status = 400
+
+    @property
+    def code(self) -> str:
+        """The refusal's name for programs, such as ``unknown_direction``."""
+        return _WORD_START.sub("_", type(self).__name__).lower()
 
 
 class SpecError(SteerError):
@@ -60,7 +77,7 @@ class UnknownField(SpecError):
 
 
 class BadAlpha(SpecError):
-    """α is not a finite number, or larger than the engine's ``max_alpha``."""
+    """α is not a finite number, or beyond what the engine's settings or its dtype allow."""
 
 
 class BadSpan(SpecError):
@@ -75,14 +92,24 @@ class BadReadout(SpecError):
     """A readout that could never hold a value."""
 
 
+class MisplacedField(SpecError):
+    """Steering or a readout stands where vLLM would not look at it, or is misspelt."""
+
+
+class NotOnThisRoute(SpecError):
+    """Steering, a readout or an alias came on an HTTP route that cannot honour it."""
+
+
 class TooManyEntries(SpecError):
     """More entries at one layer and span than the engine has room for."""
-
-    status = 413
 
 
 class UnknownDirection(SteerError):
     """No direction of that name is registered."""
+
+
+class DirectionNotFound(UnknownDirection):
+    """The URL names a direction that is not registered."""
 
     status = 404
 
@@ -93,8 +120,6 @@ class AmbiguousDirection(SteerError):
 
 class LayerNotHooked(SteerError):
     """The engine was not started with that layer in ``steer_config(layers=...)``."""
-
-    status = 404
 
 
 class DirectionNotAllowed(SteerError):
@@ -169,6 +194,10 @@ class UnsupportedFeature(SettingsError):
 
 class NotConfigured(SteerError):
     """The engine runs without ``steer_config``: it has no hooks, so nothing can be steered or read."""
+
+
+class StreamOverflow(SteerError):
+    """The steered residual stream left the range of the engine's dtype, so the request was ended."""
 
 
 class ReadoutUnavailable(SteerError):

@@ -7,6 +7,8 @@
      "readout": {"layers": [8, 12], "span": "prompt", "project": ["kind"], "vectors": true, "skip_first": 0,
                  "trace": ["kind"]}}
 
+Without ``steering`` the engine's ``default_steering`` applies, if it has one; ``"steering": []`` asks for none.
+
 The checks here need nothing but the object itself. What depends on the engine (is the name registered, is the layer
 hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.admission``.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -28,7 +30,7 @@ from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpe
 SCHEMA_VERSION = 1
 WIRE_KEY = "vllm_steer"
 STEERED_HEADER = "x-vllm-steer"
-"""Stands in an HTTP reply whose request's steering and readout were looked at; its value is the schema's version."""
+"""Header of HTTP replies to requests that were steered or read; its value is ``SCHEMA_VERSION``."""
 
 Op = Literal["add", "ablate", "set"]
 Span = Literal["prompt", "generated", "all"]
@@ -227,14 +229,36 @@ class ReadoutResult:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """All that one request asks of the plugin."""
+    """All that one request asks of the plugin.
 
-    steering: tuple[Steering, ...] = ()
+    Attributes:
+        steering: the entries; None where the request says nothing of steering and the engine's default applies. An
+            empty tuple asks for none in spite of a default.
+        readout: what to read, if anything.
+    """
+
+    steering: tuple[Steering, ...] | None = None
     readout: Readout | None = None
+
+    @property
+    def entries(self) -> tuple[Steering, ...]:
+        """The entries, none where the request says nothing."""
+        return self.steering or ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to steer and nothing to read."""
+        return not self.steering and self.readout is None
+
+    def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
+        """The same request on an engine with this default steering."""
+        return self if self.steering is not None or not default else replace(self, steering=default)
 
     def dumps(self) -> str:
         """The JSON string that travels in ``extra_args`` and ``vllm_xargs``."""
-        wire: dict[str, Any] = {"v": SCHEMA_VERSION, "steering": [entry.to_json() for entry in self.steering]}
+        wire: dict[str, Any] = {"v": SCHEMA_VERSION}
+        if self.steering is not None:
+            wire["steering"] = [entry.to_json() for entry in self.steering]
         if self.readout is not None:
             wire["readout"] = self.readout.to_json()
         return json.dumps(wire, separators=(",", ":"))
@@ -260,12 +284,12 @@ class RequestSpec:
             raise MalformedSpec(
                 f"the steering spec has version {wire['v']!r}; allowed: {SCHEMA_VERSION}. Use a client of this version."
             )
-        steering = wire.get("steering", [])
-        if not isinstance(steering, list):
+        steering = wire.get("steering")
+        if not isinstance(steering, list | None):
             raise MalformedSpec(f"steering is a JSON {type(steering).__name__}; allowed: a list of entries.")
         readout = wire.get("readout")
         return cls(
-            steering=tuple(Steering.from_json(entry) for entry in steering),
+            steering=None if steering is None else tuple(Steering.from_json(entry) for entry in steering),
             readout=None if readout is None else Readout.from_json(readout),
         )
 

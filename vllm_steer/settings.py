@@ -43,16 +43,17 @@ class SteerSettings(BaseModel):
         directions: direction files loaded at start-up, as absolute paths.
         max_directions: slots in the bank, one a direction, D float32 each.
         max_entries: largest number of entries of one request at one layer over one token.
-        max_alpha: largest |α| that is let through.
+        max_alpha: largest |α| that a request may have at one layer, over all its entries there together.
         readout_store_mib: host memory for finished readouts that nobody has collected yet.
         trace_columns: how many directions can be traced at once, over all requests; each costs one number a token.
         served_aliases: model names of a server, each with the steering it stands for. Listed in ``/v1/models``.
-        default_steering: what a server's requests get that say nothing of steering.
+        default_steering: what requests get that say nothing of steering, in process or over HTTP.
         registry_dir: where a server keeps directions registered over HTTP; ``None`` forgets them when it ends.
         max_upload_mib: largest direction file that is taken over HTTP.
         allowed_directions: alias, or ``key:`` and the first 12 hex digits of an API key's sha256 -> the directions it
             may name. Who is not in here may name any.
-        max_alpha_residual_norm: largest |α| in multiples of the layer's mean residual norm, see ``residual_norms``.
+        max_alpha_residual_norm: longest vector that a request may add at one layer, Σ|α|·‖d‖ over its entries there, in
+            multiples of the layer's mean residual norm, see ``residual_norms``.
         residual_norms: layer -> mean residual norm of the model's stream there, in its own units.
         playground: serve ``/v1/steering/playground``.
         plugin_build: digest of the plugin's own code. vLLM hashes this object into the key of its compile cache, so a
@@ -96,6 +97,35 @@ class SteerSettings(BaseModel):
             raise ValueError(f"registry_dir {self.registry_dir!r} is relative; give an absolute path")
         return self
 
+    @model_validator(mode="after")
+    def _own_steering_can_be_admitted(self) -> Self:
+        """As far as it can be known without the directions."""
+        for who, entries in self.own_steering().items():
+            if not entries:
+                raise ValueError(f"{who} has no entries, so it would steer nothing; give it some, or remove it")
+            for entry in entries:
+                if entry.layer is not None and entry.layer not in self.layers:
+                    raise ValueError(f"{who} steers at layer {entry.layer}; hooked: {list(self.layers)}; hook it too")
+            # Entries without a layer are at their directions' own, which may be the same one or not.
+            alone = [(entry,) for entry in entries if entry.layer is None]
+            together = [
+                tuple(one for one in entries if one.layer == layer and one.span in (span, "all"))
+                for layer in self.layers
+                for span in ("prompt", "generated")
+            ]
+            total = max(sum(abs(one.coefficients[0]) for one in here) for here in (*alone, *together))
+            if total > self.max_alpha:
+                raise ValueError(
+                    f"{who} has |alpha| of {total:g} at one layer; allowed: max_alpha, {self.max_alpha:g}; raise it, "
+                    "or use smaller ones"
+                )
+        return self
+
+    def own_steering(self) -> dict[str, tuple[Steering, ...]]:
+        """The operator's steering, by what messages call it: each alias, and the default where there is one."""
+        own = {f"alias {alias!r}": entries for alias, entries in self.served_aliases.items()}
+        return own | ({"default_steering": self.default_steering} if self.default_steering else {})
+
     @classmethod
     def parse(cls, value: object) -> SteerSettings:
         """Read the ``vllm_steer`` object of ``additional_config``.
@@ -112,9 +142,10 @@ class SteerSettings(BaseModel):
             settings = cls.model_validate(dict(value))
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or CONFIG_KEY
+            name = ".".join(str(part) for part in first["loc"])
+            got = f"setting {name} is {first['input']!r}: " if name else ""
             raise SettingsError(
-                f"setting {name} is {first['input']!r}: {first['msg']}; allowed settings: "
+                f"{got}{first['msg'].removeprefix('Value error, ')}; allowed settings: "
                 f"{', '.join(name for name in cls.model_fields if name != 'plugin_build')}. Correct it in "
                 "steer_config(...)."
             ) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "vllm_steer"
 ENGINE = PACKAGE / "engine"
 _CARRIERS = {"State"}
+_LIST_METHODS = {"append"}
 _PASS_ON = {"enumerate", "zip", "list", "tuple", "sorted", "reversed"}  # built-ins that hand on what they are given
 
 
@@ -133,7 +134,7 @@ class _Reader:
                 self._bind(node.target)
             elif isinstance(node, ast.withitem) and node.optional_vars and self.is_foreign(node.context_expr):
                 self._bind(node.optional_vars)
-            elif isinstance(node, ast.Attribute) and self.is_foreign(node.value):
+            elif isinstance(node, ast.Attribute) and self.is_foreign(node.value) and node.attr not in _LIST_METHODS:
                 yield Read(self._file, node.attr, node.lineno)
 
     def is_foreign(self, node: ast.expr) -> bool:

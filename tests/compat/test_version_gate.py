@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_steer import steer_config
-from vllm_steer.engine import config, plugin, prefix_cache, requests, worker_rpc
+from vllm_steer import Readout, Steering, collect_readouts, steer_config, steered
+from vllm_steer.engine import (
+    config,
+    death_watch,
+    plugin,
+    prefix_cache,
+    requests,
+    stream_overflow,
+    worker_rpc,
+)
 from vllm_steer.errors import UnsupportedFeature
+
+ROOMS = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What `register` tells the rooms, in place of installing their patches."""
     told: dict[str, Any] = {}
-    for room in (config, requests, prefix_cache, worker_rpc):
+    for room in ROOMS:
         monkeypatch.setattr(room, "install", lambda room=room.__name__, **kwargs: told.update({room: kwargs}))
     monkeypatch.setattr(plugin, "_registered", False)
-    return told
+    yield told
+    plugin.unsupported_reason.cache_clear()  # it was asked beside versions that a test made up
 
 
 def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "vllm_version", lambda: version)
+    plugin.unsupported_reason.cache_clear()
     plugin.register()
 
 
@@ -34,7 +49,7 @@ def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
     version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_beside(version, monkeypatch)
-    assert len(installed) == 4
+    assert len(installed) == len(ROOMS)
     assert installed[config.__name__] == {"remark": None}
 
 
@@ -51,7 +66,7 @@ def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
     version: str, said: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_beside(version, monkeypatch)
-    assert len(installed) == 4
+    assert len(installed) == len(ROOMS)
     assert said in installed[config.__name__]["remark"]
     assert version in installed[config.__name__]["remark"]
 
@@ -61,6 +76,26 @@ def test_any_other_release_is_refused(version: str, installed: dict[str, Any], m
     register_beside(version, monkeypatch)
     assert set(installed) == {config.__name__}
     assert version in installed[config.__name__]["unsupported"]
+    for asked in ({"steering": [Steering("kind", 1.0)]}, {"readout": Readout([1])}):
+        with pytest.raises(UnsupportedFeature, match=re.escape(installed[config.__name__]["unsupported"])):
+            steered(SamplingParams(), **asked)
+    with pytest.raises(UnsupportedFeature):
+        collect_readouts(None, [])  # type: ignore[arg-type]
+    assert steered(SamplingParams()).extra_args is None
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0"])
+def test_a_request_made_before_vllm_has_loaded_the_plugin_is_refused_beside_another_release_too(
+    version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
+    plugin.unsupported_reason.cache_clear()
+    if version == "0.32.0":
+        assert steered(SamplingParams(), [Steering("kind", 1.0)]).extra_args
+    else:
+        with pytest.raises(UnsupportedFeature, match=version):
+            steered(SamplingParams(), [Steering("kind", 1.0)])
+    assert not installed
 
 
 def test_only_an_engine_that_is_configured_hears_of_it(

@@ -35,10 +35,10 @@ from vllm_steer import Readout, ReadoutResult, Steering, save_directions, steer_
 from vllm_steer.client.replies import reply_of
 from vllm_steer.engine import async_readouts
 from vllm_steer.engine.admission import admission_of
-from vllm_steer.engine.http.bodies import CHAT
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
 from vllm_steer.engine.http.replies import complete_reply
 from vllm_steer.engine.http.sharing import share_registry
+from vllm_steer.engine.http.steered_routes import CHAT
 from vllm_steer.engine.in_flight import DRAIN_SECONDS
 from vllm_steer.errors import MalformedSpec
 
@@ -90,7 +90,8 @@ class Bed:
                     return answer
                 answer.out = output
         reply = {"id": request_id, "model": "", "choices": [{"index": 0, "text": ""}]}
-        complete_reply(CHAT, reply, exchange)
+        if request.readout is not None:
+            complete_reply(CHAT, reply, exchange)
         (choice,) = reply_of(reply).choices
         answer.read, answer.read_error = choice.readout, choice.readout_error
         return answer

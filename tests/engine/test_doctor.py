@@ -9,11 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 
 from batch_jobs.cli import app
-from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, REFUSED_FAMILIES, SUPPORTED_FAMILIES, tiny_config
+from tests.engine.tiny_models import (
+    HIDDEN_SIZE,
+    NUM_LAYERS,
+    REFUSED_FAMILIES,
+    SUPPORTED_FAMILIES,
+    VOCAB_SIZE,
+    tiny_config,
+)
 from vllm_steer import Direction, SteerError, diagnose, save_directions, steer_config
 from vllm_steer.errors import BadDirectionFile, SettingsError
 
@@ -77,6 +85,41 @@ def test_a_model_that_vllm_runs_through_hugging_faces_modules_is_known_as_such(f
     unasked = diagnose(folder("llama"), model_impl="transformers")
     assert unasked.architecture == "TransformersForCausalLM"
     assert "model_impl" in unasked.problems[0]
+
+
+def tiny_config_of(architecture: str, folder: Path) -> Path:
+    """A folder with the config of a tiny model that tests/engine/tiny_models.py does not have."""
+    fields = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "head_dim": 32}
+    config_class = getattr(transformers, architecture).config_class
+    config_class(**fields, vocab_size=VOCAB_SIZE, pad_token_id=2, architectures=[architecture]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs_as"),
+    [("HeliumForCausalLM", "TransformersForCausalLM"), ("DogeForCausalLM", "TransformersMoEForCausalLM")],
+)
+def test_a_model_without_a_class_of_vllms_is_not_said_to_be_asked_for_that_way(
+    tmp_path: Path, architecture: str, runs_as: str
+) -> None:
+    model = tiny_config_of(architecture, tmp_path)
+    (problem,) = diagnose(model, layers=[1]).problems
+    assert f"{architecture}, run as {runs_as}: vLLM has no class of its own for it" in problem
+    assert "model_impl" not in problem
+    (asked,) = diagnose(model, layers=[1], model_impl="transformers").problems
+    assert "model_impl='transformers' was given" in asked
+    assert refusal_at_start(model, additional_config=steer_config(layers=[1])) == problem
+
+
+def test_a_model_that_was_asked_for_through_hugging_face_is_said_to_be(folder: ConfigFolder) -> None:
+    (problem,) = diagnose(folder("llama"), layers=[1], model_impl="transformers").problems
+    assert "LlamaForCausalLM, run as TransformersForCausalLM: model_impl='transformers' was given" in problem
+    assert "no class of its own" not in problem
+
+
+def test_a_model_that_vllm_lists_as_hugging_faces_keeps_its_name(tmp_path: Path) -> None:
+    (problem,) = diagnose(tiny_config_of("SmolLM3ForCausalLM", tmp_path), layers=[1]).problems
+    assert "SmolLM3ForCausalLM: its decoder layers have not been compared" in problem
 
 
 def test_every_problem_is_listed_not_only_the_first(folder: ConfigFolder, directions: Callable[..., Path]) -> None:

@@ -27,6 +27,7 @@ from tests.engine.mixed_batch import (
 )
 from tests.engine.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from vllm_steer import Readout, ReadoutResult, Steering, collect_readouts, register_directions, steered
+from vllm_steer.engine.admission import admission_of
 from vllm_steer.errors import ReadoutUnavailable
 
 pytestmark = pytest.mark.engine
@@ -266,9 +267,10 @@ def test_the_values_of_a_running_request_can_be_asked_for_as_they_come(
     request = Request(prompt, [], {"layers": [0], "span": "all", "trace": TRACED}, vectors)
     engine, seen, counts = llm.llm_engine, [[], []], []  # type: ignore[var-annotated]
     engine.add_request("live", {"prompt_token_ids": prompt}, request.params(max_tokens=4))
+    key = admission_of(engine.input_processor).asked["live"].key
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        (live,) = llm.collective_rpc("vllm_steer_traces", args=([("live", 0, len(seen[0]))],))[0]
+        (live,) = llm.collective_rpc("vllm_steer_traces", args=([(key, 0, len(seen[0]))],))[0]
         assert [name for name, _ in live] == TRACED
         seen = [known + new for known, (_, new) in zip(seen, live, strict=True)]
         counts.append(len(seen[0]))

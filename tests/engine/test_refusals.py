@@ -85,7 +85,7 @@ REFUSED_STEERING: dict[str, tuple[list[Any], type[errors.SteerError], tuple[str,
     "negative layer": ([entry(layer=-1)], errors.MalformedSpec, ("-1",)),
     "name at two layers, none given": ([entry(direction="twofold")], errors.AmbiguousDirection, ("[1, 2]",)),
     "alpha beyond the bound": ([entry(alpha=50.5)], errors.BadAlpha, ("50.5", "50")),
-    "negative alpha beyond the bound": ([entry(alpha=-51)], errors.BadAlpha, ("-51", "-50")),
+    "negative alpha beyond the bound": ([entry(alpha=-51)], errors.BadAlpha, ("-51", "up to 50")),
     "alpha NaN": ([entry(alpha=math.nan)], errors.BadAlpha, ("nan", "finite")),
     "alpha infinite": ([entry(alpha=-math.inf)], errors.BadAlpha, ("inf", "finite")),
     "alpha a string": ([entry(alpha="5")], errors.BadAlpha, ("'5'", "finite number")),
@@ -232,7 +232,7 @@ class TestAtStart:
         [
             ("DeepseekV4ForCausalLM", "several residual streams"),
             ("InklingForCausalLM", "nowhere whole"),
-            ("TransformersForCausalLM", "model_impl='transformers'"),
+            ("TransformersForCausalLM", "no class of its own"),
             ("Gemma3ForConditionalGeneration", "multimodal"),
         ],
     )

@@ -31,6 +31,7 @@ from tests.engine.mixed_batch import (
 )
 from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, save_tiny_model
 from vllm_steer import collect_readouts, register_directions, steer_config
+from vllm_steer.engine.admission import admission_of
 from vllm_steer.errors import UnsupportedFeature
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -209,9 +210,10 @@ class TestEnds:
         request = Request(PROMPTS[5], [], {"layers": [0], "span": "all", "trace": names}, VECTORS)
         engine, seen = llm.llm_engine, []  # type: ignore[var-annotated]
         engine.add_request("live", {"prompt_token_ids": request.prompt_ids}, request.params(max_tokens=MAX_TOKENS))
+        key = admission_of(engine.input_processor).asked["live"].key
         while engine.has_unfinished_requests():
             engine.step()
-            (answer,) = llm.collective_rpc("vllm_steer_traces", args=([("live", 0, len(seen))],))[0]
+            (answer,) = llm.collective_rpc("vllm_steer_traces", args=([(key, 0, len(seen))],))[0]
             ((name, values),) = answer
             assert [name] == names
             seen += values

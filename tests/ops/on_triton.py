@@ -42,6 +42,21 @@ def test_agrees_with_the_loop_for_every_sparsity(tokens: int, steered: str, read
     check(make_case(7, tokens=tokens, entries=4, steered=steered, read=read), steer_and_read, DEVICE)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("alpha", [1e3, -3e5])
+def test_a_float16_stream_is_cut_off_at_its_limit_and_the_row_says_so(alpha: float, residual: bool) -> None:
+    case = make_case(41, entries=1, steered="all", dtype=torch.float16, residual=residual)
+    case.entry_ab[:4, :, 0] = alpha
+    if case.residual is not None:
+        case.residual[::2] = -65504.0
+        case.hidden[::2] = 32752.0
+    check(case, steer_and_read, DEVICE, scale=abs(alpha) / 8)
+    run = case.copy(DEVICE)
+    steer_and_read(*run.args())
+    assert run.hidden.isfinite().all()
+    assert run.cut.any() or abs(alpha) < 65504.0
+
+
 @pytest.mark.parametrize("dimension", [1, FEW.block_d, 576])
 def test_any_size_of_the_stream_will_do(dimension: int) -> None:
     # Normal vectors of one element are ±1 and so is every direction: nothing about the tolerances changes.
@@ -154,7 +169,7 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
     hook = buffers.layer(0)
     stream = torch.ones(4, 24, device=DEVICE)
     tables = (hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.keep, hook.segment, hook.sums)
-    rest = (hook.last, hook.trace_slot, hook.trace, hook.flags)
+    rest = (hook.last, hook.trace_slot, hook.trace, hook.cut, hook.flags)
     return buffers, lambda: steer_and_read(stream, stream, *tables, *rest)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vllm_steer.step_plan import READ
+from vllm_steer.stream_range import FLOAT16_LIMIT
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 SPARE_TOKENS = 3  # the token tables are longer than a call: what lies beyond the call must not be looked at
@@ -32,6 +33,7 @@ class Case:
     last: torch.Tensor
     trace_slot: torch.Tensor
     trace: torch.Tensor
+    cut: torch.Tensor
     flags: torch.Tensor
 
     def args(self) -> tuple[Any, ...]:
@@ -113,6 +115,7 @@ def make_case(
         last=normal(REQUESTS, dimension),
         trace_slot=torch.from_numpy(trace_slot),
         trace=normal(tokens + SPARE_TOKENS, columns),
+        cut=torch.zeros(rows, dtype=torch.int32),
         flags=torch.tensor(
             [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0), 0], dtype=torch.int32
         ),
@@ -125,7 +128,18 @@ class Expected:
     sums: np.ndarray
     last: np.ndarray
     trace: np.ndarray
+    cut: np.ndarray
     untouched: list[int]
+
+
+def _stopped(new: float, own: float, beside: float) -> float:
+    """Where an element of a float16 stream goes: hidden, and hidden + residual, stop at the limit."""
+    for before, offset in ((own + beside, beside), (own, 0.0)):
+        if new > own and new + offset > max(FLOAT16_LIMIT, before):
+            new = max(FLOAT16_LIMIT, before) - offset
+        elif new < own and new + offset < min(-FLOAT16_LIMIT, before):
+            new = min(-FLOAT16_LIMIT, before) - offset
+    return new
 
 
 def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
@@ -139,6 +153,7 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     tokens = len(hidden)
     residual = np.zeros_like(hidden) if case.residual is None else case.residual.double().numpy()
     sums, last, trace = (tensor.double().numpy().copy() for tensor in (case.sums, case.last, case.trace))
+    cut = case.cut.numpy().copy()
     untouched = []
     for t in range(tokens):
         row = int(case.row_of_token[t])
@@ -152,7 +167,12 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
                     touched = True
                     h = h + (a + b * (h @ bank[slot])) * bank[slot]
         if touched:
-            hidden[t] = h - residual[t]
+            new = h - residual[t]
+            if case.hidden.dtype == torch.float16:
+                stopped = np.array([_stopped(*one) for one in zip(new, hidden[t], residual[t], strict=True)])
+                cut[row] |= bool((stopped != new).any())
+                new = stopped
+            hidden[t] = new
         else:
             untouched.append(t)
     stream = (hidden if hidden_after is None else hidden_after) + residual
@@ -165,11 +185,17 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     for k, slot in enumerate(case.trace_slot.tolist()):
         if slot >= 0:
             trace[:tokens, k] = stream @ bank[slot]
-    return Expected(hidden, sums, last, trace, untouched)
+    return Expected(hidden, sums, last, trace, cut, untouched)
 
 
-def check(case: Case, implementation: Callable[..., None], device: str = "cpu", rounding: float = 0.51) -> None:
-    """``rounding``: how far the one rounding to hidden's type may go, in units of its eps."""
+def check(
+    case: Case, implementation: Callable[..., None], device: str = "cpu", rounding: float = 0.51, scale: float = 1.0
+) -> None:
+    """
+    Args:
+        rounding: how far the one rounding to hidden's type may go, in units of its eps.
+        scale: how many times as large as 8 the largest α is.
+    """
     if not case.flags[READ]:
         # A reset where nothing is read at the layer is of no consequence (nobody reads the accumulator before its next
         # reset), and the fast paths leave it out.
@@ -182,7 +208,8 @@ def check(case: Case, implementation: Callable[..., None], device: str = "cpu", 
     # One rounding to hidden's type (by default half an ulp, eps/2 relative) on top of float32 arithmetic over D ≤ 600
     # elements and four entries with |α| ≤ 8: about 1e-5 absolute. A wrong coefficient, order or slot errs by over 0.1.
     eps = torch.finfo(case.hidden.dtype).eps
-    np.testing.assert_allclose(got.hidden.double().numpy(), expected.hidden, rtol=rounding * eps, atol=2e-5)
+    np.testing.assert_allclose(got.hidden.double().numpy(), expected.hidden, rtol=rounding * eps, atol=2e-5 * scale)
+    np.testing.assert_array_equal(got.cut.numpy(), expected.cut)
     for token in expected.untouched:
         assert torch.equal(got.hidden[token], case.hidden[token]), f"token {token} is nobody's and was changed"
 

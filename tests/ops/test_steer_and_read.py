@@ -121,6 +121,62 @@ def test_long_runs_and_segments_agree_with_the_loop(
     check(case, implementation)
 
 
+LARGEST = 65504.0  # of float16
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("op", ["add", "set"])
+@pytest.mark.parametrize("alpha", [1e3, 7e4, -3e5, 1e30])
+def test_nothing_that_steering_writes_into_a_float16_stream_is_infinite(
+    implementation: Callable[..., None], alpha: float, op: str, residual: bool
+) -> None:
+    """Whatever α, what is handed on and what the next layer adds up stay finite, and rows that were cut off say so."""
+    for seed, tokens in ((41, 9), (42, 170)):
+        # One entry: of two that cancel out, float32 would leave a rest that float64 does not.
+        case = make_case(seed, tokens=tokens, entries=1, steered="all", dtype=torch.float16, residual=residual)
+        case.entry_ab[:4, :, 0] = alpha  # the other rows stay as they are
+        case.entry_ab[..., 1] = 0.0 if op == "add" else -1.0
+        if residual:
+            assert case.residual is not None
+            case.residual[::2] = -LARGEST  # so that hidden can leave the range where the stream does not
+            case.hidden[::2] = LARGEST / 2
+        check(case, implementation, scale=min(abs(alpha), LARGEST) / 8)
+        run = case.copy()
+        implementation(*run.args())
+        handed_on = run.hidden if run.residual is None else run.hidden + run.residual  # in float16, as vLLM adds
+        assert run.hidden.isfinite().all()
+        assert handed_on.isfinite().all()
+        used = set(case.row_of_token[:tokens].tolist())
+        assert set(run.cut.nonzero()[:, 0].tolist()) <= used
+        if abs(alpha) > 4 * LARGEST:  # a unit vector of 24 elements has one above a fifth
+            steered = {row for row in used if row < 4 and case.entry_slot[row, 0] >= 0}
+            assert steered, "no row was to be cut off"
+            assert steered <= set(run.cut.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("own", [float("nan"), 60_000.0, -65_504.0])
+def test_what_the_model_itself_brings_beyond_the_limit_is_not_made_worse(
+    implementation: Callable[..., None], own: float
+) -> None:
+    case = make_case(43, tokens=2, entries=1, steered="none", read="none", dtype=torch.float16, residual=False)
+    case.row_of_token[:2] = torch.tensor([0, 1], dtype=torch.int32)
+    case.entry_slot[:2] = 3
+    case.bank[3] = torch.eye(len(case.bank[3]))[0]
+    case.entry_ab[:2] = torch.tensor([[[100.0, 0.0]], [[-100.0, 0.0]]])
+    case.flags[STEER] = 1
+    case.hidden[:, 0] = own
+    implementation(*case.args())
+    up, down = case.hidden[:, 0].float().tolist()
+    if own != own:
+        assert up != up
+        assert down != down
+    else:
+        # towards zero it moves as it would anywhere (float16 has steps of 32 here), away from zero it does not move
+        assert (up, down) == ((own, own - 100 + 4) if own > 0 else (own + 100 - 4, own))
+    is_cut = [own == 60_000.0, own == -65_504.0]
+    assert case.cut[:2].bool().tolist() == is_cut
+
+
 @pytest.mark.parametrize("most", [1, 2, 40])
 @pytest.mark.parametrize("op", ["add", "set"])
 def test_the_fast_path_in_parts_agrees_with_the_loop(op: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,24 @@ KERNELS = "tests/ops/on_triton.py"
 
 # Triton needs no GPU to compile for one, and its interpreter lets pass what its compiler does not.
 BUILD = """
+import itertools
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_steer.ops import triton_kernels
+from vllm_steer.stream_range import FLOAT16_LIMIT
 
 POINTERS = {"bank": "*fp32", "row_of_token": "*i32", "entry_slot": "*i32", "entry_ab": "*fp32", "trace_slot": "*i32",
-            "trace": "*fp32", "flags": "*i32", "keep": "*i32", "segment": "*i32", "sums": "*fp32", "last": "*fp32",
-            "hidden": "*bf16", "residual": "*bf16"}
-CONSTANTS = {"D": 3584, "K": 8, "HAS_RESIDUAL": True}
+            "trace": "*fp32", "cut": "*i32", "flags": "*i32", "keep": "*i32", "segment": "*i32", "sums": "*fp32",
+            "last": "*fp32"}
+CONSTANTS = {"D": 3584, "K": 8, "HAS_RESIDUAL": True, "LIMIT": FLOAT16_LIMIT}
 KERNELS = [(triton_kernels._steer_and_trace, {"BLOCK_D": 4096})]
 for tiling in (triton_kernels.FEW, triton_kernels.MANY):
     KERNELS.append((triton_kernels._read, {"BLOCK_T": tiling.block_t, "BLOCK_D": tiling.block_d}))
-for kernel, blocks in KERNELS:
+for (kernel, blocks), kind in itertools.product(KERNELS, ("*bf16", "*fp16", "*fp32")):
     constants = {name: value for name, value in (CONSTANTS | blocks).items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+    types = dict.fromkeys(kernel.arg_names, "i32") | POINTERS | {"hidden": kind, "residual": kind}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 """

@@ -56,12 +56,7 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
     """The running server; API keys are ``API_KEY`` and ``LIMITED_KEY``, which may name only "kind"."""
     folder = tmp_path_factory.mktemp("server")
     model = save_tiny_model("llama", demo_model, folder / "model")
-    vectors = np.random.default_rng(0).standard_normal((2, HIDDEN_SIZE))
-    directions = (
-        Direction("kind", KIND_LAYER, vectors[0]).normalised(),
-        Direction("other", OTHER_LAYER, vectors[1]).normalised(),
-    )
-    save_directions(folder / "dirs.safetensors", list(directions))
+    directions = save_two_directions(folder / "dirs.safetensors")
     settings = {
         "layers": [OTHER_LAYER, KIND_LAYER],
         "directions": [str(folder / "dirs.safetensors")],
@@ -84,6 +79,15 @@ def server(served: ServedModel) -> Iterator[httpx.Client]:
     """A client of the server, with the API key that may do everything but change directions."""
     with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=60) as client:
         yield client
+
+
+def save_two_directions(path: Path) -> tuple[Direction, Direction]:
+    """Save "kind" at layer ``KIND_LAYER`` and "other" at ``OTHER_LAYER``, both random and of length 1."""
+    vectors = np.random.default_rng(0).standard_normal((2, HIDDEN_SIZE))
+    kind = Direction("kind", KIND_LAYER, vectors[0]).normalised()
+    other = Direction("other", OTHER_LAYER, vectors[1]).normalised()
+    save_directions(path, [kind, other])
+    return kind, other
 
 
 @contextmanager

@@ -41,19 +41,17 @@ def test_a_request_is_steered_through_vllm_xargs_and_the_next_one_is_not(server:
 
 
 @pytest.mark.parametrize(
-    ("spec", "status", "told"),
+    ("spec", "told"),
     [
-        ("{not json", 400, "not JSON"),
-        ({"steering": [{"direction": "unknown", "alpha": 1.0}]}, 404, "no direction is named 'unknown'"),
-        ({"steering": [{"direction": "kind", "alpha": 1.0, "layer": 0}]}, 404, "layer 0 is not hooked"),
-        ({"steering": [{"direction": "kind", "alpha": 1e9}]}, 400, "alpha is 1e+09"),
-        ({"steering": [{"direction": "kind", "alpha": 1.0}] * 9}, 413, "9 entries at layer 2"),
+        ("{not json", "not JSON"),
+        ({"steering": [{"direction": "unknown", "alpha": 1.0}]}, "no direction is named 'unknown'"),
+        ({"steering": [{"direction": "kind", "alpha": 1.0, "layer": 0}]}, "layer 0 is not hooked"),
+        ({"steering": [{"direction": "kind", "alpha": 1e9}]}, "alpha is 1e+09"),
+        ({"steering": [{"direction": "kind", "alpha": 1.0}] * 9}, "9 entries at layer 2"),
     ],
 )
-def test_a_bad_spec_is_a_client_error_and_the_server_goes_on(
-    server: httpx.Client, spec: object, status: int, told: str
-) -> None:
+def test_a_bad_spec_is_a_client_error_and_the_server_goes_on(server: httpx.Client, spec: object, told: str) -> None:
     refused = _complete(server, spec)
-    assert refused.status_code == status, refused.text
+    assert refused.status_code == 400, refused.text
     assert told in refused.json()["error"]["message"]
     assert _complete(server, None).status_code == 200

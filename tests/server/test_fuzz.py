@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -159,7 +160,7 @@ def _check_error(status: int, text: str) -> None:
     assert set(json.loads(text)) == {"error"}, text
     error = json.loads(text)["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
+    assert error["code"] == status or re.fullmatch("[a-z_]+", error["code"])  # vLLM's are numbers, ours names
     assert error["message"]
 
 
@@ -197,7 +198,7 @@ def test_no_steering_readout_or_xargs_brings_the_server_down(server: httpx.Clien
     answers()
     # A fuzzer that only ever sends what is refused at the door, or only what is right, tests nothing.
     assert min(statuses[200], statuses[400]) >= 10, statuses
-    assert statuses[404] > 0, statuses  # unknown names, layers that are not hooked
+    assert set(statuses) <= {200, 400}, statuses
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def text(server: httpx.Client) -> str:
 
 
 def test_a_direction_lives_and_goes_while_requests_run(server: httpx.Client) -> None:
-    assert complete(server).status_code == 404
+    assert complete(server).status_code == 400
     first = put(server, BOTH[0])
     assert first.status_code == 201
     texts = [text(server)]
@@ -75,7 +75,7 @@ def test_a_direction_lives_and_goes_while_requests_run(server: httpx.Client) -> 
     assert {reply.json()["choices"][0]["text"] for reply in replies} == set(texts)
     assert server.delete(ROUTE, headers=ADMIN).status_code == 200
     assert server.get(ROUTE).status_code == 404
-    assert complete(server).status_code == 404
+    assert complete(server).status_code == 400
 
 
 def test_changes_need_the_admin_key_beside_the_api_key(server: httpx.Client) -> None:
@@ -114,7 +114,7 @@ def test_the_metrics_count_requests_tokens_refusals_and_slots(server: httpx.Clie
     assert server.post("/v1/completions", json={**body, **asked}).status_code == 200
     assert server.post("/v1/completions", json=body).status_code == 200
     wrong = {"steering": [{"direction": "nowhere", "alpha": 1.0}]}
-    assert server.post("/v1/completions", json={**body, **wrong}).status_code == 404
+    assert server.post("/v1/completions", json={**body, **wrong}).status_code == 400
     assert [after - was for after, was in zip(counts(), before, strict=True)] == [1.0, 3.0, 1.0, 1.0]
     bank = server.get("/v1/steering").json()["bank"]
     assert {state: count("vllm_steer_bank_slots", state=state) for state in bank} == bank

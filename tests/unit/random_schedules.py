@@ -138,7 +138,9 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             trace=[("one", 0, 0), ("two", 1, 2)],
         )
         name = f"request-{seed}-{number}"
-        asked = Resolved(name, prompt_len, entries(), entries(), "", "", None if span == "none" else readout, CONTENTS)
+        asked = Resolved(
+            name, name, prompt_len, entries(), entries(), "", "", None if span == "none" else readout, CONTENTS
+        )
         tokens = rng.integers(0, VOCAB, prompt_len + generated).tolist()
         jobs.append(Job(f"{name}-0abc", tokens, asked, num_known=prompt_len, is_steered=rng.random() < 0.8))
     return jobs

@@ -69,7 +69,9 @@ class StandInRunner:
     ) -> None:
         self.vllm_config = SimpleNamespace(
             additional_config={} if settings is None else {CONFIG_KEY: settings.as_config()},
-            model_config=SimpleNamespace(architecture="LlamaForCausalLM", get_hidden_size=lambda: SIZE),
+            model_config=SimpleNamespace(
+                architecture="LlamaForCausalLM", get_hidden_size=lambda: SIZE, dtype=torch.float32
+            ),
             scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens),
             num_speculative_tokens=drafts,
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[rows]),

@@ -41,7 +41,7 @@ class StubChecker:
         self.registry = StubBook({"kind": [2], "calm": [1, 2, 9], "far": [9]})
 
     def check(self, spec: RequestSpec) -> None:
-        for entry in spec.steering:
+        for entry in spec.entries:
             self.registry.layers_of(entry.direction)
         if spec.readout is not None and not set(spec.readout.layers) <= set(self.settings.layers):
             raise LayerNotHooked(f"layers {list(spec.readout.layers)} are not all hooked")
@@ -55,6 +55,7 @@ class StubServer:
         chunks: the body of its answer, one message each.
         status, content_type: the head of its answer.
         engine: what the engine would do to the exchange before the answer is sent.
+        steers: whether it has admitted a request that asks something of the plugin.
         body, headers, exchange: what reached it last; the body is None where nothing did.
     """
 
@@ -62,6 +63,7 @@ class StubServer:
     status: int = 200
     content_type: str = "application/json"
     engine: Callable[[Exchange], None] = lambda exchange: None
+    steers: bool = True
     body: bytes | None = None
     headers: dict[bytes, bytes] = field(default_factory=dict)
     exchange: Exchange | None = None
@@ -74,6 +76,7 @@ class StubServer:
             if not message.get("more_body"):
                 break
         if self.exchange is not None:
+            self.exchange.is_applied = self.steers and not self.exchange.whole.is_empty
             self.engine(self.exchange)
         length = (b"content-length", str(sum(map(len, self.chunks))).encode())
         head = [(b"content-type", self.content_type.encode())]

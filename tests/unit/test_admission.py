@@ -146,7 +146,7 @@ def test_as_many_entries_as_there_is_room_for_count_by_layer_and_token(admission
 
 
 REFUSED: list[tuple[Steering, type[SteerError], str]] = [
-    (Steering("kind", 10.5), BadAlpha, "alpha is 10.5; allowed: from -10 to 10"),
+    (Steering("kind", 10.5), BadAlpha, "alpha is 10.5 at layer 12; allowed: up to 10"),
     (Steering("kind", -11), BadAlpha, "alpha is -11"),
     (Steering("long", op="ablate"), BadOp, "'long', whose norm is not 1"),
     (Steering("long", 1, op="set"), BadOp, "'long', whose norm is not 1"),
@@ -165,6 +165,80 @@ def test_what_the_engine_cannot_do_is_refused(
     with pytest.raises(refusal, match=message) as caught:
         resolve(admission, steering)
     assert type(caught.value) is refusal
+
+
+def test_the_largest_alpha_is_one_of_the_request_and_not_of_each_entry(admission: Admission) -> None:
+    half = Steering("kind", 5.5)
+    with pytest.raises(BadAlpha, match="adds up to 11 at layer 12; allowed: up to 10"):
+        resolve(admission, half, Steering("cold", -5.5))
+    # Not over the same tokens, not at the same layer, nothing added.
+    resolve(admission, Steering("kind", 5.5, span="prompt"), Steering("cold", -5.5, span="generated"))
+    resolve(admission, half, Steering("kind", 5.5, layer=20))
+    resolve(admission, Steering("kind", 9.5), Steering("cold", op="ablate"))
+
+
+def bounded(multiple: float, **more: Any) -> Admission:
+    """An engine whose layer 12 has a mean residual norm of 10."""
+    made = Admission(
+        SteerSettings(layers=(12,), max_alpha_residual_norm=multiple, residual_norms={12: 10.0}, **more), SIZE
+    )
+    made.registry.register([Direction("kind", 12, KIND), Direction("cold", 12, COLD), Direction("long", 12, 24 * KIND)])
+    return made
+
+
+def test_a_bound_in_residual_norms_is_one_of_the_request_and_not_of_each_entry() -> None:
+    admission = bounded(1.0)
+    resolve(admission, Steering("kind", 10))
+    for asked in ([Steering("kind", 10)] * 8, [Steering("kind", 6), Steering("cold", -4.1)]):
+        with pytest.raises(BadAlpha, match="times the mean residual norm there, 10; allowed: up to 1 times"):
+            resolve(admission, *asked)
+    resolve(admission, Steering("kind", 10, span="prompt"), Steering("cold", 10, span="generated"))
+
+
+def test_a_bound_in_residual_norms_counts_the_direction_s_length() -> None:
+    admission = bounded(1.0)
+    with pytest.raises(BadAlpha, match="can add a vector of length 24 "):
+        resolve(admission, Steering("long", 1))
+    resolve(admission, Steering("long", 10 / 24.001))
+
+
+def test_the_default_counts_towards_the_bounds_as_a_request_s_own_steering_does() -> None:
+    default = (Steering("kind", 6), Steering("cold", 6))
+    with pytest.raises(BadAlpha):
+        resolve(bounded(1.0, default_steering=default), *default)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 2.0**15), ("bfloat16", 2.0**48), ("float32", 2.0**48)])
+def test_what_the_engine_s_dtype_cannot_hold_is_refused(dtype: str, most: float) -> None:
+    admission = Admission(SteerSettings(layers=(12,), max_alpha=1e30, max_entries=4), SIZE, dtype)
+    peak = float(np.abs(KIND).max())
+    admission.registry.register([Direction("kind", 12, KIND), Direction("long", 12, 1e6 * KIND)])
+    resolve(admission, Steering("kind", 0.999 * most / peak))
+    for asked in (
+        [Steering("kind", 1.001 * most / peak)],
+        [Steering("long", -1.001e-6 * most / peak)],
+        [Steering("kind", 0.501 * most / peak), Steering("kind", -0.501 * most / peak)],
+        [Steering("kind", 1.001 * most / peak, op="set", span="generated")],
+    ):
+        with pytest.raises(BadAlpha, match=f"of the {dtype} stream"):
+            resolve(admission, *asked)
+
+
+def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
+    admission = Admission(SteerSettings(layers=(8, 12)), SIZE)
+    admission.registry.register(
+        [Direction("many", layer, (layer + 1) * KIND) for layer in (4, 8, 20)]
+        + [Direction("none", layer, KIND) for layer in (1, 2)]
+    )
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    assert resolve(admission, Steering("many", 2)).prompt == [(0, slot["many", 8], 2.0, 0.0)]
+    traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
+    assert traced is not None
+    assert traced.trace == [("many", 0, slot["many", 8])]
+    with pytest.raises(LayerNotHooked, match=r"belongs to layers \[1, 2\]; hooked: \[8, 12\]"):
+        resolve(admission, Steering("none", 1))
+    with pytest.raises(AmbiguousDirection, match=r"belongs to layers \[4, 8, 20\] and layer 12 was asked"):
+        resolve(admission, Steering("many", 2, layer=12))
 
 
 def test_the_bound_itself_is_allowed_and_add_needs_no_unit_vector(admission: Admission) -> None:
@@ -220,13 +294,16 @@ def test_a_trace_is_taken_at_the_direction_s_own_layer_read_or_not(admission: Ad
     admission.registry.register([Direction("late", 20, COLD)])
     readout = resolve(admission, readout=Readout([8], vectors=False, trace=["late", "kind"])).readout
     assert readout is not None
-    assert readout.trace == [("late", 2, admission.registry.find("late", 20).slot), ("kind", 1, slot["kind", 12])]
+    assert readout.trace == [
+        ("late", 2, admission.registry.find("late", 20, range(99)).slot),
+        ("kind", 1, slot["kind", 12]),
+    ]
 
 
 def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: Admission) -> None:
     readout = resolve(admission, readout=Readout([8], trace=["both"])).readout
     assert readout is not None
-    assert readout.trace == [("both", 0, admission.registry.find("both", 8).slot)]
+    assert readout.trace == [("both", 0, admission.registry.find("both", 8, range(99)).slot)]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +334,7 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
     assert arrived.plan() == RequestPlan(
         PROMPT_LEN,
         prompt_entries=(Entry(1, resolved.prompt[0][1], 4.0, 0.0),),
-        pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12).slot),)),
+        pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),)),
     )
     assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
     assert Resolved.load(resolve(admission).dump()).plan() == RequestPlan(PROMPT_LEN)

@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.stub_openai_app import BASE_MODEL, StubChecker
-from vllm_steer.engine.http.bodies import CHAT, COMPLETIONS, RESPONSES, Translated, translate
-from vllm_steer.errors import DirectionNotAllowed, LayerNotHooked, MalformedSpec, SteerError, UnknownField
+from vllm_steer.engine.http.bodies import Translated, translate
+from vllm_steer.engine.http.steered_routes import CHAT, COMPLETIONS, LORA_NAMES, NAMING, RESPONSES, STEERED, TOKENS
+from vllm_steer.errors import (
+    DirectionNotAllowed,
+    LayerNotHooked,
+    MalformedSpec,
+    MisplacedField,
+    NotOnThisRoute,
+    SteerError,
+    UnknownField,
+)
 from vllm_steer.schema import RequestSpec, Steering
 
 KIND, CALM = {"direction": "kind", "alpha": 2.0}, {"direction": "calm", "alpha": 1.0, "layer": 1}
@@ -25,12 +34,18 @@ def _translate(
     return translate(path, json.dumps(fields).encode(), key, checker or StubChecker(), BASE_MODEL)
 
 
-def _steering(translated: Translated) -> tuple[Steering, ...]:
-    """What the wire in the new body says, which must be what the exchange is told."""
+def _steering(translated: Translated, checker: StubChecker | None = None) -> tuple[Steering, ...]:
+    """The entries that the exchange is told, the server's default included."""
+    default = () if checker is None else checker.settings.default_steering
+    return (translated.spec or RequestSpec()).with_default(default).entries
+
+
+def _rest(translated: Translated) -> dict[str, Any]:
+    """What is left of the body for vLLM, which must hold nothing of the plugin's."""
     assert translated.body is not None
-    spec = RequestSpec.loads(json.loads(translated.body)["vllm_xargs"]["vllm_steer"])
-    assert spec == translated.spec
-    return spec.steering
+    rest: dict[str, Any] = json.loads(translated.body)
+    assert not {"steering", "readout"} & set(rest)
+    return rest
 
 
 @pytest.mark.parametrize(
@@ -46,18 +61,18 @@ def _steering(translated: Translated) -> tuple[Steering, ...]:
     ],
 )
 def test_a_body_that_asks_nothing_of_the_plugin_stays_as_it_is(body: bytes) -> None:
-    assert translate(CHAT, body, None, StubChecker(**ALIASES), BASE_MODEL) == Translated()
+    translated = translate(CHAT, body, None, StubChecker(**ALIASES), BASE_MODEL)
+    assert (translated.body, translated.spec) == (None, None)
 
 
-def test_fields_become_the_wire_and_everything_else_stays() -> None:
+def test_fields_are_taken_out_and_everything_else_stays() -> None:
     rest = {"model": "base", "messages": [{"role": "user", "content": "Grüße 😀"}], "vllm_xargs": {"own": 3}}
     translated = _translate({**rest, "n": 3, "steering": [KIND], "readout": {"layers": [2]}})
-    assert translated.body is not None
-    changed = json.loads(translated.body)
-    wire = json.loads(changed["vllm_xargs"].pop("vllm_steer"))
-    assert changed == {**rest, "n": 3}
-    assert wire["steering"][0]["alpha"] == 2.0
-    assert wire["readout"]["layers"] == [2]
+    assert _rest(translated) == {**rest, "n": 3}
+    assert translated.spec is not None
+    assert translated.spec.readout is not None
+    assert [entry.alpha for entry in translated.spec.entries] == [2.0]
+    assert translated.spec.readout.layers == (2,)
     assert translated.choices_per_prompt == 3
 
 
@@ -94,8 +109,7 @@ def test_layers_are_never_guessed_to_be_others_than_the_directions_own() -> None
 def test_an_alias_steers_before_what_the_request_adds() -> None:
     translated = _translate({"model": "base-kind", "steering": [CALM]}, StubChecker(**ALIASES))
     assert [entry.direction for entry in _steering(translated)] == ["kind", "calm"]
-    assert translated.body is not None
-    assert json.loads(translated.body)["model"] == BASE_MODEL
+    assert _rest(translated)["model"] == BASE_MODEL
 
 
 def test_an_alias_cannot_be_unsteered() -> None:
@@ -115,32 +129,32 @@ def test_an_alias_cannot_be_unsteered() -> None:
 def test_default_steering_is_for_requests_that_say_nothing_of_steering(
     fields: dict[str, Any], names: list[str]
 ) -> None:
-    translated = _translate(fields, StubChecker(default_steering=[KIND]))
-    assert [entry.direction for entry in _steering(translated)] == names
+    checker = StubChecker(default_steering=[KIND])
+    assert [entry.direction for entry in _steering(_translate(fields, checker), checker)] == names
 
 
 @pytest.mark.parametrize("fields", [{"steering": []}, {"vllm_xargs": {"vllm_steer": '{"steering": []}'}}])
 def test_an_empty_list_is_unsteered_in_spite_of_a_default(fields: dict[str, Any]) -> None:
-    translated = _translate(fields, StubChecker(default_steering=[KIND]))
-    assert translated.spec is None
-    assert translated.body is not None
-    assert not json.loads(translated.body).get("vllm_xargs")
+    checker = StubChecker(default_steering=[KIND])
+    translated = _translate(fields, checker)
+    assert translated.spec == RequestSpec(())
+    assert _steering(translated, checker) == ()
+    assert not _rest(translated).get("vllm_xargs")
 
 
 @pytest.mark.parametrize(
     ("fields", "path", "error"),
     [
         ({"steering": [KIND], "vllm_xargs": {"vllm_steer": "{}"}}, CHAT, MalformedSpec),
-        ({"steering": [KIND], "vllm_xargs": "all"}, CHAT, MalformedSpec),
-        ({"model": "base-kind", "vllm_xargs": [1]}, CHAT, MalformedSpec),
         ({"steering": KIND}, CHAT, MalformedSpec),
         ({"steering": [{**KIND, "strength": 1}]}, CHAT, UnknownField),
         ({"vllm_xargs": {"vllm_steer": "null"}}, CHAT, MalformedSpec),
         ({"vllm_xargs": {"vllm_steer": "{"}}, CHAT, MalformedSpec),
         ({"vllm_xargs": {"vllm_steer": {"steering": [KIND]}}}, CHAT, MalformedSpec),
-        ({"vllm_xargs": {"vllm_steering": "[]"}}, CHAT, UnknownField),
+        ({"vllm_xargs": {"vllm_steering": "[]"}}, CHAT, MisplacedField),
         ({"steering": [KIND], "use_beam_search": True}, COMPLETIONS, MalformedSpec),
         ({"readout": {"layers": [1]}, "background": True}, RESPONSES, MalformedSpec),
+        ({"model": "base-kind", "background": True}, RESPONSES, MalformedSpec),
     ],
 )
 def test_what_would_be_ignored_or_is_ambiguous_is_refused(
@@ -178,8 +192,8 @@ def test_whatever_the_fields_hold_is_translated_or_refused_and_never_crashes(
         translated = _translate(fields, checker, path, "key")
     except SteerError:
         return
-    if translated.spec is not None:
-        _steering(translated)
+    if translated.body is not None:
+        assert "vllm_steer" not in json.dumps(list(_rest(translated).get("vllm_xargs") or ()))
 
 
 def _caller(key: str) -> str:
@@ -212,3 +226,93 @@ def test_a_caller_names_only_directions_that_are_open_to_its_key_and_its_alias(
     else:
         with pytest.raises(DirectionNotAllowed):
             _translate(fields, checker, key=key)
+
+
+MISPLACED: list[dict[str, Any]] = [
+    {"steer": [KIND]},
+    {"Steering": [KIND]},
+    {"steering_vectors": []},
+    {"vllm_steer": "{}"},
+    {"readouts": {}},
+    {"read_out": {}},
+    {"extra_body": {"steering": [KIND]}},
+    {"extra_body": {"readout": {"layers": [1]}}},
+    {"extra_args": {"vllm_steer": "{}"}},
+    {"sampling_params": {"steering": [KIND]}},
+    {"metadata": {"steering": [KIND]}},
+    {"chat_template_kwargs": {"steering": [KIND]}},
+    {"vllm_xargs": {"steering": "[]"}},
+    {"vllm_xargs": {"vllm_steer_resolved": 1}},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "steering": [KIND]}]},
+]
+
+
+@pytest.mark.parametrize("fields", MISPLACED, ids=str)
+@pytest.mark.parametrize("path", STEERED)
+def test_steering_in_the_wrong_place_is_refused_with_the_right_one(path: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(MisplacedField, match="allowed: 'steering' and 'readout' at the top of the body"):
+        _translate(fields, path=path)
+
+
+def test_a_parameter_of_the_url_does_not_steer() -> None:
+    with pytest.raises(MisplacedField, match="the URL's parameter 'steering'"):
+        translate(CHAT, b"{}", None, StubChecker(), BASE_MODEL, {"steering": "[]"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "steering, readout and vllm_steer are words"}]},
+        {"metadata": {"steering": "a note"}},
+        {"tools": [{"type": "function", "function": {"name": "steer", "parameters": {"steering": {}}}}]},
+        {"user": "steering"},
+    ],
+    ids=str,
+)
+def test_text_that_only_speaks_of_steering_is_let_through(fields: dict[str, Any]) -> None:
+    translated = _translate(fields)
+    assert (translated.body, translated.spec) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions/render", "/v1/embeddings", "/collective_rpc", "/of/a/later/vllm"]
+)
+@pytest.mark.parametrize(
+    "fields", [{"steering": [KIND]}, {"readout": {"layers": [1]}}, {"model": "base-kind"}, *MISPLACED], ids=str
+)
+def test_a_route_that_cannot_steer_refuses_whatever_asks_for_it(path: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(NotOnThisRoute, match=f"came to {path}, which cannot honour it; allowed: {CHAT}"):
+        _translate(fields, StubChecker(**ALIASES), path)
+    assert _translate({"model": "base", "x": 1}, path=path).body is None
+
+
+@pytest.mark.parametrize("path", sorted(NAMING))
+def test_an_alias_stands_for_its_model_where_text_is_only_counted(path: str) -> None:
+    assert _rest(_translate({"model": "base-kind", "prompt": "x"}, StubChecker(**ALIASES), path)) == {
+        "model": BASE_MODEL,
+        "prompt": "x",
+    }
+    with pytest.raises(NotOnThisRoute):
+        _translate({"model": "base-kind", "steering": []}, StubChecker(**ALIASES), path)
+
+
+@pytest.mark.parametrize("path", [path for path, route in STEERED.items() if not route.reads])
+def test_a_readout_is_refused_where_the_reply_has_no_place_for_it(path: str) -> None:
+    with pytest.raises(NotOnThisRoute, match="whose replies have no place for it"):
+        _translate({"readout": {"layers": [1]}}, path=path)
+    assert _translate({"steering": [KIND]}, path=path).spec == RequestSpec((Steering.from_json(KIND),))
+
+
+def test_tokens_in_and_out_take_the_wire_where_that_route_has_its_sampling_parameters() -> None:
+    wire = json.dumps({"steering": [KIND]})
+    body = {"token_ids": [1], "sampling_params": {"n": 2, "extra_args": {"vllm_steer": wire, "own": 1}}}
+    translated = _translate(body, path=TOKENS)
+    assert translated.spec == RequestSpec((Steering.from_json(KIND),))
+    assert _rest(translated) == {"token_ids": [1], "sampling_params": {"n": 2, "extra_args": {"own": 1}}}
+
+
+@pytest.mark.parametrize(("path", "field"), LORA_NAMES.items())
+def test_a_lora_module_cannot_take_the_name_of_an_alias(path: str, field: str) -> None:
+    with pytest.raises(MalformedSpec, match=f"{field} is 'base-kind', which is a steered alias"):
+        _translate({field: "base-kind", "lora_path": "/x"}, StubChecker(**ALIASES), path)
+    assert _translate({field: "other"}, StubChecker(**ALIASES), path).body is None

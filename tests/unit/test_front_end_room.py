@@ -52,7 +52,7 @@ class TestFrontEnd:
             processor = object.__new__(InputProcessor)
             of_engine = {} if settings is None else {CONFIG_KEY: settings.as_config()}
             processor.vllm_config = SimpleNamespace(additional_config=of_engine)
-            processor.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE)
+            processor.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE, dtype="float32")
             if settings is not None:
                 requests.admission_of(processor).registry.register([KIND_DIRECTION])  # type: ignore[attr-defined]
             return processor
@@ -101,19 +101,19 @@ class TestFrontEnd:
         with pytest.raises(refusal):
             processor(SETTINGS).process_inputs("r", prompt, SamplingParams(extra_args=extra), **options)
 
-    def test_default_steering_reaches_the_requests_of_a_websocket(self) -> None:
+    def test_the_callers_guard_rails_reach_the_requests_of_a_websocket(self) -> None:
         seen: list[Exchange | None] = []
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             seen.append(current_exchange.get())
 
-        state = SimpleNamespace(
-            **{SERVED_STATE: Served(StubChecker(default_steering=[{"direction": "kind", "alpha": 1.0}]), "base")}
-        )
-        scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "app": SimpleNamespace(state=state)}
+        checker = StubChecker(allowed_directions={"key:2bb80d537b1d": ["calm"]})
+        state = SimpleNamespace(**{SERVED_STATE: Served(checker, "base")})
+        headers = [(b"authorization", b"Bearer secret")]
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": headers, "app": SimpleNamespace(state=state)}
         asyncio.run(SteerMiddleware(app)(scope, None, None))  # type: ignore[arg-type]
         assert seen[0] is not None
-        assert [entry.direction for entry in seen[0].default] == ["kind"]
+        assert seen[0].allowed == {"calm"}
 
 
 class TestPluginThatIsNotLoaded:
@@ -173,7 +173,7 @@ def test_a_bound_in_residual_norms_is_kept() -> None:
     )
     admission.registry.register([KIND_DIRECTION])  # type: ignore[attr-defined]
     admission.check(RequestSpec((Steering("kind", -4.0),)))
-    with pytest.raises(errors.BadAlpha, match=r"0\.512 times the mean residual norm of layer 1"):
+    with pytest.raises(errors.BadAlpha, match=r"0\.512 times the mean residual norm there, 8; allowed: up to 0\.5"):
         admission.check(RequestSpec((Steering("kind", 4.1),)))
 
 

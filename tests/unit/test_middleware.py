@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.stub_openai_app import BASE_MODEL, StubChecker, StubServer, exchange_messages, request
-from vllm_steer.engine.http.bodies import CHAT, COMPLETIONS, RESPONSES
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
 from vllm_steer.engine.http.replies import readout_json
 from vllm_steer.engine.http.sse import EventSplitter
-from vllm_steer.errors import BadReadout
+from vllm_steer.engine.http.steered_routes import CHAT, COMPLETIONS, RESPONSES
+from vllm_steer.errors import BadReadout, StreamOverflow
 
 KIND = [{"direction": "kind", "alpha": 2.0}]
 STEERED = {"model": BASE_MODEL, "steering": KIND}
@@ -52,20 +52,108 @@ def test_an_unsteered_request_and_its_reply_pass_byte_by_byte() -> None:
 
 
 @pytest.mark.parametrize("body", [STEERED, READ], ids=["steered", "read"])
-def test_a_reply_says_in_its_head_that_the_plugin_has_seen_the_request(body: dict[str, Any]) -> None:
+def test_a_reply_says_in_its_head_that_its_request_was_steered_or_read(body: dict[str, Any]) -> None:
+    answer = {"id": "chatcmpl-x", "choices": [{"index": 0}]}
     for content_type in ("application/json", STREAM):
-        stub = StubServer(
-            chunks=[_sse({"choices": []}) if content_type == STREAM else b"{}"], content_type=content_type
-        )
+        chunks = [_sse(answer) if content_type == STREAM else json.dumps(answer).encode()]
+        stub = StubServer(chunks=chunks, content_type=content_type, engine=_filled)
         assert request(stub, StubChecker(), CHAT, body).headers["x-vllm-steer"] == "1"
-    assert "x-vllm-steer" not in request(StubServer(chunks=[b"{}"]), StubChecker(), CHAT, {"model": BASE_MODEL}).headers
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/embeddings"), ("GET", CHAT), ("OPTIONS", CHAT)])
-def test_other_paths_and_methods_are_left_alone(method: str, path: str) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": BASE_MODEL},
+        {"model": BASE_MODEL, "steering": []},
+        {"messages": [{"role": "user", "content": "vllm_steer, steering"}]},
+    ],
+    ids=str,
+)
+def test_a_reply_to_a_request_that_asks_for_nothing_has_no_mark(body: dict[str, Any]) -> None:
+    for content_type in ("application/json", STREAM):
+        stub = StubServer(chunks=[_sse({}) if content_type == STREAM else b"{}"], content_type=content_type)
+        assert "x-vllm-steer" not in request(stub, StubChecker(), CHAT, body).headers
+
+
+def test_an_alias_and_the_default_mark_their_replies_too() -> None:
+    checker = StubChecker(served_aliases={"a": KIND}, default_steering=KIND)
+    for model in ("a", BASE_MODEL):
+        assert request(StubServer(), checker, CHAT, {"model": model}).headers["x-vllm-steer"] == "1"
+    assert "x-vllm-steer" not in request(StubServer(), checker, CHAT, {"steering": []}).headers
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions/batch", "/invocations", "/generative_scoring"])
+@pytest.mark.parametrize("content_type", ["application/json", STREAM])
+def test_a_success_without_anything_having_been_steered_is_an_error(path: str, content_type: str) -> None:
+    chunks = [_sse({"choices": []}) if content_type == STREAM else b"{}"]
+    stub = StubServer(chunks=chunks, content_type=content_type, steers=False)
+    reply = request(stub, StubChecker(), path, STEERED)
+    assert reply.status == 400
+    assert reply.json()["error"]["type"] == "NotOnThisRoute"
+    assert "x-vllm-steer" not in reply.headers
+
+
+def test_a_readout_for_which_the_reply_has_no_place_is_an_error() -> None:
+    stub = StubServer(chunks=[b'{"id": "chatcmpl-x", "data": []}'], engine=_filled)
+    reply = request(stub, StubChecker(), "/invocations", READ)
+    assert (reply.status, reply.json()["error"]["type"]) == (400, "NotOnThisRoute")
+
+
+def test_events_are_held_back_until_something_was_steered() -> None:
+    """A response tells that it was created before its engine request is admitted."""
+    created = b'event: response.created\ndata: {"type": "response.created"}\n\n'
+    refused = b'event: error\ndata: {"type": "error", "error": {"message": "no", "code": 400}}\n\n'
+    stub = StubServer(chunks=[created, refused], content_type=STREAM, steers=False)
+    reply = request(stub, StubChecker(), RESPONSES, STEERED)
+    assert (reply.status, reply.json()["error"]["message"]) == (400, "no")
+
+
+def test_a_refusal_in_the_midst_of_a_stream_is_told_in_the_plugins_words() -> None:
+    def engine(exchange: Exchange) -> None:
+        exchange.refusal = StreamOverflow("beyond float16")
+
+    text = _sse({"id": "chatcmpl-x", "choices": []}, {"error": {"message": "gone", "code": 400}})
+    stub = StubServer(chunks=[text], content_type=STREAM, engine=engine)
+    last = _objects(request(stub, StubChecker(), CHAT, STEERED).body)[-1]
+    assert (last["error"]["type"], last["error"]["message"]) == ("StreamOverflow", "beyond float16")
+
+
+@pytest.mark.parametrize(
+    ("path", "beside"), [("/v1/messages", {"type": "error"}), ("/cohere/v2/chat", {"message": "kidn"}), (CHAT, {})]
+)
+def test_a_refusal_has_what_the_routes_own_clients_look_for(path: str, beside: dict[str, str]) -> None:
+    steering = [{"direction": "kidn", "alpha": 1}]
+    reply = request(StubServer(), StubChecker(), path, {"steering": steering}).json()
+    error = reply.pop("error")
+    assert (error["type"], error["code"]) == ("UnknownDirection", "unknown_direction")
+    assert set(reply) == set(beside)
+    assert all(value in reply[name] for name, value in beside.items())
+
+
+def test_a_model_that_is_not_there_is_answered_with_the_aliases_that_are() -> None:
+    answer = {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "code": 404}}
+    checker = StubChecker(served_aliases={"base-kind": KIND, "base-calm": KIND})
+    for path in (CHAT, "/tokenize", "/v1/messages"):
+        stub = StubServer(chunks=[json.dumps(answer).encode()], status=404)
+        told = request(stub, checker, path, {"model": "x"}).json()["error"]
+        assert told["message"] == "The model `x` does not exist. Steered aliases of this server: base-kind, base-calm."
+        assert told["code"] == 404
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_other_methods_are_left_alone(method: str) -> None:
     stub = StubServer()
-    request(stub, StubChecker(), path, STEERED, method=method)
+    request(stub, StubChecker(), CHAT, STEERED, method=method)
     assert stub.body == json.dumps(STEERED).encode()
+
+
+def test_a_route_that_cannot_steer_refuses_a_body_that_asks_for_it() -> None:
+    stub = StubServer()
+    reply = request(stub, StubChecker(), "/v1/embeddings", STEERED)
+    assert (reply.status, reply.json()["error"]["code"]) == (400, "not_on_this_route")
+    assert stub.body is None
+    request(stub, StubChecker(), "/v1/embeddings", {"model": BASE_MODEL})
+    assert stub.body == json.dumps({"model": BASE_MODEL}).encode()
 
 
 def test_a_server_without_hooks_is_left_alone() -> None:
@@ -92,12 +180,13 @@ def test_the_exchange_is_bound_while_the_request_is_served_and_no_longer() -> No
     assert current_exchange.get() is None
 
 
-def test_paths_whose_bodies_are_not_read_get_default_and_guard_rails_with_their_exchange() -> None:
+def test_an_exchange_carries_the_servers_default_and_the_callers_guard_rails() -> None:
     stub = StubServer()
     checker = StubChecker(default_steering=KIND, allowed_directions={"key:2bb80d537b1d": ["calm"]})
     request(stub, checker, "/v1/messages", b"{}", key="secret")
     assert stub.exchange is not None
-    assert [entry.direction for entry in stub.exchange.default] == ["kind"]
+    assert stub.exchange.spec is None
+    assert [entry.direction for entry in stub.exchange.whole.entries] == ["kind"]
     assert stub.exchange.allowed == {"calm"}
 
 
@@ -107,9 +196,15 @@ def test_a_refusal_has_its_status_and_openais_body_and_reaches_nobody_else(strea
     body = {"stream": stream, "steering": [{"direction": "nobody", "alpha": 1}]}
     reply = request(stub, StubChecker(), CHAT, body)
     assert stub.body is None
-    assert reply.status == 404
-    error = {"message": "no direction is named 'nobody'", "type": "UnknownDirection", "param": None, "code": 404}
-    assert reply.json() == {"error": error}
+    assert reply.status == 400
+    assert reply.json() == {
+        "error": {
+            "message": "no direction is named 'nobody'",
+            "type": "UnknownDirection",
+            "param": None,
+            "code": "unknown_direction",
+        }
+    }
 
 
 @pytest.mark.parametrize("depth", [100, 950, 970, 980, 990, 100_000])

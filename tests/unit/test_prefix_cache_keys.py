@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_steer.directions import Direction
-from vllm_steer.engine.admission import Admission
+from vllm_steer.engine.admission import Admission, Asked
 from vllm_steer.engine.prefix_cache import fork_key
 from vllm_steer.engine.requests import _admit
 from vllm_steer.engine.resolved import RESOLVED_KEY
@@ -42,7 +42,7 @@ def request(steering: tuple[Steering, ...], prompt_len: int, own_salt: str | Non
         cache_salt=own_salt,
         sampling_params=SimpleNamespace(extra_args={}, skip_reading_prefix_cache=None),
     )
-    _admit(ADMISSION, RequestSpec(steering), made)
+    _admit(ADMISSION, Asked(RequestSpec(steering)), made)
     return made
 
 
@@ -133,7 +133,7 @@ def test_unsteered_requests_keep_vllm_s_own_keys() -> None:
 @pytest.mark.parametrize("readout", [None, Readout([1])])
 def test_only_a_readout_forgoes_cached_tokens(readout: Readout | None) -> None:
     made = request((), 4)
-    _admit(ADMISSION, RequestSpec((), readout), made)
+    _admit(ADMISSION, Asked(RequestSpec((), readout)), made)
     assert made.sampling_params.skip_reading_prefix_cache is (None if readout is None else True)
     assert RESOLVED_KEY in made.sampling_params.extra_args
     assert (made.request_id in ADMISSION.asked) == (readout is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -210,4 +211,4 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
     ],
 )  # fmt: skip
 def test_internal_ids_name_the_request_and_the_sample(internal: str, external: str, index: int) -> None:
-    assert sample_key(internal, external) == (external, index)
+    assert sample_key(internal, SimpleNamespace(request_id=external, key="unique")) == ("unique", index)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def test_each_new_direction_gets_a_slot_of_its_own() -> None:
     assert len(set(slots)) == 3
     assert set(slots) <= set(range(4))
     assert [one.slot for one in registry.all()] == slots
-    assert registry.find("a", 2).content_hash == direction("a", 2).content_hash
+    assert registry.find("a", 2, range(99)).content_hash == direction("a", 2).content_hash
 
 
 def test_two_registries_agree_on_the_slots_of_the_same_directions() -> None:
@@ -85,7 +85,7 @@ def test_replaced_content_gets_a_new_slot_and_the_old_one_is_kept_until_reclaime
     ((old, _),) = registry.register([direction("a", 1, 1.0)])
     ((new, _),) = registry.register([direction("a", 1, 2.0)])
     assert new != old, "a request in flight would see the new vector"
-    assert registry.find("a", None).slot == new
+    assert registry.find("a", None, range(99)).slot == new
     with pytest.raises(BankFull):
         registry.register([direction("b", 1)])
     registry.reclaim()
@@ -99,10 +99,10 @@ def test_replaced_content_gets_a_new_slot_and_the_old_one_is_kept_until_reclaime
 def test_a_name_is_found_at_its_layer() -> None:
     registry = DirectionRegistry(4, SIZE)
     registry.register([direction("two", 1, 1.0), direction("two", 2, 2.0), direction("one", 3)])
-    assert registry.find("two", 1).layer == 1
-    assert registry.find("two", 2).layer == 2
-    assert registry.find("one", None).layer == 3
-    assert registry.find("one", 9).layer == 3  # a direction of one layer may be used at another
+    assert registry.find("two", 1, range(99)).layer == 1
+    assert registry.find("two", 2, range(99)).layer == 2
+    assert registry.find("one", None, range(99)).layer == 3
+    assert registry.find("one", 9, range(99)).layer == 3  # a direction of one layer may be used at another
     assert set(registry.layers_of("two")) == {1, 2}
 
 
@@ -111,16 +111,16 @@ def test_a_name_of_several_layers_is_ambiguous_without_one_of_them(layer: int | 
     registry = DirectionRegistry(4, SIZE)
     registry.register([direction("two", 2), direction("two", 1)])
     with pytest.raises(AmbiguousDirection, match=r"'two' belongs to layers \[1, 2\]"):
-        registry.find("two", layer)
+        registry.find("two", layer, range(99))
 
 
 def test_an_unknown_name_is_refused_with_what_there_is() -> None:
     registry = DirectionRegistry(4, SIZE)
     with pytest.raises(UnknownDirection, match="registered: none"):
-        registry.find("a", None)
+        registry.find("a", None, range(99))
     registry.register([direction("b", 1), direction("c", 1)])
     with pytest.raises(UnknownDirection, match="registered: b, c"):
-        registry.find("a", 1)
+        registry.find("a", 1, range(99))
 
 
 def test_is_unit_is_booked() -> None:

@@ -49,7 +49,7 @@ class Traffic(RuleBasedStateMachine):
 
     def occupied(self) -> set[int]:
         """Every slot that must not be written: by name, or by a request."""
-        slots = {self.registries[0].find(name, None).slot for name in self.model}
+        slots = {self.registries[0].find(name, None, range(99)).slot for name in self.model}
         return slots | {slot for _, slot, _ in self.requests.values()}
 
     @rule(name=names, process=processes)

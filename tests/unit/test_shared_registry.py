@@ -74,13 +74,13 @@ def test_what_one_process_registers_the_others_find_written(tmp_path: Path) -> N
     first, second = joined(tmp_path, workers), joined(tmp_path, workers)
     put(first, direction("a", 2.0))
     assert book(second) == content(direction("a", 2.0))
-    assert workers.bank[second.find("a", None).slot] == 2.0
+    assert workers.bank[second.find("a", None, range(99)).slot] == 2.0
     put(second, direction("a", 3.0), direction("b", 4.0))
     assert book(first) == content(direction("a", 3.0), direction("b", 4.0))
     remove(first, "a")
     assert book(second) == content(direction("b", 4.0))
     with pytest.raises(UnknownDirection):
-        second.find("a", None)
+        second.find("a", None, range(99))
 
 
 def test_the_book_is_the_same_object_until_something_changes(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_a_check_sees_both_books_and_can_prevent_the_change(tmp_path: Path) -> N
     put(registry, direction("a", 1.0))
 
     def check(before: DirectionBook, after: DirectionBook) -> None:
-        assert before.find("a", None).content_hash == direction("a", 1.0).content_hash
-        assert after.find("a", None).content_hash == direction("a", 2.0).content_hash
+        assert before.find("a", None, range(99)).content_hash == direction("a", 1.0).content_hash
+        assert after.find("a", None, range(99)).content_hash == direction("a", 2.0).content_hash
         raise BankFull("prevented")
 
     with pytest.raises(BankFull, match="prevented"):
@@ -178,12 +178,12 @@ def test_a_restart_keeps_what_clients_registered_and_writes_it_to_the_new_worker
     more = (direction("new", 5.0), *configured)
     again = joined(tmp_path, workers, NEXT_SERVER, more)
     assert book(again) == content(*more, direction("kept", 2.0), direction("changed", 3.0))
-    assert {name: workers.bank[again.find(name, None).slot] for name in ("kept", "changed")} == {
+    assert {name: workers.bank[again.find(name, None, range(99)).slot] for name in ("kept", "changed")} == {
         "kept": 2.0,
         "changed": 3.0,
     }
     # The workers write the configured files themselves, in this order, from slot 0.
-    assert [again.find(name, None).slot for name in ("new", "file")] == [0, 1]
+    assert [again.find(name, None, range(99)).slot for name in ("new", "file")] == [0, 1]
 
 
 def test_vectors_come_back_as_they_were_sent_and_replaced_ones_leave_no_file(tmp_path: Path) -> None:
@@ -191,8 +191,10 @@ def test_vectors_come_back_as_they_were_sent_and_replaced_ones_leave_no_file(tmp
     sent = Direction("a/b:c", 3, np.array([0.1, -2.0, 3e-8, 4e20], np.float32))
     put(registry, direction("a/b:c", 1.0, layer=3))
     put(registry, sent)
-    assert registry.directory.load_vector(registry.find("a/b:c", 3)).vector.tobytes() == sent.vector.tobytes()
-    assert registry.directory.load_vector(registry.find("file", 1)).vector[0] == 9.0
+    assert (
+        registry.directory.load_vector(registry.find("a/b:c", 3, range(99))).vector.tobytes() == sent.vector.tobytes()
+    )
+    assert registry.directory.load_vector(registry.find("file", 1, range(99))).vector[0] == 9.0
     assert len(list((tmp_path / "vectors").iterdir())) == 2
 
 
@@ -277,7 +279,7 @@ def test_a_slot_that_is_rewritten_while_a_request_looks_it_up_is_not_used(tmp_pa
     put(here, direction("a", 1.0))
     admission = admission_on(here)
     assert admission.in_flight is not None
-    looked_up = here.find("a", None).slot
+    looked_up = here.find("a", None, range(99)).slot
     acquire = admission.in_flight.acquire
 
     def late(request_id: str, slots: Any) -> None:
@@ -303,4 +305,4 @@ def test_slots_of_projections_and_traces_are_in_use_too(tmp_path: Path) -> None:
     put(registry, direction("a", 1.0), direction("b", 2.0), direction("c", 3.0))
     spec = RequestSpec((Steering("a", 1.0),), Readout([1], project=["b"], trace=["c"]))
     admission_on(registry).admit("id", spec, 5)
-    assert registry.use.busy() == {registry.find(name, None).slot for name in "abc"}
+    assert registry.use.busy() == {registry.find(name, None, range(99)).slot for name in "abc"}

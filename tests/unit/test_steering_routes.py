@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from vllm_steer import Direction, Steering, load_directions, save_directions
+from vllm_steer import Direction, Steering, errors, load_directions, save_directions
 from vllm_steer.engine.http.directory import RegistryDirectory, Server
 from vllm_steer.engine.http.routes import SERVER_STATE, SteeredServer, router
 from vllm_steer.engine.http.shared_registry import SharedRegistry
@@ -73,7 +73,7 @@ def refusal(reply: httpx.Response, status: int, kind: str) -> str:
     """The message of a refusal in OpenAI's shape."""
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
-    assert (error["type"], error["code"], error["param"]) == (kind, status, None)
+    assert (error["type"], error["code"], error["param"]) == (kind, getattr(errors, kind)("").code, None)
     return str(error["message"])
 
 
@@ -81,7 +81,9 @@ def test_a_direction_is_put_listed_fetched_and_deleted(client: TestClient, tmp_p
     made = put_raw(client, "kind", KIND.vector)
     assert made.status_code == 201
     assert made.headers["ETag"] == f'"{KIND.content_hash}"'
-    listed = {"name": "kind", "layer": LAYER, "content_hash": KIND.content_hash, "is_unit": True}
+    listed = {
+        "name": "kind", "layer": LAYER, "content_hash": KIND.content_hash, "is_unit": True, "norm": KIND.norm
+    }  # fmt: skip
     assert made.json() == {"directions": [listed]}
     assert listed in client.get(ROOT).json()["directions"]
     fetched = client.get(f"{ROOT}/kind")
@@ -90,8 +92,8 @@ def test_a_direction_is_put_listed_fetched_and_deleted(client: TestClient, tmp_p
     (direction,) = load_directions(tmp_path / "fetched.safetensors")
     assert (direction.key, direction.content_hash) == (f"kind@{LAYER}", KIND.content_hash)
     assert client.delete(f"{ROOT}/kind", headers=ADMIN).json() == {"deleted": [listed]}
-    assert "'kind'" in refusal(client.get(f"{ROOT}/kind"), 404, "UnknownDirection")
-    refusal(client.delete(f"{ROOT}/kind", headers=ADMIN), 404, "UnknownDirection")
+    assert "'kind'" in refusal(client.get(f"{ROOT}/kind"), 404, "DirectionNotFound")
+    refusal(client.delete(f"{ROOT}/kind", headers=ADMIN), 404, "DirectionNotFound")
 
 
 def test_a_file_holds_a_name_at_several_layers_and_each_can_be_addressed(client: TestClient, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_file_holds_a_name_at_several_layers_and_each_can_be_addressed(client:
         "two/parts@1",
         f"two/parts@{LAYER}",
     ]
-    refusal(client.get(f"{ROOT}/two/parts", params={"layer": 5}), 404, "UnknownDirection")
+    refusal(client.get(f"{ROOT}/two/parts", params={"layer": 5}), 404, "DirectionNotFound")
     assert client.delete(f"{ROOT}/two/parts", params={"layer": 1}, headers=ADMIN).status_code == 200
     assert ("two/parts", LAYER) in names(client)
     assert ("two/parts", 1) not in names(client)

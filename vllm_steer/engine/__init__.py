@@ -13,6 +13,14 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
 ``InputProcessor.assign_request_id``  (``requests.py``)
     Why: ready-made ``EngineCoreRequest`` objects do not pass ``process_inputs``, but they pass here; one that carries a
     spec nobody has checked would run unsteered. Gone when: vLLM drops that deprecated way in.
+``LLM.beam_search``  (``requests.py``; vllm/entrypoints/llm.py)
+    Why: it computes generated tokens again as prompts, which would steer them as such where an engine has a default.
+    Gone when: beam search keeps a request's parameters and tells prompt from answer.
+``Scheduler.update_from_output``  (``stream_overflow.py``; vllm/v1/core/sched/scheduler.py)
+    Why: a request whose steered stream had to be cut off must end with an error, before its tokens are shown, and its
+    blocks must leave the prefix cache. Gone when: a worker can fail one request.
+    The worker hands those requests over with the output of the step: a float16 engine's worker object gets an
+    ``execute_model`` and a ``sample_tokens`` of its own.
 ``kv_cache_utils.generate_block_hash_extra_keys``  (``prefix_cache.py``; vllm/v1/core/kv_cache_utils.py, by name in
     block_pool.py and simple_kv_offload/manager.py)
     Why: steering that starts at the first generated token must fork the block chain there; ``cache_salt`` can only fork
@@ -41,9 +49,15 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
 ``MPClient.start_engine_core_monitor``  (``death_watch.py``; vllm/v1/engine/core_client.py)
     Why: where the engine core's process is killed, vLLM 0.32 leaves ``LLM.generate`` and every RPC that is under way
     waiting for ever. Gone when: vLLM fails what is pending when it finds its engine dead.
-``AsyncLLM.generate``  (``async_readouts.py``; vllm/v1/engine/async_llm.py; installed in API server processes only)
+``AsyncLLM.generate``  (``async_readouts.py``; vllm/v1/engine/async_llm.py; where an engine is configured)
     Why: vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be
     collected between a sample's last token and the reply. Gone when: outputs can carry what a worker hands over.
+``AsyncLLM.shutdown``  (``async_readouts.py``)
+    Why: it cancels the task that hands out outputs before that has told the waiting requests that the engine is gone;
+    they would wait for ever, and with them the server's own end. Gone when: shutdown tells them.
+``run_batch.run_request``  (``batch_runner.py``; vllm/entrypoints/launchers/run_batch.py; in the batch runner only)
+    Why: the lines of a batch file pass no middleware, and vLLM ignores the fields of a body that it does not know.
+    Gone when: it does not.
 ``WorkerBase.__init__``, ``WorkerBase.vllm_steer_*``  (``worker_rpc.py``; vllm/v1/worker/worker_base.py)
     Why: the first worker of a configured engine installs the runner's patches; the methods are added, not patched, for
     ``collective_rpc`` to find. Gone when: plugins can add RPC methods without ``worker_extension_cls``.

@@ -1,41 +1,46 @@
-"""The asynchronous front end of a server: what happens around one call of ``AsyncLLM.generate``.
+"""The asynchronous front end: what happens around one call of ``AsyncLLM.generate``.
 
-It gives requests of paths whose bodies nobody reads their default steering and guard rails, holds the slots of running
-requests, and collects each sample's readout the moment it is finished, for the exchange that the call belongs to.
+In a server it gives the request what its HTTP exchange asks, holds the slots of running requests, and collects each
+sample's readout the moment it is finished.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, nullcontext
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_steer.engine.admission import admission_of
+from vllm_steer.engine.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.http import metrics
 from vllm_steer.engine.http.bodies import check_allowed
 from vllm_steer.engine.http.exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.http.replies import finite, readout_json
 from vllm_steer.engine.live_traces import LiveTraces
-from vllm_steer.engine.requests import translated
+from vllm_steer.engine.requests import asked_of, translated
 from vllm_steer.engine.stages import whole_readouts
-from vllm_steer.errors import SteerError
+from vllm_steer.engine.stream_overflow import REASON_PREFIX
+from vllm_steer.errors import MalformedSpec, SteerError, StreamOverflow
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 
 _LIVE = "vllm_steer_live_traces"
+_RUNNING = "vllm_steer_running"
 _LOST = "it is no longer in the workers' store; raise steer_config(readout_store_mib=...)"
+_RAY_STAGE = "ray.llm._internal.batch.stages.vllm_engine_stage"
 
 _installed = False
 
 
 def install() -> None:
-    """Wrap ``AsyncLLM.generate`` (see ``vllm_steer.engine``). Idempotent."""
+    """Wrap ``AsyncLLM.generate`` and ``shutdown`` (see ``vllm_steer.engine``). Idempotent."""
     global _installed
     if _installed:
         return
@@ -47,68 +52,163 @@ def install() -> None:
     ) -> AsyncIterator[RequestOutput]:
         # Looked up here and not in the generator, which a task of vLLM's own may advance.
         exchange = current_exchange.get()
-        params = _with_default(sampling_params, exchange)
-        run = functools.partial(original, self, prompt, params, **kwargs)
-        if not isinstance(params, SamplingParams) or WIRE_KEY not in (params.extra_args or {}):
-            unsteered: AsyncIterator[RequestOutput] = run(request_id)
-            return unsteered
-        return _steered(self, run, params, request_id, exchange)
+        run = functools.partial(original, self, prompt, request_id=request_id, **kwargs)
+        if _says_nothing(self, sampling_params, exchange):
+            plain: AsyncIterator[RequestOutput] = run(sampling_params)
+            return plain
+        return _generated(self, run, sampling_params, request_id, exchange)
+
+    shut_down = AsyncLLM.shutdown
+
+    @functools.wraps(shut_down)
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        shut_down(self, *args, **kwargs)
+        handler = getattr(self, "output_handler", None)
+        if handler is not None and not handler.get_loop().is_closed():
+            # The handler, which would have told whoever waits for outputs, has just been cancelled.
+            tell = functools.partial(self.output_processor.propagate_error, EngineDeadError())
+            handler.get_loop().call_soon_threadsafe(tell)
 
     AsyncLLM.generate = generate
+    AsyncLLM.shutdown = shutdown
     _installed = True
 
 
-def _with_default(params: Any, exchange: Exchange | None) -> Any:
-    """The parameters of a request, steered by default where it says nothing of steering."""
-    if exchange is None or not exchange.default or not isinstance(params, SamplingParams):
-        return params
-    extra = params.extra_args or {}
-    if WIRE_KEY in extra:
-        return params
-    copy = params.clone()
-    copy.extra_args = {**extra, WIRE_KEY: RequestSpec(exchange.default).dumps()}
-    return copy
+def _says_nothing(engine: Any, params: Any, exchange: Exchange | None) -> bool:
+    """Whether neither a request, nor its exchange, nor the engine's default says anything of steering or reading."""
+    if not isinstance(params, SamplingParams):
+        return True
+    if (exchange is not None and exchange.spec is not None) or WIRE_KEY in (params.extra_args or {}):
+        return False
+    admission = configured_admission_of(engine.input_processor)
+    return admission is None or not admission.settings.default_steering
 
 
-async def _steered(
+async def _generated(
     engine: Any, run: Any, params: SamplingParams, request_id: str, exchange: Exchange | None
 ) -> AsyncIterator[RequestOutput]:
-    """The outputs of a request that carries a spec; ``run`` starts it under the id that it is given."""
+    """The outputs of a request; ``run`` starts it with the parameters that it is given."""
     try:
-        try:
-            spec = RequestSpec.loads(params.extra_args[WIRE_KEY])
-            if exchange is not None:
-                check_allowed(spec, exchange.allowed)
-            admission = admission_of(engine.input_processor)
-        except SteerError as error:
-            raise translated(error) from None
-        # Clients choose ids (X-Request-Id) and repeat them; the workers' store needs one that no other request has.
-        engine_id = request_id if spec.readout is None else f"{request_id}-{uuid4().hex[:8]}"
-        tally = Tally(is_delta=params.output_kind == RequestOutputKind.DELTA)
-        collector = None
-        if exchange is not None and spec.readout is not None:
-            collector = Collector(engine, engine_id, request_id, spec.readout, exchange)
-        try:
-            with nullcontext() if admission.in_flight is None else admission.in_flight.hold(engine_id):
-                async with aclosing(run(engine_id)) as outputs:
-                    async for output in outputs:
-                        if tally.prompt_len is None:
-                            metrics.admitted(spec)
-                        tally.add(output)
-                        if collector is not None:
-                            await collector.take(output, tally)
-                        output.request_id = request_id
-                        yield output
-        finally:
-            metrics.tokens(metrics.directions_of(spec), sum(tally.counts.values()))
-            if collector is not None:
-                collector.close()
-            admission.asked.pop(engine_id, None)
+        params, asked = _with_asked(engine, params, exchange)
+        outputs: AsyncIterator[RequestOutput] = run(params)
+        if asked is not None:
+            outputs = _steered(engine, outputs, asked, params, request_id, exchange)
+        async with aclosing(outputs):  # type: ignore[type-var]  # they are generators
+            async for output in outputs:
+                yield output
     except SteerError as error:
         metrics.refused(error)
         if exchange is not None:
             exchange.refusal = error
         raise
+
+
+def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) -> tuple[SamplingParams, Asked | None]:
+    """The parameters with what the request asks in them, and that; None for nothing.
+
+    Raises:
+        SteerError: it is refused.
+    """
+    extra = params.extra_args or {}
+    try:
+        if WIRE_KEY in extra:
+            asked = asked_of(engine.input_processor, extra)
+            if asked is not None and exchange is not None:
+                check_allowed(asked.spec, exchange.allowed)
+        elif exchange is not None and exchange.spec is not None:
+            asked = asked_of(engine.input_processor, {WIRE_KEY: Asked(exchange.spec)})
+        else:
+            asked = asked_of(engine.input_processor, extra)
+        if asked is not None and asked.spec.readout is not None and exchange is None and _RAY_STAGE in sys.modules:
+            raise MalformedSpec(
+                "a readout was asked in a process of Ray Data's LLM stage, which hands on none of it; allowed: "
+                "steering there. Read with map_batches and an engine of your own, and collect_readouts."
+            )
+    except SteerError as error:
+        raise translated(error) from None
+    if asked is None and (exchange is None or exchange.spec is None):
+        return params, None
+    own = params.clone()
+    if asked is None:  # asked for by name, so that no default applies
+        own.extra_args = {**extra, WIRE_KEY: Asked(RequestSpec(()))}
+        return own, None
+    if exchange is not None:
+        asked = replace(asked, admitted=functools.partial(setattr, exchange, "is_applied", True))
+    own.extra_args = {**extra, WIRE_KEY: asked}
+    return own, asked
+
+
+async def _steered(
+    engine: Any,
+    outputs: AsyncIterator[RequestOutput],
+    asked: Asked,
+    params: SamplingParams,
+    request_id: str,
+    exchange: Exchange | None,
+) -> AsyncIterator[RequestOutput]:
+    spec, admission = asked.spec, admission_of(engine.input_processor)
+    tally = Tally(is_delta=params.output_kind == RequestOutputKind.DELTA)
+    collector = None
+    if exchange is not None and spec.readout is not None:
+        collector = Collector(engine, asked.key, request_id, spec.readout, exchange)
+    is_uncollected = exchange is None and spec.readout is not None
+    try:
+        with (
+            nullcontext() if admission.in_flight is None else admission.in_flight.hold(request_id),
+            _alone(engine, request_id) if is_uncollected else nullcontext(),
+        ):
+            async with aclosing(outputs):  # type: ignore[type-var]
+                async for output in outputs:
+                    if tally.prompt_len is None:
+                        metrics.admitted(spec)
+                    _check_overflow(output)
+                    tally.add(output)
+                    if collector is not None:
+                        await collector.take(output, tally)
+                    yield output
+    finally:
+        metrics.tokens(metrics.directions_of(spec), sum(tally.counts.values()))
+        if collector is not None:
+            collector.close()
+            _forget(admission, request_id, asked)
+
+
+def _check_overflow(output: RequestOutput) -> None:
+    for sample in output.outputs:
+        reason = sample.stop_reason
+        if sample.finish_reason == "error" and isinstance(reason, str) and reason.startswith(REASON_PREFIX):
+            raise translated(StreamOverflow(reason.removeprefix(REASON_PREFIX)))
+
+
+def _forget(admission: Admission, request_id: str, asked: Asked) -> None:
+    """Keep a request out of ``collect_readouts``, whose readouts its own reply has carried."""
+    if admission.asked.get(request_id) is not None and admission.asked[request_id].key == asked.key:
+        del admission.asked[request_id]
+
+
+@contextmanager
+def _alone(engine: Any, request_id: str) -> Iterator[None]:
+    """Around a request whose readouts ``collect_readouts_async`` will look for by its id.
+
+    Raises:
+        MalformedSpec: another one with the same id is under way.
+    """
+    running: set[str] | None = getattr(engine, _RUNNING, None)
+    if running is None:
+        running = set()
+        setattr(engine, _RUNNING, running)
+    if request_id in running:
+        raise translated(
+            MalformedSpec(
+                f"request id {request_id!r} is that of another request with a readout that is under way, so readouts "
+                "could not be told apart; allowed: an id of its own. Choose another."
+            )
+        )
+    running.add(request_id)
+    try:
+        yield
+    finally:
+        running.remove(request_id)
 
 
 class Tally:
@@ -144,15 +244,15 @@ class Collector:
 
     Args:
         engine: the ``AsyncLLM``.
-        engine_id: the id that the workers know the request by.
-        request_id: the one that vLLM's server knows.
+        key: the name under which the workers keep the request's readouts.
+        request_id: the id that vLLM's server knows it by.
         readout: what was asked.
         exchange: where the readouts go.
     """
 
-    def __init__(self, engine: Any, engine_id: str, request_id: str, readout: Readout, exchange: Exchange) -> None:
+    def __init__(self, engine: Any, key: str, request_id: str, readout: Readout, exchange: Exchange) -> None:
         self._engine = engine
-        self._engine_id = engine_id
+        self._key = key
         self._request_id = request_id
         self._readout = readout
         self._exchange = exchange
@@ -174,18 +274,18 @@ class Collector:
                 ended.append(index)
             elif self._readout.trace and index not in self._followed:
                 self._followed.add(index)
-                self._live.follow(self._engine_id, index, sample)
+                self._live.follow(self._key, index, sample)
         if ended:
-            asked = [(self._engine_id, index, tally.computed(index)) for index in ended]
+            asked = [(self._key, index, tally.computed(index)) for index in ended]
             answers = whole_readouts(await self._engine.collective_rpc("vllm_steer_collect", args=(asked,)))
             for index, answer in zip(ended, answers, strict=True):
-                self._live.leave(self._engine_id, index)
+                self._live.leave(self._key, index)
                 finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})
 
     def close(self) -> None:
         """Follow nothing any more, however the request ended."""
         for index in self._followed:
-            self._live.leave(self._engine_id, index)
+            self._live.leave(self._key, index)
 
     def _span_length(self, tally: Tally, index: int) -> int:
         """How many tokens of the readout's span are known to belong to the sample."""

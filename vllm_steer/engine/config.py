@@ -37,8 +37,17 @@ def install(unsupported: str | None = None, remark: str | None = None) -> None:
             if unsupported is not None:
                 raise UnsupportedFeature(unsupported)
             check(config, settings)
-            if kwargs.get("usage_context", args[0] if args else None) == UsageContext.OPENAI_API_SERVER:
+            context = kwargs.get("usage_context", args[0] if args else None)
+            if context == UsageContext.OPENAI_API_SERVER:
                 _check_endpoints()
+            if context != UsageContext.LLM_CLASS:
+                from vllm_steer.engine import async_readouts
+
+                async_readouts.install()
+            if context == UsageContext.OPENAI_BATCH_RUNNER:
+                from vllm_steer.engine import batch_runner
+
+                batch_runner.install()
             if remark is not None:
                 logger.warning_once(remark)
             if config.use_v2_model_runner:
@@ -78,7 +87,8 @@ def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
     """Everything that ``check`` refuses, each naming what was found, what works and what to do."""
     model = config.model_config
     try:
-        family_of(model.architecture).check_dtype(model.dtype)
+        family = family_of(model.architecture, model_impl=model.model_impl, checkpoint=model.architectures[0])
+        family.check_dtype(model.dtype)
     except UnsupportedModel as error:
         yield error
     layers = model.get_total_num_hidden_layers()

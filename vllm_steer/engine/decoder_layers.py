@@ -91,12 +91,10 @@ _REASONS = {
     "HYV4ForCausalLM": _MANY_STREAMS,
     "InklingForCausalLM": _UNFINISHED,
     "Qwen4ExpForCausalLM": _UNFINISHED,
-    "TransformersForCausalLM": (
-        "vLLM was told to run it through Hugging Face's modules (model_impl='transformers'), which was compared only "
-        "for models that vLLM runs that way by itself"
-    ),
 }
 _MULTIMODAL = "ForConditionalGeneration"
+# How vLLM's classes that run Hugging Face's modules begin: TransformersForCausalLM, TransformersMoEForCausalLM.
+_BY_HUGGING_FACE = "Transformers"
 
 
 def _reason(architecture: str) -> str:
@@ -107,16 +105,39 @@ def _reason(architecture: str) -> str:
     return "its decoder layers have not been compared with Hugging Face"
 
 
-def family_of(architecture: str) -> Family:
+def _reason_of_backend(model_impl: str) -> str:
+    if model_impl == "transformers":
+        return (
+            "model_impl='transformers' was given, so vLLM runs the model through Hugging Face's modules; steering was "
+            "compared there only for architectures that vLLM runs that way by itself"
+        )
+    return (
+        "vLLM has no class of its own for it and runs it through Hugging Face's modules, where its decoder layers have "
+        "not been compared"
+    )
+
+
+def family_of(architecture: str, *, model_impl: str = "auto", checkpoint: str | None = None) -> Family:
     """The family of an architecture.
+
+    Args:
+        architecture: as vLLM resolves it.
+        model_impl: the engine's argument of this name, which tells why vLLM runs a model through Hugging Face's
+            modules.
+        checkpoint: the architecture that the checkpoint's config names, or None where it is not known.
 
     Raises:
         UnsupportedModel: it is not in the table; the message says why and lists what is.
     """
     if architecture not in FAMILIES:
+        named, reason = architecture, _reason(architecture)
+        if architecture.startswith(_BY_HUGGING_FACE):
+            reason = _reason_of_backend(model_impl)
+            if checkpoint is not None and checkpoint != architecture:
+                named = f"{checkpoint}, run as {architecture}"
         raise UnsupportedModel(
-            f"the model's architecture is {architecture}: {_reason(architecture)}. Steering is exact for: "
-            f"{', '.join(sorted(FAMILIES))}. Use one of these, or start the engine without steer_config."
+            f"the model's architecture is {named}: {reason}. Steering is exact for: {', '.join(sorted(FAMILIES))}. Use "
+            "one of these, or start the engine without steer_config."
         )
     return FAMILIES[architecture]
 

@@ -27,7 +27,8 @@ class Diagnosis:
 
     Attributes:
         model: as it was given.
-        architecture: name in the checkpoint's config, as vLLM resolves it.
+        architecture: as vLLM resolves it: the name in the checkpoint's config, or ``TransformersForCausalLM`` and the
+            like where vLLM has no class for that name or was started with ``model_impl="transformers"``.
         model_class: vLLM's class for it.
         layer_class: class of its decoder layers with their module; None for a family that is not supported.
         num_layers: how many decoder layers it has; they are numbered from 0.

@@ -53,7 +53,10 @@ _ASYNC = "vllm.v1.engine.async_llm"
 _CLIENT = "vllm.v1.engine.core_client"
 _SERVED_MODELS = "vllm.entrypoints.openai.models.serving"
 _SERVE = "vllm.entrypoints.cli.serve"
+_BATCH_RUNNER = "vllm.entrypoints.launchers.run_batch"
+_CHAT_BODIES = "vllm.entrypoints.openai.chat_completion.protocol"
 _SCHEDULED = "vllm.v1.core.sched.output"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
 _WORKER = "vllm.v1.worker.worker_base"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner"
@@ -77,7 +80,7 @@ FOREIGN_NAMES = (
     *_members(_ARGS, "EngineArgs", "model additional_config"),
     _patched(_ARGS, "EngineArgs.create_engine_config", "self, usage_context, ..."),
     ForeignName("vllm.usage.usage_lib", "UsageContext"),
-    ForeignName("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER"),
+    *_members("vllm.usage.usage_lib", "UsageContext", "LLM_CLASS OPENAI_API_SERVER OPENAI_BATCH_RUNNER"),
     ForeignName("vllm.envs", ""),
     ForeignName("vllm.envs", "VLLM_USE_RUST_FRONTEND"),
     # The engine's configuration. Its hash keys the compile cache, and must see our settings.
@@ -95,7 +98,11 @@ FOREIGN_NAMES = (
         "additional_config cache_config compilation_config kv_transfer_config lora_config model_config "
         "num_speculative_tokens parallel_config scheduler_config speculative_config use_v2_model_runner",
     ),
-    *_members(_MODEL_CONFIG, "ModelConfig", "_model_info architecture dtype enable_sleep_mode model runner_type"),
+    *_members(
+        _MODEL_CONFIG,
+        "ModelConfig",
+        "_model_info architecture architectures dtype enable_sleep_mode model model_impl runner_type",
+    ),
     ForeignName("vllm.model_executor.models.registry", "_ModelInfo.architecture"),
     ForeignName(_MODEL_CONFIG, "ModelConfig.get_total_num_hidden_layers", "self"),
     ForeignName(_MODEL_CONFIG, "ModelConfig.get_hidden_size", "self"),
@@ -159,16 +166,19 @@ FOREIGN_NAMES = (
     # The offline front end.
     ForeignName("vllm", "LLM"),
     ForeignName("vllm.entrypoints.llm", "LLM.llm_engine"),
+    _patched("vllm.entrypoints.llm", "LLM.beam_search", "self, ..."),
     ForeignName("vllm.entrypoints.llm", "LLM.collective_rpc", "self, method, ..., args="),
     *_members(_OFFLINE_ENGINE, "LLMEngine", "engine_core input_processor output_processor"),
     ForeignName(_OFFLINE_ENGINE, "LLMEngine.has_unfinished_requests", "self"),
     ForeignName(_OFFLINE_ENGINE, "LLMEngine.abort_request", "self, request_ids, internal="),
     ForeignName("vllm.v1.engine.output_processor", "OutputProcessor.request_states"),
+    ForeignName("vllm.v1.engine.output_processor", "OutputProcessor.has_unfinished_requests", "self"),
+    ForeignName("vllm.v1.engine.output_processor", "OutputProcessor.propagate_error", "self, e"),
     ForeignName(_CLIENT, "EngineCoreClient.shutdown", "self, ..."),
     ForeignName("vllm.distributed", "cleanup_dist_env_and_memory", "..."),
     ForeignName("vllm", "RequestOutput"),
     *_members("vllm.outputs", "RequestOutput", "outputs prompt_token_ids request_id"),
-    *_members("vllm.outputs", "CompletionOutput", "finish_reason index token_ids"),
+    *_members("vllm.outputs", "CompletionOutput", "finish_reason index stop_reason token_ids"),
     # An engine core in a process of its own.
     ForeignName(_CLIENT, "MPClient"),
     *_members(_CLIENT, "MPClient", "resources utility_results vllm_config"),
@@ -180,7 +190,14 @@ FOREIGN_NAMES = (
     ForeignName("vllm.v1.engine.exceptions", "EngineDeadError"),
     # The asynchronous front end and the server.
     ForeignName(_ASYNC, "AsyncLLM"),
-    *_members(_ASYNC, "AsyncLLM", "input_processor vllm_config"),
+    *_members(_ASYNC, "AsyncLLM", "input_processor output_handler output_processor vllm_config"),
+    ForeignName(_ASYNC, "AsyncLLM.abort", "async self, request_id, internal="),
+    _patched(
+        _ASYNC,
+        "AsyncLLM.shutdown",
+        "self, ...",
+        contains="cancel_task_threadsafe(handler)",  # after which nobody is told that the engine has died
+    ),
     _patched(
         _ASYNC,
         "AsyncLLM.generate",
@@ -191,16 +208,52 @@ FOREIGN_NAMES = (
     ForeignName(_ASYNC, "AsyncLLM.is_sleeping", "async self"),
     ForeignName("vllm.entrypoints.launchers.api_server.app_state", "init_app_state.openai_serving_models"),
     ForeignName(_SERVED_MODELS, "OpenAIServingModels.is_base_model", "self, model_name"),
+    ForeignName(_SERVED_MODELS, "OpenAIServingModels.lora_requests"),
     ForeignName(_SERVED_MODELS, "OpenAIServingModels.model_name", "self, ..."),
+    # The offline batch runner.
+    ForeignName(_BATCH_RUNNER, ""),
+    _patched(_BATCH_RUNNER, "run_request", "async serving_engine_func, request, tracker"),
+    ForeignName(_BATCH_RUNNER, "BatchRequestInput.url"),
+    ForeignName(_CHAT_BODIES, "ChatCompletionRequest"),
+    *_members(_CHAT_BODIES, "ChatCompletionRequest", "model n use_beam_search vllm_xargs"),
+    ForeignName(_CHAT_BODIES, "ChatCompletionResponse"),
+    *_members("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "engine_client models"),
     ForeignName("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
     ForeignName(_SERVE, "ServeSubcommand"),
     ForeignName(_SERVE, "ServeSubcommand.subparser_init", "self, subparsers"),
     ForeignName(_SERVE, "ServeSubcommand.validate", "self, args"),
     ForeignName(_SERVE, "ServeSubcommand.cmd", "static args"),
+    # The scheduler, and what a step's output brings it.
+    ForeignName(_SCHEDULER, "Scheduler"),
+    _patched(_SCHEDULER, "Scheduler.update_from_output", "self, scheduler_output, model_runner_output"),
+    *_members(_SCHEDULER, "Scheduler", "kv_cache_manager requests running"),
+    ForeignName(_SCHEDULER, "Scheduler.finish_requests", "self, request_ids, finished_status"),
+    *_members("vllm.v1.core.kv_cache_manager", "KVCacheManager", "block_pool kv_cache_config"),
+    ForeignName("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", "self, block_ids"),
+    ForeignName("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", "self, request_id"),
+    ForeignName("vllm.v1.core.block_pool", "BlockPool.null_block"),
+    ForeignName("vllm.v1.core.kv_cache_utils", "KVCacheBlock.block_id"),
+    ForeignName("vllm.v1.kv_cache_interface", "KVCacheConfig.kv_cache_groups"),
+    ForeignName("vllm.v1.kv_cache_interface", "KVCacheGroupSpec.kv_cache_spec"),
+    ForeignName("vllm.v1.kv_cache_interface", "KVCacheSpec.block_size"),
+    ForeignName("vllm.v1.engine", "EngineCoreOutput"),
+    ForeignName("vllm.v1.engine", "EngineCoreOutputs"),
+    ForeignName("vllm.v1.engine", "EngineCoreOutputs.outputs"),
+    ForeignName("vllm.v1.engine", "FinishReason"),
+    ForeignName("vllm.v1.engine", "FinishReason.ERROR"),
+    ForeignName("vllm.v1.request", "RequestStatus"),
+    ForeignName("vllm.v1.request", "RequestStatus.FINISHED_ERROR"),
+    *_members("vllm.v1.request", "Request", "client_index request_id"),
+    ForeignName("vllm.v1.request", "Request.is_finished", "self"),
+    *_members("vllm.v1.outputs", "ModelRunnerOutput", "req_id_to_index sampled_token_ids"),
+    ForeignName("vllm.v1.outputs", "AsyncModelRunnerOutput"),
+    ForeignName("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "self"),
     # Workers, and what the scheduler tells their runners.
     ForeignName(_WORKER, "WorkerBase"),
     *_members(_WORKER, "WorkerBase", "device model_runner parallel_config rank vllm_config"),
     _patched(_WORKER, "WorkerBase.__init__", "self, ..."),
+    ForeignName(_WORKER, "WorkerBase.execute_model"),
+    ForeignName(_WORKER, "WorkerBase.sample_tokens"),
     *_members(
         _SCHEDULED,
         "SchedulerOutput",

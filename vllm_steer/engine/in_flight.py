@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.engine.slot_use import SlotUse
 
@@ -88,7 +90,9 @@ class InFlight:
             while self._leaving:
                 await asyncio.sleep(DRAIN_SECONDS)
                 leaving, self._leaving = self._leaving, []
-                await self._engine_is_past()
+                # A dead engine is done with all of them; the requests themselves are told that it is.
+                with suppress(EngineDeadError):
+                    await self._engine_is_past()
                 self.use.subtract(leaving)
                 self._released(leaving)
         finally:

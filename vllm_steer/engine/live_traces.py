@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from vllm_steer.engine.http.exchange import Sample
 from vllm_steer.engine.http.replies import finite
 from vllm_steer.engine.stages import LiveTrace, whole_traces
@@ -24,20 +26,20 @@ class LiveTraces:
         self._followed: dict[tuple[str, int], Sample] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, engine_id: str, index: int, sample: Sample) -> None:
+    def follow(self, key: str, index: int, sample: Sample) -> None:
         """Keep ``sample.trace`` up to date, until ``leave``.
 
         Args:
-            engine_id: the id that the engine's front end was given for the request.
+            key: the name under which the workers keep the request's readouts.
             index: which sample of it.
         """
-        self._followed[engine_id, index] = sample
+        self._followed[key, index] = sample
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._poll())
 
-    def leave(self, engine_id: str, index: int) -> None:
+    def leave(self, key: str, index: int) -> None:
         """Follow a sample no longer; also where it has never been followed."""
-        self._followed.pop((engine_id, index), None)
+        self._followed.pop((key, index), None)
 
     async def _poll(self) -> None:
         try:
@@ -46,18 +48,20 @@ class LiveTraces:
                 asked = [(*key, _known(sample)) for key, sample in self._followed.items()]
                 if asked:
                     answers = whole_traces(await self._engine.collective_rpc("vllm_steer_traces", args=(asked,)))
-                    for (engine_id, index, _), answer in zip(asked, answers, strict=True):
-                        self._take(engine_id, index, answer)
+                    for (key, index, _), answer in zip(asked, answers, strict=True):
+                        self._take(key, index, answer)
+        except EngineDeadError:  # of which the requests themselves are told
+            self._followed.clear()
         finally:
             self._task = None
 
-    def _take(self, engine_id: str, index: int, answer: LiveTrace | None) -> None:
-        if answer is None or (engine_id, index) not in self._followed:  # not begun yet, or finished while we asked
+    def _take(self, key: str, index: int, answer: LiveTrace | None) -> None:
+        if answer is None or (key, index) not in self._followed:  # not begun yet, or finished while we asked
             return
         if isinstance(answer, dict):  # it failed; its readout will say why
-            self.leave(engine_id, index)
+            self.leave(key, index)
             return
-        sample = self._followed[engine_id, index]
+        sample = self._followed[key, index]
         for name, values in answer:
             sample.trace.setdefault(name, []).extend(finite(value) for value in values)
 

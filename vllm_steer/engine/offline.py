@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine import plugin
-from vllm_steer.engine.admission import admission_of
+from vllm_steer.engine.admission import Asked, admission_of
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.stages import whole_readouts
-from vllm_steer.errors import MalformedSpec, ReadoutUnavailable
+from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
 from vllm_steer.settings import steer_config
 
@@ -43,7 +46,7 @@ def load_llm(
 
 def steered(
     params: SamplingParams | Mapping[str, Any],
-    steering: Sequence[Steering] = (),
+    steering: Sequence[Steering] | None = None,
     readout: Readout | None = None,
 ) -> SamplingParams:
     """A copy of ``params`` that carries steering and a readout; the original stays as it is.
@@ -52,12 +55,14 @@ def steered(
 
     Args:
         params: sampling parameters, or a mapping of their fields.
-        steering: any number of entries at any hooked layers; entries at one layer apply in this order.
+        steering: any number of entries at any hooked layers; entries at one layer apply in this order. None leaves it
+            to the engine's ``default_steering``, an empty list asks for none.
         readout: what to read, if anything.
 
     Raises:
         MalformedSpec: an argument of another type. What depends on the engine is checked when the request gets there.
-        NotConfigured: vLLM would not load the plugin in this process.
+        NotConfigured: vLLM would not load the plugin in this process, or loads it beside a release of vLLM in which it
+            steers nothing.
     """
     if isinstance(params, Mapping):
         params = SamplingParams(**params)
@@ -66,15 +71,18 @@ def steered(
             f"params is {type(params).__name__}; allowed: SamplingParams or a mapping of its fields. Steering needs "
             "sampling."
         )
-    if isinstance(steering, Steering) or not all(isinstance(entry, Steering) for entry in steering):
+    if steering is not None and (
+        isinstance(steering, Steering) or not all(isinstance(entry, Steering) for entry in steering)
+    ):
         raise MalformedSpec(f"steering is {steering!r}; allowed: a list of Steering(...).")
     if readout is not None and not isinstance(readout, Readout):
         raise MalformedSpec(f"readout is {readout!r}; allowed: a Readout(...) or None.")
+    spec = RequestSpec(None if steering is None else tuple(steering), readout)
     own = copy(params)  # vLLM clones it in full for every request
-    if not steering and readout is None:
-        return own  # a plain request, on any engine
-    plugin.require(is_engine_running=False)
-    own.extra_args = {**(own.extra_args or {}), WIRE_KEY: RequestSpec(tuple(steering), readout).dumps()}
+    if not spec.is_empty:
+        plugin.require(is_engine_running=False)
+    if spec != RequestSpec():
+        own.extra_args = {**(own.extra_args or {}), WIRE_KEY: spec.dumps()}
     return own
 
 
@@ -85,16 +93,38 @@ def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
+        MalformedSpec: ``llm`` is an ``AsyncLLM``.
         WrongDimension, BankFull: see ``DirectionRegistry.register``.
     """
     plugin.require(is_engine_running=True)
-    registry = admission_of(llm.llm_engine.input_processor).registry
-    assert isinstance(registry, DirectionRegistry)  # only a server's is of another kind
+    _check_synchronous(llm, "register_directions")
+    registry = _registry_of(llm.llm_engine.input_processor)
     if not llm.llm_engine.has_unfinished_requests():
         registry.reclaim()
     writes = registry.register(directions)
     if writes:
         llm.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+
+
+async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direction]) -> None:
+    """``register_directions`` for vLLM's ``AsyncLLM``; requests that are added meanwhile find the old content.
+
+    Raises:
+        What ``register_directions`` raises.
+    """
+    plugin.require(is_engine_running=True)
+    registry = _registry_of(engine.input_processor)
+    if not engine.output_processor.has_unfinished_requests():
+        registry.reclaim()
+    # The workers first: a request that is admitted before they have the vectors must not find the new entries.
+    writes = registry.reserve(directions)
+    try:
+        if writes:
+            await engine.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+    except BaseException:
+        registry.give_back(writes)
+        raise
+    registry.publish(writes)
 
 
 def close_llm(llm: LLM) -> None:
@@ -112,10 +142,22 @@ def abandon_requests(llm: LLM) -> int:
 
     After a step that raised, ``LLM.generate`` leaves its requests behind, and the next call would run them and return
     their outputs among its own. Safe to call at any time; does nothing when nothing is unfinished.
+
+    Raises:
+        MalformedSpec: ``llm`` is an ``AsyncLLM``.
     """
+    _check_synchronous(llm, "abandon_requests")
     unfinished = list(llm.llm_engine.output_processor.request_states)
     if unfinished:
         llm.llm_engine.abort_request(unfinished, internal=True)
+    return len(unfinished)
+
+
+async def abandon_requests_async(engine: AsyncLLM) -> int:
+    """``abandon_requests`` for vLLM's ``AsyncLLM``: whoever waits for one of them gets what it has so far."""
+    unfinished = list(engine.output_processor.request_states)
+    if unfinished:
+        await engine.abort(unfinished, internal=True)
     return len(unfinished)
 
 
@@ -131,40 +173,120 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
+        MalformedSpec: ``llm`` is an ``AsyncLLM``.
         ReadoutUnavailable: a readout or a trace that was asked cannot be given; its ``results`` holds all else, a
             readout whose trace alone failed among it.
     """
     plugin.require(is_engine_running=True)
-    asked = admission_of(llm.llm_engine.input_processor).asked
-    places: list[tuple[int, int]] = []
-    samples: list[tuple[str, int, int]] = []
-    for i, output in enumerate(outputs):
-        if output.request_id in asked:
-            prompt_len = len(output.prompt_token_ids or ())
-            for j, sample in enumerate(output.outputs):
-                places.append((i, j))
-                samples.append((output.request_id, sample.index, prompt_len + len(sample.token_ids) - 1))
-    results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in outputs]
-    answers = whole_readouts(llm.collective_rpc("vllm_steer_collect", args=(samples,))) if samples else []
-    reasons: dict[tuple[int, int], str] = {}
-    for (i, j), answer in zip(places, answers, strict=True):
-        if answer is None:
-            reasons[i, j] = "it is no longer in the store; collect sooner or raise steer_config(readout_store_mib=...)"
-        elif "error" in answer:
-            reasons[i, j] = answer["error"]
-        else:
-            results[i][j] = _result(answer, asked[outputs[i].request_id])
-            if answer["trace_error"] is not None:
-                reasons[i, j] = f"its trace failed, {answer['trace_error']}"
-    if reasons:
-        (i, j), reason = next(iter(reasons.items()))
-        raise ReadoutUnavailable(
-            f"{len(reasons)} of {len(samples)} readouts cannot be given; the first, sample {j} of prompt {i}: "
-            f"{reason}. The others are in this error's results.",
-            results,
-            reasons,
+    _check_synchronous(llm, "collect_readouts")
+    wanted = _Wanted.of(admission_of(llm.llm_engine.input_processor).asked, outputs)
+    return wanted.results(llm.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else [])
+
+
+async def collect_readouts_async(
+    engine: AsyncLLM, outputs: Sequence[RequestOutput]
+) -> list[list[ReadoutResult | None]]:
+    """``collect_readouts`` for vLLM's ``AsyncLLM``.
+
+    Args:
+        engine: the engine that made ``outputs``.
+        outputs: the last output that ``engine.generate`` gave for each request. With ``RequestOutputKind.DELTA``, which
+            shows each sample's last tokens only, readouts cannot be told apart from those of a shorter answer, so ask
+            for ``CUMULATIVE`` or ``FINAL_ONLY``.
+
+    Raises:
+        What ``collect_readouts`` raises.
+    """
+    plugin.require(is_engine_running=True)
+    wanted = _Wanted.of(admission_of(engine.input_processor).asked, outputs)
+    answers = await engine.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else []
+    return wanted.results(answers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The samples whose readouts are to be fetched.
+
+    Attributes:
+        asked: what the requests asked, by the id that callers know.
+        outputs: all finished requests, with a readout or without.
+        places: (index of the output, index of the sample) of each sample with a readout.
+        samples: what the workers are asked for each of them, see ``worker_rpc.collect``.
+        failed: the same places of samples with a readout that ended with an error -> the reason.
+    """
+
+    asked: Mapping[str, Asked]
+    outputs: Sequence[RequestOutput]
+    places: Sequence[tuple[int, int]]
+    samples: list[tuple[str, int, int]]
+    failed: dict[tuple[int, int], str]
+
+    @classmethod
+    def of(cls, asked: Mapping[str, Asked], outputs: Sequence[RequestOutput]) -> _Wanted:
+        places, samples = [], []
+        failed: dict[tuple[int, int], str] = {}
+        for i, output in enumerate(outputs):
+            if output.request_id in asked:
+                prompt_len = len(output.prompt_token_ids or ())
+                for j, sample in enumerate(output.outputs):
+                    if sample.finish_reason == "error":
+                        failed[i, j] = str(sample.stop_reason or "the engine ended the request with an error")
+                        continue
+                    places.append((i, j))
+                    end = prompt_len + len(sample.token_ids) - 1
+                    samples.append((asked[output.request_id].key, sample.index, end))
+        return cls(asked, outputs, places, samples, failed)
+
+    def results(self, workers: Sequence[Any]) -> list[list[ReadoutResult | None]]:
+        """The readouts, from the workers' answers; raises what ``collect_readouts`` raises."""
+        results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in self.outputs]
+        answers = whole_readouts(workers) if self.samples else []
+        reasons = dict(self.failed)
+        for (i, j), answer in zip(self.places, answers, strict=True):
+            if answer is None:
+                reasons[i, j] = (
+                    "it is no longer in the store; collect sooner or raise steer_config(readout_store_mib=...)"
+                )
+            elif "error" in answer:
+                reasons[i, j] = answer["error"]
+            else:
+                readout = self.asked[self.outputs[i].request_id].spec.readout
+                assert readout is not None  # or it would not be in ``asked``
+                results[i][j] = _result(answer, readout.trace)
+                if answer["trace_error"] is not None:
+                    reasons[i, j] = f"its trace failed, {answer['trace_error']}"
+        if reasons:
+            (i, j), reason = next(iter(reasons.items()))
+            raise ReadoutUnavailable(
+                f"{len(reasons)} of {len(self.samples) + len(self.failed)} readouts cannot be given; the first, sample "
+                f"{j} of prompt {i}: {reason}. The others are in this error's results.",
+                results,
+                reasons,
+            )
+        return results
+
+
+def _registry_of(processor: InputProcessor) -> DirectionRegistry:
+    """The registry of an engine that scripts may change.
+
+    Raises:
+        NotConfigured: the engine runs without ``steer_config``.
+        ChangeNotAllowed: it is a server's, which other processes share.
+    """
+    registry = admission_of(processor).registry
+    if not isinstance(registry, DirectionRegistry):
+        raise ChangeNotAllowed(
+            "this engine is a server's, whose directions other processes share; allowed: PUT "
+            "/v1/steering/directions/NAME. Use that."
         )
-    return results
+    return registry
+
+
+def _check_synchronous(llm: Any, function: str) -> None:
+    if isinstance(llm, AsyncLLM):
+        raise MalformedSpec(
+            f"{function} was called with an AsyncLLM; allowed: vllm.LLM. Await {function}_async(...) instead."
+        )
 
 
 def _result(answer: Mapping[str, Any], traced: Sequence[str]) -> ReadoutResult:

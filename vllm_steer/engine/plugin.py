@@ -29,34 +29,47 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    found = vllm_version()
     from vllm_steer.engine import config
 
-    if minor(found) in SUPPORTED:
-        from vllm_steer.engine import death_watch, prefix_cache, requests, worker_rpc
+    reason = unsupported_reason()
+    if reason is None:
+        from vllm_steer.engine import death_watch, prefix_cache, requests, stream_overflow, worker_rpc
 
         # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
-        config.install(remark=remark(found))
-        for room in (requests, prefix_cache, worker_rpc, death_watch):
+        config.install(remark=remark(vllm_version()))
+        for room in (requests, prefix_cache, worker_rpc, death_watch, stream_overflow):
             room.install()
     else:
-        allowed = ", ".join(f"{one}.x" for one in SUPPORTED)
-        config.install(
-            unsupported=f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {allowed}. Install "
-            f"one of these, best {_TESTED}, or start without steer_config."
-        )
+        config.install(unsupported=reason)
     _registered = True
 
 
+@cache
+def unsupported_reason() -> str | None:
+    """Why nothing can be steered beside the installed vLLM; None where it can."""
+    found = vllm_version()
+    if minor(found) in SUPPORTED:
+        return None
+    allowed = ", ".join(f"{one}.x" for one in SUPPORTED)
+    return (
+        f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {allowed}. Install one of these, best "
+        f"{_TESTED}, or run without steering."
+    )
+
+
 def require(is_engine_running: bool) -> None:
-    """Make sure that requests do not pass this plugin by because vLLM never loads it.
+    """Make sure that a request to steer or read will be honoured, or refused, by the engine that it goes to.
 
     Args:
         is_engine_running: an engine of this process has started, so vLLM has loaded what it ever will.
 
     Raises:
-        NotConfigured: it is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
+        UnsupportedFeature: the installed vLLM is none that the plugin can steer.
+        NotConfigured: the plugin is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
     """
+    reason = unsupported_reason()
+    if reason is not None:
+        raise UnsupportedFeature(reason)
     if _registered:
         return
     chosen = os.environ.get("VLLM_PLUGINS")

@@ -108,7 +108,7 @@ class FinishedReadout:
 
 
 class ReadoutStore:
-    """Finished readouts by (external request id, sample index), bounded in bytes.
+    """Finished readouts by (``Resolved.key``, sample index), bounded in bytes.
 
     When it is full, the oldest that were collected already go first, then the oldest of all.
     """
@@ -119,9 +119,9 @@ class ReadoutStore:
         self._collected: OrderedDict[tuple[str, int], FinishedReadout] = OrderedDict()
         self._bytes = 0
 
-    def put(self, external_id: str, index: int, readout: FinishedReadout) -> None:
+    def put(self, request_key: str, index: int, readout: FinishedReadout) -> None:
         """Keep a readout; an older one of the same sample is replaced."""
-        key = (external_id, index)
+        key = (request_key, index)
         for kept in (self._fresh, self._collected):
             replaced = kept.pop(key, None)
             self._bytes -= replaced.num_bytes if replaced is not None else 0
@@ -131,9 +131,9 @@ class ReadoutStore:
             _, evicted = (self._collected or self._fresh).popitem(last=False)
             self._bytes -= evicted.num_bytes
 
-    def get(self, external_id: str, index: int) -> FinishedReadout | None:
+    def get(self, request_key: str, index: int) -> FinishedReadout | None:
         """The readout of a sample, which stays in the store for another look while there is room."""
-        key = (external_id, index)
+        key = (request_key, index)
         if key in self._fresh:
             self._collected[key] = self._fresh.pop(key)
         return self._collected.get(key)

@@ -5,19 +5,43 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_steer.directions import Direction
-from vllm_steer.errors import AmbiguousDirection, BankFull, UnknownDirection, WrongDimension
+import numpy as np
+
+from vllm_steer.directions import UNIT_TOLERANCE, Direction
+from vllm_steer.errors import AmbiguousDirection, BankFull, LayerNotHooked, UnknownDirection, WrongDimension
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A direction and its slot. The vector itself stays with the workers."""
+    """A direction and its slot. The vector itself stays with the workers.
+
+    Attributes:
+        norm: Euclidean length of the vector.
+        peak: largest absolute value of its elements.
+    """
 
     name: str
     layer: int
     slot: int
     content_hash: str
-    is_unit: bool
+    norm: float
+    peak: float
+
+    @classmethod
+    def of(cls, direction: Direction, slot: int) -> Registered:
+        """The entry of a direction whose vector lies in this slot."""
+        peak = float(np.abs(direction.vector).max())
+        return cls(direction.name, direction.layer, slot, direction.content_hash, direction.norm, peak)
+
+    @property
+    def length(self) -> float:
+        """The norm, of which float32's rounding is no part in a unit direction."""
+        return 1.0 if self.is_unit else self.norm
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether the norm is 1 to within float16 rounding."""
+        return abs(self.norm - 1.0) <= UNIT_TOLERANCE
 
 
 class DirectionBook:
@@ -36,22 +60,36 @@ class DirectionBook:
         """The book as it stands, for look-ups that have to agree with each other."""
         return self
 
-    def find(self, name: str, layer: int | None) -> Registered:
+    def find(self, name: str, layer: int | None, hooked: Collection[int]) -> Registered:
         """The direction to use for ``name``, at ``layer`` if one is given.
 
-        A name that belongs to exactly one layer may be used at any other one.
+        A name that belongs to exactly one layer may be used at any other one. Without ``layer``, a name that belongs to
+        several is the one at a hooked layer.
+
+        Args:
+            hooked: the engine's hooked layers.
 
         Raises:
-            UnknownDirection, AmbiguousDirection.
+            UnknownDirection: nothing has the name.
+            LayerNotHooked: it belongs to several layers, none of them hooked.
+            AmbiguousDirection: it belongs to several, and which one is meant cannot be told.
         """
         layers = self.layers_of(name)
-        if layer is not None and layer in layers:
-            return layers[layer]
         if len(layers) == 1:
             return next(iter(layers.values()))
+        if layer is not None and layer in layers:
+            return layers[layer]
+        choice = sorted(layers) if layer is not None else [one for one in sorted(layers) if one in hooked]
+        if not choice:
+            raise LayerNotHooked(
+                f"direction {name!r} belongs to layers {sorted(layers)}; hooked: {sorted(hooked)}. Start the engine "
+                "with steer_config(layers=[...]) naming one of them."
+            )
+        if layer is None and len(choice) == 1:
+            return layers[choice[0]]
         asked = "no layer was given" if layer is None else f"layer {layer} was asked"
         raise AmbiguousDirection(
-            f"direction {name!r} belongs to layers {sorted(layers)} and {asked}; allowed: one of these. Give layer=..."
+            f"direction {name!r} belongs to layers {choice} and {asked}; allowed: one of these. Give layer=..."
         )
 
     def layers_of(self, name: str) -> dict[int, Registered]:
@@ -103,6 +141,16 @@ class DirectionRegistry(DirectionBook):
         What is registered already with the same content is left alone.
 
         Raises:
+            What ``reserve`` raises.
+        """
+        writes = self.reserve(directions)
+        self.publish(writes)
+        return writes
+
+    def reserve(self, directions: Sequence[Direction]) -> list[tuple[int, Direction]]:
+        """The slots that ``register`` would give to directions, taken but not yet to be found by name.
+
+        Raises:
             WrongDimension: a vector whose length is not the hidden size.
             BankFull: more new directions than free slots.
         """
@@ -110,8 +158,7 @@ class DirectionRegistry(DirectionBook):
             if direction.vector.size != self.hidden_size:
                 raise WrongDimension(
                     f"direction {direction.key!r} has {direction.vector.size} elements; allowed: "
-                    f"{self.hidden_size}, the hidden "
-                    "size of this model. Extract it from this model."
+                    f"{self.hidden_size}, the hidden size of this model. Extract it from this model."
                 )
         latest = {direction.key: direction for direction in directions}.values()
         new = [direction for direction in latest if not self._has(direction)]
@@ -120,17 +167,20 @@ class DirectionRegistry(DirectionBook):
                 f"{len(new)} new directions, and {len(self._free)} of {self.capacity} slots are free; start the "
                 "engine with steer_config(max_directions=...) larger."
             )
-        writes = []
-        for direction in new:
-            slot = self._free.pop()
+        return [(self._free.pop(), direction) for direction in new]
+
+    def publish(self, writes: Iterable[tuple[int, Direction]]) -> None:
+        """Let reserved directions be found by name; one that had the same name and layer keeps its slot until
+        ``reclaim``."""
+        for slot, direction in writes:
             layers = self._by_name.setdefault(direction.name, {})
             if direction.layer in layers:
                 self._retired.append(layers[direction.layer].slot)
-            layers[direction.layer] = Registered(
-                direction.name, direction.layer, slot, direction.content_hash, direction.is_unit
-            )
-            writes.append((slot, direction))
-        return writes
+            layers[direction.layer] = Registered.of(direction, slot)
+
+    def give_back(self, writes: Iterable[tuple[int, Direction]]) -> None:
+        """Free reserved slots again, in place of ``publish``."""
+        self._free.extend(slot for slot, _ in writes)
 
     def remove(self, name: str, layer: int | None = None) -> list[Registered]:
         """Forget a name, at one layer or at all it belongs to; says what that was.

@@ -3,54 +3,52 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import replace
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_steer.engine.admission import Admission, admission_of
+from vllm_steer.engine.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
-from vllm_steer.schema import WIRE_KEY, RequestSpec
+from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
 
 SALT_PREFIX = "vllm_steer:"
 _TRANSLATED: dict[str, type[SteerError]] = {}
 
 
 def install() -> None:
-    """Wrap ``InputProcessor.process_inputs`` and ``assign_request_id`` (see ``vllm_steer.engine``)."""
+    """Wrap ``InputProcessor.process_inputs`` and ``assign_request_id``, and ``LLM.beam_search`` (see
+    ``vllm_steer.engine``)."""
     original = InputProcessor.process_inputs
 
     @functools.wraps(original)
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        extra = (params.extra_args or {}) if isinstance(params, SamplingParams) else {}
+        if not isinstance(params, SamplingParams):
+            return original(self, request_id, prompt, params, *args, **kwargs)
         try:
-            if RESOLVED_KEY in extra:
-                raise UnknownField(
-                    f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
-                )
-            if WIRE_KEY not in extra:
-                request = original(self, request_id, prompt, params, *args, **kwargs)
-                _check_salt(request)
-                return request
-            admission = admission_of(self)
-            spec = RequestSpec.loads(extra[WIRE_KEY])
-            if kwargs.get("resumable"):
+            asked = asked_of(self, params.extra_args or {})
+            if asked is not None and kwargs.get("resumable"):
                 raise MalformedSpec(
-                    "a streaming-input session came with a steering spec; allowed: whole prompts. Send one."
+                    "a streaming-input session was to be steered or read; allowed: whole prompts. Send one."
                 )
             request = original(self, request_id, prompt, params, *args, **kwargs)
+            _check_salt(request)
+            if asked is None:
+                _pass(configured_admission_of(self), request)
+                return request
             if request.prompt_token_ids is None or request.prompt_embeds is not None:
                 raise MalformedSpec(
-                    "a prompt of embeddings came with a steering spec; allowed: text or token ids. Send these."
+                    "a prompt of embeddings was to be steered or read; allowed: text or token ids. Send these."
                 )
-            _check_salt(request)
-            _admit(admission, spec, request)
+            _admit(admission_of(self), asked, request)
             return request
         except SteerError as error:
             raise translated(error) from None
@@ -61,17 +59,65 @@ def install() -> None:
     def assign_request_id(self: InputProcessor, request: Any) -> None:
         params = request.sampling_params
         extra = params.extra_args if params is not None and params.extra_args else {}
-        if WIRE_KEY in extra:
-            if RESOLVED_KEY not in extra:
-                raise MalformedSpec(
-                    "an EngineCoreRequest made by hand came with a steering spec, which nothing has checked; allowed: "
-                    "prompts with SamplingParams. Pass these."
-                )
+        if RESOLVED_KEY in extra:
             admission_of(self)  # another engine may have admitted it, and this one may have no hooks
+        elif WIRE_KEY in extra or (params is not None and _default_of(configured_admission_of(self))):
+            raise MalformedSpec(
+                "an EngineCoreRequest made by hand came to an engine that has to steer it, and nothing has checked it; "
+                "allowed: prompts with SamplingParams. Pass these."
+            )
         assign(request)
+
+    beam_search = LLM.beam_search
+
+    @functools.wraps(beam_search)
+    def beam_search_unless_steered(self: LLM, *args: Any, **kwargs: Any) -> Any:
+        if _default_of(configured_admission_of(self.llm_engine.input_processor)):
+            raise MalformedSpec(
+                "beam_search was called on an engine with default_steering, and it computes generated tokens again as "
+                "prompts; allowed: generate and chat. Use these, or an engine without default_steering."
+            )
+        return beam_search(self, *args, **kwargs)
 
     InputProcessor.process_inputs = process_inputs
     InputProcessor.assign_request_id = assign_request_id
+    LLM.beam_search = beam_search_unless_steered
+
+
+def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | None:
+    """What a request asks of an engine, the engine's default included; None for nothing.
+
+    Args:
+        processor: the engine's.
+        extra: ``SamplingParams.extra_args``.
+
+    Raises:
+        NotConfigured: it asks for something and the engine has no hooks.
+        SpecError: the wire is malformed.
+    """
+    if RESOLVED_KEY in extra:
+        raise UnknownField(
+            f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
+        )
+    admission = configured_admission_of(processor)
+    default = _default_of(admission)
+    wire = extra.get(WIRE_KEY)
+    if wire is None and not default:
+        return None
+    if wire is None:
+        asked = Asked(RequestSpec())
+    else:
+        asked = wire if isinstance(wire, Asked) else Asked(RequestSpec.loads(wire))
+    spec = asked.spec.with_default(default)
+    if spec.is_empty:
+        return None
+    if admission is None:
+        admission_of(processor)  # raises
+    return replace(asked, spec=spec)
+
+
+def _default_of(admission: Admission | None) -> tuple[Steering, ...]:
+    return () if admission is None else admission.settings.default_steering
 
 
 def translated(error: SteerError) -> SteerError:
@@ -102,16 +148,32 @@ def _check_salt(request: Any) -> None:
         )
 
 
-def _admit(admission: Admission, spec: RequestSpec, request: Any) -> None:
-    resolved = admission.admit(request.request_id, spec, len(request.prompt_token_ids))
-    params = request.sampling_params  # vLLM's own copy of the caller's
-    params.extra_args = {**params.extra_args, RESOLVED_KEY: resolved.dump()}
+def _admit(admission: Admission, asked: Asked, request: Any) -> None:
+    """Write into the request, which is vLLM's own copy of the caller's, what workers and scheduler need to know."""
+    resolved = admission.admit(request.request_id, asked.spec, len(request.prompt_token_ids), asked.key)
+    params = request.sampling_params
+    params.extra_args = {**_without_wire(params), RESOLVED_KEY: resolved.dump()}
     if resolved.prompt_digest:
         request.cache_salt = salt(request.cache_salt, resolved.prompt_digest)
-    if spec.readout is not None:
+    if asked.spec.readout is not None:
         # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
         params.skip_reading_prefix_cache = True
-        admission.remember(request.request_id, spec.readout)
+        admission.remember(request.request_id, asked)
+    if asked.admitted is not None:
+        asked.admitted()
+
+
+def _pass(admission: Admission | None, request: Any) -> None:
+    """Mark a request that is neither steered nor read as seen, where it might have been steered by default."""
+    params = request.sampling_params
+    if _default_of(admission):
+        params.extra_args = {**_without_wire(params), RESOLVED_KEY: None}
+    elif params.extra_args and WIRE_KEY in params.extra_args:
+        params.extra_args = _without_wire(params)
+
+
+def _without_wire(params: SamplingParams) -> dict[str, Any]:
+    return {name: value for name, value in (params.extra_args or {}).items() if name != WIRE_KEY}
 
 
 def salt(own: str | None, prompt_digest: str) -> str:

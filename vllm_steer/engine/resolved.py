@@ -63,6 +63,7 @@ class Resolved:
 
     Attributes:
         request_id: the id that the caller knows; internal ids of the samples of one request contain it.
+        key: the name under which workers keep the request's readouts. Unlike the id, no other request has it.
         prompt_len: tokens of the prompt.
         prompt, generated: the entries for prompt and for generated tokens.
         prompt_digest, generated_digest: content of these entries; empty where there are none.
@@ -70,6 +71,7 @@ class Resolved:
     """
 
     request_id: str
+    key: str
     prompt_len: int
     prompt: list[Row]
     generated: list[Row]

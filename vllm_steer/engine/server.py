@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -9,13 +10,12 @@ from fastapi import FastAPI, Request
 from starlette.datastructures import State
 from vllm.logger import init_logger
 
-from vllm_steer.engine import async_readouts
 from vllm_steer.engine.admission import Admission, admission_of
 from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
 from vllm_steer.engine.http.playground import playground_router
-from vllm_steer.engine.http.routes import SERVER_STATE, SteeredServer, router
+from vllm_steer.engine.http.routes import ADMIN_KEY_VARIABLE, SERVER_STATE, SteeredServer, router
 from vllm_steer.engine.http.sharing import share_registry
-from vllm_steer.errors import NotConfigured, SettingsError, SteerError
+from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
 
 logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
@@ -37,7 +37,8 @@ class SteerEndpoints:
         """Join the server's registry and start to serve; without ``steer_config`` the routes say what is missing.
 
         Raises:
-            SettingsError: an alias is a name that the model itself is served by.
+            SettingsError: an alias is a name that the model itself or a LoRA module is served by, or an alias or the
+                default steering can never be honoured.
         """
         if engine_client is None:  # a server that only renders prompts
             return
@@ -47,27 +48,31 @@ class SteerEndpoints:
             return
         models = state.openai_serving_models
         for alias in admission.settings.served_aliases:
-            if models.is_base_model(alias):
+            is_lora = alias in models.lora_requests
+            if is_lora or models.is_base_model(alias):
                 raise SettingsError(
-                    f"served_aliases has {alias!r}, the name that the unsteered model is served by; allowed: any other "
-                    "name. Rename one of them."
+                    f"served_aliases has {alias!r}, the name that {'a LoRA module' if is_lora else 'the model itself'} "
+                    "is served by; allowed: any other name. Rename one of them."
                 )
         registry = await share_registry(admission, engine_client)
-        _warn_of_unusable(admission)
-        async_readouts.install()
+        _check_own_steering(admission)
         setattr(state, SERVER_STATE, SteeredServer(admission.settings, registry))
         setattr(state, SERVED_STATE, Served(admission, models.model_name()))
 
 
-def _warn_of_unusable(admission: Admission) -> None:
-    """Say which of the operator's own steering would be refused now. Its directions may still be registered later."""
-    settings = admission.settings
-    named = {f"alias {alias!r}": entries for alias, entries in settings.served_aliases.items()}
-    for who, entries in {**named, "the default steering": settings.default_steering}.items():
+def _check_own_steering(admission: Admission) -> None:
+    """Refuse aliases and a default that can never be honoured; warn of those whose directions are yet to come.
+
+    Raises:
+        SettingsError.
+    """
+    for who, entries in admission.settings.own_steering().items():
         try:
             admission.check(RequestSpec(entries))
         except SteerError as error:
-            logger.warning("Requests to %s will be refused: %s", who, error)
+            if not isinstance(error, UnknownDirection) or not os.environ.get(ADMIN_KEY_VARIABLE):
+                raise SettingsError(f"{who} could never be honoured: {error}") from None
+            logger.warning("Requests to %s will be refused until its direction is registered: %s", who, error)
 
 
 def _has_playground(request: Request) -> bool:

@@ -10,6 +10,7 @@ import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.directions import Direction
+from vllm_steer.engine import stream_overflow
 from vllm_steer.engine.stages import LiveTrace, Readout
 from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
 from vllm_steer.errors import NotConfigured, UnsupportedFeature
@@ -56,6 +57,7 @@ def _checked(worker: Any, load_model: Any) -> Any:
                 f"{type(worker.model_runner).__name__} has loaded its model and put no hooks on it; allowed: vLLM's "
                 "own runners and what inherits their load_model. Start the engine without steer_config."
             )
+        stream_overflow.watch(worker)
 
     return checked
 
@@ -75,7 +77,7 @@ def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
 
 
 def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | None] | None:
-    """The readouts of samples, each (external request id, sample index, computed end); None where not here.
+    """The readouts of samples, each (``Resolved.key``, sample index, computed end); None where not here.
 
     Of the layers that this worker's pipeline stage holds; ``stages.whole_readouts`` puts them together.
     """
@@ -83,7 +85,7 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
         return None
     steering = _of(worker)
     steering.fetch()
-    found = steering.find([(external_id, index) for external_id, index, _ in samples])
+    found = steering.find([(key, index) for key, index, _ in samples])
     if worker.device is not None and worker.device.type != "cpu":
         torch.accelerator.synchronize()  # all copies to the host, the last ones just now, were started without waiting
         steering.fetch()
@@ -98,7 +100,7 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
     with the next call. A token too many (asynchronous scheduling) is among them; the caller knows where a sample ended.
 
     Args:
-        samples: (external request id, sample index, ``start``) of each, ``start`` counted from the first token of the
+        samples: (``Resolved.key``, sample index, ``start``) of each, ``start`` counted from the first token of the
             readout's span.
 
     Returns:
@@ -111,8 +113,8 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
     steering = _of(worker)
     steering.fetch()
     answers: list[LiveTrace | None] = []
-    for external_id, index, start in samples:
-        live = steering.trace(external_id, index)
+    for key, index, start in samples:
+        live = steering.trace(key, index)
         if live is None:
             answers.append(None)
         else:

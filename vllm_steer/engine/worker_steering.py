@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.resolved import RESOLVED_KEY, Resolved
 from vllm_steer.engine.tail_rows import TailRows
-from vllm_steer.engine.traces import Trace, TraceFlow, TraceRows
+from vllm_steer.engine.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
 from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
-from vllm_steer.step_plan import TracedTokens
+from vllm_steer.step_plan import STEER, TracedTokens
 
 SampleKey = tuple[str, int]
-"""External request id and sample index."""
+"""``Resolved.key`` of the request, and sample index."""
 _ATTRIBUTE = "vllm_steer"
 
 
@@ -58,6 +59,7 @@ class WorkerSteering:
             trace_columns=settings.trace_columns,
             device=runner.device,
             max_drafts=max_drafts,
+            can_cut=config.model_config.dtype == torch.float16,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
@@ -70,6 +72,7 @@ class WorkerSteering:
         self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
         attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
+        self._may_cut = False  # whether the step that was last prepared steers a float16 stream
         self._held = {settings.layers.index(layer) for layer in hooked_layers(model)}  # of this pipeline stage
         # The front end books the same files in the same order, so both agree on the slots without a message.
         self.write_directions(
@@ -98,7 +101,7 @@ class WorkerSteering:
                 f"request {request_id!r} came to the worker with a steering spec that admission has not resolved; "
                 "allowed: requests that passed vLLM's InputProcessor with the plugin loaded. Start the engine again."
             )
-        if RESOLVED_KEY in extra and request_id not in self._resolved:
+        if extra.get(RESOLVED_KEY) is not None and request_id not in self._resolved:
             resolved = Resolved.load(extra[RESOLVED_KEY])
             self._check_bank(resolved)
             self._begin(request_id, resolved)
@@ -125,8 +128,22 @@ class WorkerSteering:
         self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
         plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
         self.buffers.write(plan)
+        self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
         if plan is not None:
             self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
+
+    def start_reading_marks(self) -> Callable[[], list[str]] | None:
+        """To be called once after each step's forward pass: which requests' streams were cut off in it.
+
+        Returns:
+            A function that may be called once the device is past that pass, and gives their internal ids; None where
+            the step could not cut anything off.
+        """
+        if not self._may_cut:
+            return None
+        self._may_cut = False
+        cut_R, _ = start_copy(self.buffers.cut_R)
+        return partial(_marked_requests, self.planner.rows(), cut_R)
 
     def silence(self) -> None:
         """Mark every token untouched for a forward pass that no request stands behind."""
@@ -143,14 +160,13 @@ class WorkerSteering:
         """Forget a finished request; its readout goes to the store with those of all that end in this step."""
         resolved = self._resolved.get(request_id)
         if resolved is not None and resolved.readout is not None:
-            key = sample_key(request_id, resolved.request_id)
+            key = sample_key(request_id, resolved)
             summed = self._to_take(request_id)
             if summed is not None:
                 self._ended.append((key, summed))
             elif request_id in self._taken:
                 self.store.put(*key, self._taken[request_id])
-            if self._reading.get(key) == request_id:  # a later request may carry the same external id
-                del self._reading[key]
+            del self._reading[key]
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
         self._taken.pop(request_id, None)
@@ -171,9 +187,9 @@ class WorkerSteering:
         self._taken.update(zip(to_take, self._readout_flow.take([*to_take.values()]), strict=True))
         return [readout or self._taken.get(request_id) for readout, request_id in zip(found, live, strict=True)]
 
-    def trace(self, external_id: str, index: int) -> tuple[list[str], Trace] | None:
+    def trace(self, key: str, index: int) -> tuple[list[str], Trace] | None:
         """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
-        request_id = self._reading.get((external_id, index))
+        request_id = self._reading.get((key, index))
         if request_id is None:
             return None
         readout = self._resolved[request_id].readout
@@ -197,7 +213,7 @@ class WorkerSteering:
         self.planner.add(request_id, resolved.plan())
         if resolved.readout is None:
             return
-        self._reading[sample_key(request_id, resolved.request_id)] = request_id
+        self._reading[sample_key(request_id, resolved)] = request_id
         failure = None
         if resolved.readout.trace and request_id not in self.planner.columns:
             failure = (
@@ -231,16 +247,22 @@ class WorkerSteering:
             self.store.put(*key, readout)
 
 
-def sample_key(request_id: str, external_id: str) -> SampleKey:
-    """(external id, sample index) of an internal request id.
+def _marked_requests(first_rows: Mapping[str, int], cut_R: torch.Tensor) -> list[str]:
+    """The requests with a mark at their row for prompt tokens, or at that for generated tokens behind it."""
+    marked = set(cut_R.nonzero()[:, 0].tolist())
+    return [one for one, row in first_rows.items() if not marked.isdisjoint((row, row + 1))] if marked else []
+
+
+def sample_key(request_id: str, resolved: Resolved) -> SampleKey:
+    """The key of the sample with this internal request id.
 
     vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of more ``<i>_<external>-<random>``
     (vllm/v1/engine/input_processor.py, parallel_sampling.py).
     """
-    if request_id == external_id or request_id.startswith(f"{external_id}-"):
-        return external_id, 0
+    if request_id == resolved.request_id or request_id.startswith(f"{resolved.request_id}-"):
+        return resolved.key, 0
     index, _, _ = request_id.partition("_")
-    return external_id, int(index)
+    return resolved.key, int(index)
 
 
 def steering_of(runner: Any) -> WorkerSteering | None:

@@ -19,6 +19,9 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import embedding_bag
 
+from vllm_steer.ops.reference import within_limit
+from vllm_steer.stream_range import FLOAT16_LIMIT
+
 LONG_RUN = 16
 """From so many tokens a run on, on average, runs are steered one by one."""
 
@@ -47,6 +50,7 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
+    cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """See ``reference.steer_and_read``."""
@@ -67,7 +71,7 @@ def steer_and_read(
         )
         _LAST[flags_4.data_ptr()] = asked, work
     if work.steered is not None:
-        _steer(hidden_TD, residual_TD, bank_SD, work.steered)
+        _steer(hidden_TD, residual_TD, bank_SD, work.steered, cut_R)
     if is_read:
         if work.reset is not None:
             sums_AD[work.reset] = 0.0
@@ -164,12 +168,14 @@ class _Steered:
     """What a step's units and a layer's entries ask for.
 
     Attributes:
-        slots_UE, a_UE, b_UE: the entries of each unit that has any. One with fewer than the deepest is filled up with
+        row_U: the row of each unit that has any entries.
+        slots_UE, a_UE, b_UE: they. One with fewer than the deepest is filled up with
             slot 0, a = b = 0.
         delta_UD: what is added to each token of a unit, where that does not depend on the token: b is 0 throughout.
         parts: tokens, and the unit of each or one for all of them.
     """
 
+    row_U: torch.Tensor
     slots_UE: torch.Tensor
     a_UE: torch.Tensor
     b_UE: torch.Tensor
@@ -210,18 +216,28 @@ def _steered(
     slots_UE = torch.from_numpy(slot_UE.clip(0))
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
     delta_UD = None if b_UE.any() else embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE)
-    return _Steered(slots_UE, a_UE, b_UE, delta_UD, parts)
+    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, delta_UD, parts)
 
 
-def _steer(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, bank_SD: torch.Tensor, steered: _Steered) -> None:
-    if steered.delta_UD is not None:
-        for tokens, units in steered.parts:
-            _add(hidden_TD, tokens, _rows(steered.delta_UD, units))
-        return
+def _steer(
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None,
+    bank_SD: torch.Tensor,
+    steered: _Steered,
+    cut_R: torch.Tensor,
+) -> None:
+    is_bounded = hidden_TD.dtype == torch.float16
     for tokens, units in steered.parts:
-        directions = (bank_SD.index_select(0, slot_N) for slot_N in _rows(steered.slots_UE, units).T)
-        a_NE, b_NE = _rows(steered.a_UE, units), _rows(steered.b_UE, units)
-        _apply(hidden_TD, residual_TD, tokens, directions, a_NE.T, b_NE.T)
+        if steered.delta_UD is not None:
+            delta_ND = _rows(steered.delta_UD, units)
+        else:
+            directions = (bank_SD.index_select(0, slot_N) for slot_N in _rows(steered.slots_UE, units).T)
+            a_NE, b_NE = _rows(steered.a_UE, units), _rows(steered.b_UE, units)
+            delta_ND = _delta(_stream(hidden_TD, residual_TD, tokens), directions, a_NE.T, b_NE.T)
+        if is_bounded:
+            _add_within_limit(hidden_TD, residual_TD, tokens, delta_ND, _rows(steered.row_U, units), cut_R)
+        else:
+            _add(hidden_TD, tokens, delta_ND)
 
 
 def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
@@ -232,21 +248,41 @@ def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
         hidden_TD.index_copy_(0, at, (hidden_TD.index_select(0, at) + delta_ND).to(hidden_TD.dtype))
 
 
-def _apply(
+def _add_within_limit(
     hidden_TD: torch.Tensor,
     residual_TD: torch.Tensor | None,
     at: Rows,
-    directions: Iterable[torch.Tensor],
-    a: torch.Tensor,
-    b: torch.Tensor,
+    delta_ND: torch.Tensor,
+    row_N: torch.Tensor,
+    cut_R: torch.Tensor,
 ) -> None:
-    """Entry by entry, each a direction, a and b of every token, or the same ones for all of them."""
-    stream_ND = _stream(hidden_TD, residual_TD, at)
+    """``_add`` in float16: what would leave its range is cut off, and the rows that this happened to are marked.
+
+    Args:
+        row_N: the row of each token, or one for all of them.
+    """
+    own_ND = _rows(hidden_TD, at).float()
+    beside_ND = torch.zeros_like(own_ND) if residual_TD is None else _rows(residual_TD, at).float()
+    new_ND = own_ND + delta_ND
+    largest = torch.maximum(new_ND.abs().max(), (new_ND + beside_ND).abs().max())
+    if not largest <= FLOAT16_LIMIT:  # seldom: NaN too
+        new_ND, is_cut_N = within_limit(new_ND, own_ND, beside_ND)
+        cut_R[row_N.expand(len(is_cut_N))[is_cut_N]] = 1
+    if isinstance(at, torch.Tensor):
+        hidden_TD.index_copy_(0, at, new_ND.to(hidden_TD.dtype))
+    else:
+        _rows(hidden_TD, at).copy_(new_ND)
+
+
+def _delta(
+    stream_ND: torch.Tensor, directions: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    """What is added entry by entry, each a direction, a and b of every token, or the same ones for all of them."""
     delta_ND = torch.zeros_like(stream_ND)
     for direction, a_e, b_e in zip(directions, a, b, strict=True):
         projection_N = ((stream_ND + delta_ND) * direction).sum(dim=1)
         delta_ND.addcmul_((a_e + b_e * projection_N)[:, None], direction)
-    _add(hidden_TD, at, delta_ND)
+    return delta_ND
 
 
 @dataclass(frozen=True, slots=True)

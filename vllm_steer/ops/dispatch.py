@@ -22,12 +22,12 @@ from vllm_steer.ops import cpu, reference
 
 _LIBRARY = torch.library.Library("vllm_steer", "FRAGMENT")
 _NAME = "steer_and_read"
-# hidden, the sums, the last rows and the trace are declared as mutated: an op that mutates nothing and returns nothing
-# would be removed by the compiler.
+# hidden, the sums, the last rows, the trace and the marks of what was cut are declared as mutated: an op that mutates
+# nothing and returns nothing would be removed by the compiler.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
     "entry_ab, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, Tensor(d!) trace, "
-    "Tensor flags) -> ()"
+    "Tensor(e!) cut, Tensor flags) -> ()"
 )
 
 

@@ -9,7 +9,10 @@ As a loop, with every number in float32::
                 slot, (a, b) = entry_slot[row_of_token[t], e], entry_ab[row_of_token[t], e]
                 if slot >= 0:
                     h += (a + b * dot(h, bank[slot])) * bank[slot]
-            hidden[t] += h - (hidden[t] + residual[t])          # rounded once, to hidden's dtype
+            new = hidden[t] + (h - (hidden[t] + residual[t]))
+            if hidden's dtype is float16 and any element of new is not within(new, hidden[t], residual[t]):
+                new, cut[row_of_token[t]] = within(new, hidden[t], residual[t]), 1
+            hidden[t] = new                                     # rounded once, to hidden's dtype
             h = hidden[t] + residual[t]                         # what is read is what the next layer gets
     for s in range(A):
         if keep[s] == 0:
@@ -22,10 +25,13 @@ As a loop, with every number in float32::
     for t, k with trace_slot[k] >= 0:
         trace[t, k] = dot(h[t], bank[trace_slot[k]])
 
+``within`` keeps new, and new + residual, from leaving ± FLOAT16_LIMIT; an element of hidden, or of hidden + residual,
+that is beyond it already moves towards zero only. NaN and infinity of the model's own stay as they are.
+
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
 entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 of any strides;
-the tables are int32, all else float32. Segments lie within the T tokens and do not overlap; entries of a row are packed
-to the left.
+the tables and ``cut`` are int32, all else float32. Segments lie within the T tokens and do not overlap; entries of a
+row are packed to the left.
 
 ``flags`` are the most entries of a row of this step, whether anything is read, whether anything is traced, and the
 version of the tables, these three included: a number that goes with no other contents of any tables in the process, or
@@ -36,6 +42,8 @@ of one version ask, and are not looked at here.
 from __future__ import annotations
 
 import torch
+
+from vllm_steer.stream_range import FLOAT16_LIMIT
 
 
 def steer_and_read(
@@ -51,6 +59,7 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
+    cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """Steer ``hidden_TD`` in place, then accumulate and trace the stream; see the module's loop."""
@@ -72,7 +81,13 @@ def steer_and_read(
         coefficient_T = torch.where(slot_TE[:, entry] >= 0, coefficient_T, 0.0)
         delta_TD = delta_TD + coefficient_T[:, None] * direction_TD
     steered_T1 = (slot_TE >= 0).any(dim=1)[:, None]
-    hidden_TD.copy_(torch.where(steered_T1, (hidden_TD.float() + delta_TD).to(hidden_TD.dtype), hidden_TD))
+    own_TD = hidden_TD.float()
+    new_TD = own_TD + delta_TD
+    if hidden_TD.dtype == torch.float16:
+        beside_TD = torch.zeros_like(own_TD) if residual_TD is None else residual_TD.float()
+        new_TD, is_cut_T = within_limit(new_TD, own_TD, beside_TD)
+        cut_R.index_add_(0, row_T.clamp(min=0), (is_cut_T & steered_T1[:, 0]).int()).clamp_(max=1)
+    hidden_TD.copy_(torch.where(steered_T1, new_TD.to(hidden_TD.dtype), hidden_TD))
     stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
 
     first_A, count_A = segment_A2.long().unbind(1)
@@ -92,3 +107,30 @@ def steer_and_read(
     if trace_slot_K.shape[0]:
         traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T
         trace_TK[:tokens] = torch.where((trace_slot_K >= 0)[None, :], traced_TK, trace_TK[:tokens])
+
+
+def within_limit(
+    new_ND: torch.Tensor, own_ND: torch.Tensor, beside_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``within`` of the loop, and for each of the N tokens whether anything was cut off; all float32.
+
+    Args:
+        new_ND: steered hidden; own_ND: hidden before; beside_ND: residual.
+    """
+    stream_ND = own_ND + beside_ND
+    most_own_ND, least_own_ND = _bounds(own_ND)
+    most_stream_ND, least_stream_ND = _bounds(stream_ND)
+    # Chosen by comparisons, which NaN never passes.
+    most_ND = torch.where(most_stream_ND - beside_ND < most_own_ND, most_stream_ND - beside_ND, most_own_ND)
+    least_ND = torch.where(least_stream_ND - beside_ND > least_own_ND, least_stream_ND - beside_ND, least_own_ND)
+    is_over_ND, is_under_ND = new_ND > most_ND, new_ND < least_ND
+    kept_ND = torch.where(is_over_ND, most_ND, torch.where(is_under_ND, least_ND, new_ND))
+    return kept_ND, (is_over_ND | is_under_ND).any(dim=1)
+
+
+def _bounds(before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest and the smallest value that an element may take."""
+    return (
+        torch.where(before_ND > FLOAT16_LIMIT, before_ND, FLOAT16_LIMIT),
+        torch.where(before_ND < -FLOAT16_LIMIT, before_ND, -FLOAT16_LIMIT),
+    )

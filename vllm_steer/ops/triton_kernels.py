@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_steer.ops.host_flags import asked
+from vllm_steer.stream_range import FLOAT16_LIMIT
 
 
 class Tiling(NamedTuple):
@@ -62,11 +63,13 @@ def _steer_and_trace(
     ab_stride_e,
     trace_slot,
     trace,
+    cut,
     flags,
     D: tl.constexpr,
     K: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)  # 131,072 tokens of 16,384 elements are past an int32
     depth = tl.load(flags)
@@ -95,7 +98,10 @@ def _steer_and_trace(
     stream = own
     if HAS_RESIDUAL:
         residual_at = residual + token * residual_stride_t + column.to(tl.int64) * residual_stride_d
-        needed = tl.where(projections > 0, D, 0)  # nothing is read that nothing is projected from
+        is_needed = projections > 0
+        if hidden.dtype.element_ty == tl.float16:
+            is_needed = is_needed | steered  # the limit is one of the stream too
+        needed = tl.where(is_needed, D, 0)
         beside = tl.load(residual_at, mask=column < needed, other=0.0).to(tl.float32)
         stream = own + beside
 
@@ -110,7 +116,21 @@ def _steer_and_trace(
                 if b != 0:
                     factor += b * tl.sum((stream + delta) * direction, axis=0)
                 delta += factor * direction
-        rounded = (own + delta).to(hidden.dtype.element_ty)
+        new = own + delta
+        if hidden.dtype.element_ty == tl.float16:
+            # Chosen by comparisons, which NaN never passes, as in the reference.
+            most = tl.where(own > LIMIT, own, LIMIT)
+            least = tl.where(own < -LIMIT, own, -LIMIT)
+            if HAS_RESIDUAL:
+                most_of_stream = tl.where(stream > LIMIT, stream, LIMIT) - beside
+                least_of_stream = tl.where(stream < -LIMIT, stream, -LIMIT) - beside
+                most = tl.where(most_of_stream < most, most_of_stream, most)
+                least = tl.where(least_of_stream > least, least_of_stream, least)
+            is_over, is_under = new > most, new < least
+            new = tl.where(is_over, most, tl.where(is_under, least, new))
+            if tl.max(((is_over | is_under) & within).to(tl.int32), axis=0) != 0:
+                tl.store(cut + row, 1)
+        rounded = new.to(hidden.dtype.element_ty)
         tl.store(hidden_at, rounded, mask=within)
         stream = rounded.to(tl.float32)
         if HAS_RESIDUAL:
@@ -194,6 +214,7 @@ def steer_and_read(
     last_AD: torch.Tensor,
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
+    cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """See ``reference.steer_and_read``. All but the stream and the entries is dense, as ``SteerBuffers`` has it."""
@@ -208,8 +229,8 @@ def steer_and_read(
         _steer_and_trace[(tokens,)](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
             entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
-            flags_4, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
-            num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
+            cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
+            LIMIT=FLOAT16_LIMIT, num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:
         _read[(min(len(keep_A), tiling.programs), triton.cdiv(dimension, tiling.block_d))](

@@ -1,7 +1,7 @@
-"""Request bodies: the plugin's own fields, aliases and defaults become what stock vLLM lets through.
+"""Request bodies: what they ask of the plugin, checked, and what is left of them for vLLM.
 
-``"steering"`` and ``"readout"`` at the top of a body, or the wire in ``vllm_xargs["vllm_steer"]``, or a model name that
-is an alias: all of them leave here as ``vllm_xargs["vllm_steer"]``, checked.
+A request asks by ``"steering"`` and ``"readout"`` at the top of its body, by the wire in ``vllm_xargs["vllm_steer"]``,
+or by a model name that is an alias. None of it stays in the body: the request's ``Exchange`` carries it on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
-from vllm_steer.errors import DirectionNotAllowed, MalformedSpec, UnknownField
+from vllm_steer.engine.http.misplaced import FIELDS, check_places, misplaced
+from vllm_steer.engine.http.steered_routes import LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
+from vllm_steer.errors import DirectionNotAllowed, MalformedSpec, NotOnThisRoute
 from vllm_steer.schema import WIRE_KEY, RequestSpec, decoded
 from vllm_steer.settings import SteerSettings
 
-CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-PATHS = frozenset({CHAT, COMPLETIONS, RESPONSES})
-_FIELDS = ("steering", "readout")
 _KEY_DIGITS = 12
 
 
@@ -48,75 +47,152 @@ class Translated:
 
     Attributes:
         body: the bytes for vLLM; None where those that came are right.
-        spec: what the request asks of the plugin; None for nothing.
+        spec: what the request asks of the plugin, an alias's entries included; None where it says nothing.
         choices_per_prompt: the body's ``n``, 1 where it has none.
+        is_background: its reply is to come before anything is generated.
+        model: the model's name in the body, where there is one.
     """
 
     body: bytes | None = None
     spec: RequestSpec | None = None
     choices_per_prompt: int = 1
+    is_background: bool = False
+    model: str | None = None
 
 
-def translate(path: str, body: bytes, key: str | None, checker: Checker, base_model: str) -> Translated:
-    """Turn a body into vLLM's terms.
+def translate(
+    path: str,
+    body: bytes,
+    key: str | None,
+    checker: Checker,
+    base_model: str,
+    query: Mapping[str, str] | None = None,
+) -> Translated:
+    """Take out of a body what is the plugin's, and check it.
 
     Args:
-        path: one of ``PATHS``.
+        path: the route.
         body: as it came. What is not a JSON object stays as it is: vLLM answers it.
         key: the API key it came with, if any.
         checker: settings, registered directions and the checks of admission.
         base_model: the name that vLLM serves its model by; it replaces an alias.
+        query: the parameters of the URL.
 
     Raises:
         SteerError: the request is refused; nothing of it has been scheduled.
     """
-    settings = checker.settings
+    settings, route = checker.settings, STEERED.get(path)
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
         return Translated()
     if not isinstance(fields, dict):
         return Translated()
-    model = fields.get("model")
-    alias = settings.served_aliases.get(model) if isinstance(model, str) else None
-    wire = _wire(fields)
-    if wire is None and alias is None and not settings.default_steering:
-        return Translated()
+    if path in LORA_NAMES:
+        _check_lora_name(fields, LORA_NAMES[path], settings)
+    model = fields.get("model") if isinstance(fields.get("model"), str) else None
+    alias = settings.served_aliases.get(model) if model is not None else None
+    if route is None:
+        check_unsteered(path, fields, None if alias is None else model, query)
+        changed = None if alias is None else json.dumps({**fields, "model": base_model}).encode()
+        return Translated(changed, model=model)
+    check_places(fields, route.extra, query or {})
+    wire = _wire(fields, route.extra)
+    if wire is None and alias is None:
+        if settings.default_steering:
+            _check_search(fields)
+        return Translated(
+            choices_per_prompt=_choices_per_prompt(fields), is_background=_is_background(path, fields), model=model
+        )
 
-    xargs = fields.get("vllm_xargs") or {}
-    if not isinstance(xargs, dict):
-        raise MalformedSpec(f"vllm_xargs is a JSON {type(xargs).__name__}; allowed: an object. Leave it out.")
-    wire = {} if wire is None else wire
+    spec = _spec(route, path, fields, wire or {}, alias, key, checker)
+    rest = _without_ours(fields, route)
+    if alias is not None:
+        rest["model"] = base_model
+    return Translated(json.dumps(rest).encode(), spec, _choices_per_prompt(fields), model=model)
+
+
+def check_unsteered(
+    path: str, fields: Mapping[str, Any], alias: str | None = None, query: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a body that asks something of the plugin on a route that cannot honour it.
+
+    Args:
+        path: the route.
+        fields: the body.
+        alias: the steered alias that its model is, if it is one.
+        query: the parameters of the URL.
+
+    Raises:
+        NotOnThisRoute.
+    """
+    asked = next((repr(name) for name in FIELDS if fields.get(name) is not None), misplaced(fields, (), query or {}))
+    if asked is None and alias is not None and path not in NAMING:
+        asked = f"the steered alias {alias!r}"
+    if asked is not None:
+        raise NotOnThisRoute(
+            f"{asked} came to {path}, which cannot honour it; allowed: {', '.join(STEERED)}. Send it to one of these, "
+            "or leave it out."
+        )
+
+
+def _spec(
+    route: SteeredRoute,
+    path: str,
+    fields: Mapping[str, Any],
+    wire: dict[str, Any],
+    alias: tuple[Any, ...] | None,
+    key: str | None,
+    checker: Checker,
+) -> RequestSpec:
+    settings = checker.settings
     readout = wire.get("readout")
     if isinstance(readout, dict):
-        wire["readout"] = _completed(readout, checker)
+        wire = {**wire, "readout": _completed(readout, checker)}
     asked = RequestSpec.from_json(wire)
-    check_allowed(asked, allowed_for(settings, key, None if alias is None else model))
-    if alias is not None:
-        spec = replace(asked, steering=(*alias, *asked.steering))
-    elif "steering" in wire:
-        spec = asked
-    else:
-        spec = replace(asked, steering=settings.default_steering)
-    silent = not spec.steering and spec.readout is None
-    if not silent:
-        _check_fields(path, fields, spec)
-        checker.check(spec)
+    if asked.readout is not None and not route.reads:
+        raise NotOnThisRoute(
+            f"a readout came to {path}, whose replies have no place for it; allowed: "
+            f"{', '.join(one for one, its in STEERED.items() if its.reads)}. Send it to one of these, or leave it out."
+        )
+    check_allowed(asked, allowed_for(settings, key, None if alias is None else str(fields["model"])))
+    spec = asked if alias is None else replace(asked, steering=(*alias, *asked.entries))
+    whole = spec.with_default(settings.default_steering)
+    if not whole.is_empty:
+        _check_search(fields)
+        if _is_background(path, fields):
+            raise MalformedSpec(
+                "background came with steering or a readout, and its reply comes before anything is generated; "
+                "allowed: one of the two. Leave one out."
+            )
+        checker.check(whole)
+    return spec
 
-    changed = {name: value for name, value in fields.items() if name not in _FIELDS}
-    xargs = {name: value for name, value in xargs.items() if name != WIRE_KEY}
-    if not silent:
-        xargs[WIRE_KEY] = spec.dumps()
-    if xargs or "vllm_xargs" in fields:
-        changed["vllm_xargs"] = xargs
-    if alias is not None:
-        changed["model"] = base_model
+
+def _choices_per_prompt(fields: Mapping[str, Any]) -> int:
     n = fields.get("n")
-    return Translated(
-        body=json.dumps(changed).encode(),
-        spec=None if silent else spec,
-        choices_per_prompt=n if isinstance(n, int) and n > 0 else 1,
-    )
+    return n if isinstance(n, int) and n > 0 else 1
+
+
+def _without_ours(fields: Mapping[str, Any], route: SteeredRoute) -> dict[str, Any]:
+    """The body without the plugin's fields and without the wire."""
+    changed = {name: value for name, value in fields.items() if name not in FIELDS}
+    inner = changed
+    for name in route.extra:
+        if not isinstance(inner.get(name), dict):
+            return changed
+        inner[name] = dict(inner[name])
+        inner = inner[name]
+    inner.pop(WIRE_KEY, None)
+    return changed
+
+
+def _check_lora_name(fields: Mapping[str, Any], field: str, settings: SteerSettings) -> None:
+    name = fields.get(field)
+    if isinstance(name, str) and name in settings.served_aliases:
+        raise MalformedSpec(
+            f"{field} is {name!r}, which is a steered alias of this server; allowed: any other name. Rename one."
+        )
 
 
 def allowed_for(settings: SteerSettings, key: str | None, alias: str | None = None) -> frozenset[str] | None:
@@ -140,7 +216,7 @@ def check_allowed(spec: RequestSpec, allowed: frozenset[str] | None) -> None:
     if allowed is None:
         return
     read = () if spec.readout is None else (*spec.readout.project, *spec.readout.trace)
-    for name in (*(entry.direction for entry in spec.steering), *read):
+    for name in (*(entry.direction for entry in spec.entries), *read):
         if name not in allowed:
             raise DirectionNotAllowed(
                 f"direction {name!r} is not open to this API key or alias; allowed: "
@@ -148,27 +224,23 @@ def check_allowed(spec: RequestSpec, allowed: frozenset[str] | None) -> None:
             )
 
 
-def _wire(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] | None:
     """The wire object of a body, from whichever of the two places it came in; None where there is none."""
-    own = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
-    xargs = fields.get("vllm_xargs")
-    if not isinstance(xargs, dict):
+    own = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
+    inner: Any = fields
+    for name in extra:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    if not extra or not isinstance(inner, dict) or WIRE_KEY not in inner:
         return own or None
-    for name in xargs:
-        if name.startswith(WIRE_KEY) and name != WIRE_KEY:
-            raise UnknownField(f"vllm_xargs has {name!r}; allowed: {WIRE_KEY!r}. Remove it.")
-    if WIRE_KEY not in xargs:
-        return own or None
+    place = f"{'.'.join(extra)}[{WIRE_KEY!r}]"
     if own:
         raise MalformedSpec(
-            f"steering came both in the body's fields ({', '.join(own)}) and in vllm_xargs[{WIRE_KEY!r}]; allowed: one "
-            "of the two. Leave one out."
+            f"steering came both in the body's fields ({', '.join(own)}) and in {place}; allowed: one of the two. "
+            "Leave one out."
         )
-    wire = decoded(xargs[WIRE_KEY])
+    wire = decoded(inner[WIRE_KEY])
     if not isinstance(wire, dict):
-        raise MalformedSpec(
-            f"vllm_xargs[{WIRE_KEY!r}] is a JSON {type(wire).__name__}; allowed: an object with v, steering, readout."
-        )
+        raise MalformedSpec(f"{place} is a JSON {type(wire).__name__}; allowed: an object with v, steering, readout.")
     return wire
 
 
@@ -192,15 +264,13 @@ def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
     return completed
 
 
-def _check_fields(path: str, fields: Mapping[str, Any], spec: RequestSpec) -> None:
-    """Refuse other fields of a body that would have the spec ignored."""
+def _check_search(fields: Mapping[str, Any]) -> None:
     if fields.get("use_beam_search"):
         raise MalformedSpec(
-            "use_beam_search came with steering or a readout, which vLLM's beam search drops; allowed: sampling. Leave "
-            "it out."
+            "use_beam_search came with steering or a readout, or on a server with default_steering, and beam search "
+            "computes generated tokens again as prompts; allowed: sampling. Leave it out."
         )
-    if path == RESPONSES and fields.get("background") and spec.readout is not None:
-        raise MalformedSpec(
-            "background came with a readout, which only the reply itself can carry; allowed: one of the two. Leave one "
-            "out."
-        )
+
+
+def _is_background(path: str, fields: Mapping[str, Any]) -> bool:
+    return path == RESPONSES and bool(fields.get("background"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.schema import RequestSpec, Steering
+from vllm_steer.schema import RequestSpec
 
 
 @dataclass(slots=True)
@@ -37,20 +37,23 @@ class Exchange:
     """One HTTP request and its reply.
 
     Attributes:
-        spec: what its body asked, aliases and default steering included; None where the body was not read or asks
-            nothing of the plugin.
+        spec: what its body asks, an alias's entries included; None where it says nothing.
+        whole: the same with the server's default steering.
         choices_per_prompt: the body's ``n``.
-        default: steering for engine requests that carry no spec, on paths whose bodies are not read.
-        allowed: the directions that such engine requests may name; None is any.
+        is_background: its reply comes before anything is generated; steered by default only.
+        allowed: the directions that engine requests of it may name which bring a spec of their own; None is any.
         samples: by (id of the engine request as vLLM's server names it, sample index), oldest first.
+        is_applied: whether an engine request of it was admitted with ``whole``.
         refusal: why an engine request of this exchange was refused, if one was.
     """
 
     spec: RequestSpec | None = None
+    whole: RequestSpec = field(default_factory=RequestSpec)
     choices_per_prompt: int = 1
-    default: tuple[Steering, ...] = ()
+    is_background: bool = False
     allowed: frozenset[str] | None = None
     samples: dict[tuple[str, int], Sample] = field(default_factory=dict)
+    is_applied: bool = False
     refusal: SteerError | None = None
 
     def sample(self, request_id: str, index: int) -> Sample:

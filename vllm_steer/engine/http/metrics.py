@@ -32,7 +32,7 @@ _labels: dict[str, str] = {}
 
 def directions_of(spec: RequestSpec) -> tuple[str, ...]:
     """The names of directions that a request is steered along, each once."""
-    return tuple(dict.fromkeys(entry.direction for entry in spec.steering))
+    return tuple(dict.fromkeys(entry.direction for entry in spec.entries))
 
 
 def admitted(spec: RequestSpec) -> None:

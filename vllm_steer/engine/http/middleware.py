@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_steer.engine.http import metrics
-from vllm_steer.engine.http.bodies import PATHS, Checker, allowed_for, translate
+from vllm_steer.engine.http.bodies import Checker, Translated, allowed_for, translate
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
-from vllm_steer.engine.http.outgoing import ReplySender, WholeSender
+from vllm_steer.engine.http.outgoing import AliasListingSender, ReplySender, WholeSender
 from vllm_steer.engine.http.refusals import error_body
 from vllm_steer.engine.http.replies import list_aliases
+from vllm_steer.engine.http.steered_routes import NAMING, STEERED
 from vllm_steer.errors import MalformedSpec, SteerError
-from vllm_steer.schema import SCHEMA_VERSION, STEERED_HEADER, WIRE_KEY
+from vllm_steer.schema import RequestSpec
 
 SERVED_STATE = "vllm_steer_served"
 _MODELS = "/v1/models"
+_FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Served:
 
 
 class SteerMiddleware:
-    """Reads the bodies of ``PATHS`` and completes their replies; lists the aliases among the models.
+    """Reads the bodies of all POST requests and completes the replies to steered ones; lists the aliases among the
+    models.
 
     Requests that ask nothing of the plugin go on with the bytes they came with, and their replies are not touched.
     """
@@ -55,14 +59,14 @@ class SteerMiddleware:
         if served is None:
             await self.app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        # A trailing slash is redirected to the route without it.
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
         settings = served.checker.settings
-        is_socket = scope["type"] == "websocket"  # which brings requests too, to realtime endpoints
-        if not is_socket and scope["method"] == "POST" and path in PATHS:
+        if scope["type"] == "websocket":  # which brings requests too, to realtime endpoints
+            exchange = Exchange(allowed=allowed_for(settings, _api_key(scope)))
+            await self._bound(exchange, scope, receive, send)
+        elif scope["method"] == "POST" and not _is_form(scope):
             await self._answer(served, path, scope, receive, send)
-        elif is_socket or scope["method"] == "POST":
-            default, allowed = settings.default_steering, allowed_for(settings, _api_key(scope))
-            await self._bound(Exchange(default=default, allowed=allowed), scope, receive, send)
         elif scope["method"] == "GET" and path == _MODELS and settings.served_aliases:
             await self.app(scope, receive, WholeSender(send, partial(list_aliases, aliases=settings.served_aliases)))
         else:
@@ -72,16 +76,17 @@ class SteerMiddleware:
         body = await _read(receive)
         if body is None:
             return  # the client is gone
+        settings, key = served.checker.settings, _api_key(scope)
+        query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         try:
-            translated = translate(path, body, _api_key(scope), served.checker, served.base_model)
+            translated = translate(path, body, key, served.checker, served.base_model, query)
         except SteerError as error:
-            await _refuse(error, scope, receive, send)
+            await _refuse(error, path, scope, receive, send)
             return
         except RecursionError:  # nested so deeply that Python can read it but not write it again
             too_deep = MalformedSpec("the body is nested too deeply; allowed: a few hundred levels. Flatten it.")
-            await _refuse(too_deep, scope, receive, send)
+            await _refuse(too_deep, path, scope, receive, send)
             return
-        exchange = Exchange(translated.spec, translated.choices_per_prompt)
         if translated.body is not None:
             body = translated.body
             headers = MutableHeaders(raw=list(scope["headers"]))
@@ -89,9 +94,16 @@ class SteerMiddleware:
                 headers["content-length"] = str(len(body))
             # In place: vLLM's metrics read the route that routing leaves in this very object.
             scope["headers"] = headers.raw
-        if translated.spec is not None or WIRE_KEY.encode() in body:
-            send = ReplySender(_marked(send), path, exchange)
-        await self._bound(exchange, scope, _replay(body, receive), send)
+        receive = _replay(body, receive)
+        if translated.model is not None and settings.served_aliases and (path in STEERED or path in NAMING):
+            send = AliasListingSender(send, settings.served_aliases)
+        if path not in STEERED:
+            await self.app(scope, receive, send)
+            return
+        exchange = _exchange_of(served, translated, key)
+        if not exchange.whole.is_empty:
+            send = ReplySender(send, path, exchange)
+        await self._bound(exchange, scope, receive, send)
 
     async def _bound(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)
@@ -101,22 +113,26 @@ class SteerMiddleware:
             current_exchange.reset(token)
 
 
-def _marked(send: Send) -> Send:
-    """A ``send`` that tells the client in the reply's head that the plugin has seen its request."""
+def _exchange_of(served: Served, translated: Translated, key: str | None) -> Exchange:
+    settings = served.checker.settings
+    return Exchange(
+        spec=translated.spec,
+        whole=(translated.spec or RequestSpec()).with_default(settings.default_steering),
+        choices_per_prompt=translated.choices_per_prompt,
+        is_background=translated.is_background,
+        allowed=allowed_for(settings, key),
+    )
 
-    async def marked(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            mark = (STEERED_HEADER.encode(), str(SCHEMA_VERSION).encode())
-            message = {**message, "headers": [*message["headers"], mark]}
-        await send(message)
 
-    return marked
+def _is_form(scope: Scope) -> bool:
+    return Headers(scope=scope).get("content-type", "").lower().startswith(_FORMS)
 
 
-async def _refuse(error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(error: SteerError, path: str, scope: Scope, receive: Receive, send: Send) -> None:
     metrics.refused(error)
     # In ASCII: what a refusal quotes may hold half a surrogate pair, which has no UTF-8.
-    await Response(json.dumps(error_body(error)), error.status, media_type="application/json")(scope, receive, send)
+    reply = Response(json.dumps(error_body(error, path)), error.status, media_type="application/json")
+    await reply(scope, receive, send)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,8 +13,11 @@ from vllm_steer.engine.http.exchange import Exchange
 from vllm_steer.engine.http.refusals import error_body
 from vllm_steer.engine.http.replies import complete_event, complete_reply
 from vllm_steer.engine.http.sse import EventSplitter, data_of, with_data
+from vllm_steer.errors import NotOnThisRoute, SteerError
+from vllm_steer.schema import SCHEMA_VERSION, STEERED_HEADER
 
 _START, _BODY = "http.response.start", "http.response.body"
+_OK, _NOT_FOUND = 200, 404
 
 
 class WholeSender:
@@ -22,17 +25,19 @@ class WholeSender:
 
     Args:
         send: where to.
-        change: changes the object in place. What is not a JSON object, or no success, is left as it is.
+        change: changes the object in place. What is not a JSON object, or another status, is left as it is.
+        status: of the replies to change.
     """
 
-    def __init__(self, send: Send, change: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, send: Send, change: Callable[[dict[str, Any]], None], status: int = _OK) -> None:
         self._send = send
         self._change = change
+        self._status = status
         self._start: Message | None = None
         self._chunks: list[bytes] = []
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == _START and message["status"] == 200:
+        if message["type"] == _START and message["status"] == self._status:
             self._start = message
         elif message["type"] == _BODY and self._start is not None:
             self._chunks.append(message.get("body", b""))
@@ -47,25 +52,44 @@ class WholeSender:
         except ValueError:
             reply = None
         if isinstance(reply, dict):
-            self._change(reply)
+            try:
+                self._change(reply)
+            except SteerError as error:
+                await _send_refusal(self._send, error, error_body(error))
+                return
             body = json.dumps(reply, separators=(",", ":")).encode()
         await _send_whole(self._send, start, body)
+
+
+class AliasListingSender(WholeSender):
+    """Adds the steered aliases to the message of a reply that says that there is no such model."""
+
+    def __init__(self, send: Send, aliases: Iterable[str]) -> None:
+        listed = ", ".join(aliases)
+
+        def list_them(reply: dict[str, Any]) -> None:
+            error = reply.get("error")
+            if isinstance(error, dict) and isinstance(error.get("message"), str):
+                error["message"] += f" Steered aliases of this server: {listed}."
+
+        super().__init__(send, list_them, status=_NOT_FOUND)
 
 
 class StreamSender:
     """Sends an event stream on, its events completed.
 
-    The stream is opened with its first event. If that is an error, the client gets a true HTTP error and no stream: the
-    request was refused for a reason that only the engine could know.
+    The stream is opened once an engine request was admitted. If it ends, or brings an error, before that, the client
+    gets a true HTTP error and no stream: the request was refused for a reason that only the engine could know.
     """
 
     def __init__(self, send: Send, path: str, exchange: Exchange, start: Message) -> None:
         self._send = send
         self._path = path
         self._exchange = exchange
-        self._reads = exchange.spec is not None and exchange.spec.readout is not None
+        self._reads = exchange.whole.readout is not None
         self._start: Message | None = start
         self._events = EventSplitter()
+        self._held: list[bytes] = []
         self._is_refused = False
 
     async def __call__(self, message: Message) -> None:
@@ -79,28 +103,43 @@ class StreamSender:
         if not more:
             events.append(self._events.rest())
         if self._start is not None:
-            if not events:
-                return
-            error = _error_of(events[0], self._exchange)
+            self._held += events
+            events = self._held
+            error = _first_error(events[:1] if self._exchange.is_applied else events)
             if error is not None:
                 self._is_refused = True
-                await _send_error(self._send, error)
+                await _send_error(self._send, self._exchange, error, self._path)
                 return
-            await self._send(self._start)
+            if not self._exchange.is_applied:
+                if not more:
+                    self._is_refused = True
+                    unsteered = _unsteered(self._path)
+                    await _send_refusal(self._send, unsteered, error_body(unsteered, self._path))
+                return
+            if not events:
+                return
+            await self._send(_marked(self._start))
             self._start = None
-        if self._reads:
-            events = [self._completed(event) for event in events]
-        await self._send({"type": _BODY, "body": b"".join(events), "more_body": more})
+        await self._send({"type": _BODY, "body": b"".join(map(self._completed, events)), "more_body": more})
 
     def _completed(self, event: bytes) -> bytes:
-        data = data_of(event)
-        if data is None or not complete_event(self._path, data, self._exchange):
+        refusal = self._exchange.refusal
+        if not self._reads and refusal is None:
             return event
-        return with_data(event, data)
+        data = data_of(event)
+        if data is None:
+            return event
+        if refusal is not None and isinstance(data.get("error"), dict):
+            return with_data(event, error_body(refusal, self._path))
+        return with_data(event, data) if self._reads and complete_event(self._path, data, self._exchange) else event
 
 
 class ReplySender:
-    """Sends on the reply to a request that asks something of the plugin, whichever way vLLM answers it."""
+    """Sends on the reply to a request that asks something of the plugin, whichever way vLLM answers it.
+
+    A success is marked as steered. One that comes without any engine request having been steered is none: the client
+    gets an error.
+    """
 
     def __init__(self, send: Send, path: str, exchange: Exchange) -> None:
         self._send = send
@@ -113,6 +152,8 @@ class ReplySender:
             self._sender = self._sender_for(message)
             if isinstance(self._sender, StreamSender):
                 return
+            if self._exchange.is_applied and message["status"] == _OK:
+                message = _marked(message)
         await self._sender(message)
 
     def _sender_for(self, start: Message) -> Send:
@@ -120,37 +161,70 @@ class ReplySender:
         if Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
             return StreamSender(self._send, self._path, exchange, start)
         if exchange.refusal is not None:
-            return _RefusalSender(self._send, error_body(exchange.refusal))
-        if exchange.spec is None or exchange.spec.readout is None:
+            return _RefusalSender(self._send, exchange.refusal, self._path)
+        if start["status"] == _OK and not exchange.is_applied:
+            # The answer to a background request comes before anything is generated.
+            if exchange.is_background:
+                return self._send
+            return _RefusalSender(self._send, _unsteered(self._path), self._path)
+        if exchange.whole.readout is None:
             return self._send
         return WholeSender(self._send, lambda reply: complete_reply(self._path, reply, exchange))
 
 
 class _RefusalSender:
-    """Sends an error of the plugin's own in place of the one that vLLM made of it."""
+    """Sends an error of the plugin's own in place of what vLLM answers."""
 
-    def __init__(self, send: Send, error: Mapping[str, Any]) -> None:
+    def __init__(self, send: Send, refusal: SteerError, path: str) -> None:
         self._send = send
-        self._error = error
+        self._refusal = refusal
+        self._path = path
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == _BODY and not message.get("more_body", False):
-            await _send_error(self._send, self._error)
+            await _send_refusal(self._send, self._refusal, error_body(self._refusal, self._path))
 
 
-def _error_of(event: bytes, exchange: Exchange) -> Mapping[str, Any] | None:
-    """The error body that a stream's first event stands for, if it is an error."""
-    data = data_of(event)
-    if data is None or not isinstance(data.get("error"), dict):
-        return None
-    return data if exchange.refusal is None else error_body(exchange.refusal)
+def _unsteered(path: str) -> NotOnThisRoute:
+    return NotOnThisRoute(
+        f"{path} was answered without any engine request that could be steered or read; allowed: routes and models "
+        "that generate. Leave steering, readout and alias out."
+    )
 
 
-async def _send_error(send: Send, error: Mapping[str, Any]) -> None:
+def _marked(start: Message) -> Message:
+    """The head of a reply, which tells the client that its request was steered or read."""
+    mark = (STEERED_HEADER.encode(), str(SCHEMA_VERSION).encode())
+    return {**start, "headers": [*start["headers"], mark]}
+
+
+def _first_error(events: Iterable[bytes]) -> Mapping[str, Any] | None:
+    """The data of the first of a stream's events that tells of an error."""
+    for event in events:
+        data = data_of(event)
+        if data is not None and isinstance(data.get("error"), dict):
+            return data
+    return None
+
+
+async def _send_error(send: Send, exchange: Exchange, error: Mapping[str, Any], path: str) -> None:
+    """The error that a stream would have begun with, as a whole reply."""
+    if exchange.refusal is not None:
+        await _send_refusal(send, exchange.refusal, error_body(exchange.refusal, path))
+        return
     code = error["error"].get("code")
-    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    if not isinstance(code, int) or not 400 <= code < 600:  # Anthropic's errors carry none
+        code = 400 if str(error["error"].get("type")).startswith("BadRequest") else 500
+    await _send_json(send, code, error)
+
+
+async def _send_refusal(send: Send, refusal: SteerError, body: Mapping[str, Any]) -> None:
+    await _send_json(send, refusal.status, body)
+
+
+async def _send_json(send: Send, status: int, body: Mapping[str, Any]) -> None:
     start = {"type": _START, "status": status, "headers": [(b"content-type", b"application/json")]}
-    await _send_whole(send, start, json.dumps(error).encode())
+    await _send_whole(send, start, json.dumps(body).encode())
 
 
 async def _send_whole(send: Send, start: Message, body: bytes) -> None:

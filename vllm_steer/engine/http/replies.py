@@ -1,12 +1,14 @@
 """Replies: readouts and traces are put beside what vLLM answers; nothing of its own is changed.
 
 =====================  ==============================================  =============================================
-endpoint               a whole reply                                   a streamed one
+route                  a whole reply                                   a streamed one
 =====================  ==============================================  =============================================
-chat, completions      ``choices[i].readout``                          the same in the chunk with the finish reason,
-                                                                       ``choices[i].trace`` in any chunk
+chat, completions,     ``choices[i].readout``                          the same in the chunk with the finish reason,
+chat batch, tokens                                                     ``choices[i].trace`` in any chunk
 responses              ``readout``                                     ``response.readout`` in the closing event,
                                                                        ``trace`` in any event before it
+messages               ``readout``                                     ``readout`` in ``message_delta``, ``trace`` in
+                                                                       any event before it
 =====================  ==============================================  =============================================
 
 A readout is ``{"num_tokens", "projections": {name: {layer: value}}, "mean": {layer: base64 of little-endian float32}}``
@@ -19,15 +21,19 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from vllm_steer.engine.http.bodies import COMPLETIONS, RESPONSES
 from vllm_steer.engine.http.exchange import Exchange, Sample
+from vllm_steer.engine.http.steered_routes import CHAT_BATCH, COMPLETIONS, MESSAGES, RESPONSES
+from vllm_steer.errors import NotOnThisRoute
 
-_CLOSING = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_ONE_SAMPLE = frozenset({RESPONSES, MESSAGES})
+_CLOSING = frozenset({"response.completed", "response.incomplete", "response.failed", "message_delta"})
+_HEADS = frozenset({"message_start", "ping"})
 
 
 def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,16 +61,26 @@ def finite(value: float) -> float | None:
 
 
 def complete_reply(path: str, reply: dict[str, Any], exchange: Exchange) -> None:
-    """Put the readouts into a whole reply."""
-    if path == RESPONSES:
+    """Put the readouts into a whole reply.
+
+    Raises:
+        NotOnThisRoute: the reply has no place for any of them.
+    """
+    placed = 0
+    if path in _ONE_SAMPLE:
         sample = _latest(exchange)
         if sample is not None:
             reply["readout"] = _whole(sample)
-        return
-    for choice in _choices(reply):
-        sample = _sample_of(path, reply, choice, exchange)
-        if sample is not None:
+            placed += 1
+    else:
+        for choice, sample in _placed(path, reply, exchange):
             choice["readout"] = _whole(sample)
+            placed += 1
+    if not placed:
+        raise NotOnThisRoute(
+            f"the reply of {path} has no place for the readout that was asked; allowed: replies with choices. Send the "
+            "request to the route itself."
+        )
 
 
 def complete_event(path: str, event: dict[str, Any], exchange: Exchange) -> bool:
@@ -73,13 +89,10 @@ def complete_event(path: str, event: dict[str, Any], exchange: Exchange) -> bool
     Returns:
         Whether the event was changed.
     """
-    if path == RESPONSES:
-        return _complete_response_event(event, exchange)
+    if path in _ONE_SAMPLE:
+        return _complete_named_event(event, exchange)
     changed = False
-    for choice in _choices(event):
-        sample = _sample_of(path, event, choice, exchange)
-        if sample is None:
-            continue
+    for choice, sample in _placed(path, event, exchange):
         news = _news(sample)
         if news:
             choice["trace"] = news
@@ -99,38 +112,44 @@ def list_aliases(models: dict[str, Any], aliases: Iterable[str]) -> None:
     cards += [{**base, "id": alias, "parent": base["id"]} for alias in aliases]
 
 
-def _complete_response_event(event: dict[str, Any], exchange: Exchange) -> bool:
+def _complete_named_event(event: dict[str, Any], exchange: Exchange) -> bool:
+    """An event of a route whose replies are one sample, which tells by its ``type`` what it is."""
     sample = _latest(exchange)
     if sample is None:
         return False
-    news = _news(sample)
+    news = _news(sample) if event.get("type") not in _HEADS else {}
     if news:
         event["trace"] = news
-    response = event.get("response")
+    response = event.get("response", event)
     if event.get("type") not in _CLOSING or not isinstance(response, dict) or sample.readout is None:
         return bool(news)
     response["readout"] = sample.readout
     return True
 
 
-def _choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
-    choices = reply.get("choices")
-    return [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+def _placed(path: str, reply: dict[str, Any], exchange: Exchange) -> Iterator[tuple[dict[str, Any], Sample]]:
+    """The choices of a reply or of a stream's chunk, each with the sample that it shows.
 
-
-def _sample_of(path: str, reply: Mapping[str, Any], choice: Mapping[str, Any], exchange: Exchange) -> Sample | None:
-    """The sample that a choice shows.
-
-    vLLM 0.32 runs prompt i of a completion as ``<reply id>-<i>`` and a chat under the reply's own id; the samples of
-    prompt i are the choices from i·n on (vllm/entrypoints/openai/{completion,chat_completion}/serving.py).
+    vLLM 0.32 runs prompt i of a completion as ``<reply id>-<i>``, conversation i of a batch as ``<reply id>_<i>``, and
+    anything else under the reply's own id; the samples of prompt i of a completion are the choices from i·n on, those
+    of conversation i all carry the index i (vllm/entrypoints/openai/{completion,chat_completion}/serving.py,
+    batch_serving.py, scale_out/token_in_token_out/serving.py).
     """
-    index = choice.get("index")
-    if not isinstance(index, int):
-        return None
-    if path != COMPLETIONS:
-        return exchange.samples.get((str(reply.get("id")), index))
-    prompt, sample = divmod(index, exchange.choices_per_prompt)
-    return exchange.samples.get((f"{reply.get('id')}-{prompt}", sample))
+    choices = reply.get("choices")
+    seen: Counter[int] = Counter()
+    for choice in choices if isinstance(choices, list) else ():
+        index = choice.get("index") if isinstance(choice, dict) else None
+        if not isinstance(index, int):
+            continue
+        key: tuple[str, int] = str(reply.get("id", reply.get("request_id"))), index
+        if path == CHAT_BATCH:
+            key = f"{key[0]}_{index}", seen[index]
+        elif path == COMPLETIONS or str(reply.get("object")).startswith("text_completion"):
+            prompt, sample_index = divmod(index, exchange.choices_per_prompt)
+            key = f"{key[0]}-{prompt}", sample_index
+        seen[index] += 1
+        if key in exchange.samples:
+            yield choice, exchange.samples[key]
 
 
 def _latest(exchange: Exchange) -> Sample | None:

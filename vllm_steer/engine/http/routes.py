@@ -26,6 +26,8 @@ from vllm_steer.errors import (
     BadDirectionFile,
     ChangeNotAllowed,
     DirectionNeeded,
+    DirectionNotFound,
+    LayerNotHooked,
     NotConfigured,
     SteerError,
     UnknownDirection,
@@ -53,6 +55,8 @@ class RefusingRoute(APIRoute):
                 return await handler(request)
             except SteerError as error:
                 metrics.refused(error)
+                if type(error) is UnknownDirection:  # here a URL names it, and not a body
+                    error = DirectionNotFound(str(error))
                 return JSONResponse(error_body(error), error.status)
 
         return answer
@@ -194,7 +198,13 @@ def _server(request: Request) -> SteeredServer:
 
 def _listed(entries: Iterable[Registered]) -> list[dict[str, Any]]:
     return [
-        {"name": one.name, "layer": one.layer, "content_hash": one.content_hash, "is_unit": one.is_unit}
+        {
+            "name": one.name,
+            "layer": one.layer,
+            "content_hash": one.content_hash,
+            "is_unit": one.is_unit,
+            "norm": one.norm,
+        }
         for one in entries
     ]
 
@@ -218,19 +228,18 @@ def _check_needed(settings: SteerSettings, before: DirectionBook, after: Directi
     Raises:
         DirectionNeeded.
     """
-    needs = [(f"alias {alias!r}", one) for alias, entries in settings.served_aliases.items() for one in entries]
-    needs += [("the default steering", one) for one in settings.default_steering]
+    needs = [(who, one) for who, entries in settings.own_steering().items() for one in entries]
     for who, steering in needs:
-        if _is_usable(before, steering) and not _is_usable(after, steering):
+        if _is_usable(before, steering, settings) and not _is_usable(after, steering, settings):
             raise DirectionNeeded(
                 f"{who} names {steering.direction!r} and could not be used after this; allowed: replacing the "
                 "direction. Start the server without it to delete the direction."
             )
 
 
-def _is_usable(book: DirectionBook, steering: Steering) -> bool:
+def _is_usable(book: DirectionBook, steering: Steering, settings: SteerSettings) -> bool:
     try:
-        direction = book.find(steering.direction, steering.layer)
-    except (UnknownDirection, AmbiguousDirection):
+        direction = book.find(steering.direction, steering.layer, settings.layers)
+    except (UnknownDirection, AmbiguousDirection, LayerNotHooked):
         return False
     return steering.op == "add" or direction.is_unit

@@ -8,7 +8,7 @@ one it found them in (``Admission.admit``); a change publishes an index without 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import IO
 
 from vllm_steer.directions import Direction
@@ -100,8 +100,8 @@ class SharedRegistry(DirectionBook):
             self._load()
         return self._book
 
-    def find(self, name: str, layer: int | None) -> Registered:
-        return self.current().find(name, layer)
+    def find(self, name: str, layer: int | None, hooked: Collection[int]) -> Registered:
+        return self.current().find(name, layer, hooked)
 
     def layers_of(self, name: str) -> dict[int, Registered]:
         return self.current().layers_of(name)

@@ -1,0 +1,77 @@
+"""Steering and readouts in places where vLLM would not look at them, or misspelt: both would be ignored in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_steer.errors import MisplacedField
+from vllm_steer.schema import WIRE_KEY
+
+FIELDS = ("steering", "readout")
+_LIKE_OURS = re.compile(r"_*(vllm[-_ ]?)?(steer|read[-_ ]?outs?$)", re.IGNORECASE)
+# Names of objects in which clients pack what they would send at the top of a body.
+_CONTAINERS = frozenset(
+    {
+        *("extra_body", "extra_args", "extra_params", "extra_query", "extra_headers", "additional_params"),
+        *("additional_config", "sampling_params", "model_kwargs", "generation_config", "generation_kwargs"),
+        *("parameters", "options", "kwargs"),
+    }
+)
+
+
+def misplaced(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mapping[str, str]) -> str | None:
+    """A place in a request that holds steering or a readout where nobody looks for them; None where there is none.
+
+    Args:
+        fields: the body.
+        extra: the keys on the way to the body's ``extra_args``, in which ``WIRE_KEY`` is right; none where the route
+            has none.
+        query: the parameters of the URL.
+    """
+    return next(iter([*_in_body(fields), *_in_extra(fields, extra), *_in_query(query)]), None)
+
+
+def check_places(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mapping[str, str]) -> None:
+    """Refuse what ``misplaced`` finds.
+
+    Raises:
+        MisplacedField: naming the place and the right spelling.
+    """
+    place = misplaced(fields, extra, query)
+    if place is not None:
+        also = f", or {WIRE_KEY!r} in {'.'.join(extra)}" if extra else ""
+        raise MisplacedField(
+            f"the request has {place}, which nothing reads; allowed: 'steering' and 'readout' at the top of the body"
+            f"{also}. Move it there."
+        )
+
+
+def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in fields.items():
+        if name not in FIELDS and _LIKE_OURS.match(name):
+            yield repr(name)
+        if name not in FIELDS and isinstance(value, dict) and name != "vllm_xargs":
+            for inner, what in value.items():
+                if _LIKE_OURS.match(inner) and (name in _CONTAINERS or isinstance(what, dict | list)):
+                    yield f"{inner!r} in {name!r}"
+    messages = fields.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            yield from (f"{name!r} in messages[{index}]" for name in message if _LIKE_OURS.match(name))
+
+
+def _in_extra(fields: Mapping[str, Any], extra: tuple[str, ...]) -> Iterator[str]:
+    """What looks like ours among the extra arguments, beside the wire itself."""
+    for keys in {extra, ("vllm_xargs",)}:
+        found: Any = fields
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, dict) and keys:
+            right = (WIRE_KEY,) if keys == extra else ()
+            yield from (f"{name!r} in {keys[-1]!r}" for name in found if name not in right and _LIKE_OURS.match(name))
+
+
+def _in_query(query: Mapping[str, str]) -> Iterator[str]:
+    yield from (f"the URL's parameter {name!r}" for name in query if _LIKE_OURS.match(name))

@@ -1,0 +1,144 @@
+"""A request whose steered stream had to be cut off ends with the reason, and what it left in the caches is not reused.
+
+The op cuts a float16 stream off at its limit and marks the request's row (``ops.reference``). The worker hands the
+marks over with the output of the very step, and the scheduler ends those requests before their tokens are shown.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from vllm_steer.engine.resolved import RESOLVED_KEY
+from vllm_steer.engine.worker_steering import steering_of
+from vllm_steer.stream_range import FLOAT16_LIMIT
+
+REASON_PREFIX = "vllm_steer: "
+_ATTRIBUTE = "vllm_steer_cut_off"
+_REASON = (
+    f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, where float16 nears its end, so "
+    "the request was ended; allowed: additions that the stream has room for. Use smaller alphas, or start the engine "
+    "with dtype='bfloat16'."
+)
+
+
+def install() -> None:
+    """Wrap ``Scheduler.update_from_output`` (see ``vllm_steer.engine``)."""
+    original = Scheduler.update_from_output
+
+    @functools.wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        cut_off = getattr(model_runner_output, _ATTRIBUTE, ())
+        failed = [one for one in cut_off if one in self.requests and not self.requests[one].is_finished()]
+        if not failed:
+            return original(self, scheduler_output, model_runner_output)
+        failed += _sharing(self, failed)
+        for request_id in failed:  # no token of theirs is shown, or ends them in another way
+            if model_runner_output.sampled_token_ids and request_id in model_runner_output.req_id_to_index:
+                model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]] = []
+        outputs = original(self, scheduler_output, model_runner_output)
+        for request_id in failed:
+            _end(self, self.requests[request_id], outputs)
+        return outputs
+
+    Scheduler.update_from_output = update_from_output
+
+
+def watch(worker: Any) -> None:
+    """Let a worker hand over the marks of each step; to be called once its model is loaded.
+
+    Its instance's ``execute_model`` and ``sample_tokens`` are wrapped (see ``vllm_steer.engine``), where the residual
+    stream is float16.
+    """
+    steering = steering_of(worker.model_runner)
+    if steering is None or not steering.buffers.can_cut:
+        return
+    execute, sample = worker.execute_model, worker.sample_tokens
+    pending: list[Callable[[], list[str]]] = []
+
+    @functools.wraps(execute)
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        output = execute(*args, **kwargs)
+        marks = steering.start_reading_marks()
+        if marks is not None and output is None:  # sample_tokens comes next
+            pending.append(marks)
+        elif marks is not None:
+            return _with_marks(output, marks)
+        return output
+
+    @functools.wraps(sample)
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        return _with_marks(output, pending.pop()) if pending else output
+
+    worker.execute_model, worker.sample_tokens = execute_model, sample_tokens
+
+
+class _OutputWithMarks(AsyncModelRunnerOutput):
+    """An output that is still under way, with the marks that arrive no later than it does."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, marks: Callable[[], list[str]]) -> None:
+        self._output = output
+        self._marks = marks
+
+    def get_output(self) -> Any:
+        return _marked(self._output.get_output(), self._marks())
+
+
+def _with_marks(output: Any, marks: Callable[[], list[str]]) -> Any:
+    if isinstance(output, AsyncModelRunnerOutput):
+        return _OutputWithMarks(output, marks)
+    return _marked(output, marks())
+
+
+def _marked(output: Any, request_ids: list[str]) -> Any:
+    if not request_ids or output is None:
+        return output
+    output = copy(output)  # vLLM hands out one empty output for all steps without tokens
+    setattr(output, _ATTRIBUTE, request_ids)
+    return output
+
+
+def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
+    """Running requests that have read steered KV of these from the prefix cache before it could be taken out."""
+    own = set().union(*(_steered_blocks(scheduler, scheduler.requests[one]) for one in failed))
+    return [
+        request.request_id
+        for request in scheduler.running
+        if request.request_id not in failed and not own.isdisjoint(_steered_blocks(scheduler, request))
+    ]
+
+
+def _steered_blocks(scheduler: Any, request: Any) -> set[int]:
+    """The blocks of a request that hold KV of steered tokens, or follow on such."""
+    extra = (request.sampling_params.extra_args if request.sampling_params is not None else None) or {}
+    resolved = extra.get(RESOLVED_KEY)
+    if resolved is None or not (resolved["prompt"] or resolved["generated"]):
+        return set()
+    first = 0 if resolved["prompt"] else resolved["prompt_len"]
+    manager = scheduler.kv_cache_manager
+    groups = manager.kv_cache_config.kv_cache_groups
+    blocks: set[int] = set()
+    for group, ids in zip(groups, manager.get_block_ids(request.request_id), strict=True):
+        blocks.update(ids[first // group.kv_cache_spec.block_size :])
+    return blocks - {manager.block_pool.null_block.block_id}
+
+
+def _end(scheduler: Any, request: Any, outputs: Any) -> None:
+    """End a request with the reason, and let nobody find its steered KV."""
+    scheduler.kv_cache_manager.evict_blocks(_steered_blocks(scheduler, request))
+    scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+    told = EngineCoreOutput(
+        request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, stop_reason=_REASON
+    )
+    if request.client_index in outputs:
+        outputs[request.client_index].outputs.append(told)
+    else:
+        outputs[request.client_index] = EngineCoreOutputs(outputs=[told])
