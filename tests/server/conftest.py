@@ -68,9 +68,11 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
     command = (
         "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--additional-config", json.dumps({"vllm_steer": settings}),
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out",
     )  # fmt: skip
-    url = _servers.enter_context(running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer"))
+    # With every route that one server can have.
+    routes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_COHERE_API": "1"}
+    url = _servers.enter_context(running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer", **routes))
     return ServedModel(url, model, directions)
 
 

@@ -68,8 +68,8 @@ class FinishedReadout:
         if not -len(self.state.drafts) <= over <= most:
             return {
                 "error": f"the sum goes up to token {self.state.next_position} where {computed_end} is the end; tokens "
-                f"too many that can be taken back out: {most} (a stop string can cause this on a separate engine "
-                "process, whose front end was slow to find it)"
+                f"too many that can be taken back out: {most} (an abort can cause this, or a stop string that a front "
+                "end beside the engine's process was slow to find)"
             }
         if self.spec.end is not None and self.state.next_position < self.spec.end:
             return {"error": f"{self.state.next_position} of {self.spec.end} prompt tokens were computed"}

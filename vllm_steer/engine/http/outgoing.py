@@ -68,7 +68,7 @@ class AliasListingSender(WholeSender):
         listed = ", ".join(aliases)
 
         def list_them(reply: dict[str, Any]) -> None:
-            error = reply.get("error")
+            error = reply.get("error", reply)  # Cohere's errors are the message itself
             if isinstance(error, dict) and isinstance(error.get("message"), str):
                 error["message"] += f" Steered aliases of this server: {listed}."
 

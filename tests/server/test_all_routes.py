@@ -1,0 +1,465 @@
+"""On every POST route of vLLM's server steering, readouts and aliases act, or are refused; none ignores them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import vllm.entrypoints
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, OTHER_LAYER, ServedModel
+from tests.server.test_fuzz import REPEATABLE
+from vllm_steer import Steering, close_llm, load_llm, register_directions, steered
+from vllm_steer.engine.http.steered_routes import (
+    CHAT,
+    CHAT_BATCH,
+    COHERE,
+    COMPLETIONS,
+    INVOCATIONS,
+    MESSAGES,
+    NAMING,
+    REFUSING,
+    RESPONSES,
+    STEERED,
+    TOKENS,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.server]
+
+SCORING, DECISIONS = "/generative_scoring", "/v1/systemone"
+DECIDED = frozenset(STEERED) | NAMING | REFUSING
+PROMPT = "Once upon a time there was"
+MESSAGES_BODY = [{"role": "user", "content": PROMPT}]
+GENERATED = 8
+STRONG = [{"direction": "kind", "alpha": ALIAS_ALPHA}]
+READ = {"span": "generated", "project": ["kind"], "trace": ["kind"]}
+
+_SHORT = {"max_tokens": GENERATED, "temperature": 0}
+_EXACT = {**_SHORT, "ignore_eos": True, "return_token_ids": True}
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a route that generates is asked and answers.
+
+    Attributes:
+        body: a body that asks for a greedy answer to ``PROMPT``.
+        said: what it answered: token ids where it tells them, else its text.
+        streamed: the same of the events of a stream; None where it cannot stream.
+        is_chat: its prompt goes through the chat template.
+    """
+
+    body: dict[str, Any]
+    said: Callable[[dict[str, Any]], object]
+    streamed: Callable[[list[dict[str, Any]]], object] | None = None
+    is_chat: bool = True
+
+
+def _ids(reply: dict[str, Any]) -> object:
+    return [choice["token_ids"] for choice in reply["choices"]]
+
+
+def _streamed_ids(events: list[dict[str, Any]]) -> object:
+    choices = [choice for event in events for choice in event.get("choices", ())]
+    return [[token for choice in choices for token in choice.get("token_ids") or ()]]
+
+
+def _responses_text(events: list[dict[str, Any]]) -> object:
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+
+
+def _messages_text(events: list[dict[str, Any]]) -> object:
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    return "".join(delta.get("text", "") for delta in deltas)
+
+
+def _cohere_text(events: list[dict[str, Any]]) -> object:
+    deltas = [event["delta"] for event in events if event["type"] == "content-delta"]
+    return "".join(delta["message"]["content"]["text"] for delta in deltas)
+
+
+USES = {
+    CHAT: Use({"messages": MESSAGES_BODY, **_EXACT}, _ids, _streamed_ids),
+    CHAT_BATCH: Use({"messages": [MESSAGES_BODY], **_EXACT}, _ids),
+    COMPLETIONS: Use({"prompt": PROMPT, **_EXACT}, _ids, _streamed_ids, is_chat=False),
+    RESPONSES: Use(
+        {"input": PROMPT, "temperature": 0, "max_output_tokens": GENERATED},
+        lambda reply: reply["output"][0]["content"][0]["text"],
+        _responses_text,
+    ),
+    MESSAGES: Use({"messages": MESSAGES_BODY, **_SHORT}, lambda reply: reply["content"][0]["text"], _messages_text),
+    INVOCATIONS: Use({"messages": MESSAGES_BODY, **_EXACT}, _ids, _streamed_ids),
+    TOKENS: Use({"sampling_params": {**_SHORT, "ignore_eos": True}}, _ids, _streamed_ids, is_chat=False),
+    COHERE: Use(
+        {"messages": MESSAGES_BODY, **_SHORT}, lambda reply: reply["message"]["content"][0]["text"], _cohere_text
+    ),
+    SCORING: Use(
+        {"query": PROMPT, "items": ["kind", "cold"], "label_token_ids": [500, 600]},
+        lambda reply: [one["score"] for one in reply["data"]],
+        is_chat=False,
+    ),
+}
+"""``/v1/systemone`` alone is missing: the tiny model cannot decide, and it answers 501 whatever is asked."""
+
+ROUTES = pytest.mark.parametrize("path", USES)
+READING = pytest.mark.parametrize("path", [path for path in USES if STEERED[path].reads])
+
+
+def _post(server: httpx.Client, path: str, **fields: Any) -> httpx.Response:
+    return server.post(path, json={"model": "tiny", **_body(server, path), **fields})
+
+
+def _body(server: httpx.Client, path: str) -> dict[str, Any]:
+    if path != TOKENS:
+        return USES[path].body
+    tokens = server.post("/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()["tokens"]
+    return {**USES[path].body, "token_ids": tokens}
+
+
+def _said(path: str, reply: httpx.Response) -> object:
+    assert reply.status_code == 200, reply.text
+    return USES[path].said(reply.json())
+
+
+def _events(reply: httpx.Response) -> list[dict[str, Any]]:
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in reply.text.split("\n") if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+# ---------------------------------------------------------------------------------------------- what there is
+
+
+def test_somebody_has_decided_about_every_post_route_that_a_server_can_have() -> None:
+    # Another process: vLLM reads the switches of its routes once.
+    code = """
+import json
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.tasks import POOLING_TASKS
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+options = ["--enable-scale-out", "--enable-fault-tolerance"]
+arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+app = build_app(arguments, ("generate", "transcription", "realtime", "render", *POOLING_TASKS))
+
+def posts(routes):
+    for route in routes:
+        if "POST" in (getattr(route, "methods", None) or ()):
+            yield route.path
+        elif getattr(route, "routes", None):
+            yield from posts(route.routes)
+
+print("routes:", json.dumps(sorted(set(posts(app.routes)))))
+"""
+    switches = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_ENABLE_COHERE_API": "1",
+        "VLLM_PLUGINS": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **switches}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("routes: ")]
+    built = set(json.loads(line.removeprefix("routes: ")))
+    assert {CHAT, COHERE, DECISIONS, "/v1/load_lora_adapter"} <= built
+    assert built - DECIDED == set(), "decide in steered_routes.py what these do with steering"
+    # Some are only there with arguments that exclude others; their paths stand in the source all the same.
+    written = set(_written_posts(Path(vllm.entrypoints.__path__[0])))
+    assert len(written) > 30
+    assert written - DECIDED == set(), "decide in steered_routes.py what these do with steering"
+    assert DECIDED - written - built == set(), "vLLM has these no more"
+
+
+def _written_posts(root: Path) -> Iterator[str]:
+    """Paths that the source below ``root`` gives to POST routes."""
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
+                continue
+            path = node.args[0]
+            if not isinstance(path, ast.Constant) or not str(path.value).startswith("/"):
+                continue
+            methods = next((word.value for word in node.keywords if word.arg == "methods"), None)
+            names = {item.value for item in ast.walk(methods) if isinstance(item, ast.Constant)} if methods else set()
+            adds = node.func.attr in ("add_api_route", "api_route", "add_route", "route") and "POST" in names
+            if node.func.attr == "post" or adds:
+                yield str(path.value)
+
+
+# ---------------------------------------------------------------------------------------------- route by route
+
+
+@ROUTES
+def test_steering_acts_and_is_marked_and_an_alias_is_the_same(server: httpx.Client, path: str) -> None:
+    plain = _post(server, path)
+    marked = _post(server, path, steering=STRONG)
+    assert _said(path, marked) != _said(path, plain)
+    assert _said(path, _post(server, path, model=ALIAS)) == _said(path, marked)
+    assert _said(path, _post(server, path, steering=[])) == _said(path, plain)
+    assert ("x-vllm-steer" in marked.headers, "x-vllm-steer" in plain.headers) == (True, False)
+
+
+@READING
+def test_a_readout_comes_and_changes_nothing(server: httpx.Client, path: str) -> None:
+    plain = _post(server, path)
+    read = _post(server, path, readout=READ)
+    assert _said(path, read) == _said(path, plain)
+    assert "x-vllm-steer" in read.headers
+    fields = read.json()
+    readout = fields["readout"] if "readout" in fields else fields["choices"][0]["readout"]
+    # The last token is sampled, not computed.
+    assert readout["num_tokens"] == len(readout["trace"]["kind"]["values"]) == GENERATED - 1
+    steered_too = _post(server, path, readout=READ, steering=STRONG).json()
+    other = steered_too["readout"] if "readout" in steered_too else steered_too["choices"][0]["readout"]
+    assert other["projections"]["kind"] != readout["projections"]["kind"]
+
+
+@pytest.mark.parametrize("path", [path for path in STEERED if not STEERED[path].reads])
+def test_a_route_whose_replies_have_no_place_for_a_readout_refuses_one(server: httpx.Client, path: str) -> None:
+    body = _body(server, path) if path in USES else {}
+    reply = server.post(path, json={"model": "tiny", **body, "readout": READ})
+    assert reply.status_code == 400
+    assert "no place" in reply.text
+
+
+@pytest.mark.parametrize(
+    ("path", "how"),
+    [
+        (path, how)
+        for path, use in USES.items()
+        if use.streamed
+        for how in ("steered", "alias", "read")
+        if how != "read" or STEERED[path].reads
+    ],
+)
+def test_a_stream_says_what_the_whole_reply_says(server: httpx.Client, path: str, how: str) -> None:
+    fields = {"steered": {"steering": STRONG}, "alias": {"model": ALIAS}, "read": {"readout": READ}}[how]
+    whole = _post(server, path, **fields)
+    stream = _post(server, path, stream=True, **fields)
+    assert "x-vllm-steer" in stream.headers
+    streamed = USES[path].streamed
+    assert streamed is not None
+    assert streamed(_events(stream)) == _said(path, whole)
+    assert ('"readout"' in stream.text, '"trace"' in stream.text) == (how == "read", how == "read")
+
+
+@pytest.mark.parametrize("fields", [{}, {"steering": STRONG}, {"readout": READ}], ids=["plain", "steered", "read"])
+@pytest.mark.parametrize("abort", ["/abort_requests", "/inference/v1/abort_requests"])
+def test_a_request_is_aborted_by_the_id_that_its_caller_knows(
+    server: httpx.Client, abort: str, fields: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "messages": MESSAGES_BODY, **_EXACT, "max_tokens": 200, "stream": True, **fields}
+    tokens, reasons, last = 0, [], {}
+    with server.stream("POST", CHAT, json=body, headers={"X-Request-Id": "to-be-aborted"}) as stream:
+        for line in stream.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            (last,) = json.loads(line.removeprefix("data: "))["choices"] or ({},)
+            if tokens == 0 and last.get("token_ids"):
+                assert server.post(abort, json={"request_ids": ["chatcmpl-to-be-aborted"]}).status_code == 200
+            tokens += len(last.get("token_ids") or ())
+            reasons.append(last.get("finish_reason"))
+    assert reasons[-1] == "abort"
+    assert 0 < tokens < 200
+    assert ("readout" in last) == ("readout" in fields)
+    if "readout" in last and "error" not in last["readout"]:  # the engine may be a step or two ahead of the abort
+        assert last["readout"]["num_tokens"] == tokens - 1
+    # Nothing of it is left: its id is free, and the next one with it is read to its end.
+    again = server.post(
+        CHAT, json={**body, "max_tokens": 5, "stream": False}, headers={"X-Request-Id": "to-be-aborted"}
+    )
+    assert again.json()["choices"][0]["finish_reason"] == "length"
+
+
+@ROUTES
+def test_an_unknown_model_is_told_the_aliases(server: httpx.Client, path: str) -> None:
+    reply = _post(server, path, model="nobody")
+    if path == INVOCATIONS:  # which takes the model from a header of SageMaker's and ignores the body's
+        assert _said(path, reply) == _said(path, _post(server, path))
+        return
+    assert reply.status_code == 404
+    assert f"Steered aliases of this server: {ALIAS}." in reply.text
+
+
+@ROUTES
+def test_a_bad_direction_is_a_bad_request(server: httpx.Client, path: str) -> None:
+    bad = _post(server, path, steering=[{"direction": "nobody", "alpha": 1.0}])
+    assert bad.status_code == 400
+    assert "no direction is named 'nobody'" in bad.text
+    unhooked = _post(server, path, steering=[{"direction": "kind", "alpha": 1.0, "layer": 0}])
+    assert unhooked.status_code == 400
+    assert "layer 0 is not hooked" in unhooked.text
+
+
+def test_what_only_counts_takes_an_alias_for_its_model(server: httpx.Client) -> None:
+    for path, body in {
+        "/tokenize": {"prompt": PROMPT},
+        "/detokenize": {"tokens": [5, 6, 7]},
+        "/v1/messages/count_tokens": {"messages": MESSAGES_BODY},
+    }.items():
+        plain = server.post(path, json={"model": "tiny", **body})
+        alias = server.post(path, json={"model": ALIAS, **body})
+        assert (alias.status_code, alias.json()) == (200, plain.json())
+        assert "x-vllm-steer" not in alias.headers
+        assert server.post(path, json={"model": "tiny", **body, "steering": STRONG}).status_code == 400
+    assert set(NAMING) == {"/tokenize", "/detokenize", "/v1/messages/count_tokens"}
+
+
+# ---------------------------------------------------------------------------------------------- fuzz
+
+SPECS = {
+    "kind": [{"direction": "kind", "alpha": ALIAS_ALPHA}],
+    "against": [{"direction": "kind", "alpha": -40.0, "span": "all"}],
+    "other": [{"direction": "other", "alpha": 60.0, "layer": OTHER_LAYER}],
+    "both": [{"direction": "kind", "alpha": 30.0}, {"direction": "other", "alpha": -30.0}],
+    "set": [{"direction": "kind", "op": "set", "alpha": 45.0, "layer": KIND_LAYER}],
+}
+PLACES = (
+    "top", "top", "top", "alias", "wire", "wire", "query", "steer", "Steering", "vllm_steer", "extra_body",
+    "extra_args", "sampling_params", "options", "message", "raw vllm_xargs",
+)  # fmt: skip
+# What can stand in the place of a spec and asks for nothing, so that a plain answer is right.
+NOTHING: tuple[Any, ...] = (None, [])
+ODD: tuple[Any, ...] = (
+    0, 1, True, "kind", "", {}, {"direction": "kind"}, [[]], [None], ["kind"], [{}], 1e308, [{"direction": "kind"}],
+    [{"direction": "kind", "alpha": "5"}], [{"direction": "kind", "alpha": 1e9}], [{"direction": "", "alpha": 1.0}],
+    [{"direction": "kind", "alpha": 1.0, "layers": [2]}], [{"direction": "kind", "alpha": 1.0, "layer": 99}],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def offline(served: ServedModel) -> dict[str, dict[bool, tuple[list[int], str]]]:
+    """Spec's name, or "" for none -> whether through the chat template -> the tokens and the text of the answer, from
+    an engine in this process that has the server's checkpoint and directions."""
+    llm = load_llm(
+        str(served.model), layers=[OTHER_LAYER, KIND_LAYER], dtype="float32", enforce_eager=True, max_model_len=256,
+        kv_cache_memory_bytes=64 << 20, disable_log_stats=True,
+    )  # fmt: skip
+    try:
+        register_directions(llm, served.directions)
+        params = {"temperature": 0, "max_tokens": GENERATED, "ignore_eos": True}
+        asked = {name: [Steering.from_json(entry) for entry in SPECS.get(name, ())] for name in ("", *SPECS)}
+        told: dict[str, dict[bool, tuple[list[int], str]]] = {}
+        for name, entries in asked.items():
+            chat = llm.chat(MESSAGES_BODY, steered(params, entries), use_tqdm=False)[0].outputs[0]  # type: ignore[arg-type]
+            text = llm.generate(PROMPT, steered(params, entries), use_tqdm=False)[0].outputs[0]
+            told[name] = {True: (list(chat.token_ids), chat.text), False: (list(text.token_ids), text.text)}
+    finally:
+        close_llm(llm)
+    assert len({str(one) for one in told.values()}) == len(told)  # else the fuzz could not tell them apart
+    return told
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of the fuzz.
+
+    Attributes:
+        spec: which of ``SPECS``; None where the value is not one.
+        place: one of ``PLACES``.
+        value: what stands there.
+        stream: whether a stream is asked.
+    """
+
+    path: str
+    spec: str | None
+    place: str
+    value: Any
+    stream: bool
+
+
+@st.composite
+def asks(draw: st.DrawFn) -> Ask:
+    path = draw(st.sampled_from([*sorted(USES) * 4, *sorted(DECIDED)]))
+    place = draw(st.sampled_from(PLACES))
+    spec = draw(st.sampled_from([*SPECS, *SPECS, None]))
+    value = SPECS[spec] if spec is not None else draw(st.sampled_from([*NOTHING, *ODD]))
+    use = USES.get(path)
+    stream = use is not None and use.streamed is not None and draw(st.booleans())
+    return Ask(path, "kind" if place == "alias" else spec, place, value, stream)
+
+
+def _request(server: httpx.Client, ask: Ask) -> httpx.Response:
+    body = {"model": "tiny", **(_body(server, ask.path) if ask.path in USES else {})}
+    if ask.stream:
+        body["stream"] = True
+    params = {}
+    match ask.place:
+        case "top":
+            body["steering"] = ask.value
+        case "alias":
+            body["model"] = ALIAS
+        case "wire":
+            route = STEERED.get(ask.path)
+            inner = body
+            for name in route.extra if route is not None and route.extra else ("vllm_xargs",):
+                inner[name] = dict(inner.get(name, {}))
+                inner = inner[name]
+            inner["vllm_steer"] = json.dumps({"v": 1, "steering": ask.value})
+        case "query":
+            params["steering"] = json.dumps(ask.value)
+        case "steer" | "Steering" | "vllm_steer":
+            body[ask.place] = ask.value
+        case "message":
+            body["messages"] = [{**MESSAGES_BODY[0], "steering": ask.value}]
+        case "raw vllm_xargs":
+            body["vllm_xargs"] = {**body.get("vllm_xargs", {}), "steering": json.dumps(ask.value)}
+        case _:
+            body[ask.place] = {**body.get(ask.place, {}), "steering": ask.value}
+    return server.post(ask.path, json=body, params=params)
+
+
+def test_no_route_gives_the_unsteered_answer_to_a_request_that_asks_for_steering(
+    server: httpx.Client, offline: dict[str, dict[bool, tuple[list[int], str]]]
+) -> None:
+    scores = {name: _said(SCORING, _post(server, SCORING, steering=SPECS.get(name, []))) for name in ("", *SPECS)}
+    assert len({str(one) for one in scores.values()}) == len(scores)
+    seen: Counter[tuple[str, int]] = Counter()
+
+    @settings(REPEATABLE, max_examples=600)
+    @given(asks())
+    def answers(ask: Ask) -> None:
+        reply = _request(server, ask)
+        if ask.path == DECISIONS and reply.status_code == 501:
+            return  # whatever is asked
+        assert reply.status_code < 500, reply.text
+        kind = "steers" if ask.path in USES else "other"
+        seen[kind, reply.status_code] += 1
+        if reply.status_code != 200:
+            return
+        # None of the other routes may do anything for a request that asks for steering, but what only counts.
+        asks_nothing = ask.spec is None and ask.value in NOTHING
+        if ask.path not in USES:
+            assert asks_nothing or (ask.place == "alias" and ask.path in NAMING)
+            return
+        assert ask.spec is not None or asks_nothing, f"{ask.value!r} was taken for a spec"
+        name = "" if asks_nothing else ask.spec or ""
+        use = USES[ask.path]
+        if ask.path == SCORING:
+            said, expected = _said(ask.path, reply), scores[name]
+        else:
+            said = use.streamed(_events(reply)) if use.streamed and ask.stream else _said(ask.path, reply)
+            ids, text = offline[name][use.is_chat]
+            expected = text if isinstance(said, str) else [ids]
+        assert said == expected, ask
+        assert ("x-vllm-steer" in reply.headers) == (name != ""), ask
+
+    answers()
+    # A fuzzer that only ever sees refusals, or none, tests nothing.
+    assert min(seen["steers", 200], seen["steers", 400], seen["other", 400]) >= 20, seen
