@@ -57,9 +57,11 @@ def running(arguments: Sequence[str], log: Path, **environment: str) -> Iterator
             time.sleep(0.5)
         yield ApiServer(url, process)
     finally:
-        process.terminate()
         try:
+            process.terminate()
             process.wait(60)
+        except psutil.NoSuchProcess:  # it has ended by itself
+            process.wait()
         except psutil.TimeoutExpired:
             process.kill()
             process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from vllm_steer import (
 from vllm_steer.engine import async_readouts, batch_runner, plugin, requests
 from vllm_steer.engine.admission import Admission, Asked, admission_of
 from vllm_steer.engine.async_readouts import _generated
+from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.http.exchange import Exchange
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry
 from vllm_steer.engine.stream_overflow import REASON_PREFIX
@@ -272,3 +274,23 @@ def test_a_line_that_was_answered_unsteered_is_an_error() -> None:
         batch_runner._completed(reply, exchange)
     exchange.is_applied = True
     assert batch_runner._completed(reply, exchange) is reply
+
+
+def test_a_task_that_nobody_awaits_says_in_the_log_why_it_ended(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise OSError("the reason")
+
+    async def run() -> None:
+        task = run_in_background(fails(), "The work")
+        cancelled = run_in_background(asyncio.sleep(10), "The other")
+        await asyncio.wait([task])
+        cancelled.cancel()
+
+    logger = logging.getLogger("vllm.vllm_steer")
+    logger.addHandler(caplog.handler)
+    try:
+        asyncio.run(run())
+    finally:
+        logger.removeHandler(caplog.handler)
+    # Once or, where vLLM's loggers pass their records on, twice.
+    assert {record.message for record in caplog.records} == {"The work has ended: the reason"}

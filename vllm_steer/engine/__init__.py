@@ -49,6 +49,9 @@ Patches, each a wrapper that calls the original, each inert unless ``additional_
 ``MPClient.start_engine_core_monitor``  (``death_watch.py``; vllm/v1/engine/core_client.py)
     Why: where the engine core's process is killed, vLLM 0.32 leaves ``LLM.generate`` and every RPC that is under way
     waiting for ever. Gone when: vLLM fails what is pending when it finds its engine dead.
+``EngineCoreProc.run_busy_loop``, ``DPEngineCoreProc.run_busy_loop``  (``death_watch.py``; vllm/v1/engine/core.py)
+    Why: where the front end's process is killed, vLLM 0.32 leaves the engine core and its workers running for ever,
+    with all their memory. Gone when: an engine core ends with its parent.
 ``AsyncLLM.generate``  (``async_readouts.py``; vllm/v1/engine/async_llm.py; where an engine is configured)
     Why: vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be
     collected between a sample's last token and the reply. Gone when: outputs can carry what a worker hands over.

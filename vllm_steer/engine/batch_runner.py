@@ -31,8 +31,8 @@ def install() -> None:
     original = run_batch.run_request
 
     @functools.wraps(original)
-    async def run_request(serving_engine_func: Any, request: Any, tracker: Any) -> Any:
-        return await original(functools.partial(_answer, serving_engine_func, request.url), request, tracker)
+    async def run_request(serving_engine_func: Any, request: Any, *args: Any) -> Any:
+        return await original(functools.partial(_answer, serving_engine_func, request.url), request, *args)
 
     run_batch.run_request = run_request
     _installed = True

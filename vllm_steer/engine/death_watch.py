@@ -1,4 +1,4 @@
-"""Tells whoever waits for an engine core that its process has died."""
+"""Deaths of processes: whoever waits for one that has died is told, and what served it ends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import multiprocessing
+import os
+import signal
 import time
 import weakref
+from collections.abc import Callable
 from multiprocessing import connection
 from threading import Thread
 from typing import Any
 
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -19,7 +24,7 @@ from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
-    """Wrap ``MPClient.start_engine_core_monitor`` (see ``vllm_steer.engine``)."""
+    """Wrap ``MPClient.start_engine_core_monitor`` and two ``run_busy_loop`` (see ``vllm_steer.engine``)."""
     original = MPClient.start_engine_core_monitor
 
     @functools.wraps(original)
@@ -32,6 +37,25 @@ def install() -> None:
             Thread(target=_watch, args=watched, daemon=True, name="SteerDeathWatch").start()
 
     MPClient.start_engine_core_monitor = start_engine_core_monitor
+    EngineCoreProc.run_busy_loop = _while_parent_lives(EngineCoreProc.run_busy_loop)
+    DPEngineCoreProc.run_busy_loop = _while_parent_lives(DPEngineCoreProc.run_busy_loop)
+
+
+def _while_parent_lives(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(run)
+    def run_busy_loop(self: Any) -> Any:
+        parent = multiprocessing.parent_process()
+        if parent is not None and SteerSettings.of(self.vllm_config.additional_config) is not None:
+            Thread(target=_end_with, args=(parent.sentinel,), daemon=True, name="SteerParentWatch").start()
+        return run(self)
+
+    return run_busy_loop
+
+
+def _end_with(parent: int) -> None:
+    """End this process, an engine core, in vLLM's own way once its parent is gone; in an orderly end it goes first."""
+    connection.wait([parent])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(client_ref: weakref.ref[Any], sentinels: list[Any]) -> None:

@@ -51,6 +51,7 @@ _PROCESSOR = "vllm.v1.engine.input_processor"
 _OFFLINE_ENGINE = "vllm.v1.engine.llm_engine"
 _ASYNC = "vllm.v1.engine.async_llm"
 _CLIENT = "vllm.v1.engine.core_client"
+_CORE = "vllm.v1.engine.core"
 _SERVED_MODELS = "vllm.entrypoints.openai.models.serving"
 _SERVE = "vllm.entrypoints.cli.serve"
 _BATCH_RUNNER = "vllm.entrypoints.launchers.run_batch"
@@ -187,6 +188,12 @@ FOREIGN_NAMES = (
     ForeignName(_CLIENT, "SyncMPClient.outputs_queue"),
     *_members(_CLIENT, "BackgroundResources", "engine_dead engine_manager"),
     ForeignName("vllm.v1.engine.utils", "CoreEngineProcManager.sentinels", "self"),
+    ForeignName(_CORE, "EngineCoreProc"),
+    ForeignName(_CORE, "DPEngineCoreProc"),
+    ForeignName(_CORE, "EngineCore.vllm_config"),
+    _patched(_CORE, "EngineCoreProc.run_busy_loop", "self"),
+    _patched(_CORE, "DPEngineCoreProc.run_busy_loop", "self"),
+    ForeignName("vllm.entrypoints.launchers.launcher", "terminate_if_errored", "server, engine"),
     ForeignName("vllm.v1.engine.exceptions", "EngineDeadError"),
     # The asynchronous front end and the server.
     ForeignName(_ASYNC, "AsyncLLM"),
@@ -212,7 +219,7 @@ FOREIGN_NAMES = (
     ForeignName(_SERVED_MODELS, "OpenAIServingModels.model_name", "self, ..."),
     # The offline batch runner.
     ForeignName(_BATCH_RUNNER, ""),
-    _patched(_BATCH_RUNNER, "run_request", "async serving_engine_func, request, tracker"),
+    _patched(_BATCH_RUNNER, "run_request", "async serving_engine_func, request, ..."),
     ForeignName(_BATCH_RUNNER, "BatchRequestInput.url"),
     ForeignName(_CHAT_BODIES, "ChatCompletionRequest"),
     *_members(_CHAT_BODIES, "ChatCompletionRequest", "model n use_beam_search vllm_xargs"),

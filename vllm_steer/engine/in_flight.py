@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.slot_use import SlotUse
 
 DRAIN_SECONDS = 0.05
@@ -82,7 +83,7 @@ class InFlight:
     def _leave(self, slots: tuple[int, ...]) -> None:
         self._leaving.extend(slots)
         if self._drain is None:
-            self._drain = asyncio.get_running_loop().create_task(self._drained())
+            self._drain = run_in_background(self._drained(), "The release of slots")
 
     async def _drained(self) -> None:
         """One question to the engine for all requests that ended in the last moment, not one each."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.http.exchange import Sample
 from vllm_steer.engine.http.replies import finite
 from vllm_steer.engine.stages import LiveTrace, whole_traces
@@ -35,7 +36,7 @@ class LiveTraces:
         """
         self._followed[key, index] = sample
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._poll())
+            self._task = run_in_background(self._poll(), "The poll of running traces")
 
     def leave(self, key: str, index: int) -> None:
         """Follow a sample no longer; also where it has never been followed."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import State
+from vllm.entrypoints.launchers.launcher import terminate_if_errored
 from vllm.logger import init_logger
 
 from vllm_steer.engine.admission import Admission, admission_of
+from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
 from vllm_steer.engine.http.playground import playground_router
 from vllm_steer.engine.http.routes import ADMIN_KEY_VARIABLE, SERVER_STATE, SteeredServer, router
 from vllm_steer.engine.http.sharing import share_registry
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
+
+WATCH_SECONDS = 0.5
 
 logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
 
@@ -58,6 +63,16 @@ class SteerEndpoints:
         _check_own_steering(admission)
         setattr(state, SERVER_STATE, SteeredServer(admission.settings, registry))
         setattr(state, SERVED_STATE, Served(admission, models.model_name()))
+        state.vllm_steer_watchdog = run_in_background(_end_with(engine_client, state), "The watch of the engine")
+
+
+async def _end_with(engine_client: Any, state: State) -> None:
+    """End the server soon after its engine; vLLM itself looks every five seconds, or when a request meets the error."""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        server = getattr(state, "server", None)  # vLLM's, which starts after the plugins
+        if server is not None:
+            terminate_if_errored(server, engine_client)
 
 
 def _check_own_steering(admission: Admission) -> None:

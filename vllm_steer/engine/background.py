@@ -1,0 +1,24 @@
+"""Tasks of the event loop that nobody awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Coroutine
+from typing import Any
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
+
+
+def run_in_background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    """Start a task on the running loop; if it ever fails, one line of the log says so."""
+    task = asyncio.get_running_loop().create_task(work, name=name)
+    task.add_done_callback(functools.partial(_tell, name))
+    return task
+
+
+def _tell(name: str, task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.warning("%s has ended: %s", name, error)
