@@ -93,11 +93,11 @@ def save_two_directions(path: Path) -> tuple[Direction, Direction]:
 
 
 @contextmanager
-def running_server(command: Sequence[str], log: Path, **environment: str) -> Iterator[str]:
+def running_server(command: Sequence[str], log: Path, dtype: str = "float32", **environment: str) -> Iterator[str]:
     """Start a server by Python's arguments ``command``, which name model and settings, wait until it is healthy, give
     its URL, and stop it at the end. Its model is called "tiny"."""
     whole = [
-        *command, "--served-model-name", "tiny", "--api-key", API_KEY, LIMITED_KEY, "--dtype", "float32",
+        *command, "--served-model-name", "tiny", "--api-key", API_KEY, LIMITED_KEY, "--dtype", dtype,
         "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20),
     ]  # fmt: skip
     with running(whole, log, **{"VLLM_STEER_ADMIN_KEY": ADMIN_KEY, **environment}) as server:

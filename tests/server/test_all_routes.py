@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,126 +19,39 @@ import vllm.entrypoints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.server.asking import (
+    EXACT,
+    GENERATED,
+    MESSAGES_BODY,
+    PROMPT,
+    READ,
+    READING,
+    ROUTES,
+    SCORING,
+    STRONG,
+    USES,
+    body_for,
+    events_of,
+    post,
+    readout_of,
+    said,
+)
 from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, OTHER_LAYER, ServedModel
 from tests.server.test_fuzz import REPEATABLE
 from vllm_steer import Steering, close_llm, load_llm, register_directions, steered
 from vllm_steer.engine.http.steered_routes import (
     CHAT,
-    CHAT_BATCH,
     COHERE,
-    COMPLETIONS,
     INVOCATIONS,
-    MESSAGES,
     NAMING,
     REFUSING,
-    RESPONSES,
     STEERED,
-    TOKENS,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-SCORING, DECISIONS = "/generative_scoring", "/v1/systemone"
 DECIDED = frozenset(STEERED) | NAMING | REFUSING
-PROMPT = "Once upon a time there was"
-MESSAGES_BODY = [{"role": "user", "content": PROMPT}]
-GENERATED = 8
-STRONG = [{"direction": "kind", "alpha": ALIAS_ALPHA}]
-READ = {"span": "generated", "project": ["kind"], "trace": ["kind"]}
-
-_SHORT = {"max_tokens": GENERATED, "temperature": 0}
-_EXACT = {**_SHORT, "ignore_eos": True, "return_token_ids": True}
-
-
-@dataclass(frozen=True)
-class Use:
-    """How a route that generates is asked and answers.
-
-    Attributes:
-        body: a body that asks for a greedy answer to ``PROMPT``.
-        said: what it answered: token ids where it tells them, else its text.
-        streamed: the same of the events of a stream; None where it cannot stream.
-        is_chat: its prompt goes through the chat template.
-    """
-
-    body: dict[str, Any]
-    said: Callable[[dict[str, Any]], object]
-    streamed: Callable[[list[dict[str, Any]]], object] | None = None
-    is_chat: bool = True
-
-
-def _ids(reply: dict[str, Any]) -> object:
-    return [choice["token_ids"] for choice in reply["choices"]]
-
-
-def _streamed_ids(events: list[dict[str, Any]]) -> object:
-    choices = [choice for event in events for choice in event.get("choices", ())]
-    return [[token for choice in choices for token in choice.get("token_ids") or ()]]
-
-
-def _responses_text(events: list[dict[str, Any]]) -> object:
-    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
-
-
-def _messages_text(events: list[dict[str, Any]]) -> object:
-    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
-    return "".join(delta.get("text", "") for delta in deltas)
-
-
-def _cohere_text(events: list[dict[str, Any]]) -> object:
-    deltas = [event["delta"] for event in events if event["type"] == "content-delta"]
-    return "".join(delta["message"]["content"]["text"] for delta in deltas)
-
-
-USES = {
-    CHAT: Use({"messages": MESSAGES_BODY, **_EXACT}, _ids, _streamed_ids),
-    CHAT_BATCH: Use({"messages": [MESSAGES_BODY], **_EXACT}, _ids),
-    COMPLETIONS: Use({"prompt": PROMPT, **_EXACT}, _ids, _streamed_ids, is_chat=False),
-    RESPONSES: Use(
-        {"input": PROMPT, "temperature": 0, "max_output_tokens": GENERATED},
-        lambda reply: reply["output"][0]["content"][0]["text"],
-        _responses_text,
-    ),
-    MESSAGES: Use({"messages": MESSAGES_BODY, **_SHORT}, lambda reply: reply["content"][0]["text"], _messages_text),
-    INVOCATIONS: Use({"messages": MESSAGES_BODY, **_EXACT}, _ids, _streamed_ids),
-    TOKENS: Use({"sampling_params": {**_SHORT, "ignore_eos": True}}, _ids, _streamed_ids, is_chat=False),
-    COHERE: Use(
-        {"messages": MESSAGES_BODY, **_SHORT}, lambda reply: reply["message"]["content"][0]["text"], _cohere_text
-    ),
-    SCORING: Use(
-        {"query": PROMPT, "items": ["kind", "cold"], "label_token_ids": [500, 600]},
-        lambda reply: [one["score"] for one in reply["data"]],
-        is_chat=False,
-    ),
-}
-"""``/v1/systemone`` alone is missing: the tiny model cannot decide, and it answers 501 whatever is asked."""
-
-ROUTES = pytest.mark.parametrize("path", USES)
-READING = pytest.mark.parametrize("path", [path for path in USES if STEERED[path].reads])
-
-
-def _post(server: httpx.Client, path: str, **fields: Any) -> httpx.Response:
-    return server.post(path, json={"model": "tiny", **_body(server, path), **fields})
-
-
-def _body(server: httpx.Client, path: str) -> dict[str, Any]:
-    if path != TOKENS:
-        return USES[path].body
-    tokens = server.post("/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()["tokens"]
-    return {**USES[path].body, "token_ids": tokens}
-
-
-def _said(path: str, reply: httpx.Response) -> object:
-    assert reply.status_code == 200, reply.text
-    return USES[path].said(reply.json())
-
-
-def _events(reply: httpx.Response) -> list[dict[str, Any]]:
-    assert reply.status_code == 200, reply.text
-    assert reply.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in reply.text.split("\n") if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
-
+DECISIONS = "/v1/systemone"
 
 # ---------------------------------------------------------------------------------------------- what there is
 
@@ -207,32 +120,30 @@ def _written_posts(root: Path) -> Iterator[str]:
 
 @ROUTES
 def test_steering_acts_and_is_marked_and_an_alias_is_the_same(server: httpx.Client, path: str) -> None:
-    plain = _post(server, path)
-    marked = _post(server, path, steering=STRONG)
-    assert _said(path, marked) != _said(path, plain)
-    assert _said(path, _post(server, path, model=ALIAS)) == _said(path, marked)
-    assert _said(path, _post(server, path, steering=[])) == _said(path, plain)
+    plain = post(server, path)
+    marked = post(server, path, steering=STRONG)
+    assert said(path, marked) != said(path, plain)
+    assert said(path, post(server, path, model=ALIAS)) == said(path, marked)
+    assert said(path, post(server, path, steering=[])) == said(path, plain)
     assert ("x-vllm-steer" in marked.headers, "x-vllm-steer" in plain.headers) == (True, False)
 
 
 @READING
 def test_a_readout_comes_and_changes_nothing(server: httpx.Client, path: str) -> None:
-    plain = _post(server, path)
-    read = _post(server, path, readout=READ)
-    assert _said(path, read) == _said(path, plain)
+    plain = post(server, path)
+    read = post(server, path, readout=READ)
+    assert said(path, read) == said(path, plain)
     assert "x-vllm-steer" in read.headers
-    fields = read.json()
-    readout = fields["readout"] if "readout" in fields else fields["choices"][0]["readout"]
+    readout = readout_of(read)
     # The last token is sampled, not computed.
     assert readout["num_tokens"] == len(readout["trace"]["kind"]["values"]) == GENERATED - 1
-    steered_too = _post(server, path, readout=READ, steering=STRONG).json()
-    other = steered_too["readout"] if "readout" in steered_too else steered_too["choices"][0]["readout"]
-    assert other["projections"]["kind"] != readout["projections"]["kind"]
+    steered_too = readout_of(post(server, path, readout=READ, steering=STRONG))
+    assert steered_too["projections"]["kind"] != readout["projections"]["kind"]
 
 
 @pytest.mark.parametrize("path", [path for path in STEERED if not STEERED[path].reads])
 def test_a_route_whose_replies_have_no_place_for_a_readout_refuses_one(server: httpx.Client, path: str) -> None:
-    body = _body(server, path) if path in USES else {}
+    body = body_for(server, path) if path in USES else {}
     reply = server.post(path, json={"model": "tiny", **body, "readout": READ})
     assert reply.status_code == 400
     assert "no place" in reply.text
@@ -250,12 +161,12 @@ def test_a_route_whose_replies_have_no_place_for_a_readout_refuses_one(server: h
 )
 def test_a_stream_says_what_the_whole_reply_says(server: httpx.Client, path: str, how: str) -> None:
     fields = {"steered": {"steering": STRONG}, "alias": {"model": ALIAS}, "read": {"readout": READ}}[how]
-    whole = _post(server, path, **fields)
-    stream = _post(server, path, stream=True, **fields)
+    whole = post(server, path, **fields)
+    stream = post(server, path, stream=True, **fields)
     assert "x-vllm-steer" in stream.headers
     streamed = USES[path].streamed
     assert streamed is not None
-    assert streamed(_events(stream)) == _said(path, whole)
+    assert streamed(events_of(stream)) == said(path, whole)
     assert ('"readout"' in stream.text, '"trace"' in stream.text) == (how == "read", how == "read")
 
 
@@ -264,7 +175,7 @@ def test_a_stream_says_what_the_whole_reply_says(server: httpx.Client, path: str
 def test_a_request_is_aborted_by_the_id_that_its_caller_knows(
     server: httpx.Client, abort: str, fields: dict[str, Any]
 ) -> None:
-    body = {"model": "tiny", "messages": MESSAGES_BODY, **_EXACT, "max_tokens": 200, "stream": True, **fields}
+    body = {"model": "tiny", "messages": MESSAGES_BODY, **EXACT, "max_tokens": 200, "stream": True, **fields}
     tokens, reasons, last = 0, [], {}
     with server.stream("POST", CHAT, json=body, headers={"X-Request-Id": "to-be-aborted"}) as stream:
         for line in stream.iter_lines():
@@ -289,9 +200,9 @@ def test_a_request_is_aborted_by_the_id_that_its_caller_knows(
 
 @ROUTES
 def test_an_unknown_model_is_told_the_aliases(server: httpx.Client, path: str) -> None:
-    reply = _post(server, path, model="nobody")
+    reply = post(server, path, model="nobody")
     if path == INVOCATIONS:  # which takes the model from a header of SageMaker's and ignores the body's
-        assert _said(path, reply) == _said(path, _post(server, path))
+        assert said(path, reply) == said(path, post(server, path))
         return
     assert reply.status_code == 404
     assert f"Steered aliases of this server: {ALIAS}." in reply.text
@@ -299,10 +210,10 @@ def test_an_unknown_model_is_told_the_aliases(server: httpx.Client, path: str) -
 
 @ROUTES
 def test_a_bad_direction_is_a_bad_request(server: httpx.Client, path: str) -> None:
-    bad = _post(server, path, steering=[{"direction": "nobody", "alpha": 1.0}])
+    bad = post(server, path, steering=[{"direction": "nobody", "alpha": 1.0}])
     assert bad.status_code == 400
     assert "no direction is named 'nobody'" in bad.text
-    unhooked = _post(server, path, steering=[{"direction": "kind", "alpha": 1.0, "layer": 0}])
+    unhooked = post(server, path, steering=[{"direction": "kind", "alpha": 1.0, "layer": 0}])
     assert unhooked.status_code == 400
     assert "layer 0 is not hooked" in unhooked.text
 
@@ -396,7 +307,7 @@ def asks(draw: st.DrawFn) -> Ask:
 
 
 def _request(server: httpx.Client, ask: Ask) -> httpx.Response:
-    body = {"model": "tiny", **(_body(server, ask.path) if ask.path in USES else {})}
+    body = {"model": "tiny", **(body_for(server, ask.path) if ask.path in USES else {})}
     if ask.stream:
         body["stream"] = True
     params = {}
@@ -428,7 +339,7 @@ def _request(server: httpx.Client, ask: Ask) -> httpx.Response:
 def test_no_route_gives_the_unsteered_answer_to_a_request_that_asks_for_steering(
     server: httpx.Client, offline: dict[str, dict[bool, tuple[list[int], str]]]
 ) -> None:
-    scores = {name: _said(SCORING, _post(server, SCORING, steering=SPECS.get(name, []))) for name in ("", *SPECS)}
+    scores = {name: said(SCORING, post(server, SCORING, steering=SPECS.get(name, []))) for name in ("", *SPECS)}
     assert len({str(one) for one in scores.values()}) == len(scores)
     seen: Counter[tuple[str, int]] = Counter()
 
@@ -452,12 +363,13 @@ def test_no_route_gives_the_unsteered_answer_to_a_request_that_asks_for_steering
         name = "" if asks_nothing else ask.spec or ""
         use = USES[ask.path]
         if ask.path == SCORING:
-            said, expected = _said(ask.path, reply), scores[name]
+            answer, expected = said(ask.path, reply), scores[name]
         else:
-            said = use.streamed(_events(reply)) if use.streamed and ask.stream else _said(ask.path, reply)
+            streamed = use.streamed if ask.stream else None
+            answer = said(ask.path, reply) if streamed is None else streamed(events_of(reply))
             ids, text = offline[name][use.is_chat]
-            expected = text if isinstance(said, str) else [ids]
-        assert said == expected, ask
+            expected = text if isinstance(answer, str) else [ids]
+        assert answer == expected, ask
         assert ("x-vllm-steer" in reply.headers) == (name != ""), ask
 
     answers()
