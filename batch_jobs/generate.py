@@ -175,7 +175,8 @@ def _generation(
     completion, stats = output.outputs[0], output.metrics
     started_at = datetime.fromtimestamp(stats.arrival_time, UTC) if stats else began
     if completion.finish_reason not in ("stop", "length"):
-        error = f"the engine ended the row with finish_reason {completion.finish_reason!r}"
+        reason = "" if completion.stop_reason is None else f": {completion.stop_reason}"
+        error = f"the engine ended the row with finish_reason {completion.finish_reason!r}{reason}"
         return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
     if not has_utf8_form(completion.text):
         # vLLM detokenises with the Rust tokenizers, whose strings are UTF-8; a tokenizer written in Python may do else

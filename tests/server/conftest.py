@@ -32,7 +32,8 @@ class ServedModel:
     Attributes:
         url: where it listens, without a path.
         model: the checkpoint's folder.
-        directions: the directions it was started with.
+        directions: "kind" and "other". It was also started with "wide", the vector of "kind" at its layer and at one
+            that is not hooked.
     """
 
     url: str
@@ -57,9 +58,11 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
     folder = tmp_path_factory.mktemp("server")
     model = save_tiny_model("llama", demo_model, folder / "model")
     directions = save_two_directions(folder / "dirs.safetensors")
+    wide = [Direction("wide", layer, directions[0].vector) for layer in (KIND_LAYER, KIND_LAYER + 1)]
+    save_directions(folder / "wide.safetensors", wide)
     settings = {
         "layers": [OTHER_LAYER, KIND_LAYER],
-        "directions": [str(folder / "dirs.safetensors")],
+        "directions": [str(folder / name) for name in ("dirs.safetensors", "wide.safetensors")],
         "served_aliases": {ALIAS: [{"direction": "kind", "alpha": ALIAS_ALPHA}]},
         "allowed_directions": {f"key:{sha256(LIMITED_KEY.encode()).hexdigest()[:12]}": ["kind"]},
         "registry_dir": str(folder / "registry"),

@@ -66,6 +66,15 @@ def test_the_field_steers_as_the_wire_in_vllm_xargs_does(server: httpx.Client) -
     assert _completion(server, steering=[])["choices"][0]["text"] == plain
 
 
+def test_a_direction_at_several_layers_of_which_one_is_hooked_is_that_one(server: httpx.Client) -> None:
+    wide = _completion(server, steering=[{"direction": "wide", "alpha": ALIAS_ALPHA}], readout={"project": ["wide"]})
+    kind = _completion(server, steering=STRONG, readout={"project": ["kind"]})
+    assert wide["choices"][0]["text"] == kind["choices"][0]["text"]
+    told = wide["choices"][0]["readout"]["projections"]["wide"]
+    assert told == kind["choices"][0]["readout"]["projections"]["kind"]
+    assert set(told) == {str(KIND_LAYER)}
+
+
 def test_an_alias_is_listed_and_steers_a_client_that_can_send_nothing_else(server: httpx.Client) -> None:
     base, alias = server.get("/v1/models").json()["data"]
     assert (alias["id"], alias["parent"], alias["root"]) == (ALIAS, "tiny", base["root"])
