@@ -145,7 +145,7 @@ def test_a_failed_row_is_kept_until_it_is_asked_for_again(engine: FormulaEngine,
     def lose_one(prompt: Any, wanted: Any) -> Any:
         output = original(prompt, wanted)
         if wanted.steering and wanted.steering[0].alpha == 1 and wanted.fields["seed"] == min(seeds):
-            output.outputs[0].finish_reason = "abort"
+            output.outputs[0].finish_reason, output.outputs[0].stop_reason = "error", "its reason"
         seeds.add(wanted.fields.get("seed", 2**40))
         return output
 
@@ -155,7 +155,7 @@ def test_a_failed_row_is_kept_until_it_is_asked_for_again(engine: FormulaEngine,
     assert first.failed == 1
     assert sum(row.failed for row in first.scores.conditions) == 1
     failed = [row for row in read_rows(tmp_path / "generations").to_pylist() if row["error"]]
-    assert [row["error"] for row in failed] == ["the engine ended the row with finish_reason 'abort'"]
+    assert [row["error"] for row in failed] == ["the engine ended the row with finish_reason 'error': its reason"]
     assert failed[0]["attempts"] == study.max_attempts
     engine.answer = original  # type: ignore[method-assign]
     same = run(study, tmp_path)
