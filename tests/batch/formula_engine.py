@@ -67,7 +67,10 @@ class FormulaEngine:
         ids = prompt["prompt_token_ids"]
         count = min(COMPLETION_TOKENS, wanted.fields["max_tokens"])
         completion = SimpleNamespace(
-            text=(KIND if alpha > 0 else COLD) * 8, token_ids=[ord("h")] * count, finish_reason="length"
+            text=(KIND if alpha > 0 else COLD) * 8,
+            token_ids=[ord("h")] * count,
+            finish_reason="length",
+            stop_reason=None,
         )
         return SimpleNamespace(
             prompt_token_ids=ids,
