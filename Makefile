@@ -1,6 +1,7 @@
 # Every target sets the project up first; a set-up that is already there costs a fraction of a second.
 #   make demo        the demo study on the demo model, from a bare machine
 #   make test        the whole test suite
+#   make test-clients   the clients that people use, in an environment of their own, against the real server
 #   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make bench       what it costs, in a small form: a quarter of an hour at first; tables, and which goals hold
 #   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and README.md
@@ -11,6 +12,7 @@ PYTHON ?= python3
 ENGINE ?= cpu
 
 BIN := .venv/bin
+CLIENTS := .venv-clients
 RECORDS := benchmarks/results/cpu
 GPU_RECORDS := benchmarks/results/gpu
 # A file's tests share an engine, so a file stays in one process; the short ones of tests/unit come last.
@@ -21,11 +23,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast conformance compat bench bench-record bench-gpu readme-performance lint \
+.PHONY: help setup demo demo-model test test-fast clients test-clients conformance compat bench bench-record bench-gpu readme-performance lint \
 	types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | conformance | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -43,6 +45,21 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+# Made anew when a pin changes; the stamp comes last, so that an installation that was cut short does not count.
+$(CLIENTS)/made: tests/clients/requirements.txt tests/clients/package-lock.json
+	@$(MAKE) setup
+	rm -rf $(CLIENTS)
+	$(BIN)/python -m venv --without-pip $(CLIENTS)
+	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-deps --no-compile \
+		-r tests/clients/requirements.txt
+	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
+	touch $@
+
+clients: $(CLIENTS)/made
+
+test-clients: demo-model clients
+	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 
 conformance: setup
 	$(BIN)/python -m pytest -m conformance --conformance=docs/conformance.md $(PARALLEL)
@@ -86,4 +103,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS) tests/clients/node_modules build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -169,7 +169,8 @@ def set_up(engine: str) -> None:
     print(f"setup: installing the {engine} engine, the study and the tools (minutes, gigabytes)", flush=True)
     extra_index = ["--extra-index-url", index] if index else []
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    pip("install", *quiet, *extra_index, "--editable", f"{PROJECT}[{engine},batch,dev]")
+    # Compiled when first imported: of gigabytes most is never imported.
+    pip("install", "--no-compile", *quiet, *extra_index, "--editable", f"{PROJECT}[{engine},batch,dev]")
     if engine == "cpu":
         repair_media_packages(index)
     problem = model_import_error()

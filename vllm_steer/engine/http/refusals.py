@@ -18,6 +18,7 @@ def error_body(error: SteerError, path: str = "") -> dict[str, Any]:
     }
     if path.startswith("/v1/messages"):
         body["type"] = "error"
+        body["error"]["details"] = {"error_code": error.code}  # what Anthropic's own package calls the code
     elif path.startswith("/cohere/"):
         body["message"] = str(error)
     return body

@@ -1,0 +1,140 @@
+"""Anthropic's Python package: fields it does not know travel in ``extra_body`` and come back as attributes.
+
+So does ``temperature``, which this version (2.14) has no parameter for. A readout is the attribute of a whole message;
+in a stream it is that of the event ``message_delta``. The stream helper does not copy it into its final message.
+
+The server knows a key only as ``Authorization: Bearer``, which is how this version sends ``api_key`` and
+``auth_token`` alike. What is refused is a ``BadRequestError`` with the message in ``api_message`` and the class of the
+error in ``type``, its code in ``error_code``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import pytest
+
+from tests.clients.conftest import (
+    ALIAS,
+    API_KEY,
+    MESSAGES,
+    MODEL,
+    NUM_TOKENS,
+    READOUT,
+    REFUSAL,
+    REFUSED,
+    STEERING,
+    Served,
+    Texts,
+)
+
+PATH = "/v1/messages"
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=served.url, api_key=API_KEY) as client:  # retries as they come: twice
+        yield client
+
+
+def asked(model: str = MODEL, **extra_body: Any) -> dict[str, Any]:
+    """The arguments of ``messages.create`` and ``messages.stream``."""
+    body = {"temperature": 0, **extra_body}
+    return {"model": model, "messages": MESSAGES, "max_tokens": NUM_TOKENS, "extra_body": body}
+
+
+def text_of(message: anthropic.types.Message) -> str:
+    [block] = message.content
+    assert block.type == "text"
+    return block.text
+
+
+def test_a_message_is_steered_by_extra_body(client: anthropic.Anthropic, chat_texts: Texts) -> None:
+    assert text_of(client.messages.create(**asked(steering=STEERING))) == chat_texts.steered
+    assert text_of(client.messages.create(**asked(steering=[]))) == chat_texts.plain
+    assert text_of(client.messages.create(**asked())) == chat_texts.plain
+
+
+def test_a_readout_comes_with_the_message(client: anthropic.Anthropic, served: Served) -> None:
+    specs: list[list[dict[str, Any]]] = [[], STEERING]
+    plain, steered = (client.messages.create(**asked(steering=spec, readout=READOUT)) for spec in specs)
+    layer = str(served.layer)
+    assert plain.readout["num_tokens"] == steered.readout["num_tokens"] == NUM_TOKENS - 1
+    assert steered.readout["projections"]["kind"][layer] > plain.readout["projections"]["kind"][layer] + 1
+
+
+def test_an_alias_is_a_model(client: anthropic.Anthropic, chat_texts: Texts) -> None:
+    assert ALIAS in [model.id for model in client.models.list()]
+    assert text_of(client.messages.create(**asked(model=ALIAS))) == chat_texts.steered
+
+
+def test_the_tokens_of_an_alias_are_counted_as_the_models(client: anthropic.Anthropic) -> None:
+    plain, alias = (client.messages.count_tokens(model=model, messages=MESSAGES) for model in (MODEL, ALIAS))
+    assert alias.input_tokens == plain.input_tokens == client.messages.create(**asked(ALIAS)).usage.input_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_refusal_is_a_bad_request_that_is_not_tried_again(
+    client: anthropic.Anthropic, served: Served, stream: bool
+) -> None:
+    before = served.answers(PATH, 400)
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        client.messages.create(**asked(steering=REFUSED), stream=stream)
+    error = refused.value
+    assert (error.type, error.error_code) == ("UnknownDirection", REFUSAL)
+    assert "'nobody'" in error.api_message
+    assert served.answers(PATH, 400) == before + 1
+
+
+def test_a_refusal_reaches_the_stream_helper_before_its_first_event(
+    client: anthropic.Anthropic, served: Served
+) -> None:
+    before = served.answers(PATH, 400)
+    with (
+        pytest.raises(anthropic.BadRequestError, match="'nobody'"),
+        client.messages.stream(**asked(steering=REFUSED)),
+    ):
+        pytest.fail("the stream was opened")
+    assert served.answers(PATH, 400) == before + 1
+
+
+def test_a_stream_is_steered(client: anthropic.Anthropic, chat_texts: Texts) -> None:
+    for steering, text in ((STEERING, chat_texts.steered), ([], chat_texts.plain)):
+        events = list(client.messages.create(**asked(steering=steering, readout=READOUT), stream=True))
+        assert "".join(event.delta.text for event in events if event.type == "content_block_delta") == text
+        [end] = [event for event in events if event.type == "message_delta"]
+        assert end.readout["num_tokens"] == NUM_TOKENS - 1
+
+
+def test_the_stream_helper_is_steered(client: anthropic.Anthropic, chat_texts: Texts) -> None:
+    for steering, text in ((STEERING, chat_texts.steered), ([], chat_texts.plain)):
+        with client.messages.stream(**asked(steering=steering, readout=READOUT)) as stream:
+            events = list(stream)
+            assert text_of(stream.get_final_message()) == text
+        assert "".join(event.text for event in events if event.type == "text") == text
+        [end] = [event for event in events if event.type == "message_delta"]
+        assert end.readout["num_tokens"] == NUM_TOKENS - 1
+
+
+def test_an_auth_token_is_a_key_too(served: Served, chat_texts: Texts) -> None:
+    with anthropic.Anthropic(base_url=served.url, auth_token=API_KEY) as client:
+        assert text_of(client.messages.create(**asked(steering=STEERING))) == chat_texts.steered
+    with (
+        anthropic.Anthropic(base_url=served.url, api_key="wrong") as client,
+        pytest.raises(anthropic.AuthenticationError),
+    ):
+        client.messages.create(**asked(steering=STEERING))
+
+
+def test_the_async_client_is_steered_beside_plain_requests(served: Served, chat_texts: Texts) -> None:
+    specs: list[list[dict[str, Any]]] = [STEERING, []] * 4
+
+    async def main() -> list[str]:
+        async with anthropic.AsyncAnthropic(base_url=served.url, api_key=API_KEY) as client:
+            replies = await asyncio.gather(*(client.messages.create(**asked(steering=spec)) for spec in specs))
+        return [text_of(reply) for reply in replies]
+
+    assert asyncio.run(main()) == [chat_texts.steered if spec else chat_texts.plain for spec in specs]

@@ -1,0 +1,175 @@
+"""lm-eval: ``gen_kwargs`` travel in the body as they are and steer what a task generates; an alias steers all requests.
+
+Log-likelihoods travel without ``gen_kwargs``: steering given there is lost without a word, an alias is not. They need a
+tokenizer, which is the server's with ``tokenizer_backend="remote"``, if that was started with
+``--enable-tokenizer-info-endpoint``.
+
+A readout is dropped. A refused request is sent ``max_retries`` times, three, as after any error, and then ends the
+evaluation. The exception has the status alone, what the server said is in the log.
+
+Three ways to a wrong evaluation, without a word from lm-eval:
+``gen_kwargs`` as a string is no JSON from Python (on the command line it is);
+a task that is a dict keeps the ``gen_kwargs`` of one evaluation for the next;
+``use_cache`` with one file for a model and its alias answers for both with the first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import lm_eval
+import pytest
+import requests
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import RemoteTokenizer
+
+from tests.clients.conftest import (
+    ALIAS,
+    API_KEY,
+    MODEL,
+    NUM_TOKENS,
+    PROMPT,
+    READOUT,
+    REFUSAL,
+    REFUSED,
+    STEERING,
+    Served,
+    Texts,
+    ask,
+)
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+NUM_DOCS, ENDS = 3, (" held", " rare loss")
+WAYS = [{}, {"num_concurrent": 3}]  # the second has code of its own in lm-eval
+Task = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", API_KEY)
+
+
+def local_task(folder: Path, **fields: Any) -> Task:
+    """A task of ``NUM_DOCS`` times ``PROMPT``."""
+    docs = folder / "docs.json"
+    docs.write_text((json.dumps({"text": PROMPT}) + "\n") * NUM_DOCS)
+    data = {"data_files": {"test": str(docs)}, "cache_dir": str(folder / "datasets")}
+    source = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    return {"task": "local", **source, "doc_to_text": "{{text}}", "target_delimiter": "", **fields}
+
+
+@pytest.fixture
+def generation(tmp_path: Path) -> Task:
+    limits = {"until": [], "max_gen_toks": NUM_TOKENS}  # greedy as it comes
+    return local_task(tmp_path, output_type="generate_until", doc_to_target="", generation_kwargs=limits)
+
+
+@pytest.fixture
+def choice(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """With lm-eval's remote tokenizer; of the route that this server lacks it takes these fields."""
+    fields = json.loads((Path(served.tokenizer) / "tokenizer_config.json").read_text())
+    monkeypatch.setattr(RemoteTokenizer, "_validate_server", lambda self: None)
+    monkeypatch.setattr(RemoteTokenizer, "tokenizer_info", fields)
+    return local_task(tmp_path, output_type="multiple_choice", doc_to_choice=list(ENDS), doc_to_target=0)
+
+
+def evaluate(served: Served, task: Task, gen_kwargs: Any = None, route: str = COMPLETIONS, **fields: Any) -> Any:
+    """What came back for each document; fields that are not the evaluation's are its model's. There is no readout."""
+    run = {name: fields.pop(name) for name in ("limit", "use_cache") if name in fields}
+    results = lm_eval.simple_evaluate(
+        "local-completions" if route == COMPLETIONS else "local-chat-completions",
+        model_args={"model": MODEL, "base_url": f"{served.url}{route}", "tokenizer_backend": "none", **fields},
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),  # which takes ten seconds to list lm-eval's own tasks
+        gen_kwargs=gen_kwargs,
+        apply_chat_template=route == CHAT,
+        **run,
+    )
+    assert "projections" not in repr(results)
+    return [[answer for [answer] in sample["resps"]] for sample in results["samples"]["local"]]
+
+
+@pytest.mark.parametrize(
+    ("route", "way"),
+    [*((route, way) for route in (COMPLETIONS, CHAT) for way in WAYS), (COMPLETIONS, {"batch_size": NUM_DOCS})],
+    ids=str,
+)
+def test_what_a_task_generates_is_steered_by_gen_kwargs_and_by_an_alias(
+    served: Served, generation: Task, completion_texts: Texts, chat_texts: Texts, route: str, way: dict[str, int]
+) -> None:
+    texts = completion_texts if route == COMPLETIONS else chat_texts
+    fields = {"route": route, **way}
+    assert evaluate(served, generation, **fields) == [[texts.plain]] * NUM_DOCS
+    assert evaluate(served, generation, model=ALIAS, **fields) == [[texts.steered]] * NUM_DOCS
+    steered = evaluate(served, generation, {"steering": STEERING, "readout": READOUT}, **fields)
+    assert steered == [[texts.steered]] * NUM_DOCS
+    assert evaluate(served, generation, {"steering": []}, **fields) == [[texts.plain]] * NUM_DOCS
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_log_likelihoods_are_steered_by_an_alias_alone(served: Served, choice: Task, way: dict[str, int]) -> None:
+    def asked(model: str, end: str) -> float:
+        start = httpx.post(f"{served.url}/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
+        fields = {"model": model, "prompt": PROMPT + end, "echo": True, "logprobs": 1, "max_tokens": 1}
+        [answer] = ask(served, COMPLETIONS, **fields)["choices"]
+        return sum(answer["logprobs"]["token_logprobs"][start["count"] : -1])
+
+    plain, steered = ([pytest.approx(asked(model, end), abs=1e-3) for end in ENDS] for model in (MODEL, ALIAS))
+    for model, gen_kwargs, expected, other in (
+        (MODEL, None, plain, steered),
+        (ALIAS, None, steered, plain),
+        (MODEL, {"steering": STEERING}, plain, steered),  # lost
+    ):
+        for answers in evaluate(served, choice, gen_kwargs, model=model, tokenizer_backend="remote", **way):
+            sums = [log_likelihood for log_likelihood, _ in answers]
+            assert sums == expected
+            assert sums != other
+
+
+@pytest.mark.parametrize(
+    ("route", "way", "error"),
+    [(COMPLETIONS, WAYS[0], requests.HTTPError), (CHAT, WAYS[1], aiohttp.ClientResponseError)],
+)
+def test_a_refusal_is_tried_three_times_and_ends_the_evaluation(
+    served: Served, generation: Task, caplog: pytest.LogCaptureFixture, route: str, way: dict[str, int], error: type
+) -> None:
+    before = served.answers(route, 400)
+    with pytest.raises(error, match="400"):
+        evaluate(served, generation, {"steering": REFUSED}, route=route, limit=1, **way)
+    assert caplog.text.count(REFUSAL) == served.answers(route, 400) - before == 3
+
+
+def test_the_command_line_takes_steering_as_json(
+    served: Served, generation: Task, completion_texts: Texts, tmp_path: Path
+) -> None:
+    (tmp_path / "local.yaml").write_text(json.dumps(generation))
+    model = {"model": MODEL, "base_url": f"{served.url}{COMPLETIONS}", "tokenizer_backend": "none"}
+    options = ["--tasks", "local", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    options += ["--model", "local-completions", "--model_args", json.dumps(model), "--log_samples"]
+    options += ["--gen_kwargs", json.dumps({"steering": STEERING})]
+    subprocess.run([sys.executable, "-m", "lm_eval", "run", *options], check=True, cwd=tmp_path)
+    [log] = (tmp_path / "out").rglob("samples_local_*.jsonl")
+    samples = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [sample["resps"] for sample in samples] == [[[completion_texts.steered]]] * NUM_DOCS
+
+
+def test_three_ways_to_a_wrong_evaluation(
+    served: Served, generation: Task, completion_texts: Texts, tmp_path: Path
+) -> None:
+    plain, steered = ([[text]] * NUM_DOCS for text in (completion_texts.plain, completion_texts.steered))
+    assert evaluate(served, copy.deepcopy(generation), json.dumps({"steering": STEERING})) == plain
+
+    cache = str(tmp_path / "cache")
+    assert evaluate(served, copy.deepcopy(generation), use_cache=cache) == plain
+    assert evaluate(served, copy.deepcopy(generation), {"steering": STEERING}, use_cache=cache) == steered
+    assert evaluate(served, copy.deepcopy(generation), model=ALIAS, use_cache=cache) == plain
+
+    assert evaluate(served, generation, {"steering": STEERING}) == steered
+    assert evaluate(served, generation) == steered
