@@ -25,7 +25,7 @@ def main(folder: Path, alias: str, alpha: float) -> None:
     }
     command = (
         "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--additional-config", json.dumps({"vllm_steer": settings}),
+        "--enable-tokenizer-info-endpoint", "--additional-config", json.dumps({"vllm_steer": settings}),
     )  # fmt: skip
     with running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer") as url:
         print(json.dumps({"url": url, "tokenizer": str(model), "layer": KIND_LAYER}), flush=True)

@@ -7,8 +7,10 @@ tokenizer, which is the server's with ``tokenizer_backend="remote"``, if that wa
 A readout is dropped. A refused request is sent ``max_retries`` times, three, as after any error, and then ends the
 evaluation. The exception has the status alone, what the server said is in the log.
 
-Three ways to a wrong evaluation, without a word from lm-eval:
-``gen_kwargs`` as a string is no JSON from Python (on the command line it is);
+From Python, ``gen_kwargs`` as a string is no JSON (on the command line it is): lm-eval splits it at its commas, and the
+server refuses what becomes of it.
+
+Two ways to a wrong evaluation, without a word from lm-eval:
 a task that is a dict keeps the ``gen_kwargs`` of one evaluation for the next;
 ``use_cache`` with one file for a model and its alias answers for both with the first.
 """
@@ -28,7 +30,6 @@ import lm_eval
 import pytest
 import requests
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import RemoteTokenizer
 
 from tests.clients.conftest import (
     ALIAS,
@@ -72,11 +73,7 @@ def generation(tmp_path: Path) -> Task:
 
 
 @pytest.fixture
-def choice(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """With lm-eval's remote tokenizer; of the route that this server lacks it takes these fields."""
-    fields = json.loads((Path(served.tokenizer) / "tokenizer_config.json").read_text())
-    monkeypatch.setattr(RemoteTokenizer, "_validate_server", lambda self: None)
-    monkeypatch.setattr(RemoteTokenizer, "tokenizer_info", fields)
+def choice(tmp_path: Path) -> Task:
     return local_task(tmp_path, output_type="multiple_choice", doc_to_choice=list(ENDS), doc_to_target=0)
 
 
@@ -87,7 +84,7 @@ def evaluate(served: Served, task: Task, gen_kwargs: Any = None, route: str = CO
         "local-completions" if route == COMPLETIONS else "local-chat-completions",
         model_args={"model": MODEL, "base_url": f"{served.url}{route}", "tokenizer_backend": "none", **fields},
         tasks=[task],
-        task_manager=TaskManager(include_defaults=False),  # which takes ten seconds to list lm-eval's own tasks
+        task_manager=TaskManager(include_defaults=False),  # its own tasks take ten seconds to list
         gen_kwargs=gen_kwargs,
         apply_chat_template=route == CHAT,
         **run,
@@ -133,6 +130,11 @@ def test_log_likelihoods_are_steered_by_an_alias_alone(served: Served, choice: T
             assert sums != other
 
 
+def test_steering_that_lm_eval_has_split_at_its_comma_is_refused(served: Served, generation: Task) -> None:
+    with pytest.raises(requests.HTTPError, match="400"):
+        evaluate(served, generation, json.dumps({"steering": STEERING}), limit=1)
+
+
 @pytest.mark.parametrize(
     ("route", "way", "error"),
     [(COMPLETIONS, WAYS[0], requests.HTTPError), (CHAT, WAYS[1], aiohttp.ClientResponseError)],
@@ -160,12 +162,10 @@ def test_the_command_line_takes_steering_as_json(
     assert [sample["resps"] for sample in samples] == [[[completion_texts.steered]]] * NUM_DOCS
 
 
-def test_three_ways_to_a_wrong_evaluation(
+def test_two_ways_to_a_wrong_evaluation(
     served: Served, generation: Task, completion_texts: Texts, tmp_path: Path
 ) -> None:
     plain, steered = ([[text]] * NUM_DOCS for text in (completion_texts.plain, completion_texts.steered))
-    assert evaluate(served, copy.deepcopy(generation), json.dumps({"steering": STEERING})) == plain
-
     cache = str(tmp_path / "cache")
     assert evaluate(served, copy.deepcopy(generation), use_cache=cache) == plain
     assert evaluate(served, copy.deepcopy(generation), {"steering": STEERING}, use_cache=cache) == steered

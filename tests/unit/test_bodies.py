@@ -243,6 +243,8 @@ MISPLACED: list[dict[str, Any]] = [
     {"chat_template_kwargs": {"steering": [KIND]}},
     {"vllm_xargs": {"steering": "[]"}},
     {"vllm_xargs": {"vllm_steer_resolved": 1}},
+    {'{"steering": [{"direction": "kind"': ' "alpha": 5}]}'},  # JSON that a client has split at its comma
+    {'{"readout": {"span": "all"': ' "vectors": true}}'},
     {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "steering": [KIND]}]},
 ]
 

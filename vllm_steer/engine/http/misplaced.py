@@ -10,7 +10,8 @@ from vllm_steer.errors import MisplacedField
 from vllm_steer.schema import WIRE_KEY
 
 FIELDS = ("steering", "readout")
-_LIKE_OURS = re.compile(r"_*(vllm[-_ ]?)?(steer|read[-_ ]?outs?$)", re.IGNORECASE)
+# Also after punctuation: a client that splits JSON at its commas sends keys such as '{"steering": [{"direction": "x"'.
+_LIKE_OURS = re.compile(r"[\W_]*(vllm[-_ ]?)?(steer|read[-_ ]?outs?(\W|$))", re.IGNORECASE)
 # Names of objects in which clients pack what they would send at the top of a body.
 _CONTAINERS = frozenset(
     {
