@@ -38,6 +38,7 @@ def _study(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("demo_model")
 def test_a_study_runs_from_texts_to_report_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     study = yaml.safe_load((PROJECT_ROOT / "configs/studies/demo.yaml").read_text(encoding="utf-8"))
+    study["dtype"] = "float32"  # bfloat16 takes minutes on a CPU that has no instructions for it
     study["extract"]["layers"] = [8, 16]
     study["steer"] |= {"alphas": ALPHAS, "scenarios": ["the_listener"], "samples": SAMPLES}
     study["sampling"]["max_tokens"] = 24
