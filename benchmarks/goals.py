@@ -42,10 +42,12 @@ class Verdict:
 
     @property
     def state(self) -> str:
-        """ "held", "missed" or "not measured"."""
+        """ "held", "missed", "undecided" (the interval holds the bound) or "not measured"."""
         if self.ratio is None:
             return "not measured"
-        return "held" if self.ratio >= self.goal.bound else "missed"
+        if self.low >= self.goal.bound:
+            return "held"
+        return "missed" if self.high < self.goal.bound else "undecided"
 
 
 _THROUGHPUT = ("generated", "64", "throughput")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from tests.compat.own_patches import foreign_names
 from tests.compat.own_use import engine_files, file_name, foreign_reads, vllm_imports
 from tests.compat.vllm_source import Function, VllmSource
 from vllm_steer.engine.decoder_layers import FAMILIES, Convention, Family
-from vllm_steer.engine.foreign import FOREIGN_NAMES, ForeignName
+from vllm_steer.engine.foreign import ForeignName
 
 Verdict = Literal["ok", "gone", "signature changed", "body changed", "way around", "family refused"]
 # How many values a decoder layer's `forward` returns.
@@ -51,15 +52,16 @@ class Finding:
 
 
 def findings(
-    source: VllmSource, baseline: VllmSource | None = None, names: Sequence[ForeignName] = FOREIGN_NAMES
+    source: VllmSource, baseline: VllmSource | None = None, names: Sequence[ForeignName] | None = None
 ) -> Iterator[Finding]:
     """One finding a name.
 
     Args:
         source: the release to judge.
         baseline: a release that is known to be right, to compare the text of functions with.
-        names: what is looked for.
+        names: what is looked for; all that the plugin relies on where it is None.
     """
+    names = foreign_names() if names is None else names
     for one in names:
         verdict, says = _judge(source, one, names)
         differs = baseline is not None and _differs(source, baseline, one.module, one.name)

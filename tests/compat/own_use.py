@@ -30,11 +30,12 @@ class Import:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Read:
-    """An attribute read off an object of vLLM's, as in `scheduler_output.preempted_req_ids`."""
+    """An attribute of an object of vLLM's, as in `scheduler_output.preempted_req_ids`; read, or written."""
 
     file: str
     attribute: str
     line: int
+    is_written: bool = False
 
 
 def engine_files() -> list[Path]:
@@ -57,38 +58,42 @@ def vllm_imports(path: Path) -> Iterator[Import]:
             yield from (Import(file_name(path), module, "") for module in own)
 
 
-def patches(path: Path) -> set[str]:
-    """The attributes of vLLM's modules and classes that a module puts something else in place of."""
-    tree = ast.parse(path.read_text())
-    foreign = {one.name for one in vllm_imports(path)}
-    for loop in [node for node in ast.walk(tree) if isinstance(node, ast.For)]:
-        if isinstance(loop.target, ast.Name) and foreign & {
-            n.id for n in ast.walk(loop.iter) if isinstance(n, ast.Name)
-        }:
-            foreign.add(loop.target.id)
-    targets = [target for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets]
-    return {
-        target.attr
-        for target in targets
-        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id in foreign
-    }
+def hidden_writes(path: Path) -> list[int]:
+    """Lines that may write an attribute whose name, or whose object, this reader cannot see."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call | ast.Attribute)]
+    return [
+        node.lineno
+        for node in calls
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"))
+        or (isinstance(node, ast.Attribute) and node.attr in ("__setattr__", "__delattr__", "__dict__"))
+    ]
 
 
 def foreign_reads(path: Path) -> Iterator[Read]:
-    """Every attribute that a module reads off an object of vLLM's."""
-    tree = ast.parse(path.read_text())
+    """Every attribute of an object of vLLM's that a module reads or writes."""
+    tree, file = ast.parse(path.read_text()), file_name(path)
+    types = {one.name for one in vllm_imports(path)}
+    yield from _reads(tree, file, types)
+
+
+def reads_in(source: str) -> list[Read]:
+    """The same of a text, for the tests of this reader."""
+    return list(_reads(ast.parse(source), "", set()))
+
+
+def _reads(tree: ast.Module, file: str, types: set[str]) -> Iterator[Read]:
     untyped = {
         node.name for node in _functions(tree) if isinstance(node.returns, ast.Name) and node.returns.id == "Any"
     }
-    types = {one.name for one in vllm_imports(path)} | _CARRIERS | untyped
+    types = types | _CARRIERS | untyped
     for cls in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
         kept = _kept(cls, types)
         for function in _functions(cls):
-            yield from _Reader(file_name(path), types, kept).of(function)
+            yield from _Reader(file, types, kept).of(function)
     for function in _functions(tree):
-        yield from _Reader(file_name(path), types, set()).of(function)
+        yield from _Reader(file, types, set()).of(function)
     loose = [node for node in tree.body if isinstance(node, ast.If | ast.Assign | ast.AnnAssign | ast.Expr)]
-    yield from _Reader(file_name(path), types, set()).of(ast.Module(loose, []))
+    yield from _Reader(file, types, set()).of(ast.Module(loose, []))
 
 
 def _functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -135,7 +140,7 @@ class _Reader:
             elif isinstance(node, ast.withitem) and node.optional_vars and self.is_foreign(node.context_expr):
                 self._bind(node.optional_vars)
             elif isinstance(node, ast.Attribute) and self.is_foreign(node.value) and node.attr not in _LIST_METHODS:
-                yield Read(self._file, node.attr, node.lineno)
+                yield Read(self._file, node.attr, node.lineno, not isinstance(node.ctx, ast.Load))
 
     def is_foreign(self, node: ast.expr) -> bool:
         if isinstance(node, ast.Name):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
-import vllm_steer.engine
 from tests.compat.findings import needed_by
-from tests.compat.own_use import PACKAGE, engine_files, file_name, foreign_reads, patches, vllm_imports
-from vllm_steer.engine.foreign import FOREIGN_NAMES
+from tests.compat.own_patches import PAGE, declared, foreign_names, page
+from tests.compat.own_use import PACKAGE, engine_files, file_name, foreign_reads, hidden_writes, reads_in, vllm_imports
 
 # Read off values that vLLM hands out, and not vLLM's to change.
 BUILT_IN = {"__name__", "__new__", "args", "get", "items", "pop", "removeprefix", "startswith", "update", "values"}
@@ -15,11 +12,11 @@ ASYNCIO_AND_ARGPARSE = {"add_subparsers", "call_soon_threadsafe", "get_loop", "i
 TORCH = {"get_state", "tolist", "type"}
 PLAIN = BUILT_IN | ASYNCIO_AND_ARGPARSE | TORCH
 OWN = "vllm_steer"  # what the plugin itself hangs on vLLM's objects begins with this
-LISTED = {one.name.rpartition(".")[2] for one in FOREIGN_NAMES}
+LISTED = {one.name.rpartition(".")[2] for one in foreign_names()}
 
 
 def test_every_import_from_vllm_is_on_the_list() -> None:
-    listed = {f"{one.module}.{one.name}".rstrip(".") for one in FOREIGN_NAMES}
+    listed = {f"{one.module}.{one.name}".rstrip(".") for one in foreign_names()}
     missing = [
         f"{found.file} imports {found.name or found.module} from {found.module}: put it into engine/foreign.py"
         for path in engine_files()
@@ -40,32 +37,46 @@ def test_every_attribute_of_vllms_objects_that_is_used_is_on_the_list() -> None:
 
 
 def test_nothing_is_on_the_list_that_no_file_of_ours_needs() -> None:
-    stale = [f"{one.module}:{one.name}: take it off engine/foreign.py" for one in FOREIGN_NAMES if not needed_by(one)]
+    stale = [f"{one.module}:{one.name}: take it off engine/foreign.py" for one in foreign_names() if not needed_by(one)]
     assert not stale, stale
     files = {file_name(path) for path in engine_files()}
-    assert {one.needed_by for one in FOREIGN_NAMES if one.needed_by is not None} <= files
+    assert {one.needed_by for one in foreign_names() if one.needed_by is not None} <= files
 
 
-def test_every_patch_is_on_the_list_and_in_the_register() -> None:
-    made = {name for path in engine_files() for name in patches(path) if not name.startswith(OWN)}
-    assert made == {one.name.rpartition(".")[2] for one in FOREIGN_NAMES if one.is_patched}
+def test_nothing_but_a_declared_patch_or_attribute_writes_on_vllms_objects() -> None:
+    hidden = [f"{file_name(path)}:{line}" for path in engine_files() for line in hidden_writes(path)]
+    assert {line.partition(":")[0] for line in hidden} == {"patching.py"}, hidden
+    written = [
+        f"{read.file}:{read.line} writes .{read.attribute}: declare it, see engine/patching.py"
+        for path in engine_files()
+        for read in foreign_reads(path)
+        if read.is_written
+    ]
+    assert not written, written
 
-    _, _, register = (vllm_steer.engine.__doc__ or "").partition("Patches, each")
-    entries = [line.partition("(")[0] for line in register.splitlines() if line.startswith("``")]
-    named = {name for line in entries for name in re.findall(r"``(\w+\.\w+)``", line)}
-    # A function's entry in the register stands under the module that defines it, a method's under its class.
-    wanted = {
-        one.name if "." in one.name else f"{one.module.rpartition('.')[2]}.{one.name}"
-        for one in FOREIGN_NAMES
-        if one.is_patched and one.module not in ("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
-    }
-    assert named == wanted
+
+def test_each_written_attribute_is_the_plugins_own_or_a_field_that_vllm_has() -> None:
+    _, attributes = declared()
+    assert len({(one.owner, one.name) for one in attributes}) == len(attributes)
+    assert not [one.name for one in attributes if not one.name.startswith(OWN) and one.name not in LISTED]
+
+
+def test_each_function_is_replaced_for_one_reason_by_one_patch_of_a_module() -> None:
+    patches, _ = declared()
+    made = [(one.wrap.__module__, place) for one in patches for place in one.places]
+    assert len(set(made)) == len(made)
+    assert all(one.why.endswith(".") and one.gone_when.endswith(".") for one in (*patches, *declared()[1]))
+
+
+def test_the_page_of_patches_is_that_of_the_declarations() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make patches`"
 
 
 def test_the_reader_of_our_source_sees_the_room() -> None:
     """The tests above could pass on a reader that sees nothing."""
     reads = {read.attribute for path in engine_files() for read in foreign_reads(path)}
     assert {"num_computed_tokens_cpu", "cache_salt", "is_base_model", "_api_process_count", "subparser_init"} <= reads
-    assert {"_prepare_inputs", "load_model", "generate"} <= {name for path in engine_files() for name in patches(path)}
+    source = "import vllm\n\ndef f(runner: Any) -> None:\n    runner.mark = 1\n    runner.model.mark += 1\n"
+    assert [read.attribute for read in reads_in(source) if read.is_written] == ["mark", "mark"]
     others = set(PACKAGE.rglob("*.py")) - set(engine_files())
     assert not [found for path in others for found in vllm_imports(path)]

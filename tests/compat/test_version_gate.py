@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from vllm import SamplingParams
@@ -24,17 +23,17 @@ from vllm_steer.engine import (
 )
 from vllm_steer.errors import UnsupportedFeature
 
-ROOMS = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
+MODULES = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What `register` tells the rooms, in place of installing their patches."""
-    told: dict[str, Any] = {}
-    for room in ROOMS:
-        monkeypatch.setattr(room, "install", lambda room=room.__name__, **kwargs: told.update({room: kwargs}))
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The modules whose patches `register` installs, noted in place of installing them."""
+    noted: set[str] = set()
+    for module in MODULES:
+        monkeypatch.setattr(module, "install", lambda name=module.__name__: noted.add(name))
     monkeypatch.setattr(plugin, "_registered", False)
-    yield told
+    yield noted
     plugin.unsupported_reason.cache_clear()  # it was asked beside versions that a test made up
 
 
@@ -46,11 +45,11 @@ def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1"])
 def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
-    version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_beside(version, monkeypatch)
-    assert len(installed) == len(ROOMS)
-    assert installed[config.__name__] == {"remark": None}
+    assert installed == {module.__name__ for module in MODULES}
+    assert plugin.remark(version) is None
 
 
 @pytest.mark.parametrize(
@@ -63,21 +62,25 @@ def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
     ],
 )
 def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
-    version: str, said: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    version: str, said: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_beside(version, monkeypatch)
-    assert len(installed) == len(ROOMS)
-    assert said in installed[config.__name__]["remark"]
-    assert version in installed[config.__name__]["remark"]
+    assert installed == {module.__name__ for module in MODULES}
+    remark = plugin.remark(version)
+    assert remark is not None
+    assert said in remark
+    assert version in remark
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.3.3", "0.34.0", "1.32.0"])
-def test_any_other_release_is_refused(version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_release_is_refused(version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     register_beside(version, monkeypatch)
-    assert set(installed) == {config.__name__}
-    assert version in installed[config.__name__]["unsupported"]
+    assert installed == {config.__name__}
+    reason = plugin.unsupported_reason()
+    assert reason is not None
+    assert version in reason
     for asked in ({"steering": [Steering("kind", 1.0)]}, {"readout": Readout([1])}):
-        with pytest.raises(UnsupportedFeature, match=re.escape(installed[config.__name__]["unsupported"])):
+        with pytest.raises(UnsupportedFeature, match=re.escape(reason)):
             steered(SamplingParams(), **asked)
     with pytest.raises(UnsupportedFeature):
         collect_readouts(None, [])  # type: ignore[arg-type]
@@ -86,7 +89,7 @@ def test_any_other_release_is_refused(version: str, installed: dict[str, Any], m
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0"])
 def test_a_request_made_before_vllm_has_loaded_the_plugin_is_refused_beside_another_release_too(
-    version: str, installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin, "vllm_version", lambda: version)
     plugin.unsupported_reason.cache_clear()
@@ -104,18 +107,26 @@ def test_only_an_engine_that_is_configured_hears_of_it(
     made = SimpleNamespace(additional_config={}, use_v2_model_runner=False)
     monkeypatch.setattr(config, "check", lambda *_: None)
     monkeypatch.setattr(config.logger, "propagate", True)
-    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
-        patched.setattr(EngineArgs, "create_engine_config", lambda self: made)
-        config.install(remark="only read, says this test")
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)
+    config.install()
+    monkeypatch.setattr(plugin, "remark", lambda _: "only read, says this test")
+    with caplog.at_level(logging.WARNING):
         EngineArgs.create_engine_config(None)
         assert "only read" not in caplog.text
         made.additional_config = steer_config([1])
         EngineArgs.create_engine_config(None)
         assert "only read, says this test" in caplog.text
-    with monkeypatch.context() as patched:
-        patched.setattr(EngineArgs, "create_engine_config", lambda self: made)
-        config.install(unsupported="beside another vLLM")
-        with pytest.raises(UnsupportedFeature, match="beside another vLLM"):
-            EngineArgs.create_engine_config(None)
-        made.additional_config = {}
-        assert EngineArgs.create_engine_config(None) is made
+    monkeypatch.setattr(plugin, "unsupported_reason", lambda: "beside another vLLM")
+    with pytest.raises(UnsupportedFeature, match="beside another vLLM"):
+        EngineArgs.create_engine_config(None)
+    made.additional_config = {}
+    assert EngineArgs.create_engine_config(None) is made
+
+
+def test_what_is_installed_twice_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineArgs, "create_engine_config", plain := lambda self: None)
+    config.install()
+    once = EngineArgs.create_engine_config
+    config.install()
+    assert EngineArgs.create_engine_config is once
+    assert once.__wrapped__ is plain

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
-from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
+from vllm_steer.engine.http.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.errors import LayerNotHooked, UnknownDirection
 from vllm_steer.schema import RequestSpec
 from vllm_steer.settings import SteerSettings
@@ -143,7 +143,7 @@ def exchange_messages(
 ) -> list[Any]:
     """What the middleware before the stub sends to a client that sends these ASGI messages and then disconnects."""
     served = None if checker is None else Served(checker, BASE_MODEL)
-    state = SimpleNamespace(**{SERVED_STATE: served})
+    state = SimpleNamespace(**{SERVED.name: served})
     scope = {
         "type": "http", "method": method, "path": path, "headers": list(headers), "app": SimpleNamespace(state=state)
     }  # fmt: skip

@@ -38,10 +38,18 @@ def test_readme_shows_the_committed_records(folder: Path) -> None:
     assert rewritten(text, folder.name, section_of(folder, readme)) == text, "run `make readme-performance`"
 
 
-def test_a_goal_is_held_from_its_bound_on_and_missed_below() -> None:
+def test_a_goal_is_held_or_missed_only_where_the_whole_interval_is_on_one_side_of_its_bound() -> None:
     for goal in GOALS:
         (verdict,) = (one for one in verdicts(records_that_measured(goal.bound)) if one.goal == goal)
         assert verdict.state == "held"
+        (around,) = (
+            one
+            for one in verdicts(records_that_measured(*(goal.bound * part for part in (0.9, 0.99, 1.01, 1.02, 1.1))))
+            if one.goal == goal
+        )
+        assert around.ratio is not None
+        assert around.ratio > around.goal.bound
+        assert around.state == "undecided"
     low = verdicts(records_that_measured(*[0.5] * 5))
     assert [one.state for one in low] == ["missed"] * len(GOALS)
     assert [(one.ratio, one.low, one.high) for one in low] == [(0.5, 0.5, 0.5)] * len(GOALS)

@@ -20,7 +20,7 @@ from vllm_steer import Direction, Readout, Steering, errors, steered
 from vllm_steer.engine import config, plugin, requests
 from vllm_steer.engine.admission import Admission
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
-from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
+from vllm_steer.engine.http.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.engine.offline import collect_readouts, register_directions
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.schema import WIRE_KEY, RequestSpec
@@ -108,7 +108,7 @@ class TestFrontEnd:
             seen.append(current_exchange.get())
 
         checker = StubChecker(allowed_directions={"key:2bb80d537b1d": ["calm"]})
-        state = SimpleNamespace(**{SERVED_STATE: Served(checker, "base")})
+        state = SimpleNamespace(**{SERVED.name: Served(checker, "base")})
         headers = [(b"authorization", b"Bearer secret")]
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": headers, "app": SimpleNamespace(state=state)}
         asyncio.run(SteerMiddleware(app)(scope, None, None))  # type: ignore[arg-type]

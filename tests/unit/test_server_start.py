@@ -14,10 +14,9 @@ import pytest
 from starlette.datastructures import State
 
 from vllm_steer import Direction, Steering, save_directions
-from vllm_steer.engine import admission as admission_module
-from vllm_steer.engine.admission import Admission
+from vllm_steer.engine.admission import ADMISSION, Admission
 from vllm_steer.engine.http.routes import ADMIN_KEY_VARIABLE
-from vllm_steer.engine.server import SERVED_STATE, SteerEndpoints
+from vllm_steer.engine.server import SERVED, SteerEndpoints
 from vllm_steer.errors import SettingsError
 from vllm_steer.settings import SteerSettings
 
@@ -30,7 +29,7 @@ class StandInEngine:
 
     def __init__(self, settings: SteerSettings) -> None:
         self.input_processor = SimpleNamespace(
-            vllm_config=SimpleNamespace(additional_config={}), vllm_steer_admission=Admission(settings, SIZE)
+            vllm_config=SimpleNamespace(additional_config={}), **{ADMISSION.name: (Admission(settings, SIZE),)}
         )
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(_api_process_count=1),
@@ -59,14 +58,10 @@ def start(folder: Path, loras: tuple[str, ...] = (), **settings: Any) -> State:
     return state
 
 
-def test_the_stand_in_holds_its_admission_where_the_plugin_looks() -> None:
-    assert admission_module._ATTRIBUTE == "vllm_steer_admission"
-
-
 def test_aliases_and_a_default_that_can_be_honoured_are_served(tmp_path: Path) -> None:
     both = [{"direction": "both", "alpha": 1.0, "layer": layer} for layer in (1, 2)]
     state = start(tmp_path, served_aliases={"kinder": [KIND], "both": both}, default_steering=[KIND])
-    assert set(getattr(state, SERVED_STATE).checker.settings.served_aliases) == {"kinder", "both"}
+    assert set(getattr(state, SERVED.name).checker.settings.served_aliases) == {"kinder", "both"}
 
 
 @pytest.mark.parametrize("where", ["alias", "default"])

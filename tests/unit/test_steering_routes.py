@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vllm_steer import Direction, Steering, errors, load_directions, save_directions
 from vllm_steer.engine.http.directory import RegistryDirectory, Server
-from vllm_steer.engine.http.routes import SERVER_STATE, SteeredServer, router
+from vllm_steer.engine.http.routes import SERVER, SteeredServer, router
 from vllm_steer.engine.http.shared_registry import SharedRegistry
 from vllm_steer.settings import SteerSettings
 
@@ -47,7 +47,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     asyncio.run(registry.start([Direction("needed", LAYER, KIND.vector)]))
     app = FastAPI()
     app.include_router(router)
-    setattr(app.state, SERVER_STATE, SteeredServer(SETTINGS, registry))
+    SERVER.put(app.state, SteeredServer(SETTINGS, registry))
     with TestClient(app, raise_server_exceptions=True) as made:
         yield made
     registry.close()

@@ -18,6 +18,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.directions import Direction, load_directions
 from vllm_steer.engine.in_flight import InFlight
+from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered
 from vllm_steer.engine.resolved import Resolved, ResolvedReadout, Row, digest
 from vllm_steer.errors import (
@@ -34,7 +35,6 @@ from vllm_steer.settings import SteerSettings
 from vllm_steer.stream_range import LARGEST_ADDITION
 
 _REMEMBERED_READOUTS = 1 << 20
-_ATTRIBUTE = "vllm_steer_admission"
 
 _keys = count()
 _KEY_PREFIX = os.urandom(6).hex()  # workers may serve several front-end processes
@@ -317,12 +317,21 @@ def admission_of(processor: InputProcessor) -> Admission:
 
 def configured_admission_of(processor: InputProcessor) -> Admission | None:
     """The admission of an engine's front end, None where it was started without ``steer_config``."""
-    if not hasattr(processor, _ATTRIBUTE):
+    known = ADMISSION.of(processor)
+    if known is None:
         settings = SteerSettings.of(processor.vllm_config.additional_config)
         admission = None
         if settings is not None:
             model = processor.model_config
             admission = Admission(settings, model.get_hidden_size(), str(model.dtype).removeprefix("torch."))
-        setattr(processor, _ATTRIBUTE, admission)
-    found: Admission | None = getattr(processor, _ATTRIBUTE)
-    return found
+        known = (admission,)
+        ADMISSION.put(processor, known)
+    return known[0]
+
+
+ADMISSION: Attribute[tuple[Admission | None]] = Attribute(
+    "InputProcessor",
+    "vllm_steer_admission",
+    why="The admission of an engine's front end, made at its first request; (None,) where it is not configured.",
+    gone_when="there is an admission hook.",
+)

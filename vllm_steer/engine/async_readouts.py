@@ -25,28 +25,24 @@ from vllm_steer.engine.http.bodies import check_allowed
 from vllm_steer.engine.http.exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.http.replies import finite, readout_json
 from vllm_steer.engine.live_traces import LiveTraces
-from vllm_steer.engine.requests import asked_of, translated
+from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.engine.requests import EXTRA_ARGS, asked_of, translated
 from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.errors import MalformedSpec, SteerError, StreamOverflow
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 
-_LIVE = "vllm_steer_live_traces"
-_RUNNING = "vllm_steer_running"
 _LOST = "it is no longer in the workers' store; raise steer_config(readout_store_mib=...)"
 _RAY_STAGE = "ray.llm._internal.batch.stages.vllm_engine_stage"
 
-_installed = False
-
 
 def install() -> None:
-    """Wrap ``AsyncLLM.generate`` and ``shutdown`` (see ``vllm_steer.engine``). Idempotent."""
-    global _installed
-    if _installed:
-        return
-    original = AsyncLLM.generate
+    """Install the patches of the asynchronous front end."""
+    GENERATE.install()
+    SHUTDOWN.install()
 
-    @functools.wraps(original)
+
+def _generate(original: Any) -> Any:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncIterator[RequestOutput]:
@@ -58,20 +54,19 @@ def install() -> None:
             return plain
         return _generated(self, run, sampling_params, request_id, exchange)
 
-    shut_down = AsyncLLM.shutdown
+    return generate
 
-    @functools.wraps(shut_down)
+
+def _shutdown(original: Any) -> Any:
     def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        shut_down(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         handler = getattr(self, "output_handler", None)
         if handler is not None and not handler.get_loop().is_closed():
             # The handler, which would have told whoever waits for outputs, has just been cancelled.
             tell = functools.partial(self.output_processor.propagate_error, EngineDeadError())
             handler.get_loop().call_soon_threadsafe(tell)
 
-    AsyncLLM.generate = generate
-    AsyncLLM.shutdown = shutdown
-    _installed = True
+    return shutdown
 
 
 def _says_nothing(engine: Any, params: Any, exchange: Exchange | None) -> bool:
@@ -130,11 +125,11 @@ def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) 
         return params, None
     own = params.clone()
     if asked is None:  # asked for by name, so that no default applies
-        own.extra_args = {**extra, WIRE_KEY: Asked(RequestSpec(()))}
+        EXTRA_ARGS.put(own, {**extra, WIRE_KEY: Asked(RequestSpec(()))})
         return own, None
     if exchange is not None:
-        asked = replace(asked, admitted=functools.partial(setattr, exchange, "is_applied", True))
-    own.extra_args = {**extra, WIRE_KEY: asked}
+        asked = replace(asked, admitted=exchange.mark_applied)
+    EXTRA_ARGS.put(own, {**extra, WIRE_KEY: asked})
     return own, asked
 
 
@@ -193,10 +188,10 @@ def _alone(engine: Any, request_id: str) -> Iterator[None]:
     Raises:
         MalformedSpec: another one with the same id is under way.
     """
-    running: set[str] | None = getattr(engine, _RUNNING, None)
+    running = RUNNING.of(engine)
     if running is None:
         running = set()
-        setattr(engine, _RUNNING, running)
+        RUNNING.put(engine, running)
     if request_id in running:
         raise translated(
             MalformedSpec(
@@ -305,8 +300,39 @@ def finish(sample: Sample, answer: Mapping[str, Any]) -> None:
 
 def live_traces_of(engine: Any) -> LiveTraces:
     """The one poller of an engine's front end."""
-    live: LiveTraces | None = getattr(engine, _LIVE, None)
+    live = LIVE_TRACES.of(engine)
     if live is None:
         live = LiveTraces(engine)
-        setattr(engine, _LIVE, live)
+        LIVE_TRACES.put(engine, live)
     return live
+
+
+_GONE = "outputs can carry what a worker hands over."
+GENERATE = patch(
+    AsyncLLM,
+    "generate",
+    _generate,
+    takes="async self, prompt, sampling_params, request_id, *, ...",
+    contains="except (VLLMClientError, GracefulHTTPError",  # a refusal goes through as it is
+    why="vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be "
+    "collected between a sample's last token and the reply.",
+    gone_when=_GONE,
+    when="front ends of an AsyncLLM with steer_config",
+)
+SHUTDOWN = patch(
+    AsyncLLM,
+    "shutdown",
+    _shutdown,
+    takes="self, ...",
+    contains="cancel_task_threadsafe(handler)",  # after which nobody is told that the engine has died
+    why="It cancels the task that hands out outputs before that task has told the waiting requests that the engine is "
+    "gone; they would wait for ever, and with them the server's own end.",
+    gone_when="shutdown tells them.",
+    when="front ends of an AsyncLLM with steer_config",
+)
+RUNNING: Attribute[set[str]] = Attribute(
+    "AsyncLLM", "vllm_steer_running", why="Request ids whose readouts are yet to be collected.", gone_when=_GONE
+)
+LIVE_TRACES: Attribute[LiveTraces] = Attribute(
+    "AsyncLLM", "vllm_steer_live_traces", why="The one poller of traces under way.", gone_when=_GONE
+)

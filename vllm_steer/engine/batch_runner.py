@@ -16,26 +16,22 @@ from vllm_steer.engine.http.bodies import Translated, check_unsteered, translate
 from vllm_steer.engine.http.exchange import Exchange, current_exchange
 from vllm_steer.engine.http.replies import complete_reply
 from vllm_steer.engine.http.steered_routes import CHAT
+from vllm_steer.engine.patching import patch
 from vllm_steer.engine.requests import translated as with_status
 from vllm_steer.errors import NotOnThisRoute, SteerError
 from vllm_steer.schema import RequestSpec
 
-_installed = False
-
 
 def install() -> None:
-    """Wrap ``run_batch.run_request`` (see ``vllm_steer.engine``). Idempotent."""
-    global _installed
-    if _installed:
-        return
-    original = run_batch.run_request
+    """Install the patch of the batch runner."""
+    RUN_REQUEST.install()
 
-    @functools.wraps(original)
+
+def _run_request(original: Any) -> Any:
     async def run_request(serving_engine_func: Any, request: Any, *args: Any) -> Any:
         return await original(functools.partial(_answer, serving_engine_func, request.url), request, *args)
 
-    run_batch.run_request = run_request
-    _installed = True
+    return run_request
 
 
 async def _answer(serve: MethodType, url: str, body: BaseModel) -> Any:
@@ -97,3 +93,14 @@ def _completed(response: BaseModel, exchange: Exchange) -> BaseModel:
     reply = response.model_dump(mode="json")
     complete_reply(CHAT, reply, exchange)
     return type(response).model_validate(reply)
+
+
+RUN_REQUEST = patch(
+    run_batch,
+    "run_request",
+    _run_request,
+    takes="async serving_engine_func, request, ...",
+    why="The lines of a batch file pass no middleware, and vLLM ignores the fields of a body that it does not know.",
+    gone_when="it refuses them.",
+    when="the batch runner, with steer_config",
+)

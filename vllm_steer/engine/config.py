@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,28 +11,26 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
 
+from vllm_steer.engine import plugin
 from vllm_steer.engine.decoder_layers import family_of
+from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
 logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
 
 
-def install(unsupported: str | None = None, remark: str | None = None) -> None:
-    """Wrap ``EngineArgs.create_engine_config`` (see ``vllm_steer.engine``).
+def install() -> None:
+    """Install the patch of the engine's configuration."""
+    CREATE_ENGINE_CONFIG.install()
 
-    Args:
-        unsupported: why no engine can be steered at all; then every engine that is configured for it is refused,
-            and all others are left alone.
-        remark: what is said in the log when an engine that is configured for it starts.
-    """
-    original = EngineArgs.create_engine_config
 
-    @functools.wraps(original)
+def _create_engine_config(original: Any) -> Any:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
         settings = SteerSettings.of(config.additional_config)
         if settings is not None:
+            unsupported = plugin.unsupported_reason()
             if unsupported is not None:
                 raise UnsupportedFeature(unsupported)
             check(config, settings)
@@ -48,6 +45,7 @@ def install(unsupported: str | None = None, remark: str | None = None) -> None:
                 from vllm_steer.engine import batch_runner
 
                 batch_runner.install()
+            remark = plugin.remark(plugin.vllm_version())
             if remark is not None:
                 logger.warning_once(remark)
             if config.use_v2_model_runner:
@@ -56,10 +54,10 @@ def install(unsupported: str | None = None, remark: str | None = None) -> None:
                     "its kernels interpreted; VLLM_USE_V2_MODEL_RUNNER=0 chooses the classic runner."
                 )
             # A new dict: the one that is there is the caller's.
-            config.additional_config = {**config.additional_config, CONFIG_KEY: settings.as_config()}
+            ADDITIONAL_CONFIG.put(config, {**config.additional_config, CONFIG_KEY: settings.as_config()})
         return config
 
-    EngineArgs.create_engine_config = create_engine_config
+    return create_engine_config
 
 
 def _check_endpoints() -> None:
@@ -163,3 +161,20 @@ def _features_of_v2(config: Any) -> list[tuple[bool, str, str]]:
     }
     instead = "Set VLLM_USE_V2_MODEL_RUNNER=0 for the classic one."
     return [(is_on, f"{feature} on vLLM's V2 model runner", instead) for feature, is_on in features.items()]
+
+
+CREATE_ENGINE_CONFIG = patch(
+    EngineArgs,
+    "create_engine_config",
+    _create_engine_config,
+    takes="self, usage_context, ...",
+    why="Settings must be checked, and models and features refused, before any weight is loaded; the plugin's build "
+    "must enter the compile cache's key.",
+    gone_when="vLLM lets a plugin validate the engine's configuration.",
+)
+ADDITIONAL_CONFIG: Attribute[dict[str, Any]] = Attribute(
+    "VllmConfig",
+    "additional_config",
+    why="Carries the checked settings, with the plugin's build, to the workers and into the compile cache's key.",
+    gone_when="vLLM lets a plugin validate the engine's configuration.",
+)

@@ -8,48 +8,45 @@ kept before such a step and put back after it, so chunking a prompt changes no s
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.worker_steering import steering_of
-
-_ATTRIBUTE = "vllm_steer_generator_states"
-_installed = False
 
 
 def install() -> None:
-    """Wrap ``_prepare_inputs`` and ``_bookkeeping_sync`` of CPU runners (see ``vllm_steer.engine``). Idempotent."""
-    global _installed
-    if _installed:
-        return
-    prepare, bookkeeping = GPUModelRunner._prepare_inputs, GPUModelRunner._bookkeeping_sync
+    """Install the patches of seeded requests on CPU runners."""
+    KEEP_STATES.install()
+    RESTORE_STATES.install()
 
-    @functools.wraps(prepare)
+
+def _prepare_inputs(original: Any) -> Any:
     def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(self, *args, **kwargs)
+        prepared = original(self, *args, **kwargs)
         if self.device.type == "cpu" and steering_of(self) is not None:
-            setattr(self, _ATTRIBUTE, _states_to_restore(self))
+            GENERATOR_STATES.put(self, _states_to_restore(self))
         return prepared
 
-    @functools.wraps(bookkeeping)
+    return _prepare_inputs
+
+
+def _bookkeeping_sync(original: Any) -> Any:
     def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states: dict[int, tuple[torch.Generator, torch.Tensor]] = getattr(self, _ATTRIBUTE, {})
+        states = GENERATOR_STATES.of(self) or {}
         generators = self.input_batch.generators
         for index, (generator, state) in states.items():
             generator.set_state(state)
             generators.pop(index, None)
         try:
-            return bookkeeping(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         finally:
             generators.update({index: generator for index, (generator, _) in states.items()})
             states.clear()
 
-    GPUModelRunner._prepare_inputs = _prepare_inputs
-    GPUModelRunner._bookkeeping_sync = _bookkeeping_sync
-    _installed = True
+    return _bookkeeping_sync
 
 
 def _states_to_restore(runner: Any) -> dict[int, tuple[torch.Generator, torch.Tensor]]:
@@ -60,3 +57,33 @@ def _states_to_restore(runner: Any) -> dict[int, tuple[torch.Generator, torch.Te
         for index, generator in runner.input_batch.generators.items()
         if index < runner.input_batch.num_reqs and discarded[index]
     }
+
+
+_WHY = (
+    "vLLM rewinds the generator of a seeded request whose prompt is not finished with set_offset, which CPU generators "
+    "do not have: the engine dies."
+)
+_GONE = "vLLM rewinds CPU generators."
+_WHEN = "workers of an engine with steer_config, classic runner, on a CPU"
+KEEP_STATES = patch(
+    GPUModelRunner,
+    "_prepare_inputs",
+    _prepare_inputs,
+    takes="self, ...",
+    why=_WHY,
+    gone_when=_GONE,
+    when=_WHEN,
+)
+RESTORE_STATES = patch(
+    GPUModelRunner,
+    "_bookkeeping_sync",
+    _bookkeeping_sync,
+    takes="self, ...",
+    contains="set_offset",  # once it is gone, so can this module
+    why=_WHY,
+    gone_when=_GONE,
+    when=_WHEN,
+)
+GENERATOR_STATES: Attribute[dict[int, tuple[torch.Generator, torch.Tensor]]] = Attribute(
+    "GPUModelRunner", "vllm_steer_generator_states", why=_WHY, gone_when=_GONE
+)

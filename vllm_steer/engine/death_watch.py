@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -20,14 +19,17 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient, SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_steer.engine.patching import patch
 from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
-    """Wrap ``MPClient.start_engine_core_monitor`` and two ``run_busy_loop`` (see ``vllm_steer.engine``)."""
-    original = MPClient.start_engine_core_monitor
+    """Install the patches that watch for processes that die."""
+    for one in (WATCH_ENGINE, WATCH_PARENT):
+        one.install()
 
-    @functools.wraps(original)
+
+def _start_engine_core_monitor(original: Any) -> Any:
     def start_engine_core_monitor(self: Any) -> None:
         original(self)
         manager = self.resources.engine_manager
@@ -36,13 +38,10 @@ def install() -> None:
             watched = (weakref.ref(self), manager.sentinels())
             Thread(target=_watch, args=watched, daemon=True, name="SteerDeathWatch").start()
 
-    MPClient.start_engine_core_monitor = start_engine_core_monitor
-    EngineCoreProc.run_busy_loop = _while_parent_lives(EngineCoreProc.run_busy_loop)
-    DPEngineCoreProc.run_busy_loop = _while_parent_lives(DPEngineCoreProc.run_busy_loop)
+    return start_engine_core_monitor
 
 
 def _while_parent_lives(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(run)
     def run_busy_loop(self: Any) -> Any:
         parent = multiprocessing.parent_process()
         if parent is not None and SteerSettings.of(self.vllm_config.additional_config) is not None:
@@ -87,3 +86,23 @@ def _release(client: Any) -> None:
 def _fail(future: concurrent.futures.Future[Any] | asyncio.Future[Any]) -> None:
     with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # an answer just came
         future.set_exception(EngineDeadError())
+
+
+WATCH_ENGINE = patch(
+    MPClient,
+    "start_engine_core_monitor",
+    _start_engine_core_monitor,
+    takes="self",
+    why="Where the engine core's process is killed, vLLM 0.32 leaves LLM.generate and every RPC under way waiting "
+    "for ever.",
+    gone_when="vLLM fails what is pending when it finds its engine dead.",
+)
+WATCH_PARENT = patch(
+    (EngineCoreProc, DPEngineCoreProc),
+    "run_busy_loop",
+    _while_parent_lives,
+    takes="self",
+    why="Where the front end's process is killed, vLLM 0.32 leaves the engine core and its workers running for ever, "
+    "with all their memory.",
+    gone_when="an engine core ends with its parent.",
+)

@@ -38,10 +38,6 @@ def _members(module: str, owner: str, names: str) -> tuple[ForeignName, ...]:
     return tuple(ForeignName(module, f"{owner}.{name}") for name in names.split())
 
 
-def _patched(module: str, name: str, takes: str, contains: str | None = None) -> ForeignName:
-    return ForeignName(module, name, takes, contains, is_patched=True)
-
-
 _ARGS = "vllm.engine.arg_utils"
 _CONFIG = "vllm.config.vllm"
 _MODEL_CONFIG = "vllm.config.model"
@@ -79,7 +75,6 @@ FOREIGN_NAMES = (
     ForeignName("vllm.logger", "init_logger", "name"),
     ForeignName(_ARGS, "EngineArgs"),
     *_members(_ARGS, "EngineArgs", "model additional_config"),
-    _patched(_ARGS, "EngineArgs.create_engine_config", "self, usage_context, ..."),
     ForeignName("vllm.usage.usage_lib", "UsageContext"),
     *_members("vllm.usage.usage_lib", "UsageContext", "LLM_CLASS OPENAI_API_SERVER OPENAI_BATCH_RUNNER"),
     ForeignName("vllm.envs", ""),
@@ -126,18 +121,6 @@ FOREIGN_NAMES = (
     ForeignName(_SAMPLING, "RequestOutputKind.DELTA"),
     ForeignName(_PROCESSOR, "InputProcessor"),
     *_members(_PROCESSOR, "InputProcessor", "model_config vllm_config"),
-    _patched(
-        _PROCESSOR,
-        "InputProcessor.process_inputs",
-        "self, request_id, prompt, params, ..., resumable=",
-        contains="sampling_params = params.clone()",  # we write into the request's parameters
-    ),
-    _patched(
-        _PROCESSOR,
-        "InputProcessor.assign_request_id",
-        "static request",
-        contains="f'{request.external_req_id}-{random_uuid():.8}'",  # worker_steering.sample_key reads this form
-    ),
     ForeignName(
         "vllm.v1.engine.parallel_sampling",
         "ParentRequest.get_child_info",
@@ -150,13 +133,9 @@ FOREIGN_NAMES = (
         "cache_salt prompt_embeds prompt_token_ids request_id sampling_params",
     ),
     ForeignName("vllm.exceptions", "GracefulHTTPError"),
-    *_members("vllm.exceptions", "GracefulHTTPError", "http_status message"),
+    ForeignName("vllm.exceptions", "GracefulHTTPError.__init__", "self, message, http_status"),
     # Keys of the prefix cache.
     *(ForeignName(module, "") for module in _HASH_HOLDERS),
-    *(
-        _patched(module, "generate_block_hash_extra_keys", "request, start_token_idx, end_token_idx, start_mm_idx")
-        for module in _HASH_HOLDERS
-    ),
     ForeignName("vllm.v1.request", "Request.sampling_params"),
     ForeignName(
         "vllm.v1.request",
@@ -167,7 +146,6 @@ FOREIGN_NAMES = (
     # The offline front end.
     ForeignName("vllm", "LLM"),
     ForeignName("vllm.entrypoints.llm", "LLM.llm_engine"),
-    _patched("vllm.entrypoints.llm", "LLM.beam_search", "self, ..."),
     ForeignName("vllm.entrypoints.llm", "LLM.collective_rpc", "self, method, ..., args="),
     *_members(_OFFLINE_ENGINE, "LLMEngine", "engine_core input_processor output_processor"),
     ForeignName(_OFFLINE_ENGINE, "LLMEngine.has_unfinished_requests", "self"),
@@ -183,7 +161,6 @@ FOREIGN_NAMES = (
     # An engine core in a process of its own.
     ForeignName(_CLIENT, "MPClient"),
     *_members(_CLIENT, "MPClient", "resources utility_results vllm_config"),
-    _patched(_CLIENT, "MPClient.start_engine_core_monitor", "self"),
     ForeignName(_CLIENT, "SyncMPClient"),
     ForeignName(_CLIENT, "SyncMPClient.outputs_queue"),
     *_members(_CLIENT, "BackgroundResources", "engine_dead engine_manager"),
@@ -191,26 +168,12 @@ FOREIGN_NAMES = (
     ForeignName(_CORE, "EngineCoreProc"),
     ForeignName(_CORE, "DPEngineCoreProc"),
     ForeignName(_CORE, "EngineCore.vllm_config"),
-    _patched(_CORE, "EngineCoreProc.run_busy_loop", "self"),
-    _patched(_CORE, "DPEngineCoreProc.run_busy_loop", "self"),
     ForeignName("vllm.entrypoints.launchers.launcher", "terminate_if_errored", "server, engine"),
     ForeignName("vllm.v1.engine.exceptions", "EngineDeadError"),
     # The asynchronous front end and the server.
     ForeignName(_ASYNC, "AsyncLLM"),
     *_members(_ASYNC, "AsyncLLM", "input_processor output_handler output_processor vllm_config"),
     ForeignName(_ASYNC, "AsyncLLM.abort", "async self, request_id, internal="),
-    _patched(
-        _ASYNC,
-        "AsyncLLM.shutdown",
-        "self, ...",
-        contains="cancel_task_threadsafe(handler)",  # after which nobody is told that the engine has died
-    ),
-    _patched(
-        _ASYNC,
-        "AsyncLLM.generate",
-        "async self, prompt, sampling_params, request_id, *, ...",
-        contains="except (VLLMClientError, GracefulHTTPError",  # a refusal goes through as it is
-    ),
     ForeignName(_ASYNC, "AsyncLLM.collective_rpc", "async self, method, ..., args="),
     ForeignName(_ASYNC, "AsyncLLM.is_sleeping", "async self"),
     ForeignName("vllm.entrypoints.launchers.api_server.app_state", "init_app_state.openai_serving_models"),
@@ -219,7 +182,6 @@ FOREIGN_NAMES = (
     ForeignName(_SERVED_MODELS, "OpenAIServingModels.model_name", "self, ..."),
     # The offline batch runner.
     ForeignName(_BATCH_RUNNER, ""),
-    _patched(_BATCH_RUNNER, "run_request", "async serving_engine_func, request, ..."),
     ForeignName(_BATCH_RUNNER, "BatchRequestInput.url"),
     ForeignName(_CHAT_BODIES, "ChatCompletionRequest"),
     *_members(_CHAT_BODIES, "ChatCompletionRequest", "model n use_beam_search vllm_xargs"),
@@ -232,7 +194,6 @@ FOREIGN_NAMES = (
     ForeignName(_SERVE, "ServeSubcommand.cmd", "static args"),
     # The scheduler, and what a step's output brings it.
     ForeignName(_SCHEDULER, "Scheduler"),
-    _patched(_SCHEDULER, "Scheduler.update_from_output", "self, scheduler_output, model_runner_output"),
     *_members(_SCHEDULER, "Scheduler", "kv_cache_manager requests running"),
     ForeignName(_SCHEDULER, "Scheduler.finish_requests", "self, request_ids, finished_status"),
     *_members("vllm.v1.core.kv_cache_manager", "KVCacheManager", "block_pool kv_cache_config"),
@@ -258,7 +219,6 @@ FOREIGN_NAMES = (
     # Workers, and what the scheduler tells their runners.
     ForeignName(_WORKER, "WorkerBase"),
     *_members(_WORKER, "WorkerBase", "device model_runner parallel_config rank vllm_config"),
-    _patched(_WORKER, "WorkerBase.__init__", "self, ..."),
     ForeignName(_WORKER, "WorkerBase.execute_model"),
     ForeignName(_WORKER, "WorkerBase.sample_tokens"),
     *_members(
@@ -272,35 +232,20 @@ FOREIGN_NAMES = (
     *_members(_RUNNER, "GPUModelRunner", "device discard_request_mask input_batch vllm_config"),
     ForeignName(_RUNNER, "GPUModelRunner.get_model", "self"),
     ForeignName(_CPU_RUNNER, "CPUModelRunner"),
-    _patched(_RUNNER, "GPUModelRunner.load_model", "self, ..."),
-    _patched(_CPU_RUNNER, "CPUModelRunner.load_model", "self, ..."),
-    _patched(_RUNNER, "GPUModelRunner._prepare_inputs", "self, scheduler_output, num_scheduled_tokens, ..."),
-    _patched(_RUNNER, "GPUModelRunner._on_request_state_removed", "self, req_id, req_state"),
     ForeignName(
         _RUNNER,
         "GPUModelRunner._update_states",
         contains="self._on_request_state_removed(req_id, req_state)",
         needed_by="runner_v1.py",
     ),
-    _patched(_RUNNER, "GPUModelRunner._dummy_run", "self, ..."),
-    _patched(
-        _RUNNER,
-        "GPUModelRunner._bookkeeping_sync",
-        "self, ...",
-        contains="set_offset",  # once it is gone, so can cpu_seeds
-    ),
     # LoRA on the CPU.
     ForeignName(_CPU_LORA, "PunicaWrapperCPU"),
-    _patched(_CPU_LORA, "PunicaWrapperCPU.add_shrink", "self, y, x, ..."),
-    _patched(_CPU_LORA, "PunicaWrapperCPU.add_lora_embedding", "self, y, x, ..."),
-    _patched(_CPU_LORA, "PunicaWrapperCPU.add_lora_logits", "self, y, x, ..."),
     ForeignName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.token_lora_indices"),
     ForeignName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.sampler_indices"),
     ForeignName("vllm.v1.utils", "CpuGpuBuffer.np"),
     *_members(_BATCH, "InputBatch", "generators num_computed_tokens_cpu num_reqs req_ids"),
     # The V2 runner.
     ForeignName(_STATES_V2, ""),
-    _patched(_STATES_V2, "resolve_model_state_cls", "vllm_config, model"),
     ForeignName(_STATE_V2, "ModelState"),
     ForeignName(_STATE_V2, "ModelState.__init__", "self, vllm_config, model, encoder_cache, device"),
     ForeignName(_STATE_V2, "ModelState.add_request", "self, req_index, new_req_data"),
@@ -308,7 +253,6 @@ FOREIGN_NAMES = (
     ForeignName(_STATE_V2, "ModelState.prepare_dummy_inputs", "self, num_reqs, num_tokens"),
     ForeignName(_RUNNER_V2, "GPUModelRunner"),
     ForeignName(_RUNNER_V2, "GPUModelRunner.model_state"),
-    _patched(_RUNNER_V2, "GPUModelRunner.finish_requests", "self, scheduler_output"),
     *_members("vllm.v1.worker.gpu.input_batch", "InputBatch", "num_computed_tokens_np num_scheduled_tokens req_ids"),
     ForeignName("vllm.v1.worker.gpu.states", "RequestState.req_id_to_index"),
 )

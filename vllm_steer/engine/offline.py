@@ -17,6 +17,7 @@ from vllm_steer.directions import Direction
 from vllm_steer.engine import plugin
 from vllm_steer.engine.admission import Asked, admission_of
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
+from vllm_steer.engine.requests import EXTRA_ARGS
 from vllm_steer.engine.stages import whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
@@ -82,7 +83,7 @@ def steered(
     if not spec.is_empty:
         plugin.require(is_engine_running=False)
     if spec != RequestSpec():
-        own.extra_args = {**(own.extra_args or {}), WIRE_KEY: spec.dumps()}
+        EXTRA_ARGS.put(own, {**(own.extra_args or {}), WIRE_KEY: spec.dumps()})
     return own
 
 

@@ -21,7 +21,7 @@ _registered = False
 
 
 def register() -> None:
-    """Install the patches of ``vllm_steer.engine``. Idempotent; vLLM calls it once in each process.
+    """Install the patches that every process needs (``docs/patches.md`` lists all). vLLM calls it once in each process.
 
     Beside another vLLM than the patches were written for, engines that ask for steering are refused when they start and
     all others run as if the plugin were not there.
@@ -31,16 +31,13 @@ def register() -> None:
         return
     from vllm_steer.engine import config
 
-    reason = unsupported_reason()
-    if reason is None:
+    config.install()
+    if unsupported_reason() is None:
         from vllm_steer.engine import death_watch, prefix_cache, requests, stream_overflow, worker_rpc
 
         # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
-        config.install(remark=remark(vllm_version()))
-        for room in (requests, prefix_cache, worker_rpc, death_watch, stream_overflow):
-            room.install()
-    else:
-        config.install(unsupported=reason)
+        for module in (requests, prefix_cache, worker_rpc, death_watch, stream_overflow):
+            module.install()
     _registered = True
 
 

@@ -14,22 +14,23 @@ tokens in its prompt: there they were steered as prompt tokens.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.simple_kv_offload import manager
 
+from vllm_steer.engine.patching import patch
 from vllm_steer.engine.resolved import RESOLVED_KEY
 
 _KEY = "vllm_steer"
 
 
 def install() -> None:
-    """Wrap ``generate_block_hash_extra_keys`` wherever vLLM holds it by name (see ``vllm_steer.engine``)."""
-    original = kv_cache_utils.generate_block_hash_extra_keys
+    """Install the patch of the prefix cache's keys."""
+    EXTRA_KEYS.install()
 
-    @functools.wraps(original)
+
+def _generate_block_hash_extra_keys(original: Any) -> Any:
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
@@ -37,8 +38,7 @@ def install() -> None:
         own = fork_key(request, start_token_idx, end_token_idx)
         return (keys if own is None else (*(keys or ()), own)), next_mm_idx
 
-    for module in (kv_cache_utils, block_pool, manager):
-        module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+    return generate_block_hash_extra_keys
 
 
 def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
@@ -50,3 +50,14 @@ def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
     if not start <= resolved["prompt_len"] < end:
         return None
     return _KEY, f"{resolved['generated_digest']}@{resolved['prompt_len'] - start}"
+
+
+EXTRA_KEYS = patch(
+    (kv_cache_utils, block_pool, manager),  # each holds the function by its name
+    "generate_block_hash_extra_keys",
+    _generate_block_hash_extra_keys,
+    takes="request, start_token_idx, end_token_idx, start_mm_idx",
+    why="Steering that starts at the first generated token must fork the chain of block hashes there; cache_salt can "
+    "only fork it at block 0.",
+    gone_when="requests can carry cache keys per position.",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -14,6 +13,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.engine.admission import Admission, Asked, admission_of, configured_admission_of
+from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
 from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
@@ -23,11 +23,12 @@ _TRANSLATED: dict[str, type[SteerError]] = {}
 
 
 def install() -> None:
-    """Wrap ``InputProcessor.process_inputs`` and ``assign_request_id``, and ``LLM.beam_search`` (see
-    ``vllm_steer.engine``)."""
-    original = InputProcessor.process_inputs
+    """Install the patches of the front end."""
+    for one in (PROCESS_INPUTS, ASSIGN_REQUEST_ID, BEAM_SEARCH):
+        one.install()
 
-    @functools.wraps(original)
+
+def _process_inputs(original: Any) -> Any:
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -53,9 +54,10 @@ def install() -> None:
         except SteerError as error:
             raise translated(error) from None
 
-    assign = InputProcessor.assign_request_id
+    return process_inputs
 
-    @functools.wraps(assign)
+
+def _assign_request_id(original: Any) -> Any:
     def assign_request_id(self: InputProcessor, request: Any) -> None:
         params = request.sampling_params
         extra = params.extra_args if params is not None and params.extra_args else {}
@@ -66,22 +68,21 @@ def install() -> None:
                 "an EngineCoreRequest made by hand came to an engine that has to steer it, and nothing has checked it; "
                 "allowed: prompts with SamplingParams. Pass these."
             )
-        assign(request)
+        original(request)
 
-    beam_search = LLM.beam_search
+    return assign_request_id
 
-    @functools.wraps(beam_search)
-    def beam_search_unless_steered(self: LLM, *args: Any, **kwargs: Any) -> Any:
+
+def _beam_search(original: Any) -> Any:
+    def beam_search(self: LLM, *args: Any, **kwargs: Any) -> Any:
         if _default_of(configured_admission_of(self.llm_engine.input_processor)):
             raise MalformedSpec(
                 "beam_search was called on an engine with default_steering, and it computes generated tokens again as "
                 "prompts; allowed: generate and chat. Use these, or an engine without default_steering."
             )
-        return beam_search(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    InputProcessor.process_inputs = process_inputs
-    InputProcessor.assign_request_id = assign_request_id
-    LLM.beam_search = beam_search_unless_steered
+    return beam_search
 
 
 def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | None:
@@ -128,7 +129,7 @@ def translated(error: SteerError) -> SteerError:
     """
     both = _with_status(type(error))
     refusal = both.__new__(both)
-    refusal.args, refusal.message, refusal.http_status = error.args, str(error), HTTPStatus(error.status)
+    GracefulHTTPError.__init__(refusal, str(error), HTTPStatus(error.status))
     assert isinstance(refusal, SteerError)
     return refusal
 
@@ -152,12 +153,12 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     """Write into the request, which is vLLM's own copy of the caller's, what workers and scheduler need to know."""
     resolved = admission.admit(request.request_id, asked.spec, len(request.prompt_token_ids), asked.key)
     params = request.sampling_params
-    params.extra_args = {**_without_wire(params), RESOLVED_KEY: resolved.dump()}
+    EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
     if resolved.prompt_digest:
-        request.cache_salt = salt(request.cache_salt, resolved.prompt_digest)
+        CACHE_SALT.put(request, salt(request.cache_salt, resolved.prompt_digest))
     if asked.spec.readout is not None:
         # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
-        params.skip_reading_prefix_cache = True
+        SKIP_READING_PREFIX_CACHE.put(params, True)
         admission.remember(request.request_id, asked)
     if asked.admitted is not None:
         asked.admitted()
@@ -167,9 +168,9 @@ def _pass(admission: Admission | None, request: Any) -> None:
     """Mark a request that is neither steered nor read as seen, where it might have been steered by default."""
     params = request.sampling_params
     if _default_of(admission):
-        params.extra_args = {**_without_wire(params), RESOLVED_KEY: None}
+        EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: None})
     elif params.extra_args and WIRE_KEY in params.extra_args:
-        params.extra_args = _without_wire(params)
+        EXTRA_ARGS.put(params, _without_wire(params))
 
 
 def _without_wire(params: SamplingParams) -> dict[str, Any]:
@@ -179,3 +180,51 @@ def _without_wire(params: SamplingParams) -> dict[str, Any]:
 def salt(own: str | None, prompt_digest: str) -> str:
     """The cache salt of a request whose prompt is steered, on top of the salt it may have of its own."""
     return SALT_PREFIX + sha256(f"{own or ''}\0{prompt_digest}".encode()).hexdigest()
+
+
+PROCESS_INPUTS = patch(
+    InputProcessor,
+    "process_inputs",
+    _process_inputs,
+    takes="self, request_id, prompt, params, ..., resumable=",
+    contains="sampling_params = params.clone()",  # we write into the request's parameters
+    why="The one place that every front end passes before a request is scheduled.",
+    gone_when="there is an admission hook.",
+)
+ASSIGN_REQUEST_ID = patch(
+    InputProcessor,
+    "assign_request_id",
+    _assign_request_id,
+    takes="static request",
+    contains="f'{request.external_req_id}-{random_uuid():.8}'",  # worker_steering.sample_key reads this form
+    why="Ready-made EngineCoreRequest objects do not pass process_inputs, but they pass here; one that carries a spec "
+    "nobody has checked would run unsteered.",
+    gone_when="vLLM drops that deprecated way in.",
+)
+BEAM_SEARCH = patch(
+    LLM,
+    "beam_search",
+    _beam_search,
+    takes="self, ...",
+    why="It computes generated tokens again as prompts, which would steer them as such where an engine has a default.",
+    gone_when="beam search keeps a request's parameters and tells prompt from answer.",
+)
+_SPEC_GONE = "requests have typed fields for plugins."
+EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
+    "SamplingParams",
+    "extra_args",
+    why="Carries what a request asks to the front end, and what admission made of it to scheduler and workers.",
+    gone_when=_SPEC_GONE,
+)
+SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
+    "SamplingParams",
+    "skip_reading_prefix_cache",
+    why="A readout needs every activation computed, so cached KV cannot stand in for any token.",
+    gone_when=_SPEC_GONE,
+)
+CACHE_SALT: Attribute[str] = Attribute(
+    "EngineCoreRequest",
+    "cache_salt",
+    why="Keeps the blocks of differently steered prompts apart in the prefix cache.",
+    gone_when=_SPEC_GONE,
+)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_steer.engine.patching import patch
 from vllm_steer.engine.worker_steering import equip, steering_of
 from vllm_steer.errors import UnsupportedFeature
 
-_installed = False
-
 
 def install() -> None:
-    """Wrap the methods that are listed in ``vllm_steer.engine``. Idempotent."""
-    global _installed
-    if _installed:
-        return
-    for runner_class in (GPUModelRunner, CPUModelRunner):
-        runner_class.load_model = _load_model(runner_class.load_model)
-    GPUModelRunner._prepare_inputs = _prepare_inputs(GPUModelRunner._prepare_inputs)
-    GPUModelRunner._on_request_state_removed = _on_request_state_removed(GPUModelRunner._on_request_state_removed)
-    GPUModelRunner._dummy_run = _dummy_run(GPUModelRunner._dummy_run)
-    _installed = True
+    """Install the patches of the classic runner."""
+    for one in (LOAD_MODEL, PREPARE_INPUTS, REQUEST_STATE_REMOVED, DUMMY_RUN):
+        one.install()
 
 
 def _load_model(original: Any) -> Any:
-    @functools.wraps(original)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         equip(self, self.get_model())
@@ -37,7 +27,6 @@ def _load_model(original: Any) -> Any:
 
 
 def _prepare_inputs(original: Any) -> Any:
-    @functools.wraps(original)
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = original(self, scheduler_output, num_scheduled_tokens, *args, **kwargs)
         steering = steering_of(self)
@@ -64,7 +53,6 @@ def _prepare_inputs(original: Any) -> Any:
 
 
 def _on_request_state_removed(original: Any) -> Any:
-    @functools.wraps(original)
     def _on_request_state_removed(self: Any, req_id: str, req_state: Any) -> None:
         original(self, req_id, req_state)
         steering = steering_of(self)
@@ -75,7 +63,6 @@ def _on_request_state_removed(original: Any) -> Any:
 
 
 def _dummy_run(original: Any) -> Any:
-    @functools.wraps(original)
     def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         steering = steering_of(self)
         if steering is not None:
@@ -83,3 +70,42 @@ def _dummy_run(original: Any) -> Any:
         return original(self, *args, **kwargs)
 
     return _dummy_run
+
+
+_CLASSIC = "workers of an engine with steer_config, classic runner"
+LOAD_MODEL = patch(
+    (GPUModelRunner, CPUModelRunner),
+    "load_model",
+    _load_model,
+    takes="self, ...",
+    why="Hooks go on after the weights are loaded and before the first, traced, call.",
+    gone_when="a plugin is called with the loaded model.",
+    when=_CLASSIC,
+)
+PREPARE_INPUTS = patch(
+    GPUModelRunner,
+    "_prepare_inputs",
+    _prepare_inputs,
+    takes="self, scheduler_output, num_scheduled_tokens, ...",
+    why="The batch's order and token spans are final here, and nothing of the step has run yet.",
+    gone_when="the classic runner is gone, or has an extension point like the V2 runner's ModelState.",
+    when=_CLASSIC,
+)
+REQUEST_STATE_REMOVED = patch(
+    GPUModelRunner,
+    "_on_request_state_removed",
+    _on_request_state_removed,
+    takes="self, req_id, req_state",
+    why="vLLM's own hook for platform runners, called when a request has finished; plugins cannot subclass the runner.",
+    gone_when="the classic runner is gone, or has an extension point like the V2 runner's ModelState.",
+    when=_CLASSIC,
+)
+DUMMY_RUN = patch(
+    GPUModelRunner,
+    "_dummy_run",
+    _dummy_run,
+    takes="self, ...",
+    why="Warm-up, profiling and graph capture must see an untouched token map.",
+    gone_when="the classic runner is gone, or has an extension point like the V2 runner's ModelState.",
+    when=_CLASSIC,
+)

@@ -9,7 +9,6 @@ where a step is prepared before the tokens of the one before it are known.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -17,20 +16,15 @@ from vllm.v1.worker.gpu import model_states
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_steer.engine.patching import patch
 from vllm_steer.engine.worker_steering import WorkerSteering, equip, steering_of
 from vllm_steer.settings import SteerSettings
 
-_installed = False
-
 
 def install() -> None:
-    """Wrap the functions that are listed in ``vllm_steer.engine``. Idempotent."""
-    global _installed
-    if _installed:
-        return
-    model_states.resolve_model_state_cls = _resolve_model_state_cls(model_states.resolve_model_state_cls)
-    GPUModelRunner.finish_requests = _finish_requests(GPUModelRunner.finish_requests)
-    _installed = True
+    """Install the patches of the V2 runner."""
+    RESOLVE_MODEL_STATE.install()
+    FINISH_REQUESTS.install()
 
 
 class SteeringState(ModelState):
@@ -77,7 +71,6 @@ class SteeringState(ModelState):
 
 
 def _resolve_model_state_cls(original: Any) -> Any:
-    @functools.wraps(original)
     def resolve_model_state_cls(vllm_config: Any, model: nn.Module) -> Any:
         own = original(vllm_config, model)
         if SteerSettings.of(vllm_config.additional_config) is None:
@@ -88,7 +81,6 @@ def _resolve_model_state_cls(original: Any) -> Any:
 
 
 def _finish_requests(original: Any) -> Any:
-    @functools.wraps(original)
     def finish_requests(self: Any, scheduler_output: Any) -> None:
         # ModelState.remove_request cannot do this: it hears of finished and preempted requests alike, and of new ones.
         steering = steering_of(self)
@@ -100,3 +92,25 @@ def _finish_requests(original: Any) -> Any:
         original(self, scheduler_output)
 
     return finish_requests
+
+
+_V2 = "workers of an engine with steer_config, V2 runner"
+RESOLVE_MODEL_STATE = patch(
+    model_states,
+    "resolve_model_state_cls",
+    _resolve_model_state_cls,
+    takes="vllm_config, model",
+    why="The V2 runner's extension point, ModelState, is chosen by the model's class, which is vLLM's; whichever class "
+    "it chooses gets steering put before it.",
+    gone_when="a plugin can name a ModelState.",
+    when=_V2,
+)
+FINISH_REQUESTS = patch(
+    GPUModelRunner,
+    "finish_requests",
+    _finish_requests,
+    takes="self, scheduler_output",
+    why="ModelState.remove_request is called for finished, preempted and new requests alike.",
+    gone_when="it is told which.",
+    when=_V2,
+)

@@ -14,10 +14,11 @@ from vllm.logger import init_logger
 
 from vllm_steer.engine.admission import Admission, admission_of
 from vllm_steer.engine.background import run_in_background
-from vllm_steer.engine.http.middleware import SERVED_STATE, Served, SteerMiddleware
+from vllm_steer.engine.http.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.engine.http.playground import playground_router
-from vllm_steer.engine.http.routes import ADMIN_KEY_VARIABLE, SERVER_STATE, SteeredServer, router
+from vllm_steer.engine.http.routes import ADMIN_KEY_VARIABLE, SERVER, SteeredServer, router
 from vllm_steer.engine.http.sharing import share_registry
+from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
 
@@ -61,9 +62,9 @@ class SteerEndpoints:
                 )
         registry = await share_registry(admission, engine_client)
         _check_own_steering(admission)
-        setattr(state, SERVER_STATE, SteeredServer(admission.settings, registry))
-        setattr(state, SERVED_STATE, Served(admission, models.model_name()))
-        state.vllm_steer_watchdog = run_in_background(_end_with(engine_client, state), "The watch of the engine")
+        SERVER.put(state, SteeredServer(admission.settings, registry))
+        SERVED.put(state, Served(admission, models.model_name()))
+        WATCHDOG.put(state, run_in_background(_end_with(engine_client, state), "The watch of the engine"))
 
 
 async def _end_with(engine_client: Any, state: State) -> None:
@@ -91,5 +92,13 @@ def _check_own_steering(admission: Admission) -> None:
 
 
 def _has_playground(request: Request) -> bool:
-    server: SteeredServer | None = getattr(request.app.state, SERVER_STATE, None)
+    server = SERVER.of(request.app.state)
     return server is not None and server.settings.playground
+
+
+WATCHDOG: Attribute[asyncio.Task[None]] = Attribute(
+    "the server's application state",
+    "vllm_steer_watchdog",
+    why="The task that ends the server soon after its engine; vLLM itself looks every five seconds.",
+    gone_when="vLLM ends a server as soon as its engine is dead.",
+)

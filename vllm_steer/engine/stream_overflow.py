@@ -6,7 +6,6 @@ marks over with the output of the very step, and the scheduler ends those reques
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -15,13 +14,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.request import RequestStatus
+from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.resolved import RESOLVED_KEY
 from vllm_steer.engine.worker_steering import steering_of
 from vllm_steer.stream_range import FLOAT16_LIMIT
 
 REASON_PREFIX = "vllm_steer: "
-_ATTRIBUTE = "vllm_steer_cut_off"
 _REASON = (
     f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, where float16 nears its end, so "
     "the request was ended; allowed: additions that the stream has room for. Use smaller alphas, or start the engine "
@@ -30,12 +30,13 @@ _REASON = (
 
 
 def install() -> None:
-    """Wrap ``Scheduler.update_from_output`` (see ``vllm_steer.engine``)."""
-    original = Scheduler.update_from_output
+    """Install the patch of the scheduler."""
+    UPDATE_FROM_OUTPUT.install()
 
-    @functools.wraps(original)
+
+def _update_from_output(original: Any) -> Any:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        cut_off = getattr(model_runner_output, _ATTRIBUTE, ())
+        cut_off = CUT_OFF.of(model_runner_output) or ()
         failed = [one for one in cut_off if one in self.requests and not self.requests[one].is_finished()]
         if not failed:
             return original(self, scheduler_output, model_runner_output)
@@ -48,37 +49,40 @@ def install() -> None:
             _end(self, self.requests[request_id], outputs)
         return outputs
 
-    Scheduler.update_from_output = update_from_output
+    return update_from_output
 
 
 def watch(worker: Any) -> None:
     """Let a worker hand over the marks of each step; to be called once its model is loaded.
 
-    Its instance's ``execute_model`` and ``sample_tokens`` are wrapped (see ``vllm_steer.engine``), where the residual
-    stream is float16.
+    Patches ``execute_model`` and ``sample_tokens`` of this one worker, where the residual stream is float16.
     """
     steering = steering_of(worker.model_runner)
     if steering is None or not steering.buffers.can_cut:
         return
-    execute, sample = worker.execute_model, worker.sample_tokens
     pending: list[Callable[[], list[str]]] = []
 
-    @functools.wraps(execute)
-    def execute_model(*args: Any, **kwargs: Any) -> Any:
-        output = execute(*args, **kwargs)
-        marks = steering.start_reading_marks()
-        if marks is not None and output is None:  # sample_tokens comes next
-            pending.append(marks)
-        elif marks is not None:
-            return _with_marks(output, marks)
-        return output
+    def marking(execute: Any) -> Any:
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            output = execute(*args, **kwargs)
+            marks = steering.start_reading_marks()
+            if marks is not None and output is None:  # sample_tokens comes next
+                pending.append(marks)
+            elif marks is not None:
+                return _with_marks(output, marks)
+            return output
 
-    @functools.wraps(sample)
-    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        output = sample(*args, **kwargs)
-        return _with_marks(output, pending.pop()) if pending else output
+        return execute_model
 
-    worker.execute_model, worker.sample_tokens = execute_model, sample_tokens
+    def handing_over(sample: Any) -> Any:
+        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            output = sample(*args, **kwargs)
+            return _with_marks(output, pending.pop()) if pending else output
+
+        return sample_tokens
+
+    EXECUTE_MODEL.install_on(worker, marking)
+    SAMPLE_TOKENS.install_on(worker, handing_over)
 
 
 class _OutputWithMarks(AsyncModelRunnerOutput):
@@ -102,7 +106,7 @@ def _marked(output: Any, request_ids: list[str]) -> Any:
     if not request_ids or output is None:
         return output
     output = copy(output)  # vLLM hands out one empty output for all steps without tokens
-    setattr(output, _ATTRIBUTE, request_ids)
+    CUT_OFF.put(output, request_ids)
     return output
 
 
@@ -142,3 +146,33 @@ def _end(scheduler: Any, request: Any, outputs: Any) -> None:
         outputs[request.client_index].outputs.append(told)
     else:
         outputs[request.client_index] = EngineCoreOutputs(outputs=[told])
+
+
+_GONE = "a worker can fail one request."
+UPDATE_FROM_OUTPUT = patch(
+    Scheduler,
+    "update_from_output",
+    _update_from_output,
+    takes="self, scheduler_output, model_runner_output",
+    why="A request whose steered stream had to be cut off must end with an error, before its tokens are shown, and its "
+    "blocks must leave the prefix cache.",
+    gone_when=_GONE,
+)
+EXECUTE_MODEL, SAMPLE_TOKENS = (
+    patch(
+        WorkerBase,
+        name,
+        lambda original: original,
+        takes=None,
+        why="Hands the marks of requests whose stream was cut off over with the output of the step.",
+        gone_when=_GONE,
+        when="each worker object of a float16 engine with steer_config",
+    )
+    for name in ("execute_model", "sample_tokens")
+)
+CUT_OFF: Attribute[list[str]] = Attribute(
+    "ModelRunnerOutput",
+    "vllm_steer_cut_off",
+    why="The internal ids of requests whose steered stream had to be cut off in the step.",
+    gone_when=_GONE,
+)

@@ -11,6 +11,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine import stream_overflow
+from vllm_steer.engine.patching import patch
 from vllm_steer.engine.stages import LiveTrace, Readout
 from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
 from vllm_steer.errors import NotConfigured, UnsupportedFeature
@@ -18,13 +19,12 @@ from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
-    """Add the methods to ``WorkerBase`` and let configured workers patch their runner (see ``vllm_steer.engine``)."""
-    WorkerBase.vllm_steer_write = write
-    WorkerBase.vllm_steer_collect = collect
-    WorkerBase.vllm_steer_traces = traces
-    original = WorkerBase.__init__
+    """Install the methods on ``WorkerBase``, and let configured workers patch their runner."""
+    for one in (INIT, WRITE, COLLECT, TRACES):
+        one.install()
 
-    @functools.wraps(original)
+
+def _init(original: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if SteerSettings.of(self.vllm_config.additional_config) is not None:
@@ -41,15 +41,14 @@ def install() -> None:
                     from vllm_steer.engine import cpu_lora
 
                     cpu_lora.install()
-            self.load_model = _checked(self, self.load_model)
+            LOAD_MODEL.install_on(self, functools.partial(_checked, self))
 
-    WorkerBase.__init__ = __init__
+    return __init__
 
 
 def _checked(worker: Any, load_model: Any) -> Any:
     """``load_model`` of one worker, which must leave hooks behind: a platform may bring a runner of its own."""
 
-    @functools.wraps(load_model)
     def checked(*args: Any, **kwargs: Any) -> None:
         load_model(*args, **kwargs)
         if steering_of(worker.model_runner) is None:
@@ -136,3 +135,33 @@ def _of(worker: Any) -> WorkerSteering:
             "this worker has no hooks; start the engine with additional_config=steer_config(layers=[...])."
         )
     return steering
+
+
+INIT = patch(
+    WorkerBase,
+    "__init__",
+    _init,
+    takes="self, ...",
+    why="The first worker of a configured engine installs the runner's patches.",
+    gone_when="a plugin is called in each worker once its configuration is known.",
+)
+LOAD_MODEL = patch(
+    WorkerBase,
+    "load_model",
+    lambda original: original,
+    takes=None,
+    why="A platform may bring a runner of its own, on which no hooks would be: then the engine must not start.",
+    gone_when="a plugin is called with the loaded model.",
+    when="each worker object of an engine with steer_config",
+)
+WRITE, COLLECT, TRACES = (
+    patch(
+        WorkerBase,
+        f"vllm_steer_{method.__name__}",
+        lambda _, method=method: method,
+        takes=None,
+        why="A method for collective_rpc to find.",
+        gone_when="plugins can add RPC methods without worker_extension_cls.",
+    )
+    for method in (write, collect, traces)
+)

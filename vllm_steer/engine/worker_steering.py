@@ -15,6 +15,7 @@ from vllm_steer.buffers import SteerBuffers
 from vllm_steer.directions import Direction
 from vllm_steer.engine.admission import configured_directions
 from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
+from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.readout_flow import ReadoutFlow, Summed
 from vllm_steer.engine.readouts import FinishedReadout, ReadoutStore
 from vllm_steer.engine.registry import DirectionRegistry
@@ -28,7 +29,6 @@ from vllm_steer.step_plan import STEER, TracedTokens
 
 SampleKey = tuple[str, int]
 """``Resolved.key`` of the request, and sample index."""
-_ATTRIBUTE = "vllm_steer"
 
 
 class WorkerSteering:
@@ -270,8 +270,7 @@ def steering_of(runner: Any) -> WorkerSteering | None:
 
     The classic runner carries it itself, the V2 runner on its model state.
     """
-    steering: WorkerSteering | None = getattr(getattr(runner, "model_state", runner), _ATTRIBUTE, None)
-    return steering
+    return STEERING.of(getattr(runner, "model_state", runner))
 
 
 def equip(runner: Any, model: nn.Module) -> None:
@@ -279,10 +278,18 @@ def equip(runner: Any, model: nn.Module) -> None:
     settings = SteerSettings.of(runner.vllm_config.additional_config)
     if settings is not None:
         with torch.inference_mode(False):
-            setattr(runner, _ATTRIBUTE, WorkerSteering(settings, runner, model))
+            STEERING.put(runner, WorkerSteering(settings, runner, model))
 
 
 def _most_tokens(config: Any) -> int:
     """The most token rows that one forward pass can have, graph padding included."""
     captured = config.compilation_config.cudagraph_capture_sizes or [0]
     return int(max(config.scheduler_config.max_num_batched_tokens, max(captured)))
+
+
+STEERING: Attribute[WorkerSteering] = Attribute(
+    "GPUModelRunner, or the V2 runner's ModelState",
+    "vllm_steer",
+    why="The steering of a runner's model.",
+    gone_when="a plugin can bring a part of a runner of its own.",
+)

@@ -56,6 +56,10 @@ class Exchange:
     is_applied: bool = False
     refusal: SteerError | None = None
 
+    def mark_applied(self) -> None:
+        """Note that an engine request of it was admitted with ``whole``."""
+        self.is_applied = True
+
     def sample(self, request_id: str, index: int) -> Sample:
         """The sample of that id and index, made where there is none yet."""
         return self.samples.setdefault((request_id, index), Sample())

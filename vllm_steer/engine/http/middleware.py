@@ -21,17 +21,17 @@ from vllm_steer.engine.http.outgoing import AliasListingSender, ReplySender, Who
 from vllm_steer.engine.http.refusals import error_body
 from vllm_steer.engine.http.replies import list_aliases
 from vllm_steer.engine.http.steered_routes import NAMING, STEERED
+from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import MalformedSpec, SteerError
 from vllm_steer.schema import RequestSpec
 
-SERVED_STATE = "vllm_steer_served"
 _MODELS = "/v1/models"
 _FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server steers, kept in its application's state under ``SERVED_STATE``.
+    """What a server steers, kept in its application's state.
 
     Attributes:
         checker: admission of the engine.
@@ -40,6 +40,14 @@ class Served:
 
     checker: Checker
     base_model: str
+
+
+SERVED: Attribute[Served] = Attribute(
+    "the server's application state",
+    "vllm_steer_served",
+    why="What the middleware needs to know of the engine.",
+    gone_when="an endpoint plugin can bring a middleware with a state of its own.",
+)
 
 
 class SteerMiddleware:
@@ -55,7 +63,7 @@ class SteerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         served: Served | None = None
         if scope["type"] in ("http", "websocket"):
-            served = getattr(scope["app"].state, SERVED_STATE, None)
+            served = SERVED.of(scope["app"].state)
         if served is None:
             await self.app(scope, receive, send)
             return

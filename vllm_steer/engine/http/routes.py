@@ -19,6 +19,7 @@ from vllm_steer.engine.http.preconditions import Preconditions, entries_of, etag
 from vllm_steer.engine.http.refusals import error_body
 from vllm_steer.engine.http.shared_registry import SharedRegistry
 from vllm_steer.engine.http.upload import packed_directions, read_upload, uploaded_directions
+from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
 from vllm_steer.errors import (
     AdminKeyMissing,
@@ -35,8 +36,6 @@ from vllm_steer.errors import (
 from vllm_steer.schema import Steering
 from vllm_steer.settings import SteerSettings
 
-SERVER_STATE = "vllm_steer_server"
-"""Where the application's state holds the ``SteeredServer`` of these routes."""
 ADMIN_KEY_VARIABLE = "VLLM_STEER_ADMIN_KEY"
 _MOST_LAYERS = 10**6  # what a key of a direction file can spell
 
@@ -76,6 +75,14 @@ class SteeredServer:
 
     settings: SteerSettings
     registry: SharedRegistry
+
+
+SERVER: Attribute[SteeredServer] = Attribute(
+    "the server's application state",
+    "vllm_steer_server",
+    why="What the routes of this plugin serve.",
+    gone_when="an endpoint plugin has a state of its own.",
+)
 
 
 @router.get("/v1/steering")
@@ -187,7 +194,7 @@ async def delete_direction(
 
 
 def _server(request: Request) -> SteeredServer:
-    server: SteeredServer | None = getattr(request.app.state, SERVER_STATE, None)
+    server = SERVER.of(request.app.state)
     if server is None:
         raise NotConfigured(
             "this server was started without steer_config, so it has no hooks; allowed: unsteered requests. Start it "
