@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from batch_jobs import grid, store
-from batch_jobs.behaviour import behaviour_points
-from batch_jobs.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
-from batch_jobs.direction_behaviour import direction_behaviours, write_behaviour
-from batch_jobs.engine import LazyEngine, decoder_blocks, model_location
-from batch_jobs.findings import make_findings, write_findings
-from batch_jobs.judge import read_grades
-from batch_jobs.local_executor import LocalExecutor
-from batch_jobs.pool import Pool
-from batch_jobs.probes import have_probes, load_probes, write_probes
-from batch_jobs.progress import ConsoleProgress
-from batch_jobs.provenance import StudyRecord
-from batch_jobs.readout_file import read_readouts
-from batch_jobs.report import write_report
-from batch_jobs.run_directory import RunDirectory
-from batch_jobs.score import score_generations
-from batch_jobs.scores import Scores, write_scores
-from batch_jobs.shard_runner import ShardJob
-from batch_jobs.shards import make_shards
-from batch_jobs.study import Study, StudyError
-from batch_jobs.validation import Validation
+from batch_jobs.config.study import Study, StudyError
+from batch_jobs.directions.probes import have_probes, load_probes, write_probes
+from batch_jobs.directions.readout_file import read_readouts
+from batch_jobs.directions.validation import Validation
+from batch_jobs.engine.engine import LazyEngine, decoder_blocks, model_location
+from batch_jobs.engine.progress import ConsoleProgress
+from batch_jobs.generate.local_executor import LocalExecutor
+from batch_jobs.generate.pool import Pool
+from batch_jobs.generate.shard_runner import ShardJob
+from batch_jobs.report.page import write_report
+from batch_jobs.rows import grid, store
+from batch_jobs.rows.shards import make_shards
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.provenance import StudyRecord
+from batch_jobs.scoring.behaviour import behaviour_points
+from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
+from batch_jobs.scoring.findings import make_findings, write_findings
+from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.score import score_generations
+from batch_jobs.scoring.scores import Scores, write_scores
+from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
 
 if TYPE_CHECKING:
-    from batch_jobs.ray_executor import RayExecutor
+    from batch_jobs.generate.ray_executor import RayExecutor
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _executor(
                 engine = LazyEngine(study, location, console)
                 stack.callback(engine.close)
                 return LocalExecutor(engine, ConsoleProgress(console, quiet=options.quiet))
-            from batch_jobs.ray_executor import ray_session
+            from batch_jobs.generate.ray_executor import ray_session
 
             return stack.enter_context(ray_session(options.pool, study, location, console, quiet=options.quiet))
 

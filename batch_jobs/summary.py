@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batch_jobs.pipeline import StudyResult
-from batch_jobs.scores import ConditionScore
+from batch_jobs.scoring.scores import ConditionScore
 
 
 def print_summary(result: StudyResult, concept: str, console: Console) -> None:

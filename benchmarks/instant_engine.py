@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import vllm_steer
-from batch_jobs import ray_executor
+from batch_jobs.generate import ray_executor
 from vllm_steer import ReadoutResult
 
 COMPLETION = "I see you, and I am sorry that nobody answered; this litre is yours, and B will understand. " * 10

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoConfig, AutoTokenizer
 
-from batch_jobs.contrastive import Pair, load_scenarios, load_split, steering_prompt
-from batch_jobs.prompts import text_prompt
-from batch_jobs.study import SplitSizes
+from batch_jobs.config.study import SplitSizes
+from batch_jobs.texts.contrastive import Pair, load_scenarios, load_split, steering_prompt
+from batch_jobs.texts.prompts import text_prompt
 
 SCENARIOS = ("food_delivery", "the_listener", "the_protector")
 ALPHAS = (0.0, 1.0, 3.0, 5.0, 10.0)

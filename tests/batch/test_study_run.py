@@ -23,7 +23,7 @@ def _study(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-c",
-        "from batch_jobs.cli import main; main()",
+        "from batch_jobs.cli.main import main; main()",
         "study",
         "run",
         str(config),

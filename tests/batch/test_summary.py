@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from batch_jobs.pipeline import StudyResult
-from batch_jobs.run_directory import RunDirectory
-from batch_jobs.scores import ConditionScore, Scores
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.scoring.scores import ConditionScore, Scores
 from batch_jobs.summary import print_summary
-from tests.batch.test_validation import layer_validation, validation
+from tests.batch.directions.test_validation import layer_validation, validation
 
 
 def condition(alpha: float, rate: float) -> ConditionScore:

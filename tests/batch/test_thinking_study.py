@@ -13,25 +13,25 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from batch_jobs import store
-from batch_jobs.behaviour import behaviour_points
-from batch_jobs.completion_agreement import compare_completions
+from batch_jobs.compare.completions import compare_completions
+from batch_jobs.config.study import Study
 from batch_jobs.pipeline import RunOptions, StudyResult, run_study
-from batch_jobs.run_directory import RunDirectory
-from batch_jobs.samples import read_generations
-from batch_jobs.score import score_table
-from batch_jobs.scores import ScoreError, read_scores
-from batch_jobs.store import read_index, read_rows
-from batch_jobs.study import Study
-from tests.batch.formula_engine import COLD, COMPLETION_TOKENS, KIND, FormulaEngine, install
-from tests.batch.test_score import row as scored
+from batch_jobs.report.samples import read_generations
+from batch_jobs.rows import store
+from batch_jobs.rows.store import read_index, read_rows
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.scoring.behaviour import behaviour_points
+from batch_jobs.scoring.score import score_table
+from batch_jobs.scoring.scores import ScoreError, read_scores
+from tests.batch.scoring.test_score import row as scored
+from tests.support.formula_engine import COLD, COMPLETION_TOKENS, KIND, FormulaEngine, install
 
 THOUGHT = "Someone cries. I could help, support and comfort them."
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    for module in ("engine", "pipeline", "local_executor"):
+    for module in ("engine.engine", "pipeline", "generate.local_executor"):
         monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: 6)
     monkeypatch.setattr("batch_jobs.pipeline.write_report", lambda path: path)
     return install(monkeypatch)

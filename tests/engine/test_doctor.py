@@ -13,7 +13,7 @@ import transformers
 from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 
-from batch_jobs.cli import app
+from batch_jobs.cli.main import app
 from tests.engine.tiny_models import (
     HIDDEN_SIZE,
     NUM_LAYERS,

@@ -25,7 +25,7 @@ def test_both_agree_on_what_is_registered(demo_model: Path, tmp_path: Path) -> N
     model = save_tiny_model("llama", demo_model, tmp_path / "model")
     headers = {"Authorization": f"Bearer {API_KEY}", "X-Admin-Key": ADMIN_KEY}
     command = (
-        "-c", "from batch_jobs.cli import main; main()", "serve", str(model), "--layers", str(KIND_LAYER),
+        "-c", "from batch_jobs.cli.main import main; main()", "serve", str(model), "--layers", str(KIND_LAYER),
         "--registry-dir", str(tmp_path / "registry"), "--api-server-count", str(PROCESSES),
     )  # fmt: skip
     with running_server(command, tmp_path / "server.log") as url:

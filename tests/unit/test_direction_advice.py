@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from batch_jobs.cli import app
+from batch_jobs.cli.main import app
 from tests.unit.broken_directions import described, safetensors
 from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.errors import BadDirectionFile, BadVector, SteerError

@@ -57,7 +57,7 @@ def test_the_package_and_its_data_types_need_no_engine() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["score", "validate", "report"])
+@pytest.mark.parametrize("module", ["scoring.score", "directions.validate", "report.page"])
 def test_what_evaluates_a_study_needs_no_engine(module: str) -> None:
     run_blocked(f"import batch_jobs.{module}", ("vllm", "ray", "torch"))
 
@@ -126,6 +126,38 @@ def test_a_room_imports_only_rooms_below_it(file: Path) -> None:
         assert parts[0] != "batch_jobs", f"{file} imports {name}: the plugin does not know the jobs"
         if parts[0] == "vllm_steer" and parts[1] not in ("__version__", here):
             assert parts[1] in BELOW[here], f"{file} imports {name}"
+
+
+# The packages of the jobs, lowest first: each imports only from lines above its own, and from itself.
+JOBS = PROJECT / "batch_jobs"
+LAYERS = (
+    {"errors", "demo_model"},
+    {"files"},
+    {"config"},
+    {"engine", "rows", "texts"},
+    {"endpoint", "run"},
+    {"directions"},
+    {"generate", "scoring"},
+    {"pairs", "report"},
+    {"compare", "pipeline"},
+    {"summary"},
+    {"cli"},
+)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in sorted(JOBS.rglob("*.py")) if file.relative_to(JOBS).parts != ("__init__.py",)],
+    ids=lambda file: str(file.relative_to(JOBS)),
+)
+def test_a_package_of_the_jobs_imports_only_packages_below_it(file: Path) -> None:
+    here = file.relative_to(JOBS).parts[0].removesuffix(".py")
+    (level,) = (index for index, packages in enumerate(LAYERS) if here in packages)
+    below = set().union(*LAYERS[:level])
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == "batch_jobs" and parts[1] != here:
+            assert parts[1] in below, f"{file} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""`vllm-steer study`: run a study, score it anew, have it judged, compare two runs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batch_jobs.generate.pool import Pool
+
+app = typer.Typer(help="Studies: extract, validate, steer, score, report.", no_args_is_help=True)
+
+
+class ExecutorName(StrEnum):
+    """Where the rows are generated."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@app.command("run")
+def run(
+    config: Annotated[Path, typer.Argument(help="The study's YAML, e.g. configs/studies/demo.yaml.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/<config>")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Pairs: a .jsonl file, or a folder with train_pairs.jsonl and test_pairs.jsonl."),
+    ] = None,
+    scenarios: Annotated[Path | None, typer.Option(help="Scenarios: a JSON file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Local path, hub id, or demo-model.")] = None,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="local: one engine in this process. ray: a pool of engines.")
+    ] = ExecutorName.LOCAL,
+    workers: Annotated[int, typer.Option(min=1, help="Engines of the Ray pool.")] = 1,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each engine.", show_default="tensor_parallel_size, if any")
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of each engine.", show_default="an even share")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster.", show_default="Ray on this machine")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run the rows again that are stored with an error.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete earlier results in the run directory first.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")] = False,
+) -> None:
+    """Run a study from texts to report. Run again, it goes on where it stopped.
+
+    Options given here replace the config's fields of the same name.
+    """
+    from rich.console import Console
+
+    from batch_jobs.config.study import StudyError, load_study
+    from batch_jobs.run.directory import RunDirectory
+
+    if executor is ExecutorName.LOCAL and (workers, gpus_per_worker, cpus_per_worker, address) != (1, None, None, None):
+        raise StudyError(
+            "--workers, --gpus-per-worker, --cpus-per-worker and --address are options of the Ray pool; "
+            "add --executor ray, or leave them out."
+        )
+    given = {"pairs": pairs, "scenarios": scenarios, "model": model}
+    study = load_study(config, overrides={field: value for field, value in given.items() if value is not None})
+    # after the config is known to be good: this import brings scikit-learn and pyarrow
+    from batch_jobs.pipeline import RunOptions, run_study
+    from batch_jobs.summary import print_summary
+
+    pool = Pool(workers, gpus_per_worker, cpus_per_worker, address) if executor is ExecutorName.RAY else None
+    options = RunOptions(overwrite=overwrite, retry_failed=retry_failed, pool=pool, quiet=quiet)
+    directory = RunDirectory.for_config(config, out)
+    result = run_study(study, directory, options, console=Console(stderr=True))
+    print_summary(result, study.concept, Console())
+
+
+@app.command("score")
+def score(
+    run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
+) -> None:
+    """Score a run again from its Parquet files, judge's grades included, and write its report anew. No engine."""
+    from batch_jobs.directions.validation import read_validation
+    from batch_jobs.pipeline import score_run
+    from batch_jobs.report.page import write_report
+    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.texts.contrastive import load_scenarios
+
+    run = RunDirectory(run_directory)
+    score_run(run, load_scenarios(run.scenarios), read_validation(run.validation))
+    print(write_report(run.path))
+
+
+@app.command("judge")
+def judge(
+    run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
+    endpoint: Annotated[
+        str, typer.Option(help="MODEL@URL#VARIABLE; VARIABLE names the environment variable with the API key.")
+    ],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest reply, the judge's thought before the digit included.")
+    ] = 1024,
+) -> None:
+    """Have a language model grade every completion 0, 1 or 2 by its scenario's rubric; then `study score` again.
+
+    Exit code 1 when rows are left without a grade; run again, it asks for those alone.
+    """
+    from rich.console import Console
+
+    from batch_jobs.endpoint.chat import ChatClient, Endpoint
+    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.scoring.judge import judge_rows
+    from batch_jobs.texts.contrastive import load_scenarios
+
+    run = RunDirectory(run_directory)
+    with ChatClient(Endpoint.parse(endpoint)) as client:
+        summary = judge_rows(
+            run.generations,
+            load_scenarios(run.scenarios),
+            client,
+            run.judgements,
+            concurrency=concurrency,
+            console=Console(stderr=True),
+            max_tokens=max_tokens,
+        )
+    counts = f"{summary.graded} graded, {summary.reused} there before, {len(summary.ungraded)} without a grade"
+    print(f"{counts}: {run.judgements}")
+    for scenario, rows in summary.without_rubric.items():
+        print(f"{scenario}: {rows} rows not judged, it has no rubric")
+    for reason, rows in summary.reasons.items():
+        row_id, first = next((row_id, one) for row_id, one in summary.ungraded.items() if one.reason == reason)
+        print(f"{rows} rows {reason}, e.g. {row_id}: {first.detail[:200]!r}")
+    if summary.ungraded:
+        print(
+            f"{len(summary.ungraded)} rows have no grade. Run the same command again to ask for these alone, with a "
+            "larger --max-tokens where the token limit cut replies off."
+        )
+        raise typer.Exit(1)
+
+
+@app.command("compare")
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="A run directory.")],
+    run_b: Annotated[Path, typer.Argument(help="Another one: same model or another, same texts or others.")],
+    out: Annotated[Path | None, typer.Option(help="Also write the comparison as JSON.")] = None,
+) -> None:
+    """Set two runs side by side: configs, equal completions, success rates, validation, agreement of projections."""
+    from rich.console import Console
+
+    from batch_jobs.compare.runs import compare_runs, write_comparison
+    from batch_jobs.compare.tables import print_comparison
+
+    comparison = compare_runs(run_a, run_b)
+    print_comparison(comparison, Console())
+    if out is not None:
+        write_comparison(out, comparison)

@@ -1,0 +1,260 @@
+"""Do two models agree on the same texts, and does one's direction work in the other? (The paper's open question 3.)
+
+Projections are scalars and can be compared as they are. Streams cannot: each model has axes of its own, even of
+another number. So the train readouts of model A, centred, are mapped onto those of model B by orthogonal Procrustes,
+and everything is judged on test texts that the map has not seen.
+
+Shape suffixes: N texts, M test texts, A and B the hidden sizes of the two models, R and S the ranks of their centred
+train readouts (at most N - 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_jobs.directions.auroc import auroc
+from batch_jobs.directions.methods import mean_difference
+from batch_jobs.directions.readout_file import PairReadouts
+from batch_jobs.scoring.correlation import Correlation, correlate
+from vllm_steer.errors import SteerError
+
+Floats = npt.NDArray[np.float64]
+
+
+class CrossModelError(SteerError):
+    """Readouts of two models that cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class BlockReadouts:
+    """One model's readouts at the output of one block, all (N, D) with one D. The other model's must be of the same
+    texts in the same order."""
+
+    block: int
+    train: PairReadouts
+    test: PairReadouts
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What shuffled texts give in place of one number."""
+
+    mean: float
+    percentile_95: float
+    p: float
+    """Share of shuffles, the real pairing counted as one more, that do at least as well."""
+
+
+@dataclass(frozen=True)
+class ShuffleControl:
+    """The alignment fitted again with the train texts of B in another order, so that its rows belong to other texts
+    than A's. What survives this is overfitting."""
+
+    rounds: int
+    similarity_test: Chance
+    transfer_auroc: Chance
+    transfer_cosine: Chance
+
+
+@dataclass(frozen=True)
+class CrossModelAgreement:
+    """One block of A against one of B. The directions are the mean differences of each model's own train readouts."""
+
+    block_a: int
+    """Decoder block (0-based) whose output was read."""
+    block_b: int
+    train_texts: int
+    test_texts: int
+    raw: Correlation
+    """Over test texts: projection of A's readout on A's direction against B's on B's. Both tell the classes apart, so
+    this is high even if they agree on nothing else."""
+    raw_within_class: Correlation
+    """The same with each class's mean taken off: do they agree on *how* empathic a text is?"""
+    aligned: Correlation
+    """Over test texts: B's direction reads A's mapped readout, against B's own projection."""
+    aligned_within_class: Correlation
+    rank: int
+    """Dimensions the map knows. It sends what lies outside the span of A's train readouts to zero."""
+    similarity_train: float
+    """Cosine between all of A's mapped readouts and all of B's, centred, as one long vector each (-1 to 1). Near 1 on
+    train texts whenever they are fewer than the dimensions, so it shows nothing; compare `similarity_test`."""
+    similarity_test: float
+    mapped_norm: float
+    """Norm of A's unit direction after the map, 0 to 1: how much of it the map knows."""
+    transfer_auroc: float
+    """A's mapped direction on B's test readouts."""
+    transfer_cosine: float
+    """Between A's mapped direction and B's own, -1 to 1. Map and directions come from the same train texts, so with
+    few of them it is high for unrelated models too, as `shuffled_within_class` shows."""
+    shuffled: ShuffleControl
+    """Train texts shuffled over both classes: chance."""
+    shuffled_within_class: ShuffleControl
+    """Shuffled inside each class: a map that knows nothing of a text but its class. What goes beyond this is agreement
+    about texts; a direction of class means needs no more than this to transfer."""
+
+
+def compare_readouts(
+    readouts_a: BlockReadouts, readouts_b: BlockReadouts, *, rounds: int = 100, seed: int = 0
+) -> CrossModelAgreement:
+    """Compare two models at one block each, raw and after alignment, everything in float64.
+
+    The map is the (A, B) semi-orthogonal W of least ‖A_train W − B_train‖ (rows centred by their own train mean): from
+    A_trainᵀ B_train = P Σ Qᵀ, W = P Qᵀ over the nonzero singular values (Schönemann 1966). With N_train below the
+    hidden sizes this W is determined on the span of the train texts alone; outside it any choice fits as well, and
+    zero is the one that claims nothing. `rounds`: shuffles of each control; `seed` draws them.
+
+    Raises CrossModelError when the numbers of texts differ or a value is not finite; StudyError when a model's train
+    classes have the same mean.
+    """
+    a, b = _Side.of(readouts_a), _Side.of(readouts_b)
+    if (a.train_classes, a.test_classes) != (b.train_classes, b.test_classes):
+        raise CrossModelError(
+            f"Got {a.train_classes} train and {a.test_classes} test texts (empathic, non-empathic) of one model and "
+            f"{b.train_classes} and {b.test_classes} of the other; both must have read the same texts."
+        )
+    empathic = np.arange(sum(a.test_classes)) < a.test_classes[0]
+    in_order = np.arange(sum(a.train_classes))
+    fit = _Alignment.fit(a, b, in_order)
+    rng = np.random.default_rng(seed)
+
+    def within_class() -> npt.NDArray[np.intp]:
+        first = a.train_classes[0]
+        return np.concatenate([rng.permutation(in_order[:first]), rng.permutation(in_order[first:])])
+
+    own_b = b.test_MR @ b.direction_R
+    read_by_b = a.test_MR @ fit.map_RS @ b.direction_R
+    own_a = a.test_MR @ a.direction_R
+    return CrossModelAgreement(
+        block_a=readouts_a.block,
+        block_b=readouts_b.block,
+        train_texts=len(in_order),
+        test_texts=len(empathic),
+        raw=correlate(own_a, own_b),
+        raw_within_class=correlate(_off_class_means(own_a, empathic), _off_class_means(own_b, empathic)),
+        aligned=correlate(read_by_b, own_b),
+        aligned_within_class=correlate(_off_class_means(read_by_b, empathic), _off_class_means(own_b, empathic)),
+        rank=fit.rank,
+        similarity_train=fit.similarity(a.train_NR, b.train_NR, a.train_norm * b.train_norm),
+        similarity_test=fit.similarity(a.test_MR, b.test_MR, a.test_norm * b.test_norm),
+        mapped_norm=float(np.linalg.norm(a.direction_R @ fit.map_RS)),
+        transfer_auroc=fit.transfer_auroc(a, b, empathic),
+        transfer_cosine=fit.transfer_cosine(a, b),
+        shuffled=_control(a, b, empathic, fit, rounds, lambda: rng.permutation(in_order)),
+        shuffled_within_class=_control(a, b, empathic, fit, rounds, within_class),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One model in the coordinates of its own train span: R numbers a text where there were D. Nothing is lost, since
+    the map and both directions live in that span, and each shuffle costs a small matrix instead of a huge one."""
+
+    train_classes: tuple[int, int]
+    test_classes: tuple[int, int]
+    train_NR: Floats
+    test_MR: Floats
+    direction_R: Floats
+    train_norm: float
+    test_norm: float
+    """Frobenius norms of the centred readouts in all D dimensions: what leaves the span must count as not matched."""
+
+    @classmethod
+    def of(cls, readouts: BlockReadouts) -> _Side:
+        sides = [
+            np.asarray(side, dtype=np.float64)
+            for pairs in (readouts.train, readouts.test)
+            for side in (pairs.empathic_ND, pairs.non_empathic_ND)
+        ]
+        if any(side.ndim != 2 or len(side) == 0 or side.shape[1:] != sides[0].shape[1:] for side in sides):
+            raise CrossModelError(
+                f"block {readouts.block}: got readouts of shapes {[side.shape for side in sides]}; each must be "
+                "(N, D) with N >= 1 and the same D."
+            )
+        if not all(np.isfinite(side).all() for side in sides):
+            raise CrossModelError(f"block {readouts.block}: the readouts hold NaN or infinity; extract them again.")
+        train_ND, test_MD = np.concatenate(sides[:2]), np.concatenate(sides[2:])
+        center_D = train_ND.mean(axis=0)
+        train_ND, test_MD = train_ND - center_D, test_MD - center_D
+        _, scales_R, axes_RD = np.linalg.svd(train_ND, full_matrices=False)
+        axes_RD = axes_RD[_nonzero(scales_R, max(train_ND.shape))]
+        return cls(
+            train_classes=(len(sides[0]), len(sides[1])),
+            test_classes=(len(sides[2]), len(sides[3])),
+            train_NR=train_ND @ axes_RD.T,
+            test_MR=test_MD @ axes_RD.T,
+            direction_R=axes_RD @ mean_difference(readouts.train).astype(np.float64),
+            train_norm=float(np.linalg.norm(train_ND)),
+            test_norm=float(np.linalg.norm(test_MD)),
+        )
+
+
+@dataclass(frozen=True)
+class _Alignment:
+    """A Procrustes map from A's coordinates to B's."""
+
+    map_RS: Floats
+    rank: int
+
+    @classmethod
+    def fit(cls, a: _Side, b: _Side, order: npt.NDArray[np.intp]) -> _Alignment:
+        """Row n of A's train readouts onto row order[n] of B's."""
+        product_RS = a.train_NR.T @ b.train_NR[order]
+        left_RK, scales_K, right_KS = np.linalg.svd(product_RS, full_matrices=False)
+        known = _nonzero(scales_K, max(product_RS.shape))
+        return cls(left_RK[:, known] @ right_KS[known], int(known.sum()))
+
+    def similarity(self, rows_a: Floats, rows_b: Floats, norms: float) -> float:
+        return float(np.sum((rows_a @ self.map_RS) * rows_b) / norms)
+
+    def transfer_auroc(self, a: _Side, b: _Side, empathic: npt.NDArray[np.bool_]) -> float:
+        projections = b.test_MR @ (a.direction_R @ self.map_RS)
+        return float(auroc(projections[empathic], projections[~empathic]))
+
+    def transfer_cosine(self, a: _Side, b: _Side) -> float:
+        mapped_S = a.direction_R @ self.map_RS
+        norms = float(np.linalg.norm(mapped_S) * np.linalg.norm(b.direction_R))
+        return float(mapped_S @ b.direction_R) / norms if norms else 0.0
+
+
+def _control(
+    a: _Side,
+    b: _Side,
+    empathic: npt.NDArray[np.bool_],
+    fit: _Alignment,
+    rounds: int,
+    shuffle: Callable[[], npt.NDArray[np.intp]],
+) -> ShuffleControl:
+    def numbers(alignment: _Alignment) -> tuple[float, float, float]:
+        return (
+            alignment.similarity(a.test_MR, b.test_MR, a.test_norm * b.test_norm),
+            alignment.transfer_auroc(a, b, empathic),
+            alignment.transfer_cosine(a, b),
+        )
+
+    by_number = np.array([numbers(_Alignment.fit(a, b, shuffle())) for _ in range(rounds)]).T
+    chances = [_chance(real, shuffled) for real, shuffled in zip(numbers(fit), by_number, strict=True)]
+    return ShuffleControl(rounds, *chances)
+
+
+def _chance(real: float, shuffled: Floats) -> Chance:
+    # one part in 1e9 is rounding: a shuffle that changes nothing must count as doing as well
+    as_good = int(np.sum(shuffled >= real - 1e-9 * abs(real)))
+    return Chance(
+        mean=float(shuffled.mean()),
+        percentile_95=float(np.percentile(shuffled, 95)),
+        p=(1 + as_good) / (1 + len(shuffled)),
+    )
+
+
+def _off_class_means(values: Floats, empathic: npt.NDArray[np.bool_]) -> Floats:
+    centred: Floats = values - np.where(empathic, values[empathic].mean(), values[~empathic].mean())
+    return centred
+
+
+def _nonzero(scales: Floats, size: int) -> npt.NDArray[np.bool_]:
+    # numpy's own convention for the rank of a matrix
+    known: npt.NDArray[np.bool_] = scales > scales.max(initial=0.0) * size * np.finfo(np.float64).eps
+    return known

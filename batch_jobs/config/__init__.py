@@ -1,0 +1,1 @@
+"""What people write: study and server configs, typed."""

@@ -1,0 +1,90 @@
+"""A study's YAML as a plain mapping, laid over the files it names as its base, and its faults in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from batch_jobs.errors import StudyError
+from batch_jobs.files.documents import read_yaml
+
+_PATH_FIELDS = ("pairs", "scenarios")
+_WHOLE_FIELDS = ("chat_template_kwargs",)
+"""Mappings that are one value and no section: a study's own replaces the base's as a whole."""
+
+
+def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
+    """The YAML's mapping, laid over that of its `base`, section by section; relative `pairs` and `scenarios` are taken
+    from the folder of the file that gives them.
+
+    `allowed`: the names of a study's fields, for the message. Raises StudyError, naming the file, when one cannot be
+    read, is no mapping, holds text without a UTF-8 form, or is its own base.
+    """
+    return _read(path, allowed, ())
+
+
+def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    """`above`: the files that led here, to stop a circle."""
+    if path.resolve() in above:
+        raise StudyError(f"{path}: is its own base, by way of {len(above)} files; end the circle.")
+    document = read_yaml(path, advice="give the path of a study's YAML file")
+    if not isinstance(document, dict):
+        raise StudyError(
+            f"{path}: got {type(document).__name__} at the top level; a study config is a mapping of fields "
+            f"({allowed})."
+        )
+    for field in _PATH_FIELDS:
+        if isinstance(document.get(field), str):
+            document[field] = path.parent / document[field]
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise StudyError(f"{path}: field base: got {base!r}; allowed: the path of another study's YAML.")
+    return _laid_over(document, _read(path.parent / base, allowed, (*above, path.resolve())))
+
+
+def _laid_over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(lower)
+    for field, value in upper.items():
+        under = lower.get(field)
+        if isinstance(value, dict) and isinstance(under, dict) and field not in _WHOLE_FIELDS:
+            merged[field] = _laid_over(value, under)
+        else:
+            merged[field] = value
+    return merged
+
+
+def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
+    """All that pydantic found wrong with a document of `schema`, in one line: field, what was got, what is allowed."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"field {field}: unknown; allowed here: {', '.join(_siblings(schema, fault['loc']))}")
+        elif fault["type"] == "missing":
+            faults.append(f"field {field}: missing; it has no default, so give it")
+        elif fault["type"] == "value_error":
+            place = f"field {field}: " if field else ""
+            faults.append(place + str(fault["ctx"]["error"]))
+        else:
+            allowed = fault["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
+            faults.append(f"field {field}: got {_shortened(fault['input'])}; allowed: {allowed}")
+    return "; ".join(faults) + "."
+
+
+def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location[:-1]:
+        annotation = schema.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

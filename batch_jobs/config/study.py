@@ -1,0 +1,283 @@
+"""The study config: one typed schema, read from YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from batch_jobs.config.document import explain_faults, read_study_document
+from batch_jobs.config.template_variables import template_variables
+from batch_jobs.errors import StudyError as StudyError  # what an unusable study ends in
+from batch_jobs.files.documents import refuse_half_pairs
+
+DEMO_MODEL = "demo-model"
+"""The `model` that stands for the small instruct model made by `vllm-steer demo-model`."""
+
+Layer = Annotated[int, Field(ge=0)]
+DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
+"""How a direction is made from the train readouts. The paper's, and the one that is always made, is the first."""
+
+
+WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
+"""Fields that say how the work is done and where the texts lie; no result depends on them."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{repeated} given more than once; give each value once")
+    return values
+
+
+class EngineOptions(_Section):
+    """What the in-process vLLM engine is started with, beyond model, dtype, seed and max_model_len."""
+
+    enforce_eager: bool = False
+    """True skips torch.compile and CUDA graphs: a faster start, slower steps."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the device's memory; on the CPU build, share of RAM."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for the KV cache, instead of what gpu_memory_utilization leaves: the same on any machine."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    enable_prefix_caching: bool | None = None
+    trust_remote_code: bool = False
+    max_alpha: float | None = Field(default=None, gt=0)
+    """Largest |α| (raw) that the engine lets through; None keeps the plugin's own bound."""
+
+    def engine_args(self) -> dict[str, Any]:
+        """The options as vLLM engine arguments; those left at None keep vLLM's own default."""
+        arguments = self.model_dump(exclude_none=True, exclude={"kv_cache_gib", "max_alpha"})
+        if self.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        return arguments
+
+    def steer_settings(self) -> dict[str, Any]:
+        """The options that go to the plugin instead."""
+        return {} if self.max_alpha is None else {"max_alpha": self.max_alpha}
+
+
+class Extraction(_Section):
+    """Which readouts of the contrastive texts the directions are made from."""
+
+    layers: tuple[Layer, ...] = Field(min_length=1)
+    """Layers that get a direction (0-based decoder blocks)."""
+    max_tokens: int = Field(default=512, ge=1)
+    """Texts are cut to this many tokens (paper: 512)."""
+    extract_offset: Literal[0, -1] = 0
+    """0: the direction of layer ℓ is read at the output of block ℓ, where it also steers. -1: at the output
+    of block ℓ-1, the paper's pairing (it read `hidden_states[ℓ]` and steered the output of block ℓ)."""
+
+    _no_repeats = field_validator("layers")(_distinct)
+
+    @model_validator(mode="after")
+    def _offset_stays_in_the_model(self) -> Self:
+        if min(self.layers) + self.extract_offset < 0:
+            raise ValueError(
+                "layer 0 with extract_offset -1 would read the embeddings, which are no block's output; "
+                "leave layer 0 out or use extract_offset 0"
+            )
+        return self
+
+    def readout_layer(self, layer: int) -> int:
+        """The block whose output the direction labelled `layer` is made from."""
+        return layer + self.extract_offset
+
+
+class ValidationOptions(_Section):
+    """What is worked out about the directions beside their held-out AUROC."""
+
+    all_layers: bool = False
+    """Read and validate every decoder block, not only those of `extract.layers`. Hooks them all."""
+    random_directions: int = Field(default=100, ge=2)
+    """Gaussian unit vectors whose AUROC is the chance level a direction is held against (paper: 100)."""
+    bootstrap: int = Field(default=2000, ge=100)
+    """Resamples behind each AUROC's 95 % interval."""
+    lexical_ablation: bool = True
+    """Also read the empathic test texts with their empathy words replaced (paper: 41 keywords)."""
+
+
+class SplitSizes(_Section):
+    """How many pairs train the directions and how many validate them; ignored for pairs that come already
+    split."""
+
+    train: int = Field(default=35, ge=1)
+    test: int = Field(default=15, ge=1)
+    seed: int = 0
+
+
+class SteeringGrid(_Section):
+    """The grid: every scenario × layer × direction × α × sample is one row."""
+
+    layers: tuple[Layer, ...] = Field(min_length=1)
+    alphas: tuple[FiniteFloat, ...] = Field(min_length=1)
+    """Must hold 0, the unsteered baseline that effects are measured against."""
+    alpha_unit: Literal["raw", "residual_norm"] = "raw"
+    """`residual_norm`: α in multiples of the layer's mean residual norm, so that one grid fits layers and
+    models."""
+    scenarios: tuple[str, ...] = Field(min_length=1)
+    directions: tuple[DirectionMethod, ...] = Field(default=("mean_difference",), min_length=1)
+    """Which of the study's directions steer; more than one sets them side by side."""
+    samples: int = Field(default=5, ge=1)
+    op: Literal["add", "ablate", "set"] = "add"
+    span: Literal["prompt", "generated", "all"] = "all"
+
+    _no_repeats = field_validator("layers", "alphas", "scenarios", "directions")(_distinct)
+
+    @model_validator(mode="after")
+    def _alphas_fit(self) -> Self:
+        if 0.0 not in self.alphas:
+            raise ValueError("alphas lack 0, the unsteered baseline that effects are measured against; add 0")
+        if self.op == "ablate" and (set(self.alphas) - {0.0, 1.0} or self.alpha_unit != "raw"):
+            raise ValueError("op ablate has no strength: use alphas [0, 1] (off, on) with alpha_unit raw")
+        return self
+
+
+class Sampling(_Section):
+    """How completions are sampled; named as in vLLM's SamplingParams."""
+
+    temperature: float = Field(default=0.7, ge=0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 considers all tokens."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    max_tokens: int = Field(default=200, ge=1)
+
+
+class Study(_Section):
+    """One study. Everything that changes a number in its results is in here or in the texts it names."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    concept: str = Field(default="empathy", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the directions; one of that name at each layer."""
+    model: str = Field(min_length=1)
+    """Hub id, local path, or `demo-model`."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+    engine: EngineOptions = EngineOptions()
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """`chat`: the steering prompt is one user turn of the model's chat template; `raw`: the text alone, as in
+    the paper. The contrastive texts are always read alone."""
+    # left out of every dump when empty, so that a config without it keeps its hash and its run directory
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=lambda given: not given)
+    """Variables for the model's chat template, e.g. `{enable_thinking: false}` for a model that thinks unless it is
+    told not to. What a template does not ask for, it ignores."""
+    skip_first: int = Field(default=0, ge=0)
+    """Leading tokens left out of every readout mean. 1 drops the attention sink that dominates many models'
+    mean."""
+    pairs: Path | None = None
+    """None: the bundled pairs. A .jsonl file: split by `split`. A directory: its train_pairs.jsonl and
+    test_pairs.jsonl."""
+    scenarios: Path | None = None
+    """None: the bundled scenarios. Otherwise a JSON list of them."""
+    extract: Extraction
+    split: SplitSizes = SplitSizes()
+    validation: ValidationOptions = ValidationOptions()
+    steer: SteeringGrid
+    sampling: Sampling = Sampling()
+    likelihood: bool = True
+    """Read every completion once more without steering: the unsteered model's own log-likelihood of it, and where
+    it lies along the direction. Costs one prefill a row."""
+    rows_per_part: int = Field(default=1024, ge=1)
+    """Rows generated as one batch and stored as one part: what a crash can lose. More keeps the engine's
+    batch fuller."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How often a row that breaks its engine is tried before the error is stored in its place."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_variables_only(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        return template_variables(given)
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.chat_template_kwargs and self.prompt_format == "raw":
+            raise ValueError(
+                f"chat_template_kwargs is {self.chat_template_kwargs!r} with prompt_format raw, which uses no chat "
+                "template; set prompt_format: chat or leave chat_template_kwargs out"
+            )
+        if missing := sorted(set(self.steer.layers) - set(self.extract.layers)):
+            raise ValueError(
+                f"steer.layers {missing} have no direction: extract.layers are {list(self.extract.layers)}; "
+                "steer only at extracted layers, or extract these too"
+            )
+        if self.extract.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"extract.max_tokens is {self.extract.max_tokens}; allowed: less than max_model_len, "
+                f"{self.max_model_len}"
+            )
+        if self.skip_first >= self.extract.max_tokens:
+            raise ValueError(
+                f"skip_first is {self.skip_first}; allowed: less than extract.max_tokens, {self.extract.max_tokens}"
+            )
+        return self
+
+    def hooked_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers that need a hook in a model of `num_layers` blocks: all labelled layers (their norms, steering)
+        and all the blocks read for them; with `validation.all_layers` every block. Raises StudyError for a layer
+        that the model lacks."""
+        labelled = set(self.extract.layers)
+        if lacking := sorted(layer for layer in labelled if layer >= num_layers):
+            raise StudyError(
+                f"extract.layers {lacking} do not exist: {self.model} has {num_layers} decoder blocks; allowed: "
+                f"0 to {num_layers - 1}."
+            )
+        if self.validation.all_layers:
+            return tuple(range(num_layers))
+        return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
+
+    def direction_name(self, method: DirectionMethod) -> str:
+        """Name of the directions made by `method`: the concept alone for the paper's, `<concept>-<method>` for
+        the others."""
+        return self.concept if method == "mean_difference" else f"{self.concept}-{method.replace('_', '-')}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields a run's results depend on: all but WORKING_FIELDS. The texts enter by content, see
+        `pipeline`."""
+        return self.model_dump(mode="json", exclude=set(WORKING_FIELDS))
+
+    def canonical_json(self) -> str:
+        """The config with defaults filled in, keys sorted: equal studies give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+
+    @property
+    def config_hash(self) -> str:
+        """First 16 hex digits of the sha256 of `canonical_json`."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+
+def load_study(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Study:
+    """Read and check a study's YAML. Relative `pairs` and `scenarios` paths are taken from the YAML's own
+    folder.
+
+    A YAML may name another one as its `base`, by a path from its own folder: the fields it gives itself replace the
+    base's, section by section. `overrides` replaces top-level fields (the command line's options; paths in it are
+    used as they are). Raises StudyError naming file, field, what was got and what is allowed.
+    """
+    document = {**read_study_document(path, ", ".join(Study.model_fields)), **(overrides or {})}
+    # the options, and folders: what the files themselves hold is checked
+    refuse_half_pairs(document, f"{path}", advice="give text, or a path, in UTF-8")
+    try:
+        return Study.model_validate(document)
+    except ValidationError as error:
+        raise StudyError(f"{path}: {explain_faults(error, Study)}") from error

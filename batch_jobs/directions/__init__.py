@@ -1,0 +1,1 @@
+"""From contrastive texts to directions, and what held-out texts say of them."""

@@ -1,0 +1,72 @@
+"""How well directions drawn at random separate the same texts: the chance level a direction is held against.
+
+Shape suffixes: N texts, K random directions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batch_jobs.directions.auroc import auroc
+from batch_jobs.directions.layer_validation import ValidationError
+from batch_jobs.directions.readout_file import PairReadouts
+
+
+@dataclass(frozen=True)
+class RandomBaseline:
+    """AUROCs of random directions at one layer, and where the study's direction stands among them.
+
+    The paper's numbers are one-sided: they take a random direction of AUROC 0.1 for a poor one. It separates as well
+    as one of 0.9, because the sign of a random direction is arbitrary, so the two-sided numbers measure the distance
+    from 0.5 instead.
+    """
+
+    aurocs: tuple[float, ...]
+    """One a random direction, in the order drawn."""
+    mean: float
+    std: float
+    """Population standard deviation, as in the paper."""
+    percentile_95: float
+    """AUROC that 95 % of the random directions stay below or at."""
+    z: float | None
+    """(AUROC of the direction - mean) / std; None when all random AUROCs are equal."""
+    two_sided_percentile_95: float
+    """Distance from 0.5 (0..0.5) that 95 % of the random directions stay below or at."""
+    two_sided_p: float
+    """Chance of a random direction at least as far from 0.5 as the study's: (1 + those as far) / (1 + all)."""
+
+
+def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: int, seed: int) -> RandomBaseline:
+    """Draw Gaussian unit vectors (paper: 100) and hold the direction's AUROC against theirs on the same test texts.
+
+    `test`: (N, D) a side, finite. The same `seed` and D draw the same vectors. Raises ValidationError for fewer than 2
+    `directions`.
+    """
+    vectors_KD = np.random.default_rng(seed).standard_normal((directions, test.empathic_ND.shape[1]))
+    vectors_KD /= np.linalg.norm(vectors_KD, axis=1, keepdims=True)
+    empathic_NK = test.empathic_ND.astype(np.float64) @ vectors_KD.T
+    non_empathic_NK = test.non_empathic_ND.astype(np.float64) @ vectors_KD.T
+    return summarise_random_aurocs(auroc(empathic_NK, non_empathic_NK).tolist(), direction_auroc)
+
+
+def summarise_random_aurocs(aurocs: Sequence[float], direction_auroc: float) -> RandomBaseline:
+    """The baseline of random directions whose AUROCs are known. Raises ValidationError for fewer than 2."""
+    if len(aurocs) < 2:
+        raise ValidationError(f"Got {len(aurocs)} random directions; a chance level needs at least 2.")
+    values = np.asarray(aurocs, dtype=np.float64)
+    mean, std = float(values.mean()), float(values.std())
+    distances = np.abs(values - 0.5)
+    # Ranks of few texts make AUROCs multiples of one step, but sums round: without the margin a tie is a coin toss.
+    as_far = np.count_nonzero(distances >= abs(direction_auroc - 0.5) - 1e-9)
+    return RandomBaseline(
+        aurocs=tuple(values.tolist()),
+        mean=mean,
+        std=std,
+        percentile_95=float(np.percentile(values, 95)),
+        z=(direction_auroc - mean) / std if std > 0.0 else None,
+        two_sided_percentile_95=float(np.percentile(distances, 95)),
+        two_sided_p=(1 + int(as_far)) / (1 + len(values)),
+    )

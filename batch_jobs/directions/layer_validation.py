@@ -1,0 +1,151 @@
+"""Does one direction separate held-out texts at one layer? AUROC, accuracy and separation of the projections.
+
+Shape suffixes: N texts, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batch_jobs.directions.auroc import auroc, auroc_interval
+from batch_jobs.directions.readout_file import Floats, PairReadouts
+from vllm_steer.errors import SteerError
+
+# Published directions are often stored in float16, whose rounding moves the norm by up to about 1e-3.
+UNIT_NORM_TOLERANCE = 1e-2
+
+
+class ValidationError(SteerError):
+    """The readouts, direction or file handed to validation cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class LayerValidation:
+    """How well one direction tells empathic from non-empathic test texts at one layer.
+
+    All but the AUROCs and accuracies (in 0..1) are in the units of the residual stream, since the direction has norm
+    1.
+    """
+
+    layer: int
+    """The direction's layer, a 0-based decoder block. With `extract_offset` -1 the texts were read one block before
+    it."""
+    auroc: float
+    """Chance that a random empathic text projects higher than a random non-empathic one; ties count one
+    half."""
+    auroc_low: float
+    """Lower end of the AUROC's 95 % bootstrap interval over the test texts."""
+    auroc_high: float
+    accuracy: float
+    """Share of test texts on the right side of `threshold` (at or above it reads as empathic)."""
+    threshold: float
+    """Midpoint of the two class means below, the paper's choice: it is fitted on the test texts, so `accuracy` is
+    slightly optimistic."""
+    accuracy_train_threshold: float
+    """Share of test texts on the right side of `threshold_train`: what the probe does on texts it has never seen."""
+    threshold_train: float
+    """Midpoint of the two class means of the *train* texts."""
+    mean_empathic: float
+    """Mean projection of the empathic test texts."""
+    mean_non_empathic: float
+    separation: float
+    """`mean_empathic - mean_non_empathic`; negative when the direction points the wrong way."""
+    std_empathic: float
+    """Population standard deviation (divided by N, not N - 1), as in the paper's tables."""
+    std_non_empathic: float
+
+    @property
+    def separation_in_stds(self) -> float:
+        """Separation over the root mean square of the two stds; comparable across layers. inf when both are
+        0."""
+        spread = math.sqrt((self.std_empathic**2 + self.std_non_empathic**2) / 2)
+        if spread == 0.0:
+            return math.copysign(math.inf, self.separation) if self.separation else 0.0
+        return self.separation / spread
+
+
+def validate_layer(
+    layer: int,
+    direction_D: Floats,
+    *,
+    train: PairReadouts,
+    test: PairReadouts,
+    bootstrap: int,
+    seed: int,
+) -> LayerValidation:
+    """Project held-out readouts on a unit direction and measure how well the classes part.
+
+    `direction_D`: (D,), norm 1. `train`, `test`: any float dtype, (N, D) a side, one pooled readout a row; the sides
+    may differ in N, each >= 1. `bootstrap` resamples of the test texts, drawn from `seed`, make the AUROC's interval.
+    Everything is computed in float64. Method: paper, section on probe validation (AUROC; threshold halfway between
+    the test means; population standard deviations); the interval and the train threshold are ours.
+
+    Raises ValidationError for a wrong shape, an empty class, a value that is not finite, or a direction not
+    of norm 1.
+    """
+    direction_D = np.asarray(direction_D, dtype=np.float64)
+    if direction_D.ndim != 1:
+        raise ValidationError(
+            f"layer {layer}: the direction has shape {direction_D.shape}; it must be one vector, (D,)."
+        )
+    norm = float(np.linalg.norm(direction_D))
+    # written this way round so that a NaN norm is refused too
+    if not abs(norm - 1.0) <= UNIT_NORM_TOLERANCE:
+        raise ValidationError(f"layer {layer}: the direction has norm {norm:.4g}; divide it by its norm first.")
+    empathic_N = _project(layer, "empathic test", test.empathic_ND, direction_D)
+    non_empathic_N = _project(layer, "non-empathic test", test.non_empathic_ND, direction_D)
+    train_empathic_N = _project(layer, "empathic train", train.empathic_ND, direction_D)
+    train_non_empathic_N = _project(layer, "non-empathic train", train.non_empathic_ND, direction_D)
+
+    mean_empathic, mean_non_empathic = float(empathic_N.mean()), float(non_empathic_N.mean())
+    threshold = (mean_empathic + mean_non_empathic) / 2
+    threshold_train = float(train_empathic_N.mean() + train_non_empathic_N.mean()) / 2
+    low, high = auroc_interval(empathic_N, non_empathic_N, resamples=bootstrap, seed=seed)
+    return LayerValidation(
+        layer=layer,
+        auroc=float(auroc(empathic_N, non_empathic_N)),
+        auroc_low=low,
+        auroc_high=high,
+        accuracy=_accuracy(empathic_N, non_empathic_N, threshold),
+        threshold=threshold,
+        accuracy_train_threshold=_accuracy(empathic_N, non_empathic_N, threshold_train),
+        threshold_train=threshold_train,
+        mean_empathic=mean_empathic,
+        mean_non_empathic=mean_non_empathic,
+        separation=mean_empathic - mean_non_empathic,
+        std_empathic=float(empathic_N.std()),
+        std_non_empathic=float(non_empathic_N.std()),
+    )
+
+
+def best_layer(results: Mapping[int, LayerValidation]) -> int:
+    """The layer of highest AUROC. With few test texts many layers tie at 1.0, so ties go to the larger
+    separation in standard deviations, then to the lower layer. Raises ValidationError when there is no
+    result."""
+    if not results:
+        raise ValidationError("There are no validation results; validate at least one layer.")
+    return max(results, key=lambda layer: (results[layer].auroc, results[layer].separation_in_stds, -layer))
+
+
+def _project(layer: int, name: str, readouts_ND: Floats, direction_D: Floats) -> npt.NDArray[np.float64]:
+    readouts_ND = np.asarray(readouts_ND, dtype=np.float64)
+    size = direction_D.shape[0]
+    if readouts_ND.ndim != 2 or readouts_ND.shape[0] == 0 or readouts_ND.shape[1] != size:
+        raise ValidationError(
+            f"layer {layer}: the {name} readouts have shape {readouts_ND.shape}; the direction needs "
+            f"(N, {size}) with N >= 1."
+        )
+    if not np.isfinite(readouts_ND).all():
+        raise ValidationError(f"layer {layer}: the {name} readouts hold NaN or infinity; look for a failed readout.")
+    projections: npt.NDArray[np.float64] = readouts_ND @ direction_D
+    return projections
+
+
+def _accuracy(empathic_N: npt.NDArray[np.float64], non_empathic_N: npt.NDArray[np.float64], threshold: float) -> float:
+    right = np.count_nonzero(empathic_N >= threshold) + np.count_nonzero(non_empathic_N < threshold)
+    return float(right) / (len(empathic_N) + len(non_empathic_N))

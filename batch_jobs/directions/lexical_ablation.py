@@ -1,0 +1,82 @@
+"""Lexical ablation: a text with its empathy words replaced by others, to see whether a probe only counts words."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+from batch_jobs.files.documents import read_json
+
+Replacements = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""Keyword -> its form, lower case -> what may stand in that form's place."""
+
+_SOUNDS_LIKE_VOWEL = re.compile("(?!use)[aeiou]")
+
+
+@dataclass(frozen=True)
+class AblatedText:
+    """A text after the replacements."""
+
+    text: str
+    replacements: int
+    """Words (or phrases, such as `reach out`) replaced."""
+
+
+@cache
+def load_replacements() -> Replacements:
+    """The bundled list, `data/ablation_words.json`: 41 empathy keywords with their inflected forms. No replacement
+    is a form of any keyword."""
+    words = read_json(
+        resources.files("batch_jobs") / "data" / "ablation_words.json", advice="install the package again"
+    )
+    return MappingProxyType(
+        {
+            keyword: {form: tuple(replacements) for form, replacements in forms.items()}
+            for keyword, forms in words.items()
+        }
+    )
+
+
+def ablate_text(text: str, *, seed: int, text_id: str) -> AblatedText:
+    """Replace every empathy word of the bundled list by one of its stand-ins.
+
+    Whole words only, whatever their case; the stand-in takes over lower case, Capital or CAPITALS, and an a/an before
+    it is put right, so that the text stays English. Which stand-in is drawn from `seed` and `text_id`: the same text
+    always comes out the same, and one text's draw does not depend on another's.
+    """
+    forms = {form: stand_ins for forms in load_replacements().values() for form, stand_ins in forms.items()}
+    draw = random.Random(f"{seed}/{text_id}")
+
+    def replaced(match: re.Match[str]) -> str:
+        stand_in = draw.choice(forms[" ".join(match["form"].lower().split())])
+        article = match["article"] or ""
+        if article:
+            right = "an" if _SOUNDS_LIKE_VOWEL.match(stand_in) else "a"
+            article = _cased(right, article) + article[-1]
+        return article + _cased(stand_in, match["form"])
+
+    ablated, count = _pattern().subn(replaced, text)
+    return AblatedText(ablated, count)
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    forms = {form for forms in load_replacements().values() for form in forms}
+    # the longest first, so that a phrase or a hyphenated word is not cut up by a shorter form at its start
+    alternatives = "|".join(
+        r"\s+".join(map(re.escape, form.split())) for form in sorted(forms, key=lambda form: (-len(form), form))
+    )
+    # a hyphen belongs to the word: "self-care" is no form of "care"
+    return re.compile(rf"(?P<article>\ban?\s)?(?<![\w-])(?P<form>{alternatives})(?![\w-])", re.IGNORECASE)
+
+
+def _cased(word: str, like: str) -> str:
+    like = like.strip()
+    if like.isupper() and len(like) > 1:
+        return word.upper()
+    return word[0].upper() + word[1:] if like[0].isupper() else word

@@ -1,0 +1,276 @@
+"""A client for the chat route that OpenAI-compatible servers share: `POST <base url>/chat/completions`.
+
+Waits and tries again where waiting can help (no connection, 408, 429, 5xx), and asks in another form where the endpoint
+does not take this one (`chat_dialect`); everything else ends at once in an EndpointError that says what to change. The
+API key is read from an environment variable when the client is made, and appears in no message, record or
+representation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Self
+
+import httpx
+
+from batch_jobs.endpoint.dialect import ChatDialect
+from batch_jobs.files.documents import has_utf8_form, printable
+from batch_jobs.texts.thought import OPEN_THOUGHT, split_thought
+from vllm_steer.errors import SteerError
+
+TIMEOUT_SECONDS = 120.0
+MAX_ATTEMPTS = 5
+BACKOFF_SECONDS = 1.0
+"""Wait before the second attempt; each further one doubles it."""
+LONGEST_WAIT_SECONDS = 120.0
+"""A server that asks for a longer wait than this is left alone."""
+_REQUEST_STATUSES = (400, 413, 422)
+"""The request itself is at fault; another one may pass."""
+_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
+_SHOWN_CHARACTERS = 200
+NO_UTF8_FORM = "has no UTF-8 form (half of a surrogate pair)"
+"""What is wrong with a text that can be neither stored nor sent."""
+
+
+class EndpointError(SteerError):
+    """A chat endpoint cannot be reached, refuses us, or answers something that is no chat completion."""
+
+    status = 502
+
+
+class RequestRefused(EndpointError):
+    """The endpoint turned this one request down (400, 413, 422): too long, filtered, an option it lacks. Others may
+    pass."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One model at one OpenAI-compatible server."""
+
+    base_url: str
+    """Up to and including `/v1`."""
+    model: str
+    api_key_variable: str | None = None
+    """Name of the environment variable that holds the API key; None sends none."""
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """`MODEL@URL` or `MODEL@URL#VARIABLE`, e.g. `gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY`. Raises
+        EndpointError for anything else."""
+        scheme = max(text.find("@http://"), text.find("@https://"))
+        model, url = text[:scheme], text[scheme + 1 :]
+        url, _, variable = url.partition("#")
+        # a key pasted in place of the variable's name must not be echoed, nor passwords inside the URL
+        if scheme < 1 or (variable and not variable.isidentifier()) or "@" in url or not has_utf8_form(text):
+            raise EndpointError(
+                "An endpoint is written MODEL@URL or MODEL@URL#VARIABLE, e.g. "
+                "my-model@http://localhost:8000/v1#MY_API_KEY, where VARIABLE names the environment variable that "
+                f"holds the API key; got {text.partition('#')[0].partition('@')[0]!r}@…"
+            )
+        return cls(url.rstrip("/"), model, variable or None)
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """What the model answered."""
+
+    text: str
+    """The answer, stripped, without the model's thought; empty when there is none."""
+    finish_reason: str | None
+    """`stop`, `length`, `content_filter` or what else the server says."""
+    refusal: str | None = None
+    """The refusal, where the server reports it apart from the text."""
+    fault: str | None = None
+    """Why there is no answer although the model wrote something: OPEN_THOUGHT or NO_UTF8_FORM."""
+
+
+class ChatClient:
+    """Calls one endpoint. May be used from several threads; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        max_attempts: int = MAX_ATTEMPTS,
+        sleep: Callable[[float], None] = time.sleep,
+        warn: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    ) -> None:
+        """`timeout_seconds`: for connecting and for each pause in the answer. `sleep`: what waits between attempts.
+        `warn`: is told of a wish that the endpoint does not take, once.
+
+        Raises EndpointError when the endpoint's environment variable is not set.
+        """
+        self.endpoint = endpoint
+        self._max_attempts = max_attempts
+        self._sleep = sleep
+        self._warn = warn
+        self._dialect = ChatDialect()
+        self._learning = threading.Lock()
+        self._key = ""
+        if endpoint.api_key_variable is not None:
+            self._key = os.environ.get(endpoint.api_key_variable, "").strip()
+            if not self._key:
+                raise EndpointError(
+                    f"The environment variable {endpoint.api_key_variable} is not set; set it to the API key of "
+                    f"{endpoint.base_url}, or leave #{endpoint.api_key_variable} out if no key is needed."
+                )
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._http = httpx.Client(headers=headers, timeout=timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def complete(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seed: int | None = None,
+    ) -> ChatReply:
+        """The model's answer to `messages`, each `{"role": …, "content": …}`.
+
+        `max_tokens` bounds all that the model writes, its thought included. `temperature` and `seed` are wishes: an
+        endpoint that does not take one is asked without it, and the user is told. Raises RequestRefused when only this
+        request is at fault, and EndpointError for everything else, after `max_attempts` where waiting could have
+        helped.
+        """
+        fields: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": list(messages),
+            "temperature": temperature,
+        }
+        if seed is not None:
+            fields["seed"] = seed
+        dialect = known = self._dialect
+        while True:
+            body = dialect.body(fields, max_tokens)
+            response = self._post(body)
+            if response.status_code == httpx.codes.OK:
+                if dialect != known:
+                    self._learn(dialect)
+                return self._reply(response)
+            other = dialect.after_refusal(response.text, body)
+            if other == dialect:
+                raise self._refusal(response)
+            dialect = other
+
+    def _learn(self, dialect: ChatDialect) -> None:
+        """Keep a form that was accepted. Threads may learn the same thing at once; only the first one tells."""
+        with self._learning:
+            news = dialect.left_out - self._dialect.left_out
+            self._dialect = replace(dialect, left_out=dialect.left_out | self._dialect.left_out)
+        for name in sorted(news):
+            self._warn(f"{self._name} does not take {name}; it goes by its own default.")
+
+    def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+        """The response, accepted or refused for a fault of this very request; raises EndpointError for any other."""
+        url = f"{self.endpoint.base_url}/chat/completions"
+        for attempt in range(1, self._max_attempts + 1):
+            wait = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # not all threads at once
+            try:
+                response = self._http.post(url, json=body)
+            except httpx.InvalidURL as error:
+                raise EndpointError(f"{self.endpoint.base_url} is not a URL ({error}); give http(s)://…/v1.") from error
+            except httpx.TransportError as error:
+                trouble = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code in (httpx.codes.OK, *_REQUEST_STATUSES):
+                    return response
+                trouble = self._trouble(response)
+                if response.status_code not in _PASSING_STATUSES:
+                    raise self._refusal(response)
+                wait = max(wait, _retry_after(response))
+                if wait > LONGEST_WAIT_SECONDS:
+                    raise EndpointError(
+                        f"{self._name} asks to wait {wait:.0f} s ({trouble}); run the same command again later."
+                    )
+            if attempt < self._max_attempts:
+                self._sleep(wait)
+        raise EndpointError(
+            f"{self._name} did not answer in {self._max_attempts} attempts; the last one ended in {trouble}. See that "
+            "the server runs, then run the same command again."
+        )
+
+    def _refusal(self, response: httpx.Response) -> EndpointError:
+        endpoint, status, trouble = self.endpoint, response.status_code, self._trouble(response)
+        if status in (401, 403):
+            source = f"the key in {endpoint.api_key_variable}" if self._key else "a request without an API key"
+            return EndpointError(
+                f"{self._name} does not accept {source} ({trouble}); name the variable that holds a valid key after "
+                "the URL: MODEL@URL#VARIABLE."
+            )
+        if status in (404, 405):
+            return EndpointError(
+                f"{self._name} was not found ({trouble}); check the model's name and that the URL ends where "
+                "/chat/completions begins, usually in /v1."
+            )
+        if status in _REQUEST_STATUSES:
+            return RequestRefused(f"{self._name} refused the request ({trouble}).")
+        return EndpointError(f"{self._name} answered {trouble}; a chat endpoint answers 200.")
+
+    def _reply(self, response: httpx.Response) -> ChatReply:
+        try:
+            choice = response.json()["choices"][0]
+            message = choice["message"]
+            content, refusal = message.get("content"), message.get("refusal")
+            finish_reason = choice.get("finish_reason")
+            # where a server splits the thought off itself, it is in one of these, and the content is the answer alone
+            apart = message.get("reasoning_content") or message.get("reasoning")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EndpointError(
+                f"{self._name} answered no chat completion but {self._excerpt(response)!r}; check the URL."
+            ) from error
+        if not isinstance(content, str | None):
+            raise EndpointError(f"{self._name} answered a message of type {type(content).__name__}, not a text.")
+        refusal = printable(refusal) if isinstance(refusal, str) else None
+        finish_reason = printable(finish_reason) if isinstance(finish_reason, str) else None
+        if not has_utf8_form(content or ""):
+            return ChatReply("", finish_reason, refusal, NO_UTF8_FORM)
+        _, answer, is_open = split_thought(content or "")
+        answer = answer.strip()
+        never_answered = is_open or (bool(apart) and not answer and not refusal)
+        return ChatReply(answer, finish_reason, refusal, OPEN_THOUGHT if never_answered else None)
+
+    def _trouble(self, response: httpx.Response) -> str:
+        return f"status {response.status_code}: {self._excerpt(response)}"
+
+    def _excerpt(self, response: httpx.Response) -> str:
+        text = " ".join(response.text.split())
+        # some servers repeat the key they reject
+        text = text.replace(self._key, "…") if self._key else text
+        return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.endpoint.model} at {self.endpoint.base_url}"
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds the server asks to wait (RFC 9110: a number or a date); 0 where it does not say."""
+    asked = response.headers.get("Retry-After", "").strip()
+    try:
+        return max(float(asked), 0.0)
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(asked)
+    except ValueError:
+        return 0.0
+    return max((when.astimezone(UTC) - datetime.now(UTC)).total_seconds(), 0.0)

@@ -1,0 +1,1 @@
+"""The in-process engine of a study and its progress."""

@@ -1,0 +1,160 @@
+"""Progress of a blocking `LLM.generate`: rows done, tokens a second and time left, on a terminal or as plain
+log lines.
+
+vLLM reports a request when it has ended. In one mixed batch most rows end together, so a bar fed by that
+stands still and then jumps; the token counters among the engine's statistics move at every step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from batch_jobs.engine.engine import Engine
+
+
+class Progress(Protocol):
+    """Where a job says how far it is."""
+
+    def watch(self, engine: Engine, title: str, work: Work) -> AbstractContextManager[None]:
+        """Show the engine's progress while the body blocks in `generate`."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Tell the user something that does not stop the job."""
+        ...
+
+
+POLL_SECONDS = 0.5
+LOG_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch will do."""
+
+    rows: int
+    prompt_tokens: int
+    max_new_tokens: int
+    """Upper bound for one row."""
+
+    @property
+    def prefill_only(self) -> bool:
+        return self.max_new_tokens == 1
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Running totals of the engine. They count from the process's start, so progress is a difference of
+    two."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished_rows: int = 0
+    finished_tokens: int = 0
+    """Generated tokens of the finished rows."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Counters:
+        """Read the engine's statistics, which must be on (`disable_log_stats=False`)."""
+        totals: dict[str, float] = {}
+        for metric in engine.get_metrics():
+            amount = getattr(metric, "sum", getattr(metric, "value", 0))
+            totals[metric.name] = totals.get(metric.name, 0) + amount
+        return cls(
+            prompt_tokens=int(totals.get("vllm:prompt_tokens", 0)),
+            generated_tokens=int(totals.get("vllm:generation_tokens", 0)),
+            finished_rows=int(totals.get("vllm:request_success", 0)),
+            finished_tokens=int(totals.get("vllm:request_generation_tokens", 0)),
+        )
+
+    def since(self, start: Counters) -> Counters:
+        """What was added after `start`."""
+        return Counters(
+            self.prompt_tokens - start.prompt_tokens,
+            self.generated_tokens - start.generated_tokens,
+            self.finished_rows - start.finished_rows,
+            self.finished_tokens - start.finished_tokens,
+        )
+
+
+def tokens_done_and_due(done: Counters, work: Work) -> tuple[int, int]:
+    """Tokens worked off and tokens expected in all; the latter assumes that every unfinished row runs to its
+    limit, so it falls as rows end early and the time left is an upper bound."""
+    if work.prefill_only:
+        return min(done.prompt_tokens, work.prompt_tokens), work.prompt_tokens
+    unfinished = max(work.rows - done.finished_rows, 0)
+    due = max(done.finished_tokens + unfinished * work.max_new_tokens, done.generated_tokens, 1)
+    return done.generated_tokens, due
+
+
+@dataclass(frozen=True)
+class ConsoleProgress:
+    """Progress on the console of this process."""
+
+    console: Console
+    quiet: bool = False
+    """No progress at all, for logs; warnings still show."""
+
+    def watch(self, engine: Engine, title: str, work: Work) -> AbstractContextManager[None]:
+        return nullcontext() if self.quiet else engine_progress(engine, self.console, title, work)
+
+    def warn(self, message: str) -> None:
+        self.console.print(message, style="yellow", markup=False, highlight=False)
+
+
+@contextmanager
+def engine_progress(engine: Engine, console: Console, title: str, work: Work) -> Iterator[None]:
+    """Show progress of the engine while the body blocks in `generate`. Not a terminal: a line every 15 s, and
+    one at the end."""
+    start, began = Counters.of(engine), time.monotonic()
+    ended = threading.Event()
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[rows]}/" + str(work.rows) + " rows"),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(title, total=1, rows=0, speed=0.0)
+
+    def show() -> str:
+        done = Counters.of(engine).since(start)
+        elapsed = max(time.monotonic() - began, 1e-6)
+        tokens, due = tokens_done_and_due(done, work)
+        bar.update(task, completed=tokens, total=due, rows=done.finished_rows, speed=tokens / elapsed)
+        left = f"{(due - tokens) * elapsed / tokens:.0f} s left" if tokens else "time left unknown"
+        rows = f"{done.finished_rows}/{work.rows} rows"
+        return f"{title}: {rows}, {tokens / elapsed:.0f} tokens/s, {elapsed:.0f} s, {left}"
+
+    def watch() -> None:
+        next_line = began + LOG_SECONDS
+        while not ended.wait(POLL_SECONDS):
+            line = show()
+            if not console.is_terminal and time.monotonic() >= next_line:
+                next_line += LOG_SECONDS
+                console.print(line, highlight=False)
+
+    watcher = threading.Thread(target=watch, name="engine-progress", daemon=True)
+    with bar:
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            line = show()
+    if not console.is_terminal:
+        console.print(line, highlight=False)

@@ -1,0 +1,1 @@
+"""Reading and writing files: documents, JSON lines, atomic replacement."""

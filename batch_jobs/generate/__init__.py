@@ -1,0 +1,1 @@
+"""Running the rows of a grid: shards, executors, what is stored."""

@@ -1,0 +1,36 @@
+"""Runs a study's shards in this process, in one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batch_jobs.config.study import Study
+from batch_jobs.directions.probes import make_probes
+from batch_jobs.engine.engine import LazyEngine, decoder_blocks
+from batch_jobs.engine.progress import Progress
+from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
+from batch_jobs.rows.shards import Shard
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.texts.contrastive import Split
+
+
+class LocalExecutor:
+    """One engine for extraction and generation, started when first needed."""
+
+    def __init__(self, engine: LazyEngine, progress: Progress) -> None:
+        self._engine = engine
+        self._progress = progress
+
+    def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
+        """See `probes.make_probes`."""
+        blocks = decoder_blocks(self._engine.location, trust_remote_code=study.engine.trust_remote_code)
+        make_probes(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
+
+    def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
+        """Run all shards, one after another; returns what they came to in all."""
+        engine = self._engine.engine
+        runner = ShardRunner(engine, job, model_revision=self._engine.revision, progress=self._progress)
+        total = ShardOutcome(0, 0, 0, 0.0)
+        for shard in shards:
+            total += runner.run(shard)
+        return total

@@ -1,0 +1,192 @@
+"""Progress of many engines: each worker writes its state on a board, the driver reads it and shows a line a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from batch_jobs.engine.engine import Engine
+from batch_jobs.engine.progress import LOG_SECONDS, Counters, Work
+from batch_jobs.generate.shard_runner import ShardOutcome
+
+REPORT_SECONDS = 1.0
+STALE_SECONDS = 30.0
+"""A worker that has not reported for this long is dead or starting anew, and counts for nothing."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What one worker is doing."""
+
+    worker: str
+    stage: str
+    rows: int
+    """In its batch."""
+    finished_rows: int
+    """Generated, of the batch that is being worked on; not stored yet."""
+    tokens_per_second: float
+    """Generated, over all batches of this worker so far, the time between them left out."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The board at one moment."""
+
+    states: tuple[WorkerState, ...]
+    """Of the workers that reported lately."""
+    warnings: tuple[str, ...]
+    """Those not handed out before."""
+
+
+class ProgressBoard:
+    """The board; runs as a Ray actor of its own."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[float, WorkerState]] = {}
+        self._warnings: list[str] = []
+
+    def report(self, state: WorkerState) -> None:
+        """Replace the worker's state."""
+        self._states[state.worker] = (time.monotonic(), state)
+
+    def warn(self, message: str) -> None:
+        """Keep a message for the driver."""
+        self._warnings.append(message)
+
+    def read(self) -> Snapshot:
+        """The states as they are, and the warnings since the last call."""
+        warnings, self._warnings = tuple(self._warnings), []
+        now = time.monotonic()
+        return Snapshot(tuple(state for at, state in self._states.values() if now - at < STALE_SECONDS), warnings)
+
+
+class BoardProgress:
+    """A worker's `Progress`: reports to the board. `board` is the Ray actor's handle."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._tokens = 0
+        self._seconds = 0.0
+        self._generated_rows = 0  # of the batch that is not stored yet
+
+    @contextmanager
+    def watch(self, engine: Engine, title: str, work: Work) -> Iterator[None]:
+        """See `Progress.watch`."""
+        start, began = Counters.of(engine), time.monotonic()
+        ended = threading.Event()
+
+        def report() -> tuple[int, float]:
+            done = Counters.of(engine).since(start)
+            tokens, seconds = (0, 0.0) if work.prefill_only else (done.generated_tokens, time.monotonic() - began)
+            speed = (self._tokens + tokens) / max(self._seconds + seconds, 1e-6)
+            rows = self._generated_rows if work.prefill_only else done.finished_rows
+            self._board.report.remote(WorkerState(self._worker, title, work.rows, rows, speed))
+            return tokens, seconds
+
+        def keep_reporting() -> None:
+            while not ended.wait(REPORT_SECONDS):
+                report()
+
+        report()
+        reporter = threading.Thread(target=keep_reporting, name="board-progress", daemon=True)
+        reporter.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            reporter.join()
+            tokens, seconds = report()
+            self._generated_rows = work.rows
+            self._tokens += tokens
+            self._seconds += seconds
+
+    def warn(self, message: str) -> None:
+        """See `Progress.warn`."""
+        self._board.warn.remote(f"{self._worker}: {message}")
+
+
+class PoolView:
+    """The driver's view of a pool of workers: rows done, tokens/s and time left, in all and per worker."""
+
+    def __init__(self, read_board: Any, console: Console, rows: int, *, quiet: bool) -> None:
+        """`read_board` returns the board's Snapshot, or None when it cannot be reached."""
+        self._read_board = read_board
+        self._console = console
+        self._rows = rows
+        self._quiet = quiet
+        self._stored = ShardOutcome(0, 0, 0, 0.0)
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self._total = self._bar.add_task("all workers", total=rows, facts="")
+        self._lines: dict[str, TaskID] = {}
+        self._thread = threading.Thread(target=self._watch, name="pool-view", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if kind is None:
+            line = self._show()
+            if not self._quiet and not self._console.is_terminal:
+                self._console.print(line, highlight=False)
+        self._bar.stop()
+
+    def stored(self, outcome: ShardOutcome) -> None:
+        """A shard is on disk."""
+        self._stored += outcome
+
+    def _watch(self) -> None:
+        next_line = time.monotonic() + LOG_SECONDS
+        while not self._ended.wait(REPORT_SECONDS):
+            line = self._show()
+            if not self._quiet and not self._console.is_terminal and time.monotonic() >= next_line:
+                next_line += LOG_SECONDS
+                self._console.print(line, highlight=False)
+
+    def _show(self) -> str:
+        snapshot: Snapshot = self._read_board() or Snapshot((), ())
+        for warning in snapshot.warnings:
+            self._console.print(warning, style="yellow", markup=False, highlight=False)
+        line = pool_line(snapshot.states, self._stored.rows, self._rows, time.monotonic() - self._began)
+        self._bar.update(self._total, completed=self._stored.rows, facts=line)
+        for state in snapshot.states:
+            if state.worker not in self._lines:
+                self._lines[state.worker] = self._bar.add_task(state.worker, facts="")
+            facts = f"{state.stage}: {state.finished_rows}/{state.rows} rows, {state.tokens_per_second:.0f} tokens/s"
+            self._bar.update(self._lines[state.worker], completed=state.finished_rows, total=state.rows, facts=facts)
+        return line
+
+
+def pool_line(states: tuple[WorkerState, ...], stored: int, rows: int, elapsed: float) -> str:
+    """All workers in one line. The time left takes the rows that running batches have finished for done, and the pace
+    so far, start-up of the engines included, for the pace to come."""
+    done = min(stored + sum(state.finished_rows for state in states), rows)
+    left = f"{(rows - done) * elapsed / done:.0f} s left" if done else "time left unknown"
+    speed = sum(state.tokens_per_second for state in states)
+    each = ", ".join(f"{state.worker} {state.tokens_per_second:.0f}" for state in states)
+    return f"{done}/{rows} rows, {speed:.0f} tokens/s ({each or 'engines starting'}), {elapsed:.0f} s, {left}"

@@ -1,0 +1,194 @@
+"""Runs a study's shards on a pool of engines with Ray: one actor an engine, each with its own GPUs or CPU cores.
+
+Ray Data hands out the shards, starts the actors, and starts a dead one anew and gives it its shard again; nothing of
+that is done here. Actors write their parts themselves, so the run directory must be one that all machines see, and
+only counts travel to the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+from rich.console import Console
+
+from batch_jobs.config.study import Study, StudyError
+from batch_jobs.directions.probes import make_probes
+from batch_jobs.engine.cpu_set import claim_cores
+from batch_jobs.engine.engine import decoder_blocks, model_revision, start_engine
+from batch_jobs.generate.pool import Pool
+from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
+from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
+from batch_jobs.rows import grid
+from batch_jobs.rows.shards import Shard
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.texts.contrastive import Split
+from vllm_steer.errors import SteerError
+
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Of a Ray started here. Row ids and counts are all that passes through it."""
+READ_BOARD_SECONDS = 5.0
+MAX_REASON_CHARACTERS = 600
+
+
+class ShardWorker:
+    """One engine in a Ray actor; Ray Data calls it with one shard at a time."""
+
+    def __init__(self, job: ShardJob, location: str, cores: int | None, board: Any) -> None:
+        progress = _on_own_cores(cores, board)
+        engine = start_engine(job.study, location)
+        self._rows = {row.row_id: row for row in grid.study_rows(job.study, job.probes.mean_residual_norms)}
+        self._runner = ShardRunner(engine, job, model_revision=model_revision(location, engine), progress=progress)
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
+        """Run the shard of the given row ids; returns the fields of its ShardOutcome."""
+        (row_ids,) = batch["row_ids"]
+        outcome = self._runner.run(Shard(tuple(self._rows[row_id] for row_id in row_ids.split(","))))
+        return {
+            "rows": [outcome.rows],
+            "failed": [outcome.failed],
+            "tokens": [outcome.tokens],
+            "seconds": [outcome.seconds],
+        }
+
+
+class RayExecutor:
+    """A session on a Ray cluster. Use as `with ray_session(...) as executor`."""
+
+    def __init__(self, pool: Pool, study: Study, location: str, console: Console, *, quiet: bool) -> None:
+        self._pool = pool
+        self._location = location
+        self._console = console
+        self._quiet = quiet
+        gpus = pool.gpus_per_worker
+        if gpus is None:
+            gpus = study.engine.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
+        self._cpus = pool.cpus_per_worker or (1 if pool.address else _cores_each(pool.workers))
+        self._resources = {"num_cpus": self._cpus, "num_gpus": gpus}
+        # an engine on a GPU is not bound to cores: its host threads do little, and other actors' do too
+        self._cores = None if gpus else self._cpus
+        self._refuse_too_small(gpus)
+        self._board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+
+    def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
+        """Extract and validate the directions in a worker process of their own, which ends afterwards and gives its
+        memory back."""
+        task = ray.remote(max_calls=1, **self._resources)(_make_probes)
+        if not self._quiet:
+            self._console.print("Extracting directions on a Ray worker", highlight=False)
+        with _ray_errors("The extraction"):
+            ray.get(task.remote(study, split, run, self._location, self._cores, self._board))
+
+    def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
+        """Run all shards; returns what they came to in all.
+
+        Raises StudyError when a worker cannot start or Ray itself fails; what is stored stays.
+        """
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its bars; ours say it shorter
+        items = [{"row_ids": ",".join(row.row_id for row in shard.rows)} for shard in shards]
+        workers = min(self._pool.workers, len(shards))
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            ShardWorker,
+            fn_constructor_args=(job, self._location, self._cores, self._board),
+            # one at a time: a shard that waits behind another in a slow actor would idle in a free one's stead
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            batch_size=1,
+            **self._resources,
+        )
+        total = ShardOutcome(0, 0, 0, 0.0)
+        view = PoolView(self._read_board, self._console, sum(len(shard.rows) for shard in shards), quiet=self._quiet)
+        with _ray_errors("Generation"), view:
+            for record in dataset.iter_rows():
+                outcome = ShardOutcome(
+                    int(record["rows"]), int(record["failed"]), int(record["tokens"]), float(record["seconds"])
+                )
+                view.stored(outcome)
+                total += outcome
+        return total
+
+    def _read_board(self) -> Snapshot | None:
+        try:
+            snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=READ_BOARD_SECONDS)
+        except RayError:
+            return None  # progress is not worth stopping for; if Ray is gone, the rows' own loop says so
+        return snapshot
+
+    def _refuse_too_small(self, gpus: float) -> None:
+        there = ray.cluster_resources()
+        for resource, wanted in (("CPU", self._cpus * self._pool.workers), ("GPU", gpus * self._pool.workers)):
+            if wanted > there.get(resource, 0):
+                raise StudyError(
+                    f"{self._pool.workers} workers need {wanted:g} {resource} in all and the Ray cluster has "
+                    f"{there.get(resource, 0):g}; lower --workers or what each is given."
+                )
+
+
+@contextmanager
+def ray_session(pool: Pool, study: Study, location: str, console: Console, *, quiet: bool) -> Iterator[RayExecutor]:
+    """Connect to the pool's cluster, or start Ray on this machine and stop it afterwards."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's core prints warnings about Ray Data's own actors; what a user should know comes as an exception
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if pool.address is None:
+        cpus = (pool.cpus_per_worker or _cores_each(pool.workers)) * pool.workers
+        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        options["address"] = pool.address
+    try:
+        ray.init(**options)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise StudyError(f"Ray at {pool.address or 'this machine'} cannot be used: {error}") from error
+    try:
+        yield RayExecutor(pool, study, location, console, quiet=quiet)
+    finally:
+        ray.shutdown()
+
+
+def _make_probes(study: Study, split: Split, run: RunDirectory, location: str, cores: int | None, board: Any) -> None:
+    progress = _on_own_cores(cores, board)
+    engine = start_engine(study, location)
+    blocks = decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code)
+    make_probes(engine, study, split, run, num_layers=blocks, progress=progress)
+
+
+def _on_own_cores(cores: int | None, board: Any) -> BoardProgress:
+    progress = BoardProgress(board)
+    if cores is not None and not claim_cores(cores):
+        progress.warn(f"fewer than {cores} cores are free of other engines on this machine; sharing them")
+    return progress
+
+
+def _cores_each(workers: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+@contextmanager
+def _ray_errors(what: str) -> Iterator[None]:
+    """A worker's own clear error as it is; anything else of Ray's as one that says how to go on."""
+    try:
+        yield
+    except RayError as error:
+        if own := _own_error(error):
+            raise StudyError(str(own)) from error
+        reason = " ".join(str(error).split())[:MAX_REASON_CHARACTERS]
+        raise StudyError(
+            f"{what} on Ray stopped ({type(error).__name__}: {reason}); what is stored stays, so run the same command "
+            "again."
+        ) from error
+
+
+def _own_error(error: BaseException | None) -> SteerError | None:
+    """The error of ours that Ray and Ray Data wrapped, each in its own way; None where there is none."""
+    while error is not None:
+        if isinstance(error, SteerError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

@@ -1,0 +1,111 @@
+"""The unsteered model reads finished completions once more: how likely it finds them, and where they lie along a
+direction.
+
+Steering moves the stream it is measured in, so neither number can come from the pass that wrote the completion. Here
+the same weights read prompt + completion without any steering, one prefill a row. Text that falls apart under a strong
+α shows as a low log-likelihood, whatever words it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from batch_jobs.engine.engine import Engine
+from batch_jobs.engine.progress import Progress, Work
+from vllm_steer.errors import ReadoutUnavailable
+
+
+@dataclass(frozen=True)
+class FinishedRow:
+    """A completion as the token ids that were generated, never as text: tokenising text anew may split it another
+    way."""
+
+    prompt_ids: Sequence[int]
+    """At least one."""
+    completion_ids: Sequence[int]
+    """All generated ids, special ones included: an end-of-sequence token that was generated is a token like any
+    other, here and in both means below."""
+    layer: int
+    direction: str
+    """Name of a registered direction at `layer`."""
+
+
+@dataclass(frozen=True)
+class Reread:
+    """What the unsteered pass says about one completion. Both None: there was no token to read, or the engine ended
+    the row early."""
+
+    log_likelihood: float | None
+    """Mean over the completion's tokens of ln p(token | prompt, tokens before it); <= 0. Perplexity is exp of its
+    negative. Temperature and top_p of the study do not enter."""
+    projection: float | None
+    """Projection onto the row's direction of the mean, over the completion's tokens, of the residual stream at the
+    output of the row's layer. None as well where the engine could not give the readout."""
+
+
+def reread(engine: Engine, rows: Sequence[FinishedRow], *, max_model_len: int, progress: Progress) -> list[Reread]:
+    """Read every row's prompt + completion without steering, all in one batch; results in the order of `rows`.
+
+    The engine generates at least one token, so it reads at most `max_model_len` - 1: a longer row loses the end of its
+    completion, and its two means are over what is left. Unlike a readout of the generated span, the mean holds the
+    completion's last token too. The directions must be registered at their layers, which must be hooked; SteerError
+    otherwise.
+    """
+    from vllm_steer import collect_readouts
+
+    room = max_model_len - 1
+    kept = [row.completion_ids[: max(room - len(row.prompt_ids), 0)] for row in rows]
+    readable = [index for index, completion in enumerate(kept) if completion]
+    results = [Reread(None, None)] * len(rows)
+    if not readable:
+        return results
+    requests = [{"prompt_token_ids": [*rows[index].prompt_ids, *kept[index]]} for index in readable]
+    work = Work(len(requests), sum(len(request["prompt_token_ids"]) for request in requests), max_new_tokens=1)
+    with progress.watch(engine, "Reading completions unsteered", work):
+        outputs = engine.generate(requests, [_params(rows[index]) for index in readable], use_tqdm=False)
+    try:
+        readouts = collect_readouts(engine, outputs)
+    except ReadoutUnavailable as error:
+        # The log-likelihoods stand without it: those rows get no projection, and the user is told.
+        progress.warn(str(error))
+        readouts = error.results
+    for index, output, samples in zip(readable, outputs, readouts, strict=True):
+        results[index] = _result(rows[index], output, samples[0])
+    return results
+
+
+def _params(row: FinishedRow) -> Any:
+    from vllm_steer import Readout, steered
+
+    reading = {
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,  # of the prompt's own tokens, and no alternatives
+        "flat_logprobs": True,  # lists of numbers instead of an object and a dict for every token
+        "detokenize": False,  # nobody reads the text: it is known already
+    }
+    # The whole sequence is the engine's prompt; what the row calls its prompt is skipped.
+    readout = Readout(
+        layers=(row.layer,), span="prompt", project=(row.direction,), vectors=False, skip_first=len(row.prompt_ids)
+    )
+    return steered(reading, [], readout=readout)
+
+
+def _result(row: FinishedRow, output: Any, readout: Any) -> Reread:
+    if output.outputs[0].finish_reason not in ("stop", "length"):
+        return Reread(None, None)
+    read_ids = output.prompt_token_ids
+    positions = range(len(row.prompt_ids), len(read_ids))
+    log_likelihood = np.mean([_logprob(output.prompt_logprobs[at], read_ids[at]) for at in positions])
+    projection = None if readout is None else float(readout.projections[row.direction][row.layer])
+    return Reread(float(log_likelihood), projection)
+
+
+def _logprob(candidates: Mapping[int, Any], token_id: int) -> float:
+    """`candidates`: token id -> vLLM's Logprob at one position. The actual token is always among them."""
+    logprob: float = candidates[token_id].logprob
+    return logprob

@@ -1,0 +1,156 @@
+"""Runs shards in one engine, stores what comes out, and keeps a row that breaks the engine from taking others along.
+
+Two ways of breaking are told apart. A step that *raises* leaves a usable engine: the shard is halved until the row
+stands alone, and that row's error is stored after `max_attempts` tries. A row that *kills the process* is found
+the same way, but across processes: the attempt log says how often a shard was begun and never ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from batch_jobs.config.study import Study
+from batch_jobs.directions.probes import Probes
+from batch_jobs.engine.engine import Engine
+from batch_jobs.engine.progress import Progress
+from batch_jobs.generate.generate import Origin, SteeringPrompts, failed_generation, generate_rows, prepare_prompts
+from batch_jobs.rows.shards import Shard
+from batch_jobs.rows.store import Generation, has_rows, write_rows
+from batch_jobs.run.attempts import AttemptLog
+from batch_jobs.run.directory import RunDirectory
+from batch_jobs.texts.contrastive import Scenario
+from vllm_steer.errors import SteerError
+
+ROW_ERRORS = (SteerError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
+"""What vLLM and torch raise for work they cannot do. A dead engine, a full disk, an interrupt or memory exhausted on
+the host is no row's fault: those end the worker, and its shard is run again."""
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What running a shard came to."""
+
+    rows: int
+    failed: int
+    tokens: int
+    """Generated."""
+    seconds: float
+
+    def __add__(self, other: ShardOutcome) -> ShardOutcome:
+        return ShardOutcome(
+            self.rows + other.rows,
+            self.failed + other.failed,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that a worker needs beside its engine; can be sent to another process."""
+
+    study: Study
+    scenarios: Mapping[str, Scenario]
+    probes: Probes
+    run: RunDirectory
+    file_metadata: Mapping[str, str]
+
+
+class ShardRunner:
+    """One engine at work on a study's rows."""
+
+    def __init__(self, engine: Engine, job: ShardJob, *, model_revision: str | None, progress: Progress) -> None:
+        """Register the directions that steer and read every scenario's prompt once.
+
+        Raises SteerError when the engine refuses a direction, StudyError when a prompt does not fit.
+        """
+        from vllm_steer import register_directions
+
+        study = job.study
+        names = {study.direction_name(method) for method in study.steer.directions}
+        steering = [
+            direction
+            for (name, layer), direction in job.probes.directions.items()
+            if name in names and layer in study.steer.layers
+        ]
+        register_directions(engine, steering)
+        self._engine = engine
+        self._job = job
+        self._progress = progress
+        self._origin = Origin(model_revision, job.probes.hashes)
+        self._attempts = AttemptLog(job.run.attempts)
+        self._prompts: SteeringPrompts = prepare_prompts(engine, study, job.scenarios, progress=progress)
+
+    def run(self, shard: Shard) -> ShardOutcome:
+        """Generate and store a shard. Rows that stay without a completion are stored with their error."""
+        return self._run(shard, crashes_allowed=self._job.study.max_attempts, tried=0)
+
+    def _run(self, shard: Shard, *, crashes_allowed: int, tried: int) -> ShardOutcome:
+        if has_rows(
+            self._job.run.generations, [(row.condition.model, row.condition.layer, row.row_id) for row in shard.rows]
+        ):
+            # a worker stored it and died before it could say so
+            return ShardOutcome(len(shard.rows), 0, 0, 0.0)
+        crashes = self._attempts.begin(shard.key)
+        if crashes >= crashes_allowed:
+            reason = f"its engine's process ended {tried + crashes} times while it ran"
+            outcome = self._isolate(shard, tried=tried + crashes, reason=reason)
+        else:
+            outcome = self._try(shard, tried=tried + crashes)
+        self._attempts.end(shard.key)
+        return outcome
+
+    def _try(self, shard: Shard, *, tried: int) -> ShardOutcome:
+        began = time.monotonic()
+        try:
+            generations = self._generate(shard, tried + 1)
+        except ROW_ERRORS as error:
+            reason = f"{type(error).__name__}: {error}"
+            if len(shard.rows) == 1 and tried + 1 < self._job.study.max_attempts:
+                return self._try(shard, tried=tried + 1)
+            return self._isolate(shard, tried=tried + 1, reason=reason)
+        return self._store(generations, time.monotonic() - began)
+
+    def _isolate(self, shard: Shard, *, tried: int, reason: str) -> ShardOutcome:
+        """Halve a shard under suspicion; where it is one row already, store the reason in its place."""
+        if len(shard.rows) == 1:
+            row = shard.rows[0]
+            return self._store([failed_generation(row, self._prompts, self._origin, tried, reason)], 0.0)
+        self._progress.warn(f"A batch of {len(shard.rows)} rows failed ({reason}); running its halves apart.")
+        first, second = shard.halves()
+        return self._run(first, crashes_allowed=1, tried=tried) + self._run(second, crashes_allowed=1, tried=tried)
+
+    def _generate(self, shard: Shard, attempt: int) -> list[Generation]:
+        """One batch, then again, by themselves, the rows that the engine gave up on."""
+        generations = self._batch(shard, attempt)
+        while attempt < self._job.study.max_attempts:
+            again = [index for index, generation in enumerate(generations) if generation.error is not None]
+            if not again:
+                break
+            attempt += 1
+            retried = self._batch(Shard(tuple(shard.rows[index] for index in again)), attempt)
+            for index, generation in zip(again, retried, strict=True):
+                generations[index] = generation
+        return generations
+
+    def _batch(self, shard: Shard, attempt: int) -> list[Generation]:
+        return generate_rows(
+            self._engine,
+            self._job.study,
+            shard.rows,
+            self._prompts,
+            origin=self._origin,
+            attempts=attempt,
+            progress=self._progress,
+        )
+
+    def _store(self, generations: list[Generation], seconds: float) -> ShardOutcome:
+        write_rows(self._job.run.generations, generations, self._job.file_metadata)
+        return ShardOutcome(
+            rows=len(generations),
+            failed=sum(generation.error is not None for generation in generations),
+            tokens=sum(generation.completion_tokens or 0 for generation in generations),
+            seconds=seconds,
+        )

@@ -1,0 +1,1 @@
+"""Contrastive pairs written by models, and what they give away."""

@@ -1,0 +1,215 @@
+"""What may be wrong with a set of contrastive pairs, before any model reads them.
+
+Two kinds of findings. A *problem* is a defect of the set (a text twice, a pair without contrast): held-out pairs then
+are not held out, or a pair says nothing. A *warning* is a confound of the contrast: something other than the concept
+by which the two sides can be told apart, so that a direction made from them may be about that instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import wilcoxon
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+
+from batch_jobs.config.study import StudyError
+from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, TASK_KEYWORDS
+from batch_jobs.texts.contrastive import Pair
+
+NEAR_DUPLICATE_SIMILARITY = 0.8
+"""Cosine of two texts' character n-grams from which they count as near duplicates. Independent texts that one model
+wrote about one scenario reach 0.65 (the paper's pairs); a copy with another last sentence stays at 0.87 and above."""
+LEAKAGE_AUROC = 0.9
+"""From here on a surface feature counts as telling the sides apart by itself."""
+LENGTH_P_VALUE = 0.01
+LENGTH_RATIO = 1.25
+"""Ratio of the sides' mean lengths (either way) that is worth a warning when it is also significant."""
+BALANCE_RATIO = 2.0
+"""Largest over smallest number of pairs in a scenario that is worth a warning."""
+CROSS_VALIDATION_FOLDS = 5
+TELLING_WORDS = 10
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Two texts that are too much alike, each named `pair_id/side`."""
+
+    first: str
+    second: str
+    similarity: float
+    """Cosine of TF-IDF-weighted character n-grams, 0..1; exactly 1.0 for texts equal up to case and spacing."""
+
+    @property
+    def exact(self) -> bool:
+        return self.similarity == 1.0
+
+
+@dataclass(frozen=True)
+class LengthBalance:
+    """Lengths of the two sides in words, which stand for tokens (no tokenizer is needed, and the ratio is the same)."""
+
+    mean_empathic: float
+    mean_non_empathic: float
+    p_value: float
+    """Wilcoxon signed-rank test of the lengths within pairs, two-sided."""
+    auroc: float
+    """How well the length alone tells the sides apart; below 0.5 the empathic texts are the shorter ones."""
+
+    @property
+    def ratio(self) -> float:
+        """Empathic over non-empathic."""
+        return self.mean_empathic / self.mean_non_empathic
+
+
+@dataclass(frozen=True)
+class LexicalLeakage:
+    """How far words alone tell the sides apart, as AUROC with the empathic side as the positive class."""
+
+    empathy_keyword_auroc: float
+    """By the number of empathy keywords of the `paper` metric in a text."""
+    task_keyword_auroc: float
+    """By minus the number of task keywords."""
+    lexical_baseline_auroc: float
+    """By a bag-of-words logistic regression, cross-validated with both texts of a pair in the same fold. What a
+    direction has to be held against: its own AUROC means little where words do as well."""
+    empathic_words: tuple[str, ...]
+    """Most telling first."""
+    non_empathic_words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """All that `check_pairs` found."""
+
+    pairs_by_scenario: dict[str, int]
+    duplicates: tuple[Likeness, ...]
+    """Texts of different pairs, most alike first."""
+    weak_contrasts: tuple[Likeness, ...]
+    """The two sides of one pair, where too much alike."""
+    length: LengthBalance
+    leakage: LexicalLeakage
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Defects of the set, a sentence each."""
+        found = []
+        for kind, likenesses in (("Duplicate", self.duplicates), ("Pair without contrast", self.weak_contrasts)):
+            for likeness in likenesses:
+                degree = "the same text" if likeness.exact else f"similarity {likeness.similarity:.2f}"
+                found.append(f"{kind}: {likeness.first} and {likeness.second} ({degree}).")
+        return tuple(found)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Confounds of the contrast, a sentence each."""
+        found = []
+        length, leakage = self.length, self.leakage
+        uneven = max(length.ratio, 1 / length.ratio)
+        if (uneven >= LENGTH_RATIO and length.p_value < LENGTH_P_VALUE) or _tells(length.auroc):
+            found.append(
+                f"Length: empathic texts have {length.ratio:.2f} times the words of the others (p = "
+                f"{length.p_value:.2g}); length alone tells the sides apart with AUROC {length.auroc:.2f}."
+            )
+        for words, auroc in (("empathy", leakage.empathy_keyword_auroc), ("task", leakage.task_keyword_auroc)):
+            if _tells(auroc):
+                found.append(f"Keywords: the count of {words} keywords alone tells the sides apart, AUROC {auroc:.2f}.")
+        if _tells(leakage.lexical_baseline_auroc):
+            found.append(
+                f"Lexical baseline: a bag of words tells the sides apart with AUROC "
+                f"{leakage.lexical_baseline_auroc:.2f}, so a high AUROC of a direction does not show that it is more "
+                "than vocabulary; look at it after lexical ablation."
+            )
+        most, least = max(self.pairs_by_scenario.values()), min(self.pairs_by_scenario.values())
+        if most > BALANCE_RATIO * least:
+            found.append(f"Balance: the scenarios have between {least} and {most} pairs.")
+        return tuple(found)
+
+    @property
+    def exit_code(self) -> int:
+        """1 when there are problems, else 0; warnings alone do not fail a check."""
+        return int(bool(self.problems))
+
+
+def check_pairs(pairs: Sequence[Pair]) -> PairReport:
+    """Check the texts of `pairs`, at least two. Deterministic; time and memory grow with the square of their number
+    (1000 pairs: seconds). Raises StudyError for fewer than two."""
+    if len(pairs) < 2:
+        raise StudyError(f"Got {len(pairs)} pairs; a check compares pairs with each other, so give at least 2.")
+    texts = [text for pair in pairs for text in (pair.empathic, pair.non_empathic)]
+    labels = np.tile(np.array([1, 0]), len(pairs))
+    duplicates, weak_contrasts = _likenesses(pairs, texts)
+    return PairReport(
+        pairs_by_scenario=dict(sorted(Counter(pair.scenario_id for pair in pairs).items())),
+        duplicates=duplicates,
+        weak_contrasts=weak_contrasts,
+        length=_length_balance(texts, labels),
+        leakage=_lexical_leakage(texts, labels),
+    )
+
+
+def _likenesses(pairs: Sequence[Pair], texts: Sequence[str]) -> tuple[tuple[Likeness, ...], tuple[Likeness, ...]]:
+    """Likenesses between pairs, and those within a pair."""
+    names = [f"{pair.pair_id}/{side}" for pair in pairs for side in ("empathic", "non_empathic")]
+    # spacing and case are no difference; they also must not make one by way of an n-gram
+    plain = [" ".join(text.casefold().split()) for text in texts]
+    grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(plain)
+    similarity = np.triu((grams @ grams.T).toarray(), k=1)
+    between: list[Likeness] = []
+    within: list[Likeness] = []
+    for first, second in np.argwhere(similarity >= NEAR_DUPLICATE_SIMILARITY):
+        # rounding leaves equal texts a hair off 1, and different ones must not reach it
+        degree = 1.0 if plain[first] == plain[second] else min(float(similarity[first, second]), 0.9999)
+        same_pair = first // 2 == second // 2
+        (within if same_pair else between).append(Likeness(names[first], names[second], degree))
+    return tuple(sorted(between, key=_most_alike_first)), tuple(sorted(within, key=_most_alike_first))
+
+
+def _most_alike_first(likeness: Likeness) -> tuple[float, str, str]:
+    return -likeness.similarity, likeness.first, likeness.second
+
+
+def _length_balance(texts: Sequence[str], labels: Labels) -> LengthBalance:
+    words = np.array([len(text.split()) for text in texts], dtype=np.float64)
+    empathic, non_empathic = words[labels == 1], words[labels == 0]
+    # the test is not defined where no pair differs
+    p_value = 1.0 if np.array_equal(empathic, non_empathic) else float(wilcoxon(empathic, non_empathic).pvalue)
+    return LengthBalance(
+        float(empathic.mean()), float(non_empathic.mean()), p_value, float(roc_auc_score(labels, words))
+    )
+
+
+def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
+    def keywords(words: Sequence[str]) -> list[int]:
+        return [sum(text.lower().count(word) for word in words) for text in texts]
+
+    # punctuation counts as words: exclamation marks on one side only are leakage too
+    words = CountVectorizer(token_pattern=r"\w+(?:['’]\w+)*|[^\w\s]", binary=True)
+    classifier = make_pipeline(words, LogisticRegression(max_iter=1000))
+    pair_of_text = np.arange(len(texts)) // 2
+    folds = GroupKFold(n_splits=min(CROSS_VALIDATION_FOLDS, len(texts) // 2))
+    held_out = cross_val_predict(classifier, texts, labels, groups=pair_of_text, cv=folds, method="decision_function")
+    classifier.fit(texts, labels)
+    weights = classifier[-1].coef_[0]
+    vocabulary = words.get_feature_names_out()
+    ascending = np.lexsort((vocabulary, weights))
+    return LexicalLeakage(
+        empathy_keyword_auroc=float(roc_auc_score(labels, keywords(EMPATHY_KEYWORDS))),
+        task_keyword_auroc=1.0 - float(roc_auc_score(labels, keywords(TASK_KEYWORDS))),
+        lexical_baseline_auroc=float(roc_auc_score(labels, held_out)),
+        empathic_words=tuple(str(word) for word in vocabulary[ascending[::-1][:TELLING_WORDS]]),
+        non_empathic_words=tuple(str(word) for word in vocabulary[ascending[:TELLING_WORDS]]),
+    )
+
+
+def _tells(auroc: float) -> bool:
+    return max(auroc, 1 - auroc) >= LEAKAGE_AUROC

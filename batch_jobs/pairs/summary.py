@@ -1,0 +1,37 @@
+"""What `pairs check` prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from batch_jobs.pairs.check import PairReport
+
+
+def print_pair_report(report: PairReport, console: Console) -> None:
+    """Print the figures as a table, then problems and warnings, a line each."""
+    length, leakage = report.length, report.leakage
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    scenarios = ", ".join(f"{scenario} {count}" for scenario, count in report.pairs_by_scenario.items())
+    for figure, value in (
+        ("pairs", str(sum(report.pairs_by_scenario.values()))),
+        ("by scenario", scenarios),
+        ("words, empathic / other", f"{length.mean_empathic:.0f} / {length.mean_non_empathic:.0f}"),
+        ("length ratio", f"{length.ratio:.2f} (Wilcoxon p = {length.p_value:.2g})"),
+        ("AUROC of length alone", f"{length.auroc:.2f}"),
+        ("AUROC of empathy keywords alone", f"{leakage.empathy_keyword_auroc:.2f}"),
+        ("AUROC of task keywords alone", f"{leakage.task_keyword_auroc:.2f}"),
+        ("AUROC of a bag of words (held-out pairs)", f"{leakage.lexical_baseline_auroc:.2f}"),
+        ("most telling, empathic", " ".join(leakage.empathic_words)),
+        ("most telling, other", " ".join(leakage.non_empathic_words)),
+    ):
+        table.add_row(figure, value)
+    console.print(table)
+    for problem in report.problems:
+        console.print(f"problem  {problem}", style="red", markup=False, soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f"warning  {warning}", style="yellow", markup=False, soft_wrap=True)
+    if not report.problems:
+        console.print("No problems found." if not report.warnings else "No problems found; see the warnings.")

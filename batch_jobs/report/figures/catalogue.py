@@ -1,0 +1,69 @@
+"""The paper's nine figures, made from one run, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from batch_jobs.files.atomic import write_atomically
+from batch_jobs.report.figures.behaviour import behaviour_figure
+from batch_jobs.report.figures.detection import (
+    ablation_figure,
+    auroc_figure,
+    models_figure,
+    pooling_figure,
+    random_figure,
+)
+from batch_jobs.report.figures.dose_response import dose_responses
+from batch_jobs.report.figures.paper_figure import PaperFigure
+from batch_jobs.report.figures.resistance import layers_figure, resistance_figure
+from batch_jobs.report.figures.steering import (
+    baseline_figure,
+    dose_response_figure,
+    projection_figure,
+    published_curves_figure,
+)
+from batch_jobs.report.figures.style import figure_look
+from batch_jobs.report.published import read_published
+from batch_jobs.report.results import RunResults
+
+
+def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
+    """Every figure by its label (`1`, `1b`, ... `9`), in the paper's order. One that the run has no data for says so
+    in `missing`. The same results draw the same bytes."""
+    published = read_published()
+    validation, names = results.validation, results.setting_names
+    curves = dose_responses(results.scores.conditions)
+    offset = results.extract_offset or 0
+    with figure_look():
+        figures = (
+            auroc_figure(validation, offset, published),
+            pooling_figure(validation),
+            random_figure(validation, published),
+            ablation_figure(validation, published),
+            models_figure(results.models[0], validation, offset, published),
+            behaviour_figure(results.behaviours, published),
+            dose_response_figure(curves, names, published),
+            projection_figure(curves, names),
+            published_curves_figure(published),
+            baseline_figure(curves, published),
+            resistance_figure(curves, results.best_steering_layer, names, published),
+            layers_figure(curves, names, published),
+        )
+    return {figure.label: figure for figure in figures}
+
+
+def write_figures(folder: Path, figures: Iterable[PaperFigure]) -> list[Path]:
+    """Write `<stem>.svg` and `<stem>.png` of each drawn figure into `folder`, made if need be, and remove those of an
+    earlier report that this one lacks. Returns the paths written."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for figure in figures:
+        if figure.drawing is not None:
+            svg, png = folder / f"{figure.stem}.svg", folder / f"{figure.stem}.png"
+            write_atomically(svg, figure.drawing.svg)
+            png.write_bytes(figure.drawing.png)
+            written += [svg, png]
+    for stale in {*folder.glob("figure-*.svg"), *folder.glob("figure-*.png")} - set(written):
+        stale.unlink()
+    return written

@@ -1,0 +1,204 @@
+"""Figures of how well directions detect: by layer, against random directions, without empathy words, across models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from batch_jobs.directions.layer_validation import LayerValidation
+from batch_jobs.directions.validation import Validation
+from batch_jobs.report.figures.axes import block_axis, share_axis
+from batch_jobs.report.figures.paper_figure import PaperFigure
+from batch_jobs.report.figures.sheet import Sheet
+from batch_jobs.report.figures.style import PALETTE, PUBLISHED, SERIES, Style
+from batch_jobs.report.number_text import fixed
+from batch_jobs.report.published import Published, published_model
+
+ORIGINAL_EXTRACT_OFFSET = -1
+"""The original read hidden state number ℓ for layer ℓ: the output of block ℓ - 1."""
+_WIDE_PANEL = (4.6, 2.5)
+_PANEL = (3.3, 2.3)
+_BINS = np.linspace(0.0, 1.0, 21)
+
+
+def auroc_figure(validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
+    """Figure 1: AUROC by the block whose output was read: labelled layers, the sweep, the published model."""
+    layers = [validation.layers[layer] for layer in sorted(validation.layers)]
+    blocks = [row.layer + extract_offset for row in layers]
+    known = list(published.layers_of(published.random_baseline.model).values())
+    known_blocks = [row.layer + ORIGINAL_EXTRACT_OFFSET for row in known]
+    sheet = Sheet(1, panel=_WIDE_PANEL)
+    (axes,) = sheet.panels
+    swept = len(validation.sweep) > len(layers)
+    if swept:
+        _draw_sweep(sheet, axes, "every block", validation.sweep, Style("s3", "", "-"))
+    low, high = [row.auroc_low for row in layers], [row.auroc_high for row in layers]
+    accuracies = [row.accuracy_train_threshold for row in layers]
+    style = Style("s1", "o", "" if swept else "-")
+    sheet.line(axes, "AUROC", blocks, [row.auroc for row in layers], style, low=low, high=high)
+    sheet.line(axes, "accuracy, train threshold", blocks, accuracies, SERIES[1])
+    sheet.line(axes, f"AUROC, {known[0].model}, published", known_blocks, [row.auroc for row in known], PUBLISHED)
+    _chance(axes)
+    floor = min([*low, *accuracies, *(row.auroc_low for row in validation.sweep.values())])
+    share_axis(axes, "share", floor)
+    block_axis(axes)
+    sheet.title(axes, "Detection on held-out texts")
+    return PaperFigure(
+        label="1",
+        name="auroc-by-layer",
+        title="AUROC by layer",
+        drawing=sheet.render(),
+        note="" if swept else "This run read the labelled layers only; validation.all_layers reads every block.",
+    )
+
+
+def pooling_figure(validation: Validation) -> PaperFigure:
+    """Figure 1, second part: what leaving the first tokens out of the mean changes."""
+    figure = PaperFigure(
+        label="1b",
+        name="pooling",
+        title="With and without the first tokens",
+        missing="This run read one pooling only.",
+    )
+    if len(validation.pooling) < 2:
+        return figure
+    sheet = Sheet(2, columns=2, panel=_PANEL)
+    left, right = sheet.panels
+    floor = 1.0
+    for place, (skip, pooling) in enumerate(sorted(validation.pooling.items())):
+        own = " (this study)" if skip == validation.skip_first else ""
+        style = SERIES[place % len(SERIES)]
+        _draw_sweep(sheet, left, f"{pooling.label}{own}", pooling.blocks, style)
+        floor = min(floor, *(row.auroc_low for row in pooling.blocks.values()))
+        norms = dict(sorted(pooling.mean_residual_norms.items()))
+        sheet.line(right, f"{pooling.label}{own}", list(norms), list(norms.values()), style)
+    _chance(left)
+    share_axis(left, "AUROC", floor)
+    right.set_ylabel("mean ‖h‖")
+    right.set_ylim(bottom=0)
+    sheet.title(left, "Detection")
+    sheet.title(right, "Mean residual norm")
+    for axes in sheet.panels:
+        block_axis(axes)
+    return figure.drawn(sheet.render())
+
+
+def random_figure(validation: Validation, published: Published) -> PaperFigure:
+    """Figure 2: AUROCs of random unit vectors, with the direction's own."""
+    layer = validation.best_layer
+    baseline = validation.random_baseline.get(layer)
+    figure = PaperFigure(
+        label="2",
+        name="random-baseline",
+        title="Random directions",
+        missing="This run drew no random directions at its best layer.",
+    )
+    if baseline is None:
+        return figure
+    theirs = published.random_baseline
+    sheet = Sheet(2, columns=2, panel=_PANEL)
+    auroc = validation.layers[layer].auroc
+    _draw_random(sheet, sheet.panels[0], baseline.aurocs, auroc, baseline.percentile_95, SERIES[0])
+    sheet.title(sheet.panels[0], f"This run, layer {layer}")
+    soft = Style("soft")
+    _draw_random(sheet, sheet.panels[1], theirs.aurocs, theirs.probe_auroc, theirs.percentile_95, soft)
+    sheet.title(sheet.panels[1], f"Published, layer {theirs.layer}")
+    return figure.drawn(sheet.render())
+
+
+def ablation_figure(validation: Validation, published: Published) -> PaperFigure:
+    """Figure 3: before and after the empathy words of the empathic test texts are replaced."""
+    theirs = published.lexical_ablation
+    ablation = validation.ablation
+    figure = PaperFigure(
+        label="3",
+        name="lexical-ablation",
+        title="Lexical ablation",
+        missing="This run was made without lexical ablation (validation.lexical_ablation).",
+    )
+    if ablation is None:
+        return figure
+    layers = sorted(ablation.layers)
+    labels = [str(layer) for layer in layers] + [f"{theirs.layer}\npublished"]
+    sheet = Sheet(2, columns=2, panel=_PANEL)
+    aurocs, kept = sheet.panels
+    for name, shift, hatched in (("before", -0.2, False), ("after", 0.2, True)):
+        rows = [getattr(ablation.layers[layer], name) for layer in layers]
+        xs = [place + shift for place in range(len(layers))]
+        low, high = [row.auroc_low for row in rows], [row.auroc_high for row in rows]
+        style = Style("s1", filled=not hatched)
+        sheet.bars(aurocs, name, xs, [row.auroc for row in rows], style, width=0.36, low=low, high=high)
+        side = getattr(theirs, name)
+        xs = [len(layers) + shift]
+        sheet.bars(aurocs, f"{name}, published", xs, [side.auroc], Style("soft", filled=not hatched), width=0.36)
+    # equal class means have no separation to keep a share of
+    parted = [place for place, layer in enumerate(layers) if ablation.layers[layer].before.separation]
+    sides = [ablation.layers[layers[place]] for place in parted]
+    shares = [side.after.separation / side.before.separation for side in sides]
+    sheet.bars(kept, "separation kept", parted, shares, SERIES[2], width=0.5)
+    share = theirs.after.separation / theirs.before.separation
+    sheet.bars(kept, "separation kept, published", [len(layers)], [share], Style("soft"), width=0.5)
+    for axes in sheet.panels:
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlabel("layer")
+    share_axis(aurocs, "AUROC")
+    sheet.title(aurocs, "AUROC before and after")
+    kept.set_ylabel("separation after / before")
+    sheet.title(kept, "Separation that is left")
+    return figure.drawn(sheet.render())
+
+
+def models_figure(model: str, validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
+    """Figure 4: AUROC by layer beside the paper's models."""
+    sheet = Sheet(1, panel=_WIDE_PANEL)
+    (axes,) = sheet.panels
+    shown = {layer + extract_offset: validation.layers[layer] for layer in validation.layers}
+    # a line a model, and the paper's in soft, told apart by their marks
+    _draw_sweep(sheet, axes, f"{model}, this run", shown, SERIES[0])
+    for place, name in enumerate(published.models()):
+        rows = published.layers_of(name)
+        style = SERIES[(place + 1) % len(SERIES)]
+        blocks = [layer + ORIGINAL_EXTRACT_OFFSET for layer in rows]
+        line = Style("soft", style.marker, style.line, style.filled)
+        sheet.line(axes, f"{name}, published", blocks, [row.auroc for row in rows.values()], line)
+    _chance(axes)
+    lowest = min(row.auroc_low for row in validation.layers.values())
+    share_axis(axes, "AUROC", lowest)
+    block_axis(axes)
+    sheet.title(axes, "Detection across models")
+    return PaperFigure(
+        label="4",
+        name="models",
+        title="Layers across models",
+        drawing=sheet.render(),
+        note="The paper used this run\u2019s model too." if published_model(model) else "",
+    )
+
+
+def _draw_sweep(sheet: Sheet, axes: Axes, name: str, blocks: dict[int, LayerValidation], style: Style) -> None:
+    rows = dict(sorted(blocks.items()))
+    low, high = [row.auroc_low for row in rows.values()], [row.auroc_high for row in rows.values()]
+    sheet.line(axes, name, list(rows), [row.auroc for row in rows.values()], style, low=low, high=high, band=True)
+
+
+def _draw_random(
+    sheet: Sheet, axes: Axes, aurocs: Sequence[float], own: float, percentile_95: float, style: Style
+) -> None:
+    colour = PALETTE[style.colour]
+    axes.hist(aurocs, bins=_BINS.tolist(), color=colour, alpha=0.45, edgecolor=colour, linewidth=0.6)
+    axes.axvline(percentile_95, color=PALETTE["ink"], linestyle=":", linewidth=1.2, label="95th percentile")
+    axes.axvline(own, color=PALETTE["s2"], linewidth=2.0, label="the direction")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("AUROC")
+    axes.set_ylabel("random directions")
+    sheet.say(
+        axes,
+        f"{len(aurocs)} random directions, mean {fixed(float(np.mean(aurocs)), 3)}, 95th percentile "
+        f"{fixed(percentile_95, 3)}, the direction {fixed(own, 3)}",
+    )
+
+
+def _chance(axes: Axes) -> None:
+    axes.axhline(0.5, color=PALETTE["soft"], linestyle="--", linewidth=1.0)

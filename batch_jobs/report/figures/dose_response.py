@@ -1,0 +1,66 @@
+"""One setting's answer to α in one scenario: the curve that the figures draw and the tables sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batch_jobs.scoring.effects import wilson_interval
+from batch_jobs.scoring.scores import ConditionScore
+from batch_jobs.scoring.setting import Setting
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """The conditions of one setting and scenario by α, ascending, the unsteered one among them."""
+
+    setting: Setting
+    scenario: str
+    rows: tuple[ConditionScore, ...]
+
+    @property
+    def alphas(self) -> list[float]:
+        return [row.alpha for row in self.rows]
+
+    @property
+    def in_norms(self) -> dict[float, float]:
+        """α -> α over the layer's mean residual norm, where known."""
+        return {row.alpha: row.alpha_residual_norm for row in self.rows if row.alpha_residual_norm is not None}
+
+    @property
+    def empathy_rates(self) -> list[float]:
+        return [row.empathy_rate for row in self.rows]
+
+    @property
+    def empathy_intervals(self) -> tuple[list[float], list[float]]:
+        """Ends of the 95 % Wilson intervals."""
+        return [row.empathy_low for row in self.rows], [row.empathy_high for row in self.rows]
+
+    @property
+    def coherence_rates(self) -> list[float]:
+        return [row.coherence_rate for row in self.rows]
+
+    @property
+    def coherence_intervals(self) -> tuple[list[float], list[float]]:
+        """Ends of the 95 % Wilson intervals."""
+        ends = [wilson_interval(round(row.coherence_rate * row.samples), row.samples) for row in self.rows]
+        return [low for low, _ in ends], [high for _, high in ends]
+
+
+def dose_responses(conditions: Sequence[ConditionScore]) -> tuple[DoseResponse, ...]:
+    """The curves of all settings and scenarios, in the order of the conditions.
+
+    The grid runs α = 0 once a layer and scenario, under its first direction, since nothing is added then: the other
+    settings of that model and layer share that row.
+    """
+    unsteered = {(row.model, row.layer, row.scenario): row for row in reversed(conditions) if row.alpha == 0.0}
+    groups: dict[tuple[Setting, str], list[ConditionScore]] = {}
+    for row in conditions:
+        groups.setdefault((Setting.of(row), row.scenario), []).append(row)
+    curves = []
+    for (setting, scenario), rows in groups.items():
+        if not any(row.alpha == 0.0 for row in rows):
+            shared = unsteered.get((setting.model, setting.layer, scenario))
+            rows = [*rows, shared] if shared is not None else rows
+        curves.append(DoseResponse(setting, scenario, tuple(sorted(rows, key=lambda row: row.alpha))))
+    return tuple(curves)

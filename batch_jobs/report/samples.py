@@ -1,0 +1,172 @@
+"""The generated texts of a run as the report shows them: a bounded number a condition, each judged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from batch_jobs.scoring.degeneration import degeneration
+from batch_jobs.scoring.paper_metric import is_coherent, is_empathetic
+from batch_jobs.scoring.scores import ScoreError
+from batch_jobs.scoring.setting import Setting
+
+Signature = Literal["empty", "loop", "code-like"]
+
+_CONDITION = ("model", "layer", "direction", "op", "span", "scenario", "alpha")
+_COLUMNS = (
+    *_CONDITION, "alpha_residual_norm", "sample", "seed", "prompt", "completion", "finish_reason",
+    "completion_tokens", "projection_generated", "error",
+)  # fmt: skip
+_OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood", "thought")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text and how it scores."""
+
+    sample: int
+    seed: int
+    text: str
+    """The answer, without its thought."""
+    empathetic: bool
+    coherent: bool
+    signatures: tuple[Signature, ...]
+    """Ways in which the text fails as text; none for most."""
+    completion_tokens: int
+    finish_reason: str
+    projection_generated: float | None
+    projection_unsteered: float | None
+    log_likelihood: float | None
+    thought: str | None
+    """None where the model wrote none."""
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """The texts kept of one condition, in order of `sample`."""
+
+    model: str
+    layer: int
+    scenario: str
+    direction: str
+    op: str
+    span: str
+    alpha: float
+    alpha_residual_norm: float | None
+    samples: tuple[Sample, ...]
+
+    @property
+    def setting(self) -> Setting:
+        return Setting.of(self)
+
+
+@dataclass(frozen=True)
+class Generations:
+    """What the report takes from a run's Parquet files."""
+
+    num_rows: int
+    """All rows, failed ones included."""
+    errors: dict[str, int]
+    """Error message -> number of failed rows, most frequent first."""
+    unfinished_thoughts: int
+    """Rows without an answer, because the generation ended inside a thought."""
+    groups: tuple[SampleGroup, ...]
+    """Ordered by model, layer, direction, op, span, scenario, α."""
+    prompts: dict[str, str]
+    """Scenario -> its steering prompt."""
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.errors.values())
+
+    @property
+    def num_shown(self) -> int:
+        return sum(len(group.samples) for group in self.groups)
+
+
+def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> Generations:
+    """Read every `*.parquet` under `folder`; keep the texts whose sample number is below `per_condition`, fewer where
+    that makes more than `max_samples` in all.
+
+    The rest is only counted, so a grid of a million rows costs no more memory than what is kept. Folder names
+    are not read: every column is inside the files; `projection_unsteered`, `log_likelihood` and `thought` may be
+    missing. Raises ScoreError, naming the folder, when it has no Parquet file or lacks another column.
+    """
+    # a name with a leading dot is a part that is still being written
+    files = sorted(str(path) for path in Path(folder).glob("**/*.parquet") if not path.name.startswith("."))
+    if not files:
+        raise ScoreError(f"There are no Parquet files under {folder}; generate samples first.")
+    dataset = ds.dataset(files, format="parquet")
+    if missing := [name for name in _COLUMNS if name not in dataset.schema.names]:
+        raise ScoreError(
+            f"The Parquet files under {folder} lack the columns {missing}; they must hold {', '.join(_COLUMNS)}."
+        )
+    failed = dataset.to_table(columns=["error"], filter=pc.is_valid(pc.field("error")))["error"].to_pylist()
+    kept = _kept_rows(dataset, per_condition, max_samples)
+    return Generations(
+        num_rows=dataset.count_rows(),
+        errors=dict(Counter(failed).most_common()),
+        unfinished_thoughts=dataset.count_rows(
+            filter=pc.is_null(pc.field("error")) & pc.is_null(pc.field("completion"))
+        ),
+        groups=tuple(
+            _group(list(rows)) for _, rows in groupby(kept, key=lambda row: [row[name] for name in _CONDITION])
+        ),
+        prompts={row["scenario"]: row["prompt"] for row in kept},
+    )
+
+
+def _kept_rows(dataset: ds.Dataset, per_condition: int, max_samples: int) -> list[dict[str, Any]]:
+    usable = pc.is_null(pc.field("error")) & pc.is_valid(pc.field("completion"))
+    # sample numbers are narrow; how many texts each bound would keep is known before any text is read
+    numbers = dataset.to_table(columns=["sample"], filter=usable & (pc.field("sample") < per_condition))["sample"]
+    counts = Counter(numbers.to_pylist())
+    bound, total = 0, 0
+    while bound < per_condition and (bound == 0 or total + counts[bound] <= max_samples):
+        total += counts[bound]
+        bound += 1
+    names = [*_COLUMNS, *(name for name in _OPTIONAL_COLUMNS if name in dataset.schema.names)]
+    table: pa.Table = dataset.to_table(columns=names, filter=usable & (pc.field("sample") < bound))
+    order = [(name, "ascending") for name in (*_CONDITION, "sample")]
+    rows: list[dict[str, Any]] = table.sort_by(order).slice(0, max_samples).to_pylist()
+    return rows
+
+
+def _group(rows: list[dict[str, Any]]) -> SampleGroup:
+    first = rows[0]
+    return SampleGroup(
+        **{name: first[name] for name in _CONDITION},
+        alpha_residual_norm=first["alpha_residual_norm"],
+        samples=tuple(_sample(row) for row in rows),
+    )
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    text = row["completion"]
+    broken = degeneration(text)
+    found: tuple[tuple[Signature, bool], ...] = (
+        ("empty", broken.empty),
+        ("loop", broken.loop),
+        ("code-like", broken.code_like),
+    )
+    return Sample(
+        sample=row["sample"],
+        seed=row["seed"],
+        text=text,
+        empathetic=is_empathetic(text),
+        coherent=is_coherent(text),
+        signatures=tuple(name for name, is_found in found if is_found),
+        completion_tokens=row["completion_tokens"],
+        finish_reason=row["finish_reason"],
+        projection_generated=row["projection_generated"],
+        projection_unsteered=row.get("projection_unsteered"),
+        log_likelihood=row.get("log_likelihood"),
+        thought=row.get("thought"),
+    )

@@ -1,0 +1,1 @@
+"""The directory of a run, and where its results come from."""

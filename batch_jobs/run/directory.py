@@ -1,0 +1,139 @@
+"""The run directory: where each result of a study lies, and whose results those are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batch_jobs.config.difference import config_difference
+from batch_jobs.config.study import WORKING_FIELDS, StudyError
+from batch_jobs.files.atomic import write_atomically
+from batch_jobs.files.documents import read_json
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run. Nothing is created until something is written."""
+
+    path: Path
+
+    @classmethod
+    def for_config(cls, config: Path, out: Path | None) -> RunDirectory:
+        """`out` where given, else `runs/<config file's stem>` under the current folder."""
+        return cls(out if out is not None else Path("runs") / config.stem)
+
+    @property
+    def directions(self) -> Path:
+        return self.path / "directions.safetensors"
+
+    @property
+    def validation(self) -> Path:
+        return self.path / "validation.json"
+
+    @property
+    def generations(self) -> Path:
+        return self.path / "generations"
+
+    @property
+    def scenarios(self) -> Path:
+        return self.path / "scenarios.json"
+
+    @property
+    def readouts(self) -> Path:
+        return self.path / "readouts.safetensors"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def judgements(self) -> Path:
+        return self.path / "judgements.jsonl"
+
+    @property
+    def findings(self) -> Path:
+        return self.path / "findings.json"
+
+    @property
+    def behaviour(self) -> Path:
+        return self.path / "behaviour.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.csv"
+
+    @property
+    def success(self) -> Path:
+        return self.path / "scores_success.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def _results(self) -> tuple[Path, ...]:
+        return (
+            self.scenarios, self.directions, self.readouts, self.validation, self.generations, self.attempts,
+            self.judgements, self.scores, self.success, self.findings, self.behaviour, self.figures, self.report,
+        )  # fmt: skip
+
+    def claim(self, run_key: str, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make sure that results in here, if any, belong to `run_key`, so that resuming never mixes two
+        studies.
+
+        `identity` is the config's part of the key, `overwrite` deletes what a run writes (and nothing else in the
+        directory) first. Raises StudyError, with the fields that differ, when the directory holds another run's
+        results, or results whose provenance is gone.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise StudyError(f"{self.path} is a file; give --out a directory.")
+        if overwrite:
+            self.provenance.unlink(missing_ok=True)
+            for result in self._results:
+                shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
+            return
+        if not any(result.exists() for result in self._results):
+            return
+        earlier = self.read_provenance()
+        if earlier.get("run_key") == run_key:
+            return
+        raise StudyError(
+            f"{self.path} holds results of another study: {_what_differs(earlier, identity)}. Give --out another "
+            "directory, undo the change, or --overwrite to replace them."
+        )
+
+    def write_provenance(self, document: Mapping[str, Any]) -> None:
+        """Replace provenance.json atomically."""
+        write_atomically(self.provenance, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    def read_provenance(self) -> dict[str, Any]:
+        """What `write_provenance` wrote, or an empty mapping when there is no such file. Raises StudyError if
+        malformed."""
+        if not self.provenance.exists():
+            return {}
+        document = read_json(self.provenance, advice="use --overwrite to start anew")
+        if not isinstance(document, dict):
+            raise StudyError(f"{self.provenance}: not a JSON object; use --overwrite to start anew.")
+        return document
+
+
+def _what_differs(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    config = earlier.get("config")
+    if not isinstance(config, Mapping):
+        return "its provenance.json is gone or records no config"
+    recorded = {field: value for field, value in config.items() if field not in WORKING_FIELDS}
+    if changes := config_difference(recorded, identity):
+        return "; ".join(str(change) for change in changes)
+    return "the config is the same, but the pairs or the scenarios it names have another content"

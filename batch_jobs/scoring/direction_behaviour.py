@@ -1,0 +1,121 @@
+"""How a run's projections go with behaviour, by layer and direction, and the file `behaviour.json` that says it.
+
+The projection is that of the unsteered model reading the completion (`projection_unsteered`). The generated span's own
+projection will not do where α is not 0: it is taken after steering, so α itself is part of it, and it would go with
+any effect of α whether or not the text shows one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from batch_jobs.files.atomic import write_atomically
+from batch_jobs.files.documents import read_json
+from batch_jobs.scoring.behaviour import BehaviourPoints
+from batch_jobs.scoring.correlation import (
+    BehaviouralCorrelation,
+    Correlation,
+    CorrelationError,
+    behavioural_correlation,
+    condition_correlation,
+)
+
+MAX_POINTS = 400
+"""Points kept of each layer and direction for the scatter plot; the coefficients rest on all of them."""
+
+
+@dataclass(frozen=True)
+class BehaviourPoint:
+    """One point of the scatter plot."""
+
+    projection: float
+    grade: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class DirectionBehaviour:
+    """How the projections on one direction, at one layer, go with the grades of the texts."""
+
+    layer: int
+    direction: str
+    graded_by: Literal["judge", "keywords", "both"]
+    """`both`: the judge's grade where it gave one, the keywords' elsewhere."""
+    left_out: int
+    """Completions without a projection: empty ones, and all of them where the run did not read completions again."""
+    samples: BehaviouralCorrelation
+    """One point a completion, all α together. Completions of one condition are not independent, so p is too small."""
+    unsteered_samples: BehaviouralCorrelation
+    """As `samples`, α = 0 only: no steered, possibly broken text among them."""
+    conditions: Correlation
+    """One point a condition: mean projection against mean grade."""
+    points: tuple[BehaviourPoint, ...]
+    """At most MAX_POINTS of the completions, drawn at random and kept in the run's order."""
+
+
+def direction_behaviours(points: BehaviourPoints, *, seed: int = 0) -> tuple[DirectionBehaviour, ...]:
+    """Correlate by layer and direction, ordered by both. `points` are one model's; `seed` draws those that are kept.
+    Raises CorrelationError for a grade other than 0, 1, 2."""
+    keys = sorted(set(zip(points.layer.tolist(), points.direction.tolist(), strict=True)))
+    return tuple(
+        _direction_behaviour(points, layer, name, (points.layer == layer) & (points.direction == name), seed)
+        for layer, name in keys
+    )
+
+
+def write_behaviour(path: Path, behaviours: Sequence[DirectionBehaviour]) -> None:
+    """Write `{"directions": [...]}` as JSON, atomically."""
+    document = {"directions": [asdict(behaviour) for behaviour in behaviours]}
+    write_atomically(path, json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_behaviour(path: Path) -> tuple[DirectionBehaviour, ...]:
+    """Read what `write_behaviour` wrote. Raises CorrelationError, naming the file, when it is absent or not of that
+    form."""
+    if not path.exists():
+        raise CorrelationError(f"There is no behaviour file {path}; score the run's generations first.")
+    document = read_json(path, advice="score the run's generations again", error=CorrelationError)
+    if not isinstance(document, dict) or "directions" not in document:
+        raise CorrelationError(f"{path} lacks the list 'directions'; score the run's generations again.")
+    try:
+        return _BEHAVIOURS.validate_python(document["directions"])
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise CorrelationError(
+            f"{path}: field directions.{place}: {fault['msg']}; score the run's generations again."
+        ) from error
+
+
+_BEHAVIOURS = pydantic.TypeAdapter(tuple[DirectionBehaviour, ...])
+
+
+def _direction_behaviour(
+    points: BehaviourPoints, layer: int, direction: str, chosen: npt.NDArray[np.bool_], seed: int
+) -> DirectionBehaviour:
+    used = np.flatnonzero(chosen & np.isfinite(points.projection_unsteered))
+    projections, grades, alphas = points.projection_unsteered[used], points.grade[used], points.alpha[used]
+    baseline = alphas == 0.0
+    judged = points.judged[chosen]
+    conditions = list(zip(points.scenario[used], points.op[used], points.span[used], alphas.tolist(), strict=True))
+    drawn = np.arange(len(used))
+    if len(drawn) > MAX_POINTS:
+        drawn = np.sort(np.random.default_rng(seed).choice(drawn, MAX_POINTS, replace=False))
+    return DirectionBehaviour(
+        layer=layer,
+        direction=direction,
+        graded_by="judge" if judged.all() else "both" if judged.any() else "keywords",
+        left_out=int(chosen.sum()) - len(used),
+        samples=behavioural_correlation(projections, grades),
+        unsteered_samples=behavioural_correlation(projections[baseline], grades[baseline]),
+        conditions=condition_correlation(projections, grades, conditions),
+        points=tuple(BehaviourPoint(float(projections[row]), int(grades[row]), float(alphas[row])) for row in drawn),
+    )

@@ -1,0 +1,116 @@
+"""The numbers that scoring needs of each row, taken from the texts once, so that no table of them is ever held.
+
+What asks for words is answered for a thousand texts at once; zlib takes two fifths of what is left. A large folder
+is measured by a process a core, each taking whole parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_jobs.rows.generation_parts import (
+    COLUMN_TYPES,
+    ScoreError,
+    count_rows,
+    in_thought,
+    part_paths,
+    read_part,
+    split_table,
+)
+from batch_jobs.scoring.degeneration import Degeneration, degeneration
+from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, MIN_CONTEXT_MARKERS, TASK_KEYWORDS, is_coherent
+from batch_jobs.scoring.word_index import WordIndex
+
+Markers = Mapping[str, Sequence[str]]
+"""Scenario id -> its context markers."""
+
+PARALLEL_ROWS = 20_000
+"""Folders of fewer rows are measured in this process: starting others would take longer."""
+_PARTS_A_TASK = 8  # parts are often small; sending them one by one would make the processes wait
+
+_SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
+    "repetition": pa.float64(),
+    "compression_ratio": pa.float64(),  # null for an empty text
+}
+
+
+def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
+    """The measures of each row of generations: the columns of COLUMN_TYPES without the texts, `failed` (it has an
+    error), `in_thought` (it ended inside a thought), and `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
+    `code_like`, `repetition`, `compression_ratio`, null where there is no answer. Raises ScoreError as
+    `scoring_columns` does."""
+    return _measure_all(split_table(table), markers)
+
+
+def measure_generations(folder: Path, markers: Markers, processes: int | None = None) -> pa.Table:
+    """`measure_table` of all parts under `folder`, in the order of their paths.
+
+    `processes`: how many measure side by side; None takes one a core for 20,000 rows and more. What is kept is
+    about 200 bytes a row. Raises ScoreError as `read_part` does, and when there is no row.
+    """
+    parts = part_paths(folder)
+    rows = sum(map(count_rows, parts))
+    if rows == 0:
+        raise ScoreError(f"There are no generations under {folder}; generate samples before scoring.")
+    if processes is None:
+        processes = len(os.sched_getaffinity(0)) if rows >= PARALLEL_ROWS else 1
+    measure = partial(_measure_part, markers=markers)
+    if processes == 1:
+        return pa.concat_tables([measure(part) for part in parts])
+    # spawned, not forked: the caller may hold an engine's threads and a device, which a fork would tear
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(parts)), mp_context=context) as pool:
+        chunk = max(1, min(_PARTS_A_TASK, len(parts) // processes))
+        return pa.concat_tables(pool.map(measure, parts, chunksize=chunk))
+
+
+def _measure_part(part: Path, markers: Markers) -> pa.Table:
+    return _measure_all(read_part(part), markers)
+
+
+def _measure_all(tables: Iterable[pa.Table], markers: Markers) -> pa.Table:
+    empty = pa.schema(list(COLUMN_TYPES.items())).empty_table()
+    return pa.concat_tables([_measure(table, markers) for table in itertools.chain([empty], tables)])
+
+
+def _measure(table: pa.Table, markers: Markers) -> pa.Table:
+    failed, unfinished = pc.is_valid(table["error"]), in_thought(table)
+    unanswered = pc.or_(failed, unfinished)
+    texts = pc.fill_null(table["completion"], "").combine_chunks()
+    words = WordIndex(texts)
+    signs, coherent = [], []
+    for text, counts in zip(texts.to_pylist(), words.counts(), strict=True):
+        signs.append(degeneration(text, counts))
+        coherent.append(is_coherent(text, counts))
+    columns = {
+        "empathetic": pa.array(words.count_found(EMPATHY_KEYWORDS) > words.count_found(TASK_KEYWORDS)),
+        "coherent": pa.array(coherent, pa.bool_()),
+        "in_context": _in_context(table["scenario"], words, markers),
+        **{name: pa.array([getattr(sign, name) for sign in signs], kind) for name, kind in _SIGNS.items()},
+    }
+    for name, column in columns.items():
+        table = table.append_column(name, pc.if_else(unanswered, None, column))
+    table = table.drop_columns(["completion", "error", "thought"])
+    return table.append_column("failed", failed).append_column("in_thought", unfinished)
+
+
+def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:
+    """Null where the scenario has no markers."""
+    names = np.array(scenarios.to_pylist(), dtype=object)
+    known = np.zeros(len(names), dtype=np.bool_)
+    found = np.zeros(len(names), dtype=np.int64)
+    for scenario in filter(markers.get, set(names)):
+        rows = names == scenario
+        known |= rows
+        found += words.count_found(markers[scenario], within=rows)
+    return pa.array(found >= MIN_CONTEXT_MARKERS, mask=~known)

@@ -1,0 +1,1 @@
+"""Contrastive pairs, scenarios and prompts."""

@@ -1,0 +1,217 @@
+"""Scenarios, and pairs of texts that differ in the concept only: the material directions are made from.
+
+Sources: the bundled set, a file of pairs in the same form, or a folder with the paper's own train_pairs.jsonl
+and test_pairs.jsonl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from batch_jobs.config.study import SplitSizes, StudyError
+from batch_jobs.files.atomic import write_atomically
+from batch_jobs.files.documents import Place, read_json, read_json_lines
+
+QUESTION = "What do you do?"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts about one scenario, alike but for the concept."""
+
+    pair_id: str
+    scenario_id: str
+    empathic: str
+    non_empathic: str
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A situation that sets an objective against somebody's distress."""
+
+    id: str
+    title: str
+    objective: str
+    empathy_pressure: str
+    markers: tuple[str, ...]
+    """Lower-case words by which a completion shows that it is about this scenario; empty when none are
+    known."""
+    rubric: tuple[str, str, str] | None = None
+    """What earns a completion grade 0, 1 and 2 (none, some, full empathy in what is done); None when none is known."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs that make the directions, and pairs held out to validate them."""
+
+    train: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+    @property
+    def content_hash(self) -> str:
+        """First 16 hex digits of the sha256 over both lists, texts and order included."""
+        content = [[asdict(pair) for pair in pairs] for pairs in (self.train, self.test)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def steering_prompt(scenario: Scenario) -> str:
+    """What the model is asked: objective, pressure, question, a blank line apart (the paper's prompt)."""
+    return f"{scenario.objective}\n\n{scenario.empathy_pressure}\n\n{QUESTION}"
+
+
+def split_pairs(pairs: Sequence[Pair], *, train: int, seed: int) -> Split:
+    """Split stratified by scenario: each scenario gives the same share of its pairs to `train`, the rest to
+    `test`.
+
+    Deterministic: depends on the pairs' ids and the seed, not on their order, and one scenario's draw does
+    not depend on another's pairs. Shares that do not come out even are rounded by largest remainder, so
+    `train` is met exactly. Raises StudyError unless 0 < train < len(pairs).
+    """
+    if not 0 < train < len(pairs):
+        raise StudyError(f"Cannot train on {train} of {len(pairs)} pairs; leave at least one pair on each side.")
+    by_scenario: dict[str, list[Pair]] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.pair_id):
+        by_scenario.setdefault(pair.scenario_id, []).append(pair)
+    quotas = {scenario: divmod(train * len(members), len(pairs)) for scenario, members in by_scenario.items()}
+    taken = {scenario: whole for scenario, (whole, _) in quotas.items()}
+    largest_first = sorted(quotas, key=lambda scenario: (-quotas[scenario][1], scenario))
+    for scenario in largest_first[: train - sum(taken.values())]:
+        taken[scenario] += 1
+
+    train_side: list[Pair] = []
+    test_side: list[Pair] = []
+    for scenario in sorted(by_scenario):
+        members = by_scenario[scenario]
+        random.Random(f"{seed}/{scenario}").shuffle(members)
+        train_side += members[: taken[scenario]]
+        test_side += members[taken[scenario] :]
+    return Split(tuple(train_side), tuple(test_side))
+
+
+def load_split(source: Path | None, sizes: SplitSizes) -> Split:
+    """The pairs of a study, split. None: bundled; a file: its pairs, split by `sizes`; a folder: its two
+    files, as split there.
+
+    Raises StudyError when a file is absent or malformed or holds text without a UTF-8 form, ids repeat, or `sizes` do
+    not add up to the number of pairs.
+    """
+    if source is not None and source.is_dir():
+        split = Split(
+            tuple(_read_pairs(source / "train_pairs.jsonl", "train")),
+            tuple(_read_pairs(source / "test_pairs.jsonl", "test")),
+        )
+        _refuse_repeated([pair.pair_id for pair in (*split.train, *split.test)], "pair_id", source)
+        return split
+    pairs = load_pairs(source)
+    if sizes.train + sizes.test != len(pairs):
+        raise StudyError(
+            f"{_place_of_pairs(source)}: holds {len(pairs)} pairs, but the split asks for {sizes.train} + "
+            f"{sizes.test}; make split.train and split.test add up to the number of pairs."
+        )
+    return split_pairs(pairs, train=sizes.train, seed=sizes.seed)
+
+
+def load_pairs(source: Path | None) -> tuple[Pair, ...]:
+    """The same pairs unsplit, in the order of their files. Raises StudyError as `load_split` does."""
+    if source is not None and source.is_dir():
+        split = load_split(source, SplitSizes())
+        return (*split.train, *split.test)
+    place = _place_of_pairs(source)
+    pairs = tuple(_read_pairs(place, "pair"))
+    _refuse_repeated([pair.pair_id for pair in pairs], "pair_id", place)
+    return pairs
+
+
+def load_scenarios(source: Path | None) -> dict[str, Scenario]:
+    """Scenarios by id, from a JSON list of objects; None means the bundled ones.
+
+    Fields beyond those of Scenario are left alone (the paper's file has more). A scenario without `markers` or
+    without a `rubric` takes that of the bundled scenario of the same id, or none. A rubric is a list of three texts,
+    or an object with the keys "0", "1" and "2". Raises StudyError when the file is absent or malformed, or holds text
+    without a UTF-8 form.
+    """
+    bundled = _read_scenarios(_bundled("scenarios.json"), {})
+    if source is None:
+        return bundled
+    return _read_scenarios(source, bundled)
+
+
+def write_scenarios(path: Path, scenarios: Iterable[Scenario]) -> None:
+    """Write scenarios as a file that `load_scenarios` reads, atomically."""
+    entries = [
+        {field: value for field, value in asdict(scenario).items() if value is not None} for scenario in scenarios
+    ]
+    write_atomically(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_scenarios(place: Place, known: Mapping[str, Scenario]) -> dict[str, Scenario]:
+    entries = read_json(place, advice="give a JSON file with a list of scenarios")
+    if not isinstance(entries, list) or not entries:
+        raise StudyError(f"{place}: got {type(entries).__name__}; it must hold a non-empty list of scenarios.")
+    scenarios = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{place}: scenario {number}"
+        name, title, objective, pressure = (
+            _text(entry, field, where) for field in ("id", "title", "objective", "empathy_pressure")
+        )
+        namesake = known.get(name)
+        markers = entry.get("markers", namesake.markers if namesake else ())
+        if not isinstance(markers, list | tuple) or not all(isinstance(marker, str) for marker in markers):
+            raise StudyError(f"{where}: markers must be a list of strings; got {markers!r}.")
+        lowered = tuple(marker.lower() for marker in markers)
+        rubric = _rubric(entry["rubric"], where) if "rubric" in entry else namesake.rubric if namesake else None
+        scenarios.append(Scenario(name, title, objective, pressure, lowered, rubric))
+    _refuse_repeated([scenario.id for scenario in scenarios], "id", place)
+    return {scenario.id: scenario for scenario in scenarios}
+
+
+def _rubric(given: Any, where: str) -> tuple[str, str, str]:
+    texts = [given.get(grade) for grade in ("0", "1", "2")] if isinstance(given, dict) else given
+    match texts:
+        case [str(none), str(some), str(full)] if none.strip() and some.strip() and full.strip():
+            return none, some, full
+    raise StudyError(f"{where}: rubric must be three texts, for the grades 0, 1 and 2; got {given!r}.")
+
+
+def _read_pairs(place: Place, prefix: str) -> list[Pair]:
+    pairs = []
+    for number, where, entry in read_json_lines(place, advice="give a file with one pair a line, each a JSON object"):
+        scenario_id, empathic, non_empathic = (
+            _text(entry, field, where) for field in ("scenario_id", "empathic_text", "non_empathic_text")
+        )
+        # The paper's files have no ids; the line number is one, and keeps the two files apart by its prefix.
+        pair_id = _text(entry, "pair_id", where) if "pair_id" in entry else f"{prefix}-{number:03d}"
+        pairs.append(Pair(pair_id, scenario_id, empathic, non_empathic))
+    if not pairs:
+        raise StudyError(f"{place}: holds no pairs; give at least one.")
+    return pairs
+
+
+def _text(entry: Any, field: str, where: str) -> str:
+    if not isinstance(entry, dict):
+        raise StudyError(f"{where}: got {type(entry).__name__}; it must be an object.")
+    value = entry.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise StudyError(f"{where}: field {field} must be a non-empty string; got {value!r}.")
+    return value
+
+
+def _refuse_repeated(ids: list[str], field: str, place: object) -> None:
+    if repeated := sorted({name for name in ids if ids.count(name) > 1}):
+        raise StudyError(f"{place}: {field} {repeated[:5]} given more than once; each must be unique.")
+
+
+def _place_of_pairs(source: Path | None) -> Place:
+    return _bundled("pairs.jsonl") if source is None else source
+
+
+def _bundled(name: str) -> Traversable:
+    return resources.files("batch_jobs") / "data" / name

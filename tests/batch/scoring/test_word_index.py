@@ -1,0 +1,86 @@
+"""What is answered for many texts at once is what plain Python says of each."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pyarrow as pa
+import pytest
+
+from batch_jobs.scoring.word_counts import count_words
+from batch_jobs.scoring.word_index import WordIndex
+
+WORDS = ("a", "A", "b", "go", "user", "d", "User", "dark", "help,", "HELPLESS", "ΟΔΟΣ", "İa", "straße", "reach", "out")
+SPACES = (" ", " ", " ", "  ", "\n", "\t", "\u3000", "\xa0", "\x1c")
+KEYWORDS = ("help", "user d", "Reach Out", "d", "ος", "i", "go\tgo", "absent", "o", "SS", "a a", " ", "")
+
+
+def random_texts(seed: int) -> list[str]:
+    """Of 0 to 60 words, few enough to repeat 4-grams, between any white space and often with some at the ends."""
+    draw = random.Random(seed)
+    texts = []
+    for _ in range(400):
+        words = draw.choices(WORDS[: draw.choice([2, 4, len(WORDS)])], k=draw.choice([0, 1, 3, 4, 5, 20, 60]))
+        text = "".join(word + draw.choice(SPACES) for word in words)
+        texts.append(draw.choice(["", " "]) + (text if draw.random() < 0.5 else text.strip()))
+    return texts
+
+
+def plain_counts(text: str) -> tuple[int, int, int, int]:
+    words = re.findall(r"[^\s\x1c-\x1f\x85]+", text)
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return len(words), len(set(words)), len(grams), sum(gram in grams[:i] for i, gram in enumerate(grams))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_those_of_each_text_on_its_own(seed: int) -> None:
+    texts = random_texts(seed)
+    expected = [plain_counts(text) for text in texts]
+    assert len(set(expected)) > 30  # the texts differ in what is counted
+    assert list(WordIndex(pa.array(texts)).counts()) == expected
+    assert [count_words(text) for text in texts] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keywords_are_found_as_in_each_text_on_its_own(seed: int) -> None:
+    texts = random_texts(seed)
+    index = WordIndex(pa.array(texts))
+    for keyword in KEYWORDS:
+        expected = [int(keyword.lower() in text.lower()) for text in texts]
+        assert index.count_found([keyword]).tolist() == expected, keyword
+    together = [sum(keyword.lower() in text.lower() for keyword in KEYWORDS) for text in texts]
+    assert index.count_found([*KEYWORDS, "HELP", "help"]).tolist() == together
+
+
+def test_keywords_are_counted_only_within_the_texts_asked_for() -> None:
+    index = WordIndex(pa.array(["help the user", "help", "the user"]))
+    within = pa.array([True, False, True]).to_numpy(zero_copy_only=False)
+    assert index.count_found(["help", "the user"], within=within).tolist() == [2, 0, 1]
+
+
+def test_every_white_space_of_python_parts_words_and_nothing_else_does() -> None:
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]  # beyond, there are none
+    texts = [f"a{character}b" for character in characters]
+    counted = WordIndex(pa.array(texts)).counts()
+    assert [count[:2] for count in counted] == [(len(text.split()), len(set(text.split()))) for text in texts]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", " \n "], ["one two three"]])
+def test_texts_of_few_words_or_none_are_counted(texts: list[str]) -> None:
+    index = WordIndex(pa.array(texts, pa.string()))
+    assert list(index.counts()) == [plain_counts(text) for text in texts]
+    assert index.count_found(["two"]).tolist() == [int("two" in text) for text in texts]
+
+
+@pytest.mark.parametrize("beyond", [b"", b"x", b"\xff\xff", b"\x80"])
+def test_what_lies_behind_the_last_text_in_memory_makes_no_difference(beyond: bytes) -> None:
+    text = "go go go go go "
+    offsets = pa.py_buffer(pa.array([0, len(text)], pa.int32()).buffers()[1])
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(text.encode() + beyond)])
+    assert list(WordIndex(texts).counts()) == [plain_counts(text)]
+
+
+def test_a_four_gram_is_not_begun_in_one_text_and_ended_in_the_next() -> None:
+    counts = list(WordIndex(pa.array(["a b c", "d a b c d", "a b"])).counts())
+    assert [count.grams for count in counts] == [0, 2, 0]

@@ -1,0 +1,77 @@
+"""A chat endpoint that says what a test tells it to, over real HTTP on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from unittest.mock import patch
+
+from batch_jobs.endpoint.chat import Endpoint
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the endpoint sends: a status, headers, and a body that is JSON unless it is bytes."""
+
+    body: Any
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def said(text: str | None, finish_reason: str = "stop", **beside: Any) -> Answer:
+    """A chat completion. `beside`: further fields of the message."""
+    message = {"role": "assistant", "content": text, **beside}
+    return Answer({"choices": [{"message": message, "finish_reason": finish_reason}]})
+
+
+@dataclass
+class FakeEndpoint:
+    """A running endpoint and what it was sent."""
+
+    url: str
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    authorizations: list[str | None] = field(default_factory=list)
+
+    def endpoint(self, model: str = "fake", variable: str | None = None) -> Endpoint:
+        return Endpoint(f"{self.url}/v1", model, variable)
+
+
+@contextmanager
+def fake_endpoint(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeEndpoint]:
+    """Serve until the body ends; `answer` makes the reply to a request's JSON."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            fake.requests.append(request)
+            fake.authorizations.append(self.headers["Authorization"])
+            found = self.path == "/v1/chat/completions"
+            reply = answer(request) if found else Answer({"error": "no such route"}, 404)
+            body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            self.send_response(reply.status)
+            for name, value in {**reply.headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with (
+        patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"}),  # where the machine has a proxy, it knows nothing of this
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+    ):
+        fake = FakeEndpoint(f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield fake
+        finally:
+            server.shutdown()
+            thread.join()
