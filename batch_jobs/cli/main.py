@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from batch_jobs.cli import doctor, pairs, study
+from vllm_steer import Steering
 from vllm_steer.errors import SteerError
-from vllm_steer.schema import Steering
 
 USAGE_EXIT_CODE = 2
 

@@ -22,7 +22,7 @@ from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import printable
 from batch_jobs.run.directory import RunDirectory
 from batch_jobs.scoring.scores import SuccessRate, read_scores
-from vllm_steer.directions import Direction, load_directions
+from vllm_steer import Direction, load_directions
 
 
 @dataclass(frozen=True)

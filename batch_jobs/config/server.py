@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from batch_jobs.files.documents import read_yaml
+from vllm_steer import Steering
 from vllm_steer.errors import SettingsError
-from vllm_steer.schema import Steering
 from vllm_steer.settings import SteerSettings, steer_config
 
 Flag = bool | int | float | str | list[str | int | float] | dict[str, Any]

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from batch_jobs.config.study import DirectionMethod, Study, StudyError
 from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts
-from vllm_steer.directions import Direction
+from vllm_steer import Direction
 
 Vector = npt.NDArray[np.float32]
 _Floats64 = npt.NDArray[np.float64]

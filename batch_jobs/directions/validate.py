@@ -15,7 +15,7 @@ from batch_jobs.directions.validation import (
     PoolingValidation,
     Validation,
 )
-from vllm_steer.directions import Direction
+from vllm_steer import Direction
 
 
 def validate_study(study: Study, readouts: StudyReadouts) -> Validation:

@@ -160,6 +160,17 @@ def test_a_package_of_the_jobs_imports_only_packages_below_it(file: Path) -> Non
             assert parts[1] in below, f"{file} imports {name}"
 
 
+def test_the_jobs_use_only_public_names_of_the_plugin() -> None:
+    public = {"errors", "settings", "client"}  # submodules that the documentation names, beside the package's own names
+    deep = [
+        f"{file.relative_to(PROJECT)} imports {name}"
+        for file in sorted(JOBS.rglob("*.py"))
+        for name in imports(file)
+        if name.startswith("vllm_steer.") and name.count(".") > 1 and name.split(".")[1] not in public
+    ]
+    assert not deep, deep
+
+
 @pytest.mark.parametrize(
     "file",
     [file for package in ("vllm_steer", "batch_jobs") for file in sorted((PROJECT / package).rglob("*.py"))],
