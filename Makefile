@@ -23,11 +23,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast clients test-clients conformance compat bench bench-record bench-gpu readme-performance lint \
+.PHONY: help setup demo demo-model test test-fast clients test-clients conformance patches compat bench bench-record bench-gpu readme-performance lint \
 	types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | patches | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -63,6 +63,10 @@ test-clients: demo-model clients
 
 conformance: setup
 	$(BIN)/python -m pytest -m conformance --conformance=docs/conformance.md $(PARALLEL)
+
+# What is changed in vLLM and why, from the declarations.
+patches: setup
+	$(BIN)/python -m tests.compat.own_patches
 
 # Against the source of a release that need not be installed: make compat VLLM=0.33.0
 compat: setup

@@ -34,7 +34,9 @@ def declared() -> tuple[tuple[Patch, ...], tuple[Attribute[Any], ...]]:
     """All patches and attributes, by importing every module that may declare one."""
     for module in pkgutil.walk_packages([str(ENGINE)], f"{vllm_steer.engine.__name__}."):
         import_module(module.name)
-    return tuple(PATCHES), tuple(ATTRIBUTES)
+    # in an order that does not hang on which module was imported first
+    patches = sorted(PATCHES, key=lambda one: (one.when, one.wrap.__module__, one.places))
+    return tuple(patches), tuple(sorted(ATTRIBUTES, key=lambda one: (one.owner, one.name)))
 
 
 @cache
@@ -59,7 +61,7 @@ def page() -> str:
     """The text of ``docs/patches.md``."""
     patches, attributes = declared()
     lines = [_HEAD, "## Functions\n"]
-    for when, ones in groupby(sorted(patches, key=lambda one: one.when), lambda one: one.when):
+    for when, ones in groupby(patches, lambda one: one.when):
         lines.append(f"### In {when}\n")
         for one in ones:
             names = ", ".join(f"`{module}:{name}`" for module, name in one.places)

@@ -137,6 +137,13 @@ def _of(worker: Any) -> WorkerSteering:
     return steering
 
 
+def _adding(method: Any) -> Any:
+    def wrap(_: None) -> Any:
+        return method
+
+    return wrap
+
+
 INIT = patch(
     WorkerBase,
     "__init__",
@@ -158,7 +165,7 @@ WRITE, COLLECT, TRACES = (
     patch(
         WorkerBase,
         f"vllm_steer_{method.__name__}",
-        lambda _, method=method: method,
+        _adding(method),
         takes=None,
         why="A method for collective_rpc to find.",
         gone_when="plugins can add RPC methods without worker_extension_cls.",
