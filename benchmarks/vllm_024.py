@@ -28,12 +28,21 @@ def install() -> None:
     if not is_here():
         return
     from vllm import exceptions
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.simple_kv_offload import manager
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    exceptions.GracefulHTTPError = type("GracefulHTTPError", (Exception,), {})
+    exceptions.GracefulHTTPError = _RefusalWithStatus
+    manager.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys
     GPUModelRunner._on_request_state_removed = lambda self, req_id, req_state: None
     GPUModelRunner._update_states = _update_states(GPUModelRunner._update_states)
     plugin.SUPPORTED[RELEASE] = "made to run for benchmarks"
+
+
+class _RefusalWithStatus(Exception):
+    def __init__(self, message: str, http_status: Any) -> None:
+        super().__init__(message)
+        self.message, self.http_status = message, http_status
 
 
 def _update_states(original: Any) -> Any:

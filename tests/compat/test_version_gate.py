@@ -123,6 +123,12 @@ def test_only_an_engine_that_is_configured_hears_of_it(
     assert EngineArgs.create_engine_config(None) is made
 
 
+def test_a_function_that_vllm_lacks_is_an_error_and_not_added_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(EngineArgs, "create_engine_config")
+    with pytest.raises(AttributeError, match="create_engine_config"):
+        config.install()
+
+
 def test_what_is_installed_twice_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineArgs, "create_engine_config", plain := lambda self: None)
     config.install()

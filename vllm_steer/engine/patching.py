@@ -41,9 +41,13 @@ class Patch:
     when: str = "every process that loads the plugin"
 
     def install(self) -> None:
-        """Put our function in place, around whatever is there. Does nothing where it is in place already."""
+        """Put our function in place, around whatever is there. Does nothing where it is in place already.
+
+        Raises:
+            AttributeError: vLLM has no such function, and it is not one that we add.
+        """
         for owner in self.owners:
-            current = getattr(owner, self.name, None)
+            current = getattr(owner, self.name, None) if self.takes is None else getattr(owner, self.name)
             if not self._is_in(current):
                 setattr(owner, self.name, self._around(current))
 
