@@ -73,25 +73,25 @@ compat: setup
 	$(BIN)/python -m tests.compat.check $(VLLM)
 
 bench: demo-model
-	$(BIN)/python -m benchmarks.bench_overhead --small --out build/bench/overhead.json
-	$(BIN)/python -m benchmarks.bench_hf_hooks --small --out build/bench/hf-hooks.json
-	$(BIN)/python -m benchmarks.bench_op --small --out build/bench/op.json
-	@$(BIN)/python -m benchmarks.summary build/bench
+	$(BIN)/python -m benchmarks.overhead.bench --small --out build/bench/overhead.json
+	$(BIN)/python -m benchmarks.hooks.bench --small --out build/bench/hf-hooks.json
+	$(BIN)/python -m benchmarks.op --small --out build/bench/op.json
+	@$(BIN)/python -m benchmarks.report.summary build/bench
 
 bench-record: demo-model
-	$(BIN)/python -m benchmarks.bench_overhead --out $(RECORDS)/overhead.json
-	$(BIN)/python -m benchmarks.bench_hf_hooks --out $(RECORDS)/hf-hooks.json
-	$(BIN)/python -m benchmarks.bench_op --out $(RECORDS)/op.json
-	$(BIN)/python -m benchmarks.bench_scale --out $(RECORDS)/scale.json
-	$(BIN)/python -m benchmarks.bench_peers --out $(RECORDS)/peers.json
+	$(BIN)/python -m benchmarks.overhead.bench --out $(RECORDS)/overhead.json
+	$(BIN)/python -m benchmarks.hooks.bench --out $(RECORDS)/hf-hooks.json
+	$(BIN)/python -m benchmarks.op --out $(RECORDS)/op.json
+	$(BIN)/python -m benchmarks.scale.bench --out $(RECORDS)/scale.json
+	$(BIN)/python -m benchmarks.peers.bench --out $(RECORDS)/peers.json
 	$(MAKE) readme-performance
 
 bench-gpu: setup
-	$(BIN)/python -m benchmarks.run_on_gpu --out $(GPU_RECORDS)
+	$(BIN)/python -m benchmarks.gpu.run --out $(GPU_RECORDS)
 
 readme-performance: setup
-	@$(BIN)/python -m benchmarks.summary $(RECORDS) --readme README.md
-	@$(BIN)/python -m benchmarks.summary $(GPU_RECORDS) --readme README.md
+	@$(BIN)/python -m benchmarks.report.summary $(RECORDS) --readme README.md
+	@$(BIN)/python -m benchmarks.report.summary $(GPU_RECORDS) --readme README.md
 
 lint: setup
 	$(BIN)/ruff check .

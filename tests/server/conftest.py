@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.api_server import running
+from benchmarks.server.api_server import running
 from tests.engine.tiny_models import HIDDEN_SIZE, save_tiny_model
 from vllm_steer import Direction, save_directions
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.api_server import running
+from benchmarks.server.api_server import running
 from tests.engine.tiny_models import save_tiny_model
 from tests.server.conftest import KIND_LAYER, save_two_directions
 

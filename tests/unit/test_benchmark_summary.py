@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.goals import GOALS, verdicts
-from benchmarks.record import RESULTS
-from benchmarks.rounds import figures, figures_of_starts, in_turn, interval
-from benchmarks.summary import BEGIN, END, all_tables, goals, rewritten, section_of
+from benchmarks.harness.record import RESULTS
+from benchmarks.harness.rounds import figures, figures_of_starts, in_turn, interval
+from benchmarks.report.goals import GOALS, verdicts
+from benchmarks.report.summary import BEGIN, END, all_tables, goals, rewritten, section_of
 from tests.conftest import PROJECT_ROOT
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.bench_overhead import Pair, Task, throughput, typical
-from benchmarks.engine_process import Took, Work
-from benchmarks.line_process import Turns, side_by_side
-from benchmarks.working_time import WorkingTime
+from benchmarks.harness.engine_process import Took, Work
+from benchmarks.harness.line_process import Turns, side_by_side
+from benchmarks.harness.working_time import WorkingTime
+from benchmarks.overhead.bench import Pair, Task, throughput, typical
 
 
 def test_work_goes_on_in_turn_from_pause_to_pause() -> None:

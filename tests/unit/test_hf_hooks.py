@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.hf_hooks import HookedModel
-from benchmarks.random_checkpoint import SHAPES, save_random_checkpoint
+from benchmarks.harness.random_checkpoint import SHAPES, save_random_checkpoint
+from benchmarks.hooks.hf_hooks import HookedModel
 
 LAYERS = (0, 1, 2)
 TEXTS = ([5, 6, 7], [300, 301, 302, 303, 304, 305, 306], [9])

@@ -1,6 +1,6 @@
-"""The process of one engine of `bench_peers`: for every line on stdin it does the work once, pausing at every step.
+"""The process of one engine of `peers.bench`: for every line on stdin it does the work once, pausing at every step.
 
-    python -m benchmarks.peer_engine KIND
+    python -m benchmarks.peers.engine KIND
 
 KIND is "plain", "vllm-steer" or a peer's name. The work is the same: requests that are steered at one layer along one
 direction, each with an α of its own, and for "plain" not at all. The answer is a JSON object: "rate" in tokens/s and
@@ -22,8 +22,8 @@ import torch
 from vllm import LLM, SamplingParams
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks.line_process import Pause, serve
-from benchmarks.working_time import WorkingTime, pausing
+from benchmarks.harness.line_process import Pause, serve
+from benchmarks.harness.working_time import WorkingTime, pausing
 
 LAYER = 16
 NUM_REQUESTS = 64

@@ -1,6 +1,6 @@
 """A soak of one engine: random requests of every kind come, finish and are aborted, round after round.
 
-    python -m benchmarks.soak_engine [--requests 10000] [--out FILE]
+    python -m benchmarks.soak.engine [--requests 10000] [--out FILE]
 
 A round replaces the directions, feeds the engine requests at random (steered, each with an alpha of its own, with
 readouts, with traces, with two samples, in any mix, some of them aborted) and lets it come to rest. Then nothing may be
@@ -34,8 +34,8 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
 from vllm import LLM, RequestOutput, SamplingParams
 
-from benchmarks import record
-from benchmarks.soak_registry import HIDDEN_SIZE, NUM_LAYERS, WORDS, save_model
+from benchmarks.harness import record
+from benchmarks.soak.registry import HIDDEN_SIZE, NUM_LAYERS, WORDS, save_model
 from vllm_steer import (
     Direction,
     Readout,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.labels import HOOKS, WAYS
-from benchmarks.rounds import interval
+from benchmarks.harness.rounds import interval
+from benchmarks.report.labels import HOOKS, WAYS
 
 Record = Mapping[str, Any]
 OP_DIMENSION = 3584  # Qwen2.5-7B's; both forms of the benchmark have it

@@ -1,6 +1,6 @@
 """Other projects that steer inside vLLM: which of them installs beside this vLLM, which one runs, and how fast.
 
-    python -m benchmarks.bench_peers [--rounds 9] [--out FILE]
+    python -m benchmarks.peers.bench [--rounds 9] [--out FILE]
 
 For each peer: does pip find a set of packages with it and the vLLM that is here (a dry run, nothing is changed); if
 put into a folder of its own without regard to what it asks for, does it import; and if it does, the same requests on
@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
-from benchmarks.line_process import LineProcess, ProcessDied, side_by_side
-from benchmarks.rounds import Round, figures
+from benchmarks.harness import record
+from benchmarks.harness.line_process import LineProcess, ProcessDied, side_by_side
+from benchmarks.harness.rounds import Round, figures
 from vllm_steer.engine.plugin import vllm_version
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1")

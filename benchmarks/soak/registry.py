@@ -1,6 +1,6 @@
 """A soak of a server's registry: directions come, are replaced and go in a loop, while steered requests run.
 
-    python -m benchmarks.soak_registry [--cycles 5000] [--clients 4] [--out FILE]
+    python -m benchmarks.soak.registry [--cycles 5000] [--clients 4] [--out FILE]
 
 A cycle registers a new name, replaces its vector under If-Match and deletes it. Every few cycles another name, the
 standing one, gets the other of two contents, A or B; all the while clients ask for completions steered by it and for
@@ -38,8 +38,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import record
-from benchmarks.api_server import running
+from benchmarks.harness import record
+from benchmarks.server.api_server import running
 
 HIDDEN_SIZE, NUM_LAYERS, WORDS = 4096, 3, 512
 LAYER = 1  # not the last one, so the KV of the layer above it depends on the content

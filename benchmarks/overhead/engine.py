@@ -24,9 +24,9 @@ import psutil  # type: ignore[import-untyped]  # its stubs are a package of thei
 import torch
 from vllm import LLM, SamplingParams
 
-from benchmarks.engine_process import PLUGIN, Took, Work
-from benchmarks.line_process import Pause, serve
-from benchmarks.working_time import WorkingTime, pausing
+from benchmarks.harness.engine_process import PLUGIN, Took, Work
+from benchmarks.harness.line_process import Pause, serve
+from benchmarks.harness.working_time import WorkingTime, pausing
 
 NUM_DIRECTIONS = 8
 LARGEST_ALPHA = 60.0
@@ -141,7 +141,7 @@ def _memory_gib() -> dict[str, float]:
 
 def _engine(pause: Pause) -> Callable[[str], str]:
     if os.environ["VLLM_PLUGINS"] == PLUGIN:
-        from benchmarks import vllm_024  # imports the plugin, which the engine that is without it is without
+        from benchmarks.gpu import vllm_024  # imports the plugin, which the engine that is without it is without
 
         vllm_024.install()
     engine = OverheadEngine(**json.loads(sys.argv[1]), pause=pause)

@@ -1,6 +1,6 @@
 """A server under load: steered, unsteered and invalid requests mixed, against unsteered ones alone and a stock server.
 
-    python -m benchmarks.bench_server [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
+    python -m benchmarks.server.bench [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
 
 Two servers of the same model, one after the other. The first is vLLM without the plugin: its replies are what unsteered
 requests have to equal. The second has the plugin; the requests are split over the rounds, and every round runs the mix
@@ -28,8 +28,8 @@ import httpx
 import numpy as np
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks import record
-from benchmarks.api_server import is_healthy, running
+from benchmarks.harness import record
+from benchmarks.server.api_server import is_healthy, running
 from vllm_steer import Direction, save_directions
 
 LAYER = 16

@@ -3,7 +3,7 @@
 The plugin refuses this release, rightly for its users: no test runs on it, and its server knows no endpoint plugins, so
 it would steer nothing. What the offline API takes of later releases and this one lacks is put there before the plugin
 is loaded: enough for an engine within its process, on the classic runner. What it computes is compared with hooks by
-``bench_hf_hooks`` before that measures, and ``bench_overhead`` ends where steering changes no token.
+``hooks.bench`` before that measures, and ``overhead.bench`` ends where steering changes no token.
 """
 
 from __future__ import annotations
@@ -56,5 +56,5 @@ def _update_states(original: Any) -> Any:
 
 
 def pytest_configure() -> None:
-    """As a plugin of pytest (``-p benchmarks.vllm_024``): the tests' engines steer beside that release too."""
+    """As a plugin of pytest (``-p benchmarks.gpu.vllm_024``): the tests' engines steer beside that release too."""
     install()

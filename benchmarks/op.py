@@ -1,6 +1,6 @@
 """The custom op alone, in turn with a plain copy of as many bytes as it has to move: how near it comes to the memory.
 
-    python -m benchmarks.bench_op [--small] [--out FILE]
+    python -m benchmarks.op [--small] [--out FILE]
 
 What has to be moved: a steered row of hidden once in each direction and its entries' directions once each step, for the
 readout the rows of hidden and residual that are read, and the sums and last rows of their accumulators. On the CPU
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import record
-from benchmarks.rounds import figures, in_turn
+from benchmarks.harness import record
+from benchmarks.harness.rounds import figures, in_turn
 from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.buffers import HookPoint, SteerBuffers
 from vllm_steer.entry_rows import Entry

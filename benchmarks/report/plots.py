@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.labels import HOOKS, WAYS
-from benchmarks.rounds import interval
+from benchmarks.harness.rounds import interval
+from benchmarks.report.labels import HOOKS, WAYS
 
 COLOURS = ("#7b3294", "#0571b0", "#008837", "#d95f02")
 GREY = "#666666"

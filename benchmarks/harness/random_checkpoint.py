@@ -1,6 +1,6 @@
 """Checkpoints of random weights, for engine and hooks to load the very same ones where no real model is at hand.
 
-    python -m benchmarks.random_checkpoint FOLDER --shape qwen2.5-7b
+    python -m benchmarks.harness.random_checkpoint FOLDER --shape qwen2.5-7b
 
 Weights are drawn on the GPU where there is one; the same at every call on the same kind of device.
 """

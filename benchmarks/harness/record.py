@@ -18,7 +18,7 @@ import torch
 
 from vllm_steer.engine.plugin import vllm_version
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 _PACKAGES = ("torch", "triton", "transformers", "ray", "numpy", "pyarrow", "vllm-steer")
 
 

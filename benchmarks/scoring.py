@@ -1,6 +1,6 @@
 """What offline scoring costs: a folder of synthetic generations, scored in a process of its own; time and memory.
 
-    python -m benchmarks.bench_score [--rows 1000000] [--rows-per-part 2000] [--processes N] [--out FILE]
+    python -m benchmarks.scoring [--rows 1000000] [--rows-per-part 2000] [--processes N] [--out FILE]
 
 Rows are like a study's: nine α, three layers, three scenarios, completions of about 900 characters (200 tokens) of
 prose with keywords of both kinds, one in fifty a loop, one in fifty empty. Making them is not part of the figures;
@@ -62,7 +62,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="bench-score-") as folder:
         characters = make_generations(Path(folder), arguments.rows, arguments.rows_per_part)
-        command = [sys.executable, "-m", "benchmarks.bench_score", "--score", folder]
+        command = [sys.executable, "-m", "benchmarks.scoring", "--score", folder]
         if arguments.processes:
             command += ["--processes", str(arguments.processes)]
         start = time.perf_counter()
@@ -78,7 +78,7 @@ def main() -> None:
     for name, figure in figures.items():
         print(f"{name:22} {figure:10.2f}")
     if arguments.out:
-        from benchmarks import record  # imports torch, which the process that is measured must not
+        from benchmarks.harness import record  # imports torch, which the process that is measured must not
 
         about = {"rows": arguments.rows, "rows_per_part": arguments.rows_per_part, "characters_a_row": characters}
         record.write(arguments.out, {"ceilings": CEILINGS, "figures": figures}, **about)

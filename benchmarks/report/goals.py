@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rounds import interval
+from benchmarks.harness.rounds import interval
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The paper's grid and its extraction: with Hugging Face hooks in three ways, and with vLLM.
 
-    python -m benchmarks.bench_hf_hooks [--small] [--out FILE] [--model FOLDER --device cuda]
+    python -m benchmarks.hooks.bench [--small] [--out FILE] [--model FOLDER --device cuda]
 
 - paper: one prompt at a time, a hook, no KV cache; one text at a time, all hidden states kept.
 - cached: one prompt at a time, a hook, with the KV cache.
@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_process import COMPILED_WITH, PLUGIN
-from benchmarks.line_process import ENGINE_ENVIRONMENT
+from benchmarks.harness.engine_process import COMPILED_WITH, PLUGIN
+from benchmarks.harness.line_process import ENGINE_ENVIRONMENT
 
 # In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
 os.environ |= ENGINE_ENVIRONMENT
@@ -36,10 +36,11 @@ import numpy as np
 import torch
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks import record, vllm_024
-from benchmarks.hf_hooks import HookedModel, Means
-from benchmarks.paper_work import PaperWork, Row, has_tokenizer, paper_work
-from benchmarks.rounds import figures, in_turn
+from benchmarks.gpu import vllm_024
+from benchmarks.harness import record
+from benchmarks.harness.rounds import figures, in_turn
+from benchmarks.hooks.hf_hooks import HookedModel, Means
+from benchmarks.hooks.paper_work import PaperWork, Row, has_tokenizer, paper_work
 from vllm_steer import Direction, Readout, Steering, collect_readouts, load_llm, register_directions, steered
 
 LAYERS = (8, 12, 16, 20, 24)

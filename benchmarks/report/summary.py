@@ -1,6 +1,6 @@
 """Tables made from recorded runs, the goals last; and README's section about cost.
 
-    python -m benchmarks.summary DIR [--readme README.md]
+    python -m benchmarks.report.summary DIR [--readme README.md]
 
 DIR holds the records (see ``benchmarks/README.md``); what is not there is said to be not measured. A picture of them is
 drawn beside them. ``--readme`` rewrites what stands there between the two markers that name DIR. All of it is Markdown,
@@ -13,10 +13,10 @@ import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import record
-from benchmarks.goals import Verdict, verdicts
-from benchmarks.plots import PANELS, draw
-from benchmarks.tables import TABLES, Record, table
+from benchmarks.harness import record
+from benchmarks.report.goals import Verdict, verdicts
+from benchmarks.report.plots import PANELS, draw
+from benchmarks.report.tables import TABLES, Record, table
 
 BEGIN, END = "<!-- measured on {}: begin, made by `make readme-performance` -->", "<!-- measured on {}: end -->"
 """Markers, for the name of a folder of records."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.line_process import Pause
+from benchmarks.harness.line_process import Pause
 
 
 class WorkingTime:

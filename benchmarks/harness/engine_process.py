@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.line_process import LineProcess, Turns, side_by_side
+from benchmarks.harness.line_process import LineProcess, Turns, side_by_side
 
 COMPILED_WITH: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256}
 """Engine arguments that the compiled graph depends on: with the same ones, a benchmark finds the graph that another has

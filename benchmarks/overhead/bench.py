@@ -1,6 +1,6 @@
 """What the plugin costs: plain vLLM beside engines that have it, idle, steering and reading; ratios to plain vLLM.
 
-    python -m benchmarks.bench_overhead [--small] [--out FILE]
+    python -m benchmarks.overhead.bench [--small] [--out FILE]
 
 Every engine runs in a process of its own, and only one works at a time. A round compares each way with plain vLLM: both
 get the same prompts and go on in turn, step by step of their engines, so that what slows the machine down for a second
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.demo_model import demo_model_path
-from benchmarks import record
-from benchmarks.engine_process import COMPILED_WITH, EngineProcess, Took, Work
-from benchmarks.line_process import side_by_side
-from benchmarks.rounds import Figure, figures, figures_of_starts, interval
+from benchmarks.harness import record
+from benchmarks.harness.engine_process import COMPILED_WITH, EngineProcess, Took, Work
+from benchmarks.harness.line_process import side_by_side
+from benchmarks.harness.rounds import Figure, figures, figures_of_starts, interval
 
 
 @dataclass(frozen=True)

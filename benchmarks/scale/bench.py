@@ -1,6 +1,6 @@
 """What grows with the number of α, of engines and of rows.
 
-    python -m benchmarks.bench_scale [--small] [--out FILE] [--rows-a-second-a-gpu 50]
+    python -m benchmarks.scale.bench [--small] [--out FILE] [--rows-a-second-a-gpu 50]
 
 - alphas: one engine of a tiny random model, all requests in one call (256 run, the others queue), each with a prompt of
   its own; the number of distinct α among them grows. The model is tiny so that a cost of α could not hide behind it.
@@ -44,10 +44,10 @@ from batch_jobs.rows.shards import make_shards
 from batch_jobs.rows.store import read_rows
 from batch_jobs.run.directory import RunDirectory
 from batch_jobs.texts.contrastive import load_scenarios
-from benchmarks import record
-from benchmarks.instant_engine import CONCEPT, NUM_LAYERS, InstantShardWorker, instant
-from benchmarks.random_checkpoint import SHAPES, save_random_checkpoint
-from benchmarks.rounds import figures, in_turn
+from benchmarks.harness import record
+from benchmarks.harness.random_checkpoint import SHAPES, save_random_checkpoint
+from benchmarks.harness.rounds import figures, in_turn
+from benchmarks.scale.instant_engine import CONCEPT, NUM_LAYERS, InstantShardWorker, instant
 from vllm_steer import Direction, Steering, close_llm, load_llm, register_directions, steered
 
 LAYER = 2
@@ -234,7 +234,7 @@ def a_job(study: Study, run: Path) -> ShardJob:
     """The study's job with a direction of noise, and nothing extracted."""
     vector_D = np.random.default_rng(0).standard_normal(SHAPES["tiny"]["hidden_size"]).astype(np.float32)
     directions = {(CONCEPT, LAYER): Direction(CONCEPT, LAYER, vector_D).normalised()}
-    return ShardJob(study, load_scenarios(None), NoiseProbes(directions), RunDirectory(run), {"study": "bench_scale"})
+    return ShardJob(study, load_scenarios(None), NoiseProbes(directions), RunDirectory(run), {"study": "scale"})
 
 
 @dataclass(frozen=True)

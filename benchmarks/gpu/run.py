@@ -1,6 +1,6 @@
 """All that wants an NVIDIA GPU, in one command: kernels, the custom op, the full engine, and hooks on the same weights.
 
-    python -m benchmarks.run_on_gpu [--out benchmarks/results/gpu] [--shape qwen2.5-7b] [--steps NAME ...]
+    python -m benchmarks.gpu.run [--out benchmarks/results/gpu] [--shape qwen2.5-7b] [--steps NAME ...]
 
 Needs no network and no model: the engine runs on random weights in the shape of Qwen2.5-7B, which stay in build/gpu
 (15 GB; 80 GB of GPU memory are enough, with more of it an engine with every layer hooked is measured too). A step that
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import vllm_024
-from benchmarks.random_checkpoint import SHAPES
+from benchmarks.gpu import vllm_024
+from benchmarks.harness.random_checkpoint import SHAPES
 
 WEIGHTS = Path("build/gpu")
 STEP_SECONDS = 3600
@@ -33,7 +33,7 @@ ENGINE_GIB = 24
 """What an engine of the benchmarks takes of the GPU's memory, with room to start the next one beside it."""
 WAYS = ["absent", "installed", "idle", "steered", "stacked", "prompt read", "read"]
 ALL_LAYERS = ["idle, all layers", "read, all layers"]
-"""The ways of ``bench_overhead`` that three engines do, and those that a fourth one does."""
+"""The ways of ``overhead.bench`` that three engines do, and those that a fourth one does."""
 TAIL_CHARACTERS = 6000
 STEPS = ("kernels", "parity", "op", "weights", "hooks", "overhead")
 _PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-steer")
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="some of them only")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit(f"run_on_gpu needs a CUDA device, and torch {torch.__version__} sees none; run it on a GPU machine.")
+        sys.exit(f"a CUDA device is needed, and torch {torch.__version__} sees none; run it on a GPU machine.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     document = arguments.out / "gpu.json"
     steps = steps_of(document)
@@ -85,16 +85,16 @@ def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str,
     return {
         "kernels": [*tests, "tests/ops"],
         "parity": [*tests, "tests/engine/test_on_gpu.py"],
-        "op": ["benchmarks.bench_op", *small, "--out", str(out / "op.json")],
-        "weights": ["benchmarks.random_checkpoint", str(model), "--shape", shape],
+        "op": ["benchmarks.op", *small, "--out", str(out / "op.json")],
+        "weights": ["benchmarks.harness.random_checkpoint", str(model), "--shape", shape],
         "hooks": [
-            "benchmarks.bench_hf_hooks", *small, "--model", str(model), "--device", "cuda",
+            "benchmarks.hooks.bench", *small, "--model", str(model), "--device", "cuda",
             "--out", str(out / "hf-hooks.json"),
         ],
         # Random weights of the engine's own are as good as those on disk here, and are there sooner. Calls are long
         # enough for a hundredth of them to show.
         "overhead": [
-            "benchmarks.bench_overhead", *small, "--model", str(model), "--load-format", "dummy", "--kv-gib", "2",
+            "benchmarks.overhead.bench", *small, "--model", str(model), "--load-format", "dummy", "--kv-gib", "2",
             "--turns", "call", "--starts", "1", "--fill-cache", "--tokens", "16384", "--prefill-tokens", "512",
             "--prefill-batches", "1", "16", "--ways", *WAYS, *(ALL_LAYERS if memory_gib >= 4 * ENGINE_GIB else []),
             *([] if is_small else ["--rounds", *["5"] * 4, "--prefill-rounds", "7"]),
