@@ -4,7 +4,7 @@
 #   make test-clients   the clients that people use, in an environment of their own, against the real server
 #   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make bench       what it costs, in a small form: a quarter of an hour at first; tables, and which goals hold
-#   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and README.md
+#   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and docs/performance.md
 #   make bench-gpu ENGINE=cuda   kernels, engine and hooks on an NVIDIA GPU, on random weights in the shape of a 7B model
 #   make setup ENGINE=cuda PYTHON=python3.12     another engine, another interpreter
 
@@ -23,11 +23,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast clients test-clients conformance patches compat bench bench-record bench-gpu readme-performance lint \
+.PHONY: help setup demo demo-model test test-fast clients test-clients conformance docs patches compat bench bench-record bench-gpu readme-performance lint \
 	types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | patches | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | docs | patches | compat VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -64,6 +64,10 @@ test-clients: demo-model clients
 conformance: setup
 	$(BIN)/python -m pytest -m conformance --conformance=docs/conformance.md $(PARALLEL)
 
+# The site, in build/site; an unresolved link or name is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # What is changed in vLLM and why, from the declarations.
 patches: setup
 	$(BIN)/python -m tests.compat.own_patches
@@ -90,8 +94,8 @@ bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu.run --out $(GPU_RECORDS)
 
 readme-performance: setup
-	@$(BIN)/python -m benchmarks.report.summary $(RECORDS) --readme README.md
-	@$(BIN)/python -m benchmarks.report.summary $(GPU_RECORDS) --readme README.md
+	@$(BIN)/python -m benchmarks.report.summary $(RECORDS) --readme docs/performance.md
+	@$(BIN)/python -m benchmarks.report.summary $(GPU_RECORDS) --readme docs/performance.md
 
 lint: setup
 	$(BIN)/ruff check .

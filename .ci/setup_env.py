@@ -170,7 +170,7 @@ def set_up(engine: str) -> None:
     extra_index = ["--extra-index-url", index] if index else []
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     # Compiled when first imported: of gigabytes most is never imported.
-    pip("install", "--no-compile", *quiet, *extra_index, "--editable", f"{PROJECT}[{engine},batch,dev]")
+    pip("install", "--no-compile", *quiet, *extra_index, "--editable", f"{PROJECT}[{engine},batch,dev,docs]")
     if engine == "cpu":
         repair_media_packages(index)
     problem = model_import_error()

@@ -1,6 +1,6 @@
-"""Tables made from recorded runs, the goals last; and README's section about cost.
+"""Tables made from recorded runs, the goals last; and the performance page's sections.
 
-    python -m benchmarks.report.summary DIR [--readme README.md]
+    python -m benchmarks.report.summary DIR [--readme docs/performance.md]
 
 DIR holds the records (see ``benchmarks/README.md``); what is not there is said to be not measured. A picture of them is
 drawn beside them. ``--readme`` rewrites what stands there between the two markers that name DIR. All of it is Markdown,
@@ -10,6 +10,7 @@ which a terminal shows as it is.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def records_in(folder: Path) -> dict[str, Record]:
 def section_of(folder: Path, readme: Path) -> str:
     """What ``readme`` says of the records in ``folder``: the picture where there is one, and all tables."""
     picture = folder / PICTURE
-    shown = f"![What it costs]({picture.relative_to(readme.parent)})\n\n" if picture.exists() else ""
+    shown = f"![What it costs]({os.path.relpath(picture, readme.parent)})\n\n" if picture.exists() else ""
     return shown + all_tables(records_in(folder))
 
 
@@ -63,7 +64,7 @@ def rewritten(readme: str, name: str, text: str) -> str:
     before, found_begin, rest = readme.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise ValueError(f"README lacks the lines {begin!r} and {end!r}, between which the section belongs.")
+        raise ValueError(f"the page lacks the lines {begin!r} and {end!r}, between which the section belongs.")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 

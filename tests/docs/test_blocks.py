@@ -1,0 +1,103 @@
+"""The code blocks of README and the pages run as written; those that talk to a server: test_server_blocks.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from batch_jobs.config.server import ServerConfig
+from batch_jobs.config.study import Study
+from tests.docs.blocks import (
+    ROOT,
+    RUNNABLE,
+    Block,
+    all_blocks,
+    asks_server,
+    blocks_in,
+    pages,
+    run_bash,
+    run_python,
+    to_run,
+)
+
+LANGUAGES = (*RUNNABLE, "console", "yaml", "json", "mermaid")
+HERE = [block for block in to_run() if not asks_server(block)]
+ENGINE_PAGES = sorted({block.page for block in HERE if block.needs_engine})
+OTHER_PAGES = sorted({block.page for block in HERE} - set(ENGINE_PAGES))
+_LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def run_page(blocks: Sequence[Block], folder: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        if block.language == "python":
+            run_python(block, namespace)
+        else:
+            run_bash(block, folder)
+
+
+def test_every_code_block_is_run_or_says_why_it_is_not() -> None:
+    consoles = [block.place for block in all_blocks() if block.language == "console" and block.reason is None]
+    assert not consoles, "make it a bash block, or write <!-- not run: reason --> right before it"
+    unknown = [block.place for block in all_blocks() if block.language not in LANGUAGES]
+    assert not unknown, f"name the language of the block: {', '.join(LANGUAGES)}"
+
+
+@pytest.mark.parametrize(
+    ("before", "is_run"),
+    [
+        ("<!-- not run: takes hours -->\n", False),
+        ("<!-- not run:  -->\n", True),
+        ("<!-- not run: takes hours -->\n\n", True),
+        ("text\n", True),
+        ("", True),
+    ],
+)
+def test_only_a_reason_right_before_a_block_keeps_it_from_being_run(before: str, is_run: bool) -> None:
+    (block,) = blocks_in("page.md", f"{before}```python\nprint(1)\n```\n")
+    assert (block.reason is None) == is_run
+    assert block.source == "print(1)\n"
+
+
+def test_relative_links_of_readme_lead_to_files() -> None:
+    links = [link[1] for link in _LINK.finditer((ROOT / "README.md").read_text(encoding="utf-8"))]
+    relative = [link for link in links if "://" not in link]
+    assert relative
+    assert [link for link in relative if not (ROOT / link).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = set(re.findall(r"[\w/-]+\.md", navigation))
+    assert {page.removeprefix("docs/") for page in pages() if page.startswith("docs/")} <= listed
+
+
+@pytest.mark.parametrize("block", [one for one in all_blocks() if one.language == "yaml"], ids=lambda one: one.place)
+def test_yaml_blocks_are_configurations_that_are_accepted(block: Block) -> None:
+    document = yaml.safe_load(block.source)
+    schema = Study if "steer" in document else ServerConfig
+    schema.model_validate(document)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.usefixtures("started_engine")
+@pytest.mark.parametrize("page", ENGINE_PAGES)
+def test_blocks_of_a_page_with_an_engine_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page([block for block in HERE if block.page == page], tmp_path)
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES)
+def test_blocks_of_a_page_without_an_engine_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page([block for block in HERE if block.page == page], tmp_path)
