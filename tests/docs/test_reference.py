@@ -13,7 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 import vllm_steer
-from batch_jobs import run_directory, store, study
+from batch_jobs.config import study
+from batch_jobs.rows import store
+from batch_jobs.run import directory as run_directory
 from tests.docs.blocks import ROOT
 from vllm_steer import client, errors
 from vllm_steer.client import ServerUnreachable
@@ -32,7 +34,7 @@ SECTIONS = {
     "sampling": study.Sampling,
 }
 _OWN_VARIABLE = re.compile(r"VLLM_STEER_[A-Z_]*[A-Z]")
-_CODE = ("vllm_steer/**/*.py", "vllm_steer/**/*.js", "batch_jobs/**/*.py", ".ci/*", "benchmarks/*.py", "Makefile")
+_CODE = ("vllm_steer/**/*.py", "vllm_steer/**/*.js", "batch_jobs/**/*.py", ".ci/*", "benchmarks/**/*.py", "Makefile")
 
 
 def page(name: str) -> str:
