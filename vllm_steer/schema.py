@@ -300,6 +300,20 @@ def _spec_of(text: str) -> RequestSpec:
     return RequestSpec.from_json(decoded(text))
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for ``json.loads``; Python alone would keep the last value where a name stands twice.
+
+    Raises:
+        MalformedSpec: a name stands twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MalformedSpec(f"{twice[:80]!r} stands twice in one JSON object; allowed: once. Leave one out.")
+    return made
+
+
 def decoded(text: object) -> Any:
     """The JSON value of a wire's text.
 
@@ -311,7 +325,9 @@ def decoded(text: object) -> Any:
             f"extra_args[{WIRE_KEY!r}] is {type(text).__name__}; allowed: a JSON string. Use steered(), or json.dumps."
         )
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except MalformedSpec:
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
         raise MalformedSpec(
             f"extra_args[{WIRE_KEY!r}] is not JSON ({error}); allowed: a JSON object with the keys v, steering and "

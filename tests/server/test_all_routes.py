@@ -45,6 +45,7 @@ from vllm_steer.engine.http.steered_routes import (
     INVOCATIONS,
     NAMING,
     REFUSING,
+    RESPONSES,
     STEERED,
 )
 
@@ -375,3 +376,24 @@ def test_no_route_gives_the_unsteered_answer_to_a_request_that_asks_for_steering
     answers()
     # A fuzzer that only ever sees refusals, or none, tests nothing.
     assert min(seen["steers", 200], seen["steers", 400], seen["other", 400]) >= 20, seen
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, use in USES.items() if use.streamed is not None and STEERED[path].reads]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_that_only_the_engine_can_make_is_a_bad_request_streamed_or_not(
+    server: httpx.Client, path: str, stream: bool
+) -> None:
+    reply = post(server, path, readout={"project": ["kind"], "skip_first": 200}, stream=stream)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_readout")
+
+
+@pytest.mark.parametrize("fields", [{"steering": STRONG}, {"readout": READ}], ids=str)
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_a_bad_request_of_vllms_own_is_no_server_error_where_it_was_to_be_steered_and_streamed(
+    server: httpx.Client, path: str, fields: dict[str, Any]
+) -> None:
+    reply = post(server, path, logit_bias={"99999999": 1}, stream=True, **fields)
+    assert reply.status_code == 400, reply.text
+    assert isinstance(reply.json()["error"]["message"], str)

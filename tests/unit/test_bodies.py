@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from tests.unit.stub_openai_app import BASE_MODEL, StubChecker
 from vllm_steer.engine.http.bodies import Translated, translate
-from vllm_steer.engine.http.steered_routes import CHAT, COMPLETIONS, LORA_NAMES, NAMING, RESPONSES, STEERED, TOKENS
+from vllm_steer.engine.http.steered_routes import (
+    CHAT,
+    CHAT_BATCH,
+    COMPLETIONS,
+    LORA_NAMES,
+    NAMING,
+    RESPONSES,
+    STEERED,
+    TOKENS,
+)
 from vllm_steer.errors import (
     DirectionNotAllowed,
     LayerNotHooked,
@@ -20,6 +29,7 @@ from vllm_steer.errors import (
     MisplacedField,
     NotOnThisRoute,
     SteerError,
+    TooManyEntries,
     UnknownField,
 )
 from vllm_steer.schema import RequestSpec, Steering
@@ -243,6 +253,12 @@ MISPLACED: list[dict[str, Any]] = [
     {"chat_template_kwargs": {"steering": [KIND]}},
     {"vllm_xargs": {"steering": "[]"}},
     {"vllm_xargs": {"vllm_steer_resolved": 1}},
+    {"messages": [[{"role": "user", "content": "y", "steering": [KIND]}]]},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "steering": [KIND]}]}]},
+    {"tools": [{"type": "function", "steering": [KIND], "function": {"name": "f"}}]},
+    {"extra_body": {"extra_body": {"readout": {"span": "all"}}}},
+    {"extra_body": {"vllm_xargs": {"vllm_steer": {"steering": [KIND]}}}},
+    {"foo": [[{"steering": [KIND]}]]},
     {'{"steering": [{"direction": "kind"': ' "alpha": 5}]}'},  # JSON that a client has split at its comma
     {'{"readout": {"span": "all"': ' "vectors": true}}'},
     {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "steering": [KIND]}]},
@@ -254,6 +270,49 @@ MISPLACED: list[dict[str, Any]] = [
 def test_steering_in_the_wrong_place_is_refused_with_the_right_one(path: str, fields: dict[str, Any]) -> None:
     with pytest.raises(MisplacedField, match="allowed: 'steering' and 'readout' at the top of the body"):
         _translate(fields, path=path)
+
+
+SCHEMA = {"type": "object", "properties": {"steering": {"type": "array"}, "readout": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "drive", "parameters": SCHEMA}}]},
+        {"tools": [{"name": "drive", "input_schema": SCHEMA}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "car", "schema": SCHEMA}}},
+        {"messages": [{"content": [{"type": "tool_use", "name": "drive", "input": {"steering": ["left"]}}]}]},
+        {"metadata": {"steering": "wheel"}},
+    ],
+    ids=str,
+)
+def test_names_of_a_users_own_may_be_ours(fields: dict[str, Any]) -> None:
+    assert _translate(fields, path=CHAT).spec is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"steering": [{"direction": "kind", "alpha": 1}], "steering": []}',
+        '{"steering": [{"direction": "kind", "alpha": 1}], "steering": null}',
+        '{"steering": [{"direction": "kind", "alpha": 1, "alpha": 0}]}',
+        '{"model": "base-kind", "model": "base"}',
+        '{"vllm_xargs": {"vllm_steer": "{\\"steering\\": [], \\"steering\\": []}"}}',
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(body: str) -> None:
+    with pytest.raises(MalformedSpec, match="twice"):
+        translate(CHAT, body.encode(), None, StubChecker(), BASE_MODEL)
+
+
+def test_a_batch_of_chats_does_not_stream_what_it_steers() -> None:
+    with pytest.raises(MalformedSpec, match="stream came to"):
+        _translate({"steering": [KIND], "stream": True}, path=CHAT_BATCH)
+
+
+def test_far_too_many_entries_are_refused_by_their_number_alone() -> None:
+    with pytest.raises(TooManyEntries, match="100000 entries in steering"):
+        _translate({"steering": [None] * 100_000}, path=CHAT)
 
 
 def test_a_parameter_of_the_url_does_not_steer() -> None:

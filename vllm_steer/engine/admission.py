@@ -259,9 +259,9 @@ class Admission:
                 )
             project += [(name, layer, layers[layer].slot) for layer in shared]
         if readout.span != "generated" and readout.skip_first >= prompt_len:
+            has = "no prompt is that long" if prompt_len == sys.maxsize else f"the prompt has {prompt_len} tokens"
             raise BadReadout(
-                f"skip_first is {readout.skip_first} and the prompt has {prompt_len} tokens; allowed: fewer than "
-                "the prompt has. Lower it."
+                f"skip_first is {str(readout.skip_first)[:40]} and {has}; allowed: fewer than the prompt has. Lower it."
             )
         first = prompt_len if readout.span == "generated" else readout.skip_first
         end = prompt_len if readout.span == "prompt" else None

@@ -133,6 +133,7 @@ FOREIGN_NAMES = (
         "cache_salt prompt_embeds prompt_token_ids request_id sampling_params",
     ),
     ForeignName("vllm.exceptions", "GracefulHTTPError"),
+    ForeignName("vllm.exceptions", "VLLMClientError"),
     ForeignName("vllm.exceptions", "GracefulHTTPError.__init__", "self, message, http_status"),
     # Keys of the prefix cache.
     *(ForeignName(module, "") for module in _HASH_HOLDERS),

@@ -13,12 +13,13 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from vllm_steer.engine.http.misplaced import FIELDS, check_places, misplaced
-from vllm_steer.engine.http.steered_routes import LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
-from vllm_steer.errors import DirectionNotAllowed, MalformedSpec, NotOnThisRoute
-from vllm_steer.schema import WIRE_KEY, RequestSpec, decoded
+from vllm_steer.engine.http.steered_routes import CHAT_BATCH, LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
+from vllm_steer.errors import DirectionNotAllowed, MalformedSpec, NotOnThisRoute, TooManyEntries
+from vllm_steer.schema import WIRE_KEY, RequestSpec, decoded, without_duplicates
 from vllm_steer.settings import SteerSettings
 
 _KEY_DIGITS = 12
+_OURS = tuple(f'"{name}"'.encode() for name in (*FIELDS, WIRE_KEY, "vllm_xargs", "model"))
 
 
 class Book(Protocol):
@@ -98,6 +99,8 @@ def translate(
         return Translated(changed, model=model)
     check_places(fields, route.extra, query or {})
     wire = _wire(fields, route.extra)
+    if wire is not None or alias is not None or any(body.count(name) > 1 for name in _OURS):
+        json.loads(body, object_pairs_hook=without_duplicates)
     if wire is None and alias is None:
         if settings.default_steering:
             _check_search(fields)
@@ -149,6 +152,12 @@ def _spec(
     readout = wire.get("readout")
     if isinstance(readout, dict):
         wire = {**wire, "readout": _completed(readout, checker)}
+    _check_count(wire.get("steering"), settings)
+    if path == CHAT_BATCH and fields.get("stream"):
+        raise MalformedSpec(
+            f"stream came to {path} with steering, a readout or an alias, and vLLM answers it with the last token "
+            "alone; allowed: whole replies. Leave stream out."
+        )
     asked = RequestSpec.from_json(wire)
     if asked.readout is not None and not route.reads:
         raise NotOnThisRoute(
@@ -167,6 +176,16 @@ def _spec(
             )
         checker.check(whole)
     return spec
+
+
+def _check_count(entries: Any, settings: SteerSettings) -> None:
+    """Refuse a list that is longer than all hooked layers take, before its entries are looked at one by one."""
+    most = 2 * settings.max_entries * len(settings.layers)  # a layer takes so many over the prompt, and over the answer
+    if isinstance(entries, list) and len(entries) > most:
+        raise TooManyEntries(
+            f"{len(entries)} entries in steering; allowed: {settings.max_entries} at each of {len(settings.layers)} "
+            "layers. Add the directions up, or start the engine with steer_config(max_entries=...) larger."
+        )
 
 
 def _choices_per_prompt(fields: Mapping[str, Any]) -> int:

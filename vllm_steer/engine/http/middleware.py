@@ -104,14 +104,20 @@ class SteerMiddleware:
             scope["headers"] = headers.raw
         receive = _replay(body, receive)
         if translated.model is not None and settings.served_aliases and (path in STEERED or path in NAMING):
-            send = AliasListingSender(send, settings.served_aliases)
+            send = AliasListingSender(send, settings.served_aliases, translated.model)
         if path not in STEERED:
             await self.app(scope, receive, send)
             return
         exchange = _exchange_of(served, translated, key)
-        if not exchange.whole.is_empty:
-            send = ReplySender(send, path, exchange)
-        await self._bound(exchange, scope, receive, send)
+        if exchange.whole.is_empty:
+            await self._bound(exchange, scope, receive, send)
+            return
+        reply = ReplySender(send, path, exchange)
+        try:
+            await self._bound(exchange, scope, receive, reply)
+        except RuntimeError as error:  # Starlette's, around what the route raised
+            if not await reply.fail(error):
+                raise
 
     async def _bound(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         token = current_exchange.set(exchange)

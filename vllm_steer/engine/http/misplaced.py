@@ -49,8 +49,31 @@ def check_places(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mappi
         )
 
 
+# Whose names are a user's own: schemas of tools and answers, and what a tool was called with.
+_USERS_NAMES = frozenset({"properties", "schema", "parameters", "input_schema", "arguments", "$defs", "definitions"})
+
+
+def _deeper(value: Any, where: str) -> Iterator[str]:
+    """What looks like ours, with an object or a list for a value, at any depth of a value of the body."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, list):
+            pending += [inner for inner in one if isinstance(inner, dict | list)]
+        elif isinstance(one, dict):
+            for name, inner in one.items():
+                if not isinstance(inner, dict | list):
+                    continue
+                if _LIKE_OURS.match(name):
+                    yield f"{name!r} within {where!r}"
+                elif name not in _USERS_NAMES and not (name == "input" and one.get("type") == "tool_use"):
+                    pending.append(inner)
+
+
 def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
+        if name not in FIELDS and name not in _USERS_NAMES and name != "vllm_xargs":
+            yield from _deeper(value, name)
         if name not in FIELDS and _LIKE_OURS.match(name):
             yield repr(name)
         if name not in FIELDS and isinstance(value, dict) and name != "vllm_xargs":

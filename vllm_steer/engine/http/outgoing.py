@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
+from vllm.exceptions import VLLMClientError
 
 from vllm_steer.engine.http.exchange import Exchange
 from vllm_steer.engine.http.refusals import error_body
@@ -64,12 +65,12 @@ class WholeSender:
 class AliasListingSender(WholeSender):
     """Adds the steered aliases to the message of a reply that says that there is no such model."""
 
-    def __init__(self, send: Send, aliases: Iterable[str]) -> None:
+    def __init__(self, send: Send, aliases: Iterable[str], model: str) -> None:
         listed = ", ".join(aliases)
 
         def list_them(reply: dict[str, Any]) -> None:
             error = reply.get("error", reply)  # Cohere's errors are the message itself
-            if isinstance(error, dict) and isinstance(error.get("message"), str):
+            if isinstance(error, dict) and isinstance(error.get("message"), str) and model in error["message"]:
                 error["message"] += f" Steered aliases of this server: {listed}."
 
         super().__init__(send, list_them, status=_NOT_FOUND)
@@ -113,14 +114,29 @@ class StreamSender:
             if not self._exchange.is_applied:
                 if not more:
                     self._is_refused = True
-                    unsteered = _unsteered(self._path)
-                    await _send_refusal(self._send, unsteered, error_body(unsteered, self._path))
+                    refusal = self._exchange.refusal or _unsteered(self._path)
+                    await _send_refusal(self._send, refusal, error_body(refusal, self._path))
                 return
             if not events:
                 return
             await self._send(_marked(self._start))
             self._start = None
         await self._send({"type": _BODY, "body": b"".join(map(self._completed, events)), "more_body": more})
+
+    async def fail(self, error: RuntimeError) -> bool:
+        """Answer an error that ended the stream before it was opened; False where it had been opened.
+
+        To vLLM the stream had begun, so that its handlers could not answer the error that is this one's cause.
+        """
+        if self._start is None:
+            return False
+        cause = error.__cause__
+        if self._exchange.refusal is None and not isinstance(cause, ValueError | VLLMClientError):
+            return False
+        told = {"error": {"message": str(cause), "type": "BadRequestError", "param": None, "code": 400}}
+        self._start, self._is_refused = None, True
+        await _send_error(self._send, self._exchange, told, self._path)
+        return True
 
     def _completed(self, event: bytes) -> bytes:
         refusal = self._exchange.refusal
@@ -170,6 +186,10 @@ class ReplySender:
         if exchange.whole.readout is None:
             return self._send
         return WholeSender(self._send, lambda reply: complete_reply(self._path, reply, exchange))
+
+    async def fail(self, error: RuntimeError) -> bool:
+        """Answer an error that ended the reply before its first byte was sent; False where it cannot be answered."""
+        return isinstance(self._sender, StreamSender) and await self._sender.fail(error)
 
 
 class _RefusalSender:
