@@ -72,8 +72,6 @@ def _deeper(value: Any, where: str) -> Iterator[str]:
 
 def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
-        if name not in FIELDS and name not in _USERS_NAMES and name != "vllm_xargs":
-            yield from _deeper(value, name)
         if name not in FIELDS and _LIKE_OURS.match(name):
             yield repr(name)
         if name not in FIELDS and isinstance(value, dict) and name != "vllm_xargs":
@@ -84,6 +82,9 @@ def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
             yield from (f"{name!r} in messages[{index}]" for name in message if _LIKE_OURS.match(name))
+    for name, value in fields.items():
+        if name not in FIELDS and name not in _USERS_NAMES and name != "vllm_xargs":
+            yield from _deeper(value, name)
 
 
 def _in_extra(fields: Mapping[str, Any], extra: tuple[str, ...]) -> Iterator[str]:

@@ -128,13 +128,15 @@ class StreamSender:
 
         To vLLM the stream had begun, so that its handlers could not answer the error that is this one's cause.
         """
+        if self._is_refused:
+            return True  # its end came before the error did
         if self._start is None:
             return False
         cause = error.__cause__
         if self._exchange.refusal is None and not isinstance(cause, ValueError | VLLMClientError):
             return False
         told = {"error": {"message": str(cause), "type": "BadRequestError", "param": None, "code": 400}}
-        self._start, self._is_refused = None, True
+        self._is_refused = True
         await _send_error(self._send, self._exchange, told, self._path)
         return True
 
