@@ -151,8 +151,8 @@ def test_a_layer_that_the_loaded_model_lacks_is_refused() -> None:
 def test_a_runner_that_puts_no_hooks_on_its_model_is_refused_at_start() -> None:
     worker = StandInWorker(StandInRunner(SETTINGS))
     with pytest.raises(errors.UnsupportedFeature, match="StandInRunner has loaded its model and put no hooks"):
-        worker_rpc._checked(worker, lambda: None)()
-    worker_rpc._checked(worker, worker.model_runner.load_model)()
+        worker_rpc._checked(lambda: None, worker)()
+    worker_rpc._checked(worker.model_runner.load_model, worker)()
 
 
 @pytest.mark.parametrize("call", [worker_rpc.write, worker_rpc.collect, worker_rpc.traces])

@@ -17,14 +17,17 @@ _MARK = "vllm_steer_patch"
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A function of vLLM's with one of ours around it, or, without ``takes``, a method that we add.
+    """A function of vLLM's that one of ours replaces and calls, or a method that we add to a class of vLLM's.
+
+    A function is replaced in its class or module (``install``), or on single objects (``install_on``).
 
     Attributes:
         owners: the classes, or modules, that hold the function by its name.
         name: its name there.
-        wrap: makes our function from vLLM's; an added method ignores what it is given, None.
+        wrap: makes our function from vLLM's, or from None for a method that we add. On a single object it also takes
+            the context that ``install_on`` was given.
         takes: the parameters of vLLM's function that we rely on, in the form of ``foreign.ForeignName.takes``; None
-            for a method that we add.
+            for a method that we add, and for one that is replaced on single objects.
         why: what for.
         gone_when: what vLLM would have to offer for it to go.
         contains: an expression inside vLLM's function that we rely on.
@@ -33,7 +36,7 @@ class Patch:
 
     owners: tuple[type | ModuleType, ...]
     name: str
-    wrap: Callable[[Any], Any]
+    wrap: Callable[..., Any]
     takes: str | None
     why: str
     gone_when: str
@@ -51,17 +54,14 @@ class Patch:
             if not self._is_in(current):
                 setattr(owner, self.name, self._around(current))
 
-    def install_on(self, instance: Any, wrap: Callable[[Any], Any]) -> None:
-        """The same on a single object of the owner's: its bound method gets ``wrap`` around it, in place of the class's
-        own ``wrap``."""
+    def install_on(self, instance: Any, *context: Any) -> None:
+        """Do the same to the bound method of a single object; ``wrap`` is given ``context`` after the method."""
         bound = getattr(instance, self.name)
         if not self._is_in(bound):
-            setattr(instance, self.name, self._marked(wrap(bound), bound))
+            setattr(instance, self.name, self._around(bound, *context))
 
-    def _around(self, current: Any) -> Any:
-        return self._marked(self.wrap(current), current)
-
-    def _marked(self, ours: Any, theirs: Any) -> Any:
+    def _around(self, theirs: Any, *context: Any) -> Any:
+        ours = self.wrap(theirs, *context)
         if theirs is not None:
             functools.update_wrapper(ours, theirs)
         setattr(ours, _MARK, self)
@@ -117,7 +117,7 @@ ATTRIBUTES: list[Attribute[Any]] = []
 def patch(
     owner: type | ModuleType | Iterable[type | ModuleType],
     name: str,
-    wrap: Callable[[Any], Any],
+    wrap: Callable[..., Any],
     *,
     takes: str | None,
     why: str,

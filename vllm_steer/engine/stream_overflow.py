@@ -18,10 +18,12 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.resolved import RESOLVED_KEY
-from vllm_steer.engine.worker_steering import steering_of
+from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
 from vllm_steer.stream_range import FLOAT16_LIMIT
 
 REASON_PREFIX = "vllm_steer: "
+Marks = Callable[[], list[str]]
+"""Gives the ids of requests whose stream was cut off, once they have come from the device."""
 _REASON = (
     f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, where float16 nears its end, so "
     "the request was ended; allowed: additions that the stream has room for. Use smaller alphas, or start the engine "
@@ -60,35 +62,36 @@ def watch(worker: Any) -> None:
     steering = steering_of(worker.model_runner)
     if steering is None or not steering.buffers.can_cut:
         return
-    pending: list[Callable[[], list[str]]] = []
+    pending: list[Marks] = []
+    EXECUTE_MODEL.install_on(worker, steering, pending)
+    SAMPLE_TOKENS.install_on(worker, pending)
 
-    def marking(execute: Any) -> Any:
-        def execute_model(*args: Any, **kwargs: Any) -> Any:
-            output = execute(*args, **kwargs)
-            marks = steering.start_reading_marks()
-            if marks is not None and output is None:  # sample_tokens comes next
-                pending.append(marks)
-            elif marks is not None:
-                return _with_marks(output, marks)
-            return output
 
-        return execute_model
+def _execute_model(original: Any, steering: WorkerSteering, pending: list[Marks]) -> Any:
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        marks = steering.start_reading_marks()
+        if marks is not None and output is None:  # sample_tokens comes next
+            pending.append(marks)
+        elif marks is not None:
+            return _with_marks(output, marks)
+        return output
 
-    def handing_over(sample: Any) -> Any:
-        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-            output = sample(*args, **kwargs)
-            return _with_marks(output, pending.pop()) if pending else output
+    return execute_model
 
-        return sample_tokens
 
-    EXECUTE_MODEL.install_on(worker, marking)
-    SAMPLE_TOKENS.install_on(worker, handing_over)
+def _sample_tokens(original: Any, pending: list[Marks]) -> Any:
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        return _with_marks(output, pending.pop()) if pending else output
+
+    return sample_tokens
 
 
 class _OutputWithMarks(AsyncModelRunnerOutput):
     """An output that is still under way, with the marks that arrive no later than it does."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, marks: Callable[[], list[str]]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, marks: Marks) -> None:
         self._output = output
         self._marks = marks
 
@@ -96,7 +99,7 @@ class _OutputWithMarks(AsyncModelRunnerOutput):
         return _marked(self._output.get_output(), self._marks())
 
 
-def _with_marks(output: Any, marks: Callable[[], list[str]]) -> Any:
+def _with_marks(output: Any, marks: Marks) -> Any:
     if isinstance(output, AsyncModelRunnerOutput):
         return _OutputWithMarks(output, marks)
     return _marked(output, marks())
@@ -162,13 +165,13 @@ EXECUTE_MODEL, SAMPLE_TOKENS = (
     patch(
         WorkerBase,
         name,
-        lambda original: original,
+        wrap,
         takes=None,
         why="Hands the marks of requests whose stream was cut off over with the output of the step.",
         gone_when=_GONE,
         when="each worker object of a float16 engine with steer_config",
     )
-    for name in ("execute_model", "sample_tokens")
+    for name, wrap in (("execute_model", _execute_model), ("sample_tokens", _sample_tokens))
 )
 CUT_OFF: Attribute[list[str]] = Attribute(
     "ModelRunnerOutput",

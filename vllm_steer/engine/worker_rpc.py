@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -41,12 +40,12 @@ def _init(original: Any) -> Any:
                     from vllm_steer.engine import cpu_lora
 
                     cpu_lora.install()
-            LOAD_MODEL.install_on(self, functools.partial(_checked, self))
+            LOAD_MODEL.install_on(self, self)
 
     return __init__
 
 
-def _checked(worker: Any, load_model: Any) -> Any:
+def _checked(load_model: Any, worker: Any) -> Any:
     """``load_model`` of one worker, which must leave hooks behind: a platform may bring a runner of its own."""
 
     def checked(*args: Any, **kwargs: Any) -> None:
@@ -155,7 +154,7 @@ INIT = patch(
 LOAD_MODEL = patch(
     WorkerBase,
     "load_model",
-    lambda original: original,
+    _checked,
     takes=None,
     why="A platform may bring a runner of its own, on which no hooks would be: then the engine must not start.",
     gone_when="a plugin is called with the loaded model.",

@@ -72,18 +72,17 @@ def _deeper(value: Any, where: str) -> Iterator[str]:
 
 def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
-        if name not in FIELDS and _LIKE_OURS.match(name):
+        if name in FIELDS:
+            continue
+        if _LIKE_OURS.match(name):
             yield repr(name)
-        if name not in FIELDS and isinstance(value, dict) and name != "vllm_xargs":
-            for inner, what in value.items():
-                if _LIKE_OURS.match(inner) and (name in _CONTAINERS or isinstance(what, dict | list)):
-                    yield f"{inner!r} in {name!r}"
-    messages = fields.get("messages")
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict):
-            yield from (f"{name!r} in messages[{index}]" for name in message if _LIKE_OURS.match(name))
-    for name, value in fields.items():
-        if name not in FIELDS and name not in _USERS_NAMES and name != "vllm_xargs":
+        if name in _CONTAINERS and isinstance(value, dict):
+            yield from (f"{inner!r} in {name!r}" for inner in value if _LIKE_OURS.match(inner))
+        if name == "messages" and isinstance(value, list):
+            for index, message in enumerate(value):
+                if isinstance(message, dict):
+                    yield from (f"{inner!r} in messages[{index}]" for inner in message if _LIKE_OURS.match(inner))
+        if name != "vllm_xargs":
             yield from _deeper(value, name)
 
 
