@@ -9,46 +9,20 @@
 #     model with a bound readout: readout
 #     requests for plain and bound steering with a cache: 1
 set -euo pipefail
+HERE=$(cd "$(dirname "$0")" && pwd)
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 python3 -m venv "$WORK/venv"
 "$WORK/venv/bin/pip" install --quiet --disable-pip-version-check langchain-openai==1.7.4 langchain-core==1.8.3
-"$WORK/venv/bin/python" - <<'EOF'
-import json
+PYTHONPATH=$HERE/common "$WORK/venv/bin/python" - <<'EOF'
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 from langchain_core.caches import InMemoryCache
 from langchain_openai import ChatOpenAI, OpenAI
+from stub_server import chat, serve
 
-arrived = []
-
-
-class Server(BaseHTTPRequestHandler):
-    """Keeps the body of each request and answers it as a chat or as a bare text."""
-
-    def do_POST(self):
-        arrived.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        message = {"message": {"role": "assistant", "content": "yes"}, "text": "yes"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        kind = "chat.completion" if "messages" in arrived[-1] else "text_completion"
-        choice = {"index": 0, "finish_reason": "stop", **message}
-        reply = {"id": "1", "object": kind, "created": 1, "model": "m", "choices": [choice], "usage": usage}
-        body = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-Thread(target=server.serve_forever, daemon=True).start()
-place = {"model": "m", "base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_key": "none"}
+url, arrived = serve(chat)
+place = {"model": "m", "base_url": f"{url}/v1", "api_key": "none"}
 steering, readout = {"steering": [{"direction": "kind", "alpha": 5}]}, {"readout": {"span": "all"}}
 
 

@@ -8,48 +8,24 @@
 #     in extra_body, request with its own:   top_k
 #     beside it, request with its own:       steering top_k
 set -euo pipefail
+HERE=$(cd "$(dirname "$0")" && pwd)
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 python3 -m venv "$WORK/venv"
 "$WORK/venv/bin/pip" install --quiet --disable-pip-version-check litellm==1.110.2
-LITELLM_LOCAL_MODEL_COST_MAP=True "$WORK/venv/bin/python" - <<'EOF'
-import json
+LITELLM_LOCAL_MODEL_COST_MAP=True PYTHONPATH=$HERE/common "$WORK/venv/bin/python" - <<'EOF'
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 from litellm import Router
+from stub_server import chat, serve
 
-arrived = []
-
-
-class Server(BaseHTTPRequestHandler):
-    """Keeps the body of each request and answers as a chat server does."""
-
-    def do_POST(self):
-        arrived.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        choice = {"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
-        body = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-Thread(target=server.serve_forever, daemon=True).start()
+url, arrived = serve(chat)
 steering = {"steering": [{"direction": "kind", "alpha": 5}]}
 
 
 def fields(deployment, **request):
     """The fields beside OpenAI's that one request to a Router of one deployment sends."""
-    place = {"model": "hosted_vllm/m", "api_base": f"http://127.0.0.1:{server.server_port}/v1", "api_key": "none"}
+    place = {"model": "hosted_vllm/m", "api_base": f"{url}/v1", "api_key": "none"}
     router = Router([{"model_name": "m", "litellm_params": {**place, **deployment}}])
     router.completion("m", [{"role": "user", "content": "hello"}], **request)
     return sorted(set(arrived[-1]) & {"steering", "top_k"})

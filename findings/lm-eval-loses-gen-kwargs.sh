@@ -10,62 +10,42 @@
 #     multiple choice: 2 requests, with steering: 0
 #     another model with the same cache: 0 requests
 set -euo pipefail
+HERE=$(cd "$(dirname "$0")" && pwd)
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 python3 -m venv "$WORK/venv"
 "$WORK/venv/bin/pip" install --quiet --disable-pip-version-check "lm-eval[api]==0.4.13"
 export HF_HUB_OFFLINE=1 HF_HOME=$WORK/hf WORK
-"$WORK/venv/bin/python" - 2>"$WORK/log" <<'EOF' || { tail -20 "$WORK/log"; exit 1; }
+PYTHONPATH=$HERE/common "$WORK/venv/bin/python" - 2>"$WORK/log" <<'EOF' || { tail -20 "$WORK/log"; exit 1; }
 import json
 import os
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import lm_eval
 from lm_eval.tasks import TaskManager
+from stub_server import serve
 
-arrived = []
 
-
-class Server(BaseHTTPRequestHandler):
+def answer(path, body):
     """A server of completions whose tokens are words; every word has the log-probability -1."""
-
-    def do_GET(self):
-        self.answer({"tokenizer_class": "Words", "eos_token": "end", "bos_token": None, "pad_token": None})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
-            self.answer({"tokens": list(range(len(body["prompt"].split())))})
-            return
-        arrived.append(body)
-        choices = []
-        for index, prompt in enumerate(body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]):
-            count = len(prompt) if isinstance(prompt, list) else 1
-            scores = {
-                "tokens": ["word"] * (count + 1),
-                "token_logprobs": [None] + [-1.0] * count,
-                "top_logprobs": [None] + [{"word": -1.0}] * count,
-            }
-            choices.append({"index": index, "text": "yes", "logprobs": scores, "finish_reason": "length"})
-        self.answer({"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": choices})
-
-    def answer(self, reply):
-        body = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+    if body is None:
+        return {"tokenizer_class": "Words", "eos_token": "end", "bos_token": None, "pad_token": None}
+    if path == "/tokenize":
+        return {"tokens": list(range(len(body["prompt"].split())))}
+    choices = []
+    for index, prompt in enumerate(body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]):
+        count = len(prompt) if isinstance(prompt, list) else 1
+        scores = {
+            "tokens": ["word"] * (count + 1),
+            "token_logprobs": [None] + [-1.0] * count,
+            "top_logprobs": [None] + [{"word": -1.0}] * count,
+        }
+        choices.append({"index": index, "text": "yes", "logprobs": scores, "finish_reason": "length"})
+    return {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": choices}
 
 
-server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-Thread(target=server.serve_forever, daemon=True).start()
+url, arrived = serve(answer)
 folder = Path(os.environ["WORK"])
 (folder / "docs.json").write_text(json.dumps({"text": "one two three"}) + "\n")
 data = {"data_files": {"test": str(folder / "docs.json")}}
@@ -77,12 +57,12 @@ choice = {**source, "output_type": "multiple_choice", "doc_to_choice": ["four", 
 def requests(task, name="m", backend="none", **options):
     """What an evaluation of one document sends."""
     arrived.clear()
-    place = {"model": name, "base_url": f"http://127.0.0.1:{server.server_port}/v1/completions"}
+    place = {"model": name, "base_url": f"{url}/v1/completions"}
     lm_eval.simple_evaluate(
         "local-completions", model_args={**place, "tokenizer_backend": backend}, tasks=[dict(task)], bootstrap_iters=0,
         task_manager=TaskManager(include_defaults=False), **options,
     )
-    return list(arrived)
+    return [body for body in arrived if "max_tokens" in body]  # not those to the tokenizer
 
 
 steering = {"steering": [{"direction": "kind", "alpha": 5}]}
