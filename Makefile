@@ -15,7 +15,7 @@ BIN := .venv/bin
 CLIENTS := .venv-clients
 RECORDS := benchmarks/results/cpu
 GPU_RECORDS := benchmarks/results/gpu
-# A file's tests share an engine, so a file stays in one process; the short ones of tests/unit come last.
+# A file's tests share an engine, so a file stays in one process; those of real servers come first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # No usage reports from runs of this project's own tests and demo.

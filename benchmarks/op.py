@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.harness import record
 from benchmarks.harness.rounds import figures, in_turn
-from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
-from vllm_steer.buffers import HookPoint, SteerBuffers
-from vllm_steer.entry_rows import Entry
+from vllm_steer.device.buffers import HookPoint, SteerBuffers
 from vllm_steer.ops import cpu, reference
+from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
+from vllm_steer.plan.entry_rows import Entry
 
 COPY = "copy"
 SLOTS, MOST_RUNS, SECONDS_A_ROUND = 64, 20, 0.05

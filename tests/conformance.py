@@ -21,7 +21,7 @@ EXACT, REFUSED, FAILS, NOT_RUN = "exact", "refused", "fails", "not run"
 _LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
 # What has no test that could run on a machine without an accelerator, and why.
 NEVER_RUN = {
-    "CUDA graphs": "need an NVIDIA GPU; tests/engine/test_on_gpu.py ran on one, beside vLLM 0.24",
+    "CUDA graphs": "need an NVIDIA GPU; tests/engine/exact/test_on_gpu.py ran on one, beside vLLM 0.24",
     "V2 model runner on an accelerator": "needs one; on a CPU it ran with Triton's interpreter, see its row",
     "sleep that frees memory": "needs a GPU; vLLM's CPU worker ignores sleep",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("hypothesis"):  # a machine for the kernels' tests alone has none
+        _draw_the_same_examples()
     target = config.getoption("--conformance")
     if target is not None and not hasattr(config, "workerinput"):  # the process that all reports come to
         config.pluginmanager.register(ConformanceMatrix(target))
 
 
+def _draw_the_same_examples() -> None:
+    """Each run draws the same examples, so that a test's name repeats a failure; slowness fails nothing."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_claims_on(items)
     # They are one piece and the longest, which would keep one process at work alone at the end.
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/server/"))
+    items.sort(key=lambda item: item.path.parent.name != "server")
 
 
 @pytest.hookimpl(optionalhook=True)

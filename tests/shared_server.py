@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xdist.scheduler import LoadFileScheduling
 
-SERVER_TESTS = "tests/server/"
+SERVER_TESTS = "tests/server"
 
 
 class SharedServerScheduling(LoadFileScheduling):  # type: ignore[misc]
@@ -15,4 +15,4 @@ class SharedServerScheduling(LoadFileScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         scope: str = super()._split_scope(nodeid)
-        return SERVER_TESTS if scope.startswith(SERVER_TESTS) else scope
+        return SERVER_TESTS if scope.rpartition("/")[0] == SERVER_TESTS else scope

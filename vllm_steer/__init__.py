@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_steer.directions import Direction, load_directions, save_directions
     from vllm_steer.engine.doctor import Diagnosis, diagnose
-    from vllm_steer.engine.offline import (
+    from vllm_steer.engine.front.offline import (
         abandon_requests,
         abandon_requests_async,
         close_llm,
@@ -63,15 +63,15 @@ _HOME = {
     "steer_config": "vllm_steer.settings",
     "Diagnosis": "vllm_steer.engine.doctor",
     "diagnose": "vllm_steer.engine.doctor",
-    "abandon_requests": "vllm_steer.engine.offline",
-    "abandon_requests_async": "vllm_steer.engine.offline",
-    "close_llm": "vllm_steer.engine.offline",
-    "collect_readouts": "vllm_steer.engine.offline",
-    "collect_readouts_async": "vllm_steer.engine.offline",
-    "load_llm": "vllm_steer.engine.offline",
-    "register_directions": "vllm_steer.engine.offline",
-    "register_directions_async": "vllm_steer.engine.offline",
-    "steered": "vllm_steer.engine.offline",
+    "abandon_requests": "vllm_steer.engine.front.offline",
+    "abandon_requests_async": "vllm_steer.engine.front.offline",
+    "close_llm": "vllm_steer.engine.front.offline",
+    "collect_readouts": "vllm_steer.engine.front.offline",
+    "collect_readouts_async": "vllm_steer.engine.front.offline",
+    "load_llm": "vllm_steer.engine.front.offline",
+    "register_directions": "vllm_steer.engine.front.offline",
+    "register_directions_async": "vllm_steer.engine.front.offline",
+    "steered": "vllm_steer.engine.front.offline",
 }
 
 

@@ -10,7 +10,7 @@
 Without ``steering`` the engine's ``default_steering`` applies, if it has one; ``"steering": []`` asks for none.
 
 The checks here need nothing but the object itself. What depends on the engine (is the name registered, is the layer
-hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.admission``.
+hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.front.admission``.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str,
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     return {
         "kernels": [*tests, "tests/ops"],
-        "parity": [*tests, "tests/engine/test_on_gpu.py"],
+        "parity": [*tests, "tests/engine/exact/test_on_gpu.py"],
         "op": ["benchmarks.op", *small, "--out", str(out / "op.json")],
         "weights": ["benchmarks.harness.random_checkpoint", str(model), "--shape", shape],
         "hooks": [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_steer.engine import plugin
+from vllm_steer.engine import supported
 
 RELEASE = "0.24"
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -20,7 +20,7 @@ ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 def is_here() -> bool:
     """Whether that is the vLLM which is installed."""
-    return plugin.minor(plugin.vllm_version()) == RELEASE
+    return supported.minor(supported.vllm_version()) == RELEASE
 
 
 def install() -> None:
@@ -36,7 +36,7 @@ def install() -> None:
     manager.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys
     GPUModelRunner._on_request_state_removed = lambda self, req_id, req_state: None
     GPUModelRunner._update_states = _update_states(GPUModelRunner._update_states)
-    plugin.SUPPORTED[RELEASE] = "made to run for benchmarks"
+    supported.SUPPORTED[RELEASE] = "made to run for benchmarks"
 
 
 class _RefusalWithStatus(Exception):

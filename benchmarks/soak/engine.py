@@ -47,7 +47,7 @@ from vllm_steer import (
     register_directions,
     steered,
 )
-from vllm_steer.engine.worker_steering import steering_of
+from vllm_steer.engine.worker.worker_steering import steering_of
 
 LAYERS = (0, 1)
 NAMES = ("first", "second")  # one a layer

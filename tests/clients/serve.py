@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from batch_jobs.demo_model import demo_model_path
-from tests.engine.tiny_models import save_tiny_model
 from tests.server.conftest import KIND_LAYER, OTHER_LAYER, running_server, save_two_directions
+from tests.support.tiny_models import save_tiny_model
 
 
 def main(folder: Path, alias: str, alpha: float) -> None:

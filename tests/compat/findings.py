@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from tests.compat.own_patches import foreign_names
+from tests.compat.own_patches import vllm_names
 from tests.compat.own_use import engine_files, file_name, foreign_reads, vllm_imports
 from tests.compat.vllm_source import Function, VllmSource
 from vllm_steer.engine.decoder_layers import FAMILIES, Convention, Family
-from vllm_steer.engine.foreign import ForeignName
+from vllm_steer.engine.vllm_names import VllmName
 
 Verdict = Literal["ok", "gone", "signature changed", "body changed", "way around", "family refused"]
 # How many values a decoder layer's `forward` returns.
@@ -52,7 +52,7 @@ class Finding:
 
 
 def findings(
-    source: VllmSource, baseline: VllmSource | None = None, names: Sequence[ForeignName] | None = None
+    source: VllmSource, baseline: VllmSource | None = None, names: Sequence[VllmName] | None = None
 ) -> Iterator[Finding]:
     """One finding a name.
 
@@ -61,7 +61,7 @@ def findings(
         baseline: a release that is known to be right, to compare the text of functions with.
         names: what is looked for; all that the plugin relies on where it is None.
     """
-    names = foreign_names() if names is None else names
+    names = vllm_names() if names is None else names
     for one in names:
         verdict, says = _judge(source, one, names)
         differs = baseline is not None and _differs(source, baseline, one.module, one.name)
@@ -75,16 +75,16 @@ def family_findings(source: VllmSource, baseline: VllmSource | None = None) -> I
         module, _, name = family.layer_class.rpartition(".")
         differs = baseline is not None and _differs(source, baseline, module, f"{name}.forward")
         verdict: Verdict = "family refused" if says else "ok"
-        yield Finding(family.architecture, ("decoder_layers.py",), verdict, says, differs)
+        yield Finding(family.architecture, ("engine/decoder_layers.py",), verdict, says, differs)
 
 
-def needed_by(one: ForeignName) -> tuple[str, ...]:
+def needed_by(one: VllmName) -> tuple[str, ...]:
     """Our files that take a foreign name from vLLM; where none is seen to, those that have it in their text."""
     if one.needed_by is not None:
         return (one.needed_by,)
     last = (one.name or one.module).rpartition(".")[2]
     spelt = re.compile(rf"\b{last}\b")
-    texts = {file_name(path): path.read_text() for path in engine_files() if path.stem != "foreign"}
+    texts = {file_name(path): path.read_text() for path in engine_files() if path.stem != "vllm_names"}
     return _takers().get(last) or tuple(file for file, text in texts.items() if spelt.search(text))
 
 
@@ -99,7 +99,7 @@ def _takers() -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(files)) for name, files in takers.items()}
 
 
-def _judge(source: VllmSource, one: ForeignName, names: Sequence[ForeignName]) -> tuple[Verdict, str]:
+def _judge(source: VllmSource, one: VllmName, names: Sequence[VllmName]) -> tuple[Verdict, str]:
     node = source.find(one.module, one.name)
     if node is None:
         return "gone", f"vLLM {source.version} has no such name"
@@ -119,7 +119,7 @@ def _judge(source: VllmSource, one: ForeignName, names: Sequence[ForeignName]) -
 
 
 def _signature_differs(node: Function, takes: str, is_patched: bool) -> str:
-    """What a function's signature has against `ForeignName.takes`; empty if nothing."""
+    """What a function's signature has against `VllmName.takes`; empty if nothing."""
     first, _, rest = takes.partition(" ")
     kind, names = (first, rest) if first in ("async", "static") else ("plain", takes)
     is_static = any(isinstance(one, ast.Name) and one.id == "staticmethod" for one in node.decorator_list)
@@ -144,7 +144,7 @@ def _signature_differs(node: Function, takes: str, is_patched: bool) -> str:
     return "" if fits else f"it takes ({ast.unparse(args)}), we rely on ({takes})"
 
 
-def _ways_around(source: VllmSource, one: ForeignName, names: Sequence[ForeignName]) -> set[str]:
+def _ways_around(source: VllmSource, one: VllmName, names: Sequence[VllmName]) -> set[str]:
     patched = [other for other in names if other.is_patched]
     owner, _, method = one.name.rpartition(".")
     if not owner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 import sys
 from functools import cache
 from importlib import import_module
@@ -10,10 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import vllm_steer.engine
-from tests.compat.own_use import ENGINE
-from vllm_steer.engine.foreign import FOREIGN_NAMES, ForeignName
+from tests.compat.own_use import PACKAGE, engine_files
 from vllm_steer.engine.patching import ATTRIBUTES, PATCHES, Attribute, Patch
+from vllm_steer.engine.vllm_names import VLLM_NAMES, VllmName
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "patches.md"
 _HEAD = """\
@@ -22,7 +20,7 @@ _HEAD = """\
 Every function of vLLM's that the plugin replaces and every attribute that it writes on vLLM's objects. A replacement
 calls the original. Each does nothing but call it, unless the engine's `additional_config` holds `vllm_steer`; requests
 that carry a spec or a reserved cache salt are refused in any engine. Made by `make patches` from the declarations in
-`vllm_steer/engine`; not to be edited.
+`vllm_steer/engine` and `vllm_steer/server`; not to be edited.
 
 Official extension points in use: `vllm.general_plugins`, `vllm.endpoint_plugins`, `additional_config`,
 `SamplingParams.extra_args`, `cache_salt`, `skip_reading_prefix_cache`, `collective_rpc`, torch hooks.
@@ -32,29 +30,30 @@ Official extension points in use: `vllm.general_plugins`, `vllm.endpoint_plugins
 @cache
 def declared() -> tuple[tuple[Patch, ...], tuple[Attribute[Any], ...]]:
     """All patches and attributes, by importing every module that may declare one."""
-    for module in pkgutil.walk_packages([str(ENGINE)], f"{vllm_steer.engine.__name__}."):
-        import_module(module.name)
+    for file in engine_files():
+        name = file.relative_to(PACKAGE.parent).with_suffix("")
+        import_module(".".join(name.parts).removesuffix(".__init__"))
     # in an order that does not hang on which module was imported first
     patches = sorted(PATCHES, key=lambda one: (one.when, one.wrap.__module__, one.places))
     return tuple(patches), tuple(sorted(ATTRIBUTES, key=lambda one: (one.owner, one.name)))
 
 
 @cache
-def foreign_names() -> tuple[ForeignName, ...]:
-    """Everything of vLLM's that the plugin relies on: what ``foreign.py`` lists, and what it patches."""
+def vllm_names() -> tuple[VllmName, ...]:
+    """Everything of vLLM's that the plugin relies on: what ``vllm_names.py`` lists, and what it patches."""
     patched = (
-        ForeignName(module, name, one.takes, one.contains, is_patched=one.takes is not None, needed_by=_file(one))
+        VllmName(module, name, one.takes, one.contains, is_patched=one.takes is not None, needed_by=_file(one))
         for one in declared()[0]
         for module, name in one.places
         if not one.name.startswith("vllm_steer")
     )
-    return (*FOREIGN_NAMES, *patched)
+    return (*VLLM_NAMES, *patched)
 
 
 def _file(one: Patch) -> str:
     module = sys.modules[one.wrap.__module__]
     assert module.__file__ is not None
-    return str(Path(module.__file__).relative_to(ENGINE))
+    return str(Path(module.__file__).relative_to(PACKAGE))
 
 
 def page() -> str:

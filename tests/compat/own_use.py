@@ -1,4 +1,4 @@
-"""What `vllm_steer/engine/` takes from vLLM, read off its own source.
+"""What `vllm_steer/engine/` and `vllm_steer/server/` take from vLLM, read off their own source.
 
 In a strictly typed room an object of vLLM's enters a function as a parameter annotated `Any` or with a class imported
 from vLLM (or as Starlette's `State`, in which vLLM's server keeps what it serves with). So every attribute that is read
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vllm_steer"
-ENGINE = PACKAGE / "engine"
+KNOW_VLLM = (PACKAGE / "engine", PACKAGE / "server")
 _CARRIERS = {"State"}
 _LIST_METHODS = {"append"}
 _PASS_ON = {"enumerate", "zip", "list", "tuple", "sorted", "reversed"}  # built-ins that hand on what they are given
@@ -39,13 +39,13 @@ class Read:
 
 
 def engine_files() -> list[Path]:
-    """The modules of the room."""
-    return sorted(ENGINE.rglob("*.py"))
+    """The modules that may import vLLM."""
+    return sorted(file for package in KNOW_VLLM for file in package.rglob("*.py"))
 
 
 def file_name(path: Path) -> str:
-    """A module's name as the list of foreign names has it: relative to the room."""
-    return str(path.relative_to(ENGINE))
+    """A module's name as the list of foreign names has it: relative to `vllm_steer`."""
+    return str(path.relative_to(PACKAGE))
 
 
 def vllm_imports(path: Path) -> Iterator[Import]:

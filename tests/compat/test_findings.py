@@ -9,7 +9,7 @@ import pytest
 from tests.compat.check import report
 from tests.compat.findings import Finding, findings
 from tests.compat.vllm_source import VllmSource
-from vllm_steer.engine.foreign import ForeignName
+from vllm_steer.engine.vllm_names import VllmName
 
 RUNNER = """
 from .base import Base
@@ -42,7 +42,7 @@ def tree(folder: Path, **modules: str) -> VllmSource:
     return VllmSource(folder)
 
 
-def judge(source: VllmSource, *names: ForeignName) -> Finding:
+def judge(source: VllmSource, *names: VllmName) -> Finding:
     return next(findings(source, names=names))
 
 
@@ -63,13 +63,13 @@ def judge(source: VllmSource, *names: ForeignName) -> Finding:
 def test_what_is_there_is_ok(tmp_path: Path, name: str, takes: str | None, contains: str | None) -> None:
     source = tree(tmp_path, other="def name_of(request):\n    request.id = 1\n")
     module = "vllm.other" if name.startswith("name_of") else "vllm.runner"
-    assert judge(source, ForeignName(module, name, takes, contains)).verdict == "ok"
+    assert judge(source, VllmName(module, name, takes, contains)).verdict == "ok"
 
 
 def test_a_name_is_followed_through_imports(tmp_path: Path) -> None:
     source = tree(tmp_path, star="from vllm.base import *\n", chain="from vllm.star import Base as Other\n")
-    assert judge(source, ForeignName("vllm", "Runner.size")).verdict == "ok"
-    assert judge(source, ForeignName("vllm.chain", "Other.device")).verdict == "ok"
+    assert judge(source, VllmName("vllm", "Runner.size")).verdict == "ok"
+    assert judge(source, VllmName("vllm.chain", "Other.device")).verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,15 @@ def test_a_name_is_followed_through_imports(tmp_path: Path) -> None:
 def test_what_has_changed_is_found(
     tmp_path: Path, name: str, takes: str | None, contains: str | None, verdict: str
 ) -> None:
-    found = judge(tree(tmp_path), ForeignName("vllm.runner", name, takes, contains, needed_by="runner_v1.py"))
+    found = judge(tree(tmp_path), VllmName("vllm.runner", name, takes, contains, needed_by="runner_v1.py"))
     assert found.verdict == verdict
     assert found.is_fatal
     assert "runner_v1.py" in str(found)
 
 
 def test_a_way_around_a_patch_is_found(tmp_path: Path) -> None:
-    step = ForeignName("vllm.runner", "Runner.step", "self, batch, counts, ...", is_patched=True)
-    hasher = ForeignName("vllm.base", "hasher", "block", is_patched=True)
+    step = VllmName("vllm.runner", "Runner.step", "self, batch, counts, ...", is_patched=True)
+    hasher = VllmName("vllm.base", "hasher", "block", is_patched=True)
     faster = "from vllm.runner import Runner\nclass Faster(Runner):\n    def step(self, batch, counts):\n        {}\n"
     base = f"{BASE}def hasher(block):\n    pass\n"
 
@@ -110,9 +110,9 @@ def test_a_way_around_a_patch_is_found(tmp_path: Path) -> None:
     found = judge(around, hasher)
     assert (found.verdict, "vllm.user" in found.says) == ("way around", True)
     # On the list, or through the original, they are none.
-    listed = ForeignName("vllm.fast", "Faster.step", is_patched=True)
+    listed = VllmName("vllm.fast", "Faster.step", is_patched=True)
     assert judge(around, step, listed).verdict == "ok"
-    assert judge(around, hasher, ForeignName("vllm.user", "hasher", is_patched=True)).verdict == "ok"
+    assert judge(around, hasher, VllmName("vllm.user", "hasher", is_patched=True)).verdict == "ok"
     through = tree(tmp_path / "through", fast=faster.format("super().step(batch, counts)"))
     assert judge(through, step).verdict == "ok"
     # Another class of the same name is not the patched one.
@@ -121,7 +121,7 @@ def test_a_way_around_a_patch_is_found(tmp_path: Path) -> None:
 
 
 def test_a_function_that_reads_differently_is_pointed_out(tmp_path: Path) -> None:
-    step = ForeignName("vllm.runner", "Runner.step")
+    step = VllmName("vllm.runner", "Runner.step")
     baseline = tree(tmp_path / "old")
     for text, differs in (
         (RUNNER.replace("self.forward(batch)", "self.forward(batch, 2)"), True),

@@ -9,19 +9,19 @@ from importlib import import_module
 import pytest
 
 from tests.compat.findings import Finding, family_findings, findings
-from tests.compat.own_patches import foreign_names
+from tests.compat.own_patches import vllm_names
 from tests.compat.vllm_source import Function, VllmSource
-from vllm_steer.engine.foreign import ForeignName
-from vllm_steer.engine.plugin import SUPPORTED, minor, vllm_version
+from vllm_steer.engine.supported import SUPPORTED, minor, vllm_version
+from vllm_steer.engine.vllm_names import VllmName
 
 
 @pytest.fixture(scope="module")
-def found(source: VllmSource) -> dict[ForeignName, Finding]:
-    return dict(zip(foreign_names(), findings(source), strict=True))
+def found(source: VllmSource) -> dict[VllmName, Finding]:
+    return dict(zip(vllm_names(), findings(source), strict=True))
 
 
-@pytest.mark.parametrize("one", foreign_names(), ids=lambda one: f"{one.module}:{one.name}")
-def test_what_the_room_relies_on_is_there(found: dict[ForeignName, Finding], one: ForeignName) -> None:
+@pytest.mark.parametrize("one", vllm_names(), ids=lambda one: f"{one.module}:{one.name}")
+def test_what_the_room_relies_on_is_there(found: dict[VllmName, Finding], one: VllmName) -> None:
     assert found[one].verdict == "ok", str(found[one])
 
 
@@ -37,7 +37,7 @@ def test_the_installed_vllm_is_one_that_the_tests_run_on(source: VllmSource) -> 
 @pytest.mark.slow
 def test_the_reader_sees_the_parameters_that_python_sees(source: VllmSource) -> None:
     seen = 0
-    for one in foreign_names():
+    for one in vllm_names():
         node = source.find(one.module, one.name)
         if one.takes is None or not isinstance(node, Function):
             continue

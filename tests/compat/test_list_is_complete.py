@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.compat.findings import needed_by
-from tests.compat.own_patches import PAGE, declared, foreign_names, page
+from tests.compat.own_patches import PAGE, declared, page, vllm_names
 from tests.compat.own_use import PACKAGE, engine_files, file_name, foreign_reads, hidden_writes, reads_in, vllm_imports
 
 # Read off values that vLLM hands out, and not vLLM's to change.
@@ -12,13 +12,13 @@ ASYNCIO_AND_ARGPARSE = {"add_subparsers", "call_soon_threadsafe", "get_loop", "i
 TORCH = {"get_state", "tolist", "type"}
 PLAIN = BUILT_IN | ASYNCIO_AND_ARGPARSE | TORCH
 OWN = "vllm_steer"  # what the plugin itself hangs on vLLM's objects begins with this
-LISTED = {one.name.rpartition(".")[2] for one in foreign_names()}
+LISTED = {one.name.rpartition(".")[2] for one in vllm_names()}
 
 
 def test_every_import_from_vllm_is_on_the_list() -> None:
-    listed = {f"{one.module}.{one.name}".rstrip(".") for one in foreign_names()}
+    listed = {f"{one.module}.{one.name}".rstrip(".") for one in vllm_names()}
     missing = [
-        f"{found.file} imports {found.name or found.module} from {found.module}: put it into engine/foreign.py"
+        f"{found.file} imports {found.name or found.module} from {found.module}: put it into engine/vllm_names.py"
         for path in engine_files()
         for found in vllm_imports(path)
         if f"{found.module}.{found.name}".rstrip(".") not in listed
@@ -28,7 +28,7 @@ def test_every_import_from_vllm_is_on_the_list() -> None:
 
 def test_every_attribute_of_vllms_objects_that_is_used_is_on_the_list() -> None:
     missing = sorted(
-        f"{read.file}:{read.line} uses .{read.attribute}: put its class and name into engine/foreign.py"
+        f"{read.file}:{read.line} uses .{read.attribute}: put its class and name into engine/vllm_names.py"
         for path in engine_files()
         for read in foreign_reads(path)
         if read.attribute not in LISTED | PLAIN and not read.attribute.startswith(OWN)
@@ -37,15 +37,15 @@ def test_every_attribute_of_vllms_objects_that_is_used_is_on_the_list() -> None:
 
 
 def test_nothing_is_on_the_list_that_no_file_of_ours_needs() -> None:
-    stale = [f"{one.module}:{one.name}: take it off engine/foreign.py" for one in foreign_names() if not needed_by(one)]
+    stale = [f"{one.module}:{one.name}: take it off engine/vllm_names.py" for one in vllm_names() if not needed_by(one)]
     assert not stale, stale
     files = {file_name(path) for path in engine_files()}
-    assert {one.needed_by for one in foreign_names() if one.needed_by is not None} <= files
+    assert {one.needed_by for one in vllm_names() if one.needed_by is not None} <= files
 
 
 def test_nothing_but_a_declared_patch_or_attribute_writes_on_vllms_objects() -> None:
     hidden = [f"{file_name(path)}:{line}" for path in engine_files() for line in hidden_writes(path)]
-    assert {line.partition(":")[0] for line in hidden} == {"patching.py"}, hidden
+    assert {line.partition(":")[0] for line in hidden} == {"engine/patching.py"}, hidden
     written = [
         f"{read.file}:{read.line} writes .{read.attribute}: declare it, see engine/patching.py"
         for path in engine_files()

@@ -11,16 +11,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_steer import Readout, Steering, collect_readouts, steer_config, steered
-from vllm_steer.engine import (
-    config,
-    death_watch,
-    plugin,
-    prefix_cache,
-    requests,
-    stream_overflow,
-    worker_rpc,
-)
+from vllm_steer import Readout, Steering, collect_readouts, plugin, steer_config, steered
+from vllm_steer.engine import config, prefix_cache, stream_overflow, supported
+from vllm_steer.engine.front import requests
+from vllm_steer.engine.vllm_faults import death_watch
+from vllm_steer.engine.worker import worker_rpc
 from vllm_steer.errors import UnsupportedFeature
 
 MODULES = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
@@ -32,14 +27,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     noted: set[str] = set()
     for module in MODULES:
         monkeypatch.setattr(module, "install", lambda name=module.__name__: noted.add(name))
-    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(supported, "_loaded", False)
     yield noted
-    plugin.unsupported_reason.cache_clear()  # it was asked beside versions that a test made up
+    supported.unsupported_reason.cache_clear()  # it was asked beside versions that a test made up
 
 
 def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
-    plugin.unsupported_reason.cache_clear()
+    monkeypatch.setattr(supported, "vllm_version", lambda: version)
+    supported.unsupported_reason.cache_clear()
     plugin.register()
 
 
@@ -49,7 +44,7 @@ def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
 ) -> None:
     register_beside(version, monkeypatch)
     assert installed == {module.__name__ for module in MODULES}
-    assert plugin.remark(version) is None
+    assert supported.remark(version) is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +61,7 @@ def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
 ) -> None:
     register_beside(version, monkeypatch)
     assert installed == {module.__name__ for module in MODULES}
-    remark = plugin.remark(version)
+    remark = supported.remark(version)
     assert remark is not None
     assert said in remark
     assert version in remark
@@ -76,7 +71,7 @@ def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
 def test_any_other_release_is_refused(version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     register_beside(version, monkeypatch)
     assert installed == {config.__name__}
-    reason = plugin.unsupported_reason()
+    reason = supported.unsupported_reason()
     assert reason is not None
     assert version in reason
     for asked in ({"steering": [Steering("kind", 1.0)]}, {"readout": Readout([1])}):
@@ -91,8 +86,8 @@ def test_any_other_release_is_refused(version: str, installed: set[str], monkeyp
 def test_a_request_made_before_vllm_has_loaded_the_plugin_is_refused_beside_another_release_too(
     version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "vllm_version", lambda: version)
-    plugin.unsupported_reason.cache_clear()
+    monkeypatch.setattr(supported, "vllm_version", lambda: version)
+    supported.unsupported_reason.cache_clear()
     if version == "0.32.0":
         assert steered(SamplingParams(), [Steering("kind", 1.0)]).extra_args
     else:
@@ -109,14 +104,14 @@ def test_only_an_engine_that_is_configured_hears_of_it(
     monkeypatch.setattr(config.logger, "propagate", True)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)
     config.install()
-    monkeypatch.setattr(plugin, "remark", lambda _: "only read, says this test")
+    monkeypatch.setattr(supported, "remark", lambda _: "only read, says this test")
     with caplog.at_level(logging.WARNING):
         EngineArgs.create_engine_config(None)
         assert "only read" not in caplog.text
         made.additional_config = steer_config([1])
         EngineArgs.create_engine_config(None)
         assert "only read, says this test" in caplog.text
-    monkeypatch.setattr(plugin, "unsupported_reason", lambda: "beside another vLLM")
+    monkeypatch.setattr(supported, "unsupported_reason", lambda: "beside another vLLM")
     with pytest.raises(UnsupportedFeature, match="beside another vLLM"):
         EngineArgs.create_engine_config(None)
     made.additional_config = {}

@@ -13,11 +13,11 @@ from vllm import LLM
 from vllm.model_executor.models import registry
 
 import vllm_steer
-from tests.engine import tiny_models
 from tests.engine.conftest import open_engine
+from tests.support import tiny_models
 from vllm_steer import Direction, save_directions
-from vllm_steer.engine import offline
-from vllm_steer.engine.admission import admission_of
+from vllm_steer.engine.front import offline
+from vllm_steer.engine.front.admission import admission_of
 from vllm_steer.settings import SteerSettings
 
 HOOKED = (12, 16)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.docs.blocks import ROOT
 from tests.docs.conftest import save_kind
-from tests.engine.tiny_models import HIDDEN_SIZE
+from tests.support.tiny_models import HIDDEN_SIZE
 
 EXAMPLES = ROOT / "examples"
 RUN_HERE = ("steer", "read", "mixed_batch", "own_direction_file", "study_from_python")

@@ -19,8 +19,8 @@ from batch_jobs.run import directory as run_directory
 from tests.docs.blocks import ROOT
 from vllm_steer import client, errors
 from vllm_steer.client import ServerUnreachable
-from vllm_steer.engine.http.steered_routes import NAMING, STEERED
 from vllm_steer.schema import Readout, Steering
+from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
 from vllm_steer.settings import SteerSettings
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -120,7 +120,7 @@ def read_by_name() -> set[str]:
 
 
 def test_every_metric_is_listed() -> None:
-    source = (ROOT / "vllm_steer/engine/http/metrics.py").read_text(encoding="utf-8")
+    source = (ROOT / "vllm_steer/engine/front/metrics.py").read_text(encoding="utf-8")
     made = re.findall(r'\b(Counter|Gauge|Histogram)\(\s*"(\w+)"', source)
     series = {(f"{name}_total" if kind == "Counter" else name, kind.lower()) for kind, name in made}
     assert {(code(row[0]), row[1]) for row in rows(page("metrics.md"))} == series

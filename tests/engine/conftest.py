@@ -13,8 +13,8 @@ from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
 
-from tests.engine.hf_reference import Reference
-from tests.engine.tiny_models import save_tiny_model
+from tests.support.hf_reference import Reference
+from tests.support.tiny_models import save_tiny_model
 from vllm_steer import steer_config
 
 OpenEngine = Callable[..., AbstractContextManager[LLM]]

@@ -18,8 +18,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.engine.conftest import BLOCK_SIZE, KV_BYTES
-from tests.engine.hf_reference import Reference, ReferenceRun
-from tests.engine.mixed_batch import (
+from tests.support.hf_reference import Reference, ReferenceRun
+from tests.support.mixed_batch import (
     Request,
     Vectors,
     as_directions,
@@ -29,18 +29,18 @@ from tests.engine.mixed_batch import (
     references,
     unit_vectors,
 )
-from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
-from tests.engine.worker_state import state_held
+from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
+from tests.support.worker_state import state_held
 from vllm_steer import Readout, ReadoutResult, Steering, save_directions, steer_config, steered
 from vllm_steer.client.replies import reply_of
-from vllm_steer.engine import async_readouts
-from vllm_steer.engine.admission import admission_of
-from vllm_steer.engine.http.exchange import Exchange, current_exchange
-from vllm_steer.engine.http.replies import complete_reply
-from vllm_steer.engine.http.sharing import share_registry
-from vllm_steer.engine.http.steered_routes import CHAT
-from vllm_steer.engine.in_flight import DRAIN_SECONDS
+from vllm_steer.engine.front import async_generate
+from vllm_steer.engine.front.admission import admission_of
+from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.in_flight import DRAIN_SECONDS
 from vllm_steer.errors import MalformedSpec
+from vllm_steer.server.inbound.steered_routes import CHAT
+from vllm_steer.server.outbound.replies import complete_reply
+from vllm_steer.server.registry.sharing import share_registry
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -130,7 +130,7 @@ def bed(checkpoint: Path, reference: Reference, tmp_path_factory: pytest.TempPat
         try:
             # What a server does with its engine when it starts.
             loop.run(share_registry(admission_of(engine.input_processor), engine))
-            async_readouts.install()
+            async_generate.install()
             yield Bed(engine, loop, reference, vectors, requests, expected)
         finally:
             engine.shutdown()

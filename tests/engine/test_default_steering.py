@@ -13,11 +13,11 @@ from vllm.sampling_params import BeamSearchParams
 from vllm.v1.engine import EngineCoreRequest
 
 from tests.engine.conftest import OpenEngine
-from tests.engine.hf_reference import Entry, Reference
-from tests.engine.mixed_batch import Vectors, as_directions, is_same_output, random_prompts, unit_vectors
-from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
+from tests.support.hf_reference import Entry, Reference
+from tests.support.mixed_batch import Vectors, as_directions, is_same_output, random_prompts, unit_vectors
+from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from vllm_steer import Readout, Steering, collect_readouts, errors, save_directions, steered
-from vllm_steer.engine.admission import admission_of
+from vllm_steer.engine.front.admission import admission_of
 
 pytestmark = pytest.mark.engine
 

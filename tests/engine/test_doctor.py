@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from vllm.engine.arg_utils import EngineArgs
 
 from batch_jobs.cli.main import app
-from tests.engine.tiny_models import (
+from tests.support.tiny_models import (
     HIDDEN_SIZE,
     NUM_LAYERS,
     REFUSED_FAMILIES,
@@ -88,7 +88,7 @@ def test_a_model_that_vllm_runs_through_hugging_faces_modules_is_known_as_such(f
 
 
 def tiny_config_of(architecture: str, folder: Path) -> Path:
-    """A folder with the config of a tiny model that tests/engine/tiny_models.py does not have."""
+    """A folder with the config of a tiny model that tests/support/tiny_models.py does not have."""
     fields = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "head_dim": 32}
     config_class = getattr(transformers, architecture).config_class
     config_class(**fields, vocab_size=VOCAB_SIZE, pad_token_id=2, architectures=[architecture]).save_pretrained(folder)

@@ -18,8 +18,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.engine.conftest import KV_BYTES, OpenEngine
-from tests.engine.hf_reference import Reference
-from tests.engine.mixed_batch import (
+from tests.support.hf_reference import Reference
+from tests.support.mixed_batch import (
     Request,
     Vectors,
     as_directions,
@@ -32,7 +32,7 @@ from tests.engine.mixed_batch import (
     run,
     unit_vectors,
 )
-from tests.engine.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 from vllm_steer import Direction, Readout, close_llm, collect_readouts, register_directions, steer_config, steered
 from vllm_steer.engine.config import check
 from vllm_steer.errors import UnsupportedFeature

@@ -13,8 +13,8 @@ from vllm import LLM, PoolingParams, RequestOutput, SamplingParams
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from tests.engine.conftest import BLOCK_SIZE, OpenEngine
-from tests.engine.hf_reference import Entry, Reference
-from tests.engine.mixed_batch import (
+from tests.support.hf_reference import Entry, Reference
+from tests.support.mixed_batch import (
     LOGPROB_TOLERANCE,
     NEAR_TIE,
     Request,
@@ -28,7 +28,7 @@ from tests.engine.mixed_batch import (
     run,
     unit_vectors,
 )
-from tests.engine.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
+from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from vllm_steer import (
     Readout,
     ReadoutResult,
@@ -38,7 +38,7 @@ from vllm_steer import (
     steer_config,
     steered,
 )
-from vllm_steer.engine.tail_rows import MAX_TOKENS_BACK
+from vllm_steer.engine.worker.tail_rows import MAX_TOKENS_BACK
 from vllm_steer.errors import MalformedSpec, ReadoutUnavailable, UnsupportedFeature
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

@@ -11,8 +11,8 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import OpenEngine
-from tests.engine.hf_reference import Entry, Reference
-from tests.engine.mixed_batch import (
+from tests.support.hf_reference import Entry, Reference
+from tests.support.mixed_batch import (
     READOUT_TOLERANCE,
     Request,
     Vectors,
@@ -25,9 +25,9 @@ from tests.engine.mixed_batch import (
     trace_name,
     unit_vectors,
 )
-from tests.engine.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
+from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from vllm_steer import Readout, ReadoutResult, Steering, collect_readouts, register_directions, steered
-from vllm_steer.engine.admission import admission_of
+from vllm_steer.engine.front.admission import admission_of
 from vllm_steer.errors import ReadoutUnavailable
 
 pytestmark = pytest.mark.engine

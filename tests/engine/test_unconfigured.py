@@ -15,8 +15,8 @@ from torch import nn
 from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import BLOCK_SIZE, KV_BYTES, OpenEngine
-from tests.engine.mixed_batch import random_prompts
-from tests.engine.tiny_models import VOCAB_SIZE
+from tests.support.mixed_batch import random_prompts
+from tests.support.tiny_models import VOCAB_SIZE
 from vllm_steer import Direction, Readout, Steering, errors, register_directions, steered
 
 pytestmark = pytest.mark.engine
@@ -48,7 +48,7 @@ def forward_hooks(model: nn.Module) -> int:
 
 
 def test_no_layer_has_a_hook(llm: LLM) -> None:
-    assert "vllm_steer.engine.plugin" in sys.modules  # or this test would say nothing
+    assert "vllm_steer.plugin" in sys.modules  # or this test would say nothing
     assert llm.apply_model(forward_hooks) == [0]
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.ops.step_cases import Case, check, make_case
-from vllm_steer.batch_plan import BatchPlanner, Pooling, RequestPlan
-from vllm_steer.buffers import SteerBuffers
-from vllm_steer.entry_rows import Entry
+from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
 from vllm_steer.ops.triton_kernels import FEW, FEW_TOKENS, MANY, steer_and_read
+from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
+from vllm_steer.plan.entry_rows import Entry
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

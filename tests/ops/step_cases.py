@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.step_plan import READ
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
+from vllm_steer.plan.step_plan import READ
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 SPARE_TOKENS = 3  # the token tables are longer than a call: what lies beyond the call must not be looked at

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_steer.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
-from vllm_steer.buffers import SteerBuffers
+from vllm_steer.device.buffers import SteerBuffers
+from vllm_steer.plan.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 

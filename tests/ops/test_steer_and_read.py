@@ -12,7 +12,7 @@ import torch
 from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
-from vllm_steer.step_plan import READ, STEER, TRACE, VERSION
+from vllm_steer.plan.step_plan import READ, STEER, TRACE, VERSION
 
 IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_steer.ops import triton_kernels
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 POINTERS = {"bank": "*fp32", "row_of_token": "*i32", "entry_slot": "*i32", "entry_ab": "*fp32", "trace_slot": "*i32",
             "trace": "*fp32", "cut": "*i32", "flags": "*i32", "keep": "*i32", "segment": "*i32", "sums": "*fp32",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.server.api_server import running
-from tests.engine.tiny_models import HIDDEN_SIZE, save_tiny_model
+from tests.support.tiny_models import HIDDEN_SIZE, save_tiny_model
 from vllm_steer import Direction, save_directions
 
 KIND_LAYER, OTHER_LAYER = 2, 1

@@ -19,7 +19,9 @@ import vllm.entrypoints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.server.asking import (
+from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, OTHER_LAYER, ServedModel
+from tests.server.test_fuzz import REPEATABLE
+from tests.support.asking import (
     EXACT,
     GENERATED,
     MESSAGES_BODY,
@@ -36,10 +38,8 @@ from tests.server.asking import (
     readout_of,
     said,
 )
-from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, OTHER_LAYER, ServedModel
-from tests.server.test_fuzz import REPEATABLE
 from vllm_steer import Steering, close_llm, load_llm, register_directions, steered
-from vllm_steer.engine.http.steered_routes import (
+from vllm_steer.server.inbound.steered_routes import (
     CHAT,
     COHERE,
     INVOCATIONS,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.tiny_models import save_tiny_model
 from tests.server.conftest import ALIAS, KIND_LAYER, save_two_directions
+from tests.support.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

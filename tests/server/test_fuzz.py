@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-from tests.engine.tiny_models import HIDDEN_SIZE
 from tests.server.conftest import ADMIN_KEY, ALIAS, API_KEY, KIND_LAYER, OTHER_LAYER, ServedModel
+from tests.support.tiny_models import HIDDEN_SIZE
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

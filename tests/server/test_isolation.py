@@ -10,11 +10,11 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.engine.mixed_batch import random_prompts, unit_vectors
-from tests.engine.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_model
 from tests.server.conftest import API_KEY, running_server
+from tests.support.mixed_batch import random_prompts, unit_vectors
+from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_model
 from vllm_steer import Direction, save_directions
-from vllm_steer.stream_range import LARGEST_ADDITION
+from vllm_steer.ops.stream_range import LARGEST_ADDITION
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

@@ -12,8 +12,8 @@ import numpy as np
 import openai
 import pytest
 
-from tests.engine.tiny_models import HIDDEN_SIZE
 from tests.server.conftest import ADMIN_KEY, ALIAS, ALIAS_ALPHA, API_KEY, KIND_LAYER, ServedModel
+from tests.support.tiny_models import HIDDEN_SIZE
 from vllm_steer import Direction, Readout, Steering
 from vllm_steer.client import AsyncSteerClient, ServerRefusal, SteerClient
 from vllm_steer.errors import BadAlpha, ChangeNotAllowed, DirectionChanged, LayerNotHooked, UnknownDirection

@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.engine.tiny_models import HIDDEN_SIZE
 from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, LIMITED_KEY, OTHER_LAYER, ServedModel
+from tests.support.tiny_models import HIDDEN_SIZE
 from vllm_steer import errors
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]

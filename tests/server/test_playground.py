@@ -16,8 +16,8 @@ from fastapi.testclient import TestClient
 
 from tests.browser import DESKTOP, PHONE, chromium, playwright
 from tests.server.conftest import API_KEY, ServedModel
-from tests.server.fake_steering_server import FakeSteeringServer, fake_steering_server
-from vllm_steer.engine.http.playground import PATHS, playground_page, playground_router
+from tests.support.fake_steering_server import FakeSteeringServer, fake_steering_server
+from vllm_steer.server.playground.page import PATHS, playground_page, playground_router
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engine.tiny_models import HIDDEN_SIZE
 from tests.server.conftest import ADMIN_KEY, ALIAS, KIND_LAYER
+from tests.support.tiny_models import HIDDEN_SIZE
 from vllm_steer import Direction
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from benchmarks.server.api_server import running
-from tests.engine.tiny_models import save_tiny_model
 from tests.server.conftest import KIND_LAYER, save_two_directions
+from tests.support.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

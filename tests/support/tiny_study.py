@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.engine.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-c", "from batch_jobs.cli.main import main; main()", "study", "run")

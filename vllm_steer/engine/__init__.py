@@ -1,8 +1,9 @@
-"""The only package that imports vLLM.
+"""Everything inside vLLM's engine: admission in the front end, hooks and readouts in the workers.
 
-What it takes from vLLM 0.32 stands in ``foreign.py``; each function that it replaces and each attribute that it writes
-on an object of vLLM's is declared through ``patching.py``, with its reason, and listed in ``docs/patches.md``.
+``vllm_names.py`` lists what this package and ``vllm_steer.server`` take from vLLM 0.32. Each function that they replace
+and each attribute that they write on an object of vLLM's is declared through ``patching.py``, with its reason, and
+listed in ``docs/patches.md``. Only these two packages import vLLM.
 
-The patches of a runner go with that runner: the classic one is wrapped method by method, the rest of what the V2 runner
-needs is in its ``ModelState``.
+``front`` and ``worker`` do not import each other: what crosses between them is in ``resolved_spec`` and
+``worker_answers``. ``worker`` wraps the classic runner method by method; the V2 runner gets its own ``ModelState``.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm import envs
@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
 
-from vllm_steer.engine import plugin
+from vllm_steer.engine import supported
 from vllm_steer.engine.decoder_layers import family_of
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
@@ -20,9 +20,18 @@ from vllm_steer.settings import CONFIG_KEY, SteerSettings
 logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
 
 
+_install_batch_runner: Callable[[], None]
+
+
 def install() -> None:
     """Install the patch of the engine's configuration."""
     CREATE_ENGINE_CONFIG.install()
+
+
+def prepare_batch_runner(install_batch_runner: Callable[[], None]) -> None:
+    """Have a function called as soon as an engine is configured for vLLM's batch runner."""
+    global _install_batch_runner
+    _install_batch_runner = install_batch_runner
 
 
 def _create_engine_config(original: Any) -> Any:
@@ -30,7 +39,7 @@ def _create_engine_config(original: Any) -> Any:
         config = original(self, *args, **kwargs)
         settings = SteerSettings.of(config.additional_config)
         if settings is not None:
-            unsupported = plugin.unsupported_reason()
+            unsupported = supported.unsupported_reason()
             if unsupported is not None:
                 raise UnsupportedFeature(unsupported)
             check(config, settings)
@@ -38,14 +47,12 @@ def _create_engine_config(original: Any) -> Any:
             if context == UsageContext.OPENAI_API_SERVER:
                 _check_endpoints()
             if context != UsageContext.LLM_CLASS:
-                from vllm_steer.engine import async_readouts
+                from vllm_steer.engine.front import async_generate
 
-                async_readouts.install()
+                async_generate.install()
             if context == UsageContext.OPENAI_BATCH_RUNNER:
-                from vllm_steer.engine import batch_runner
-
-                batch_runner.install()
-            remark = plugin.remark(plugin.vllm_version())
+                _install_batch_runner()
+            remark = supported.remark(supported.vllm_version())
             if remark is not None:
                 logger.warning_once(remark)
             if config.use_v2_model_runner:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from vllm_steer.buffers import HookPoint, SteerBuffers
+from vllm_steer.device.buffers import HookPoint, SteerBuffers
 from vllm_steer.errors import LayerNotHooked, UnsupportedModel
 
 Convention = Literal["fused", "single", "first", "batched"]
@@ -55,7 +55,7 @@ _VLLM = "vllm.model_executor.models"
 _HUGGING_FACE = "transformers.models"
 _ON_ANOTHER_STAGE = f"{_VLLM}.utils.PPMissingLayer"
 
-# A family is listed once its steering and readout were compared with Hugging Face by tests/engine/test_parity.py.
+# A family is listed once its steering and readout were compared with Hugging Face by tests/engine/exact/test_parity.py.
 FAMILIES = {
     family.architecture: family
     for family in (

@@ -26,7 +26,7 @@ class Patch:
         name: its name there.
         wrap: makes our function from vLLM's, or from None for a method that we add. On a single object it also takes
             the context that ``install_on`` was given.
-        takes: the parameters of vLLM's function that we rely on, in the form of ``foreign.ForeignName.takes``; None
+        takes: the parameters of vLLM's function that we rely on, in the form of ``vllm_names.VllmName.takes``; None
             for a method that we add, and for one that is replaced on single objects.
         why: what for.
         gone_when: what vLLM would have to offer for it to go.

@@ -20,7 +20,7 @@ from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.simple_kv_offload import manager
 
 from vllm_steer.engine.patching import patch
-from vllm_steer.engine.resolved import RESOLVED_KEY
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 
 _KEY = "vllm_steer"
 

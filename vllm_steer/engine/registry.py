@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_steer.directions import UNIT_TOLERANCE, Direction
+from vllm_steer.directions import UNIT_TOLERANCE, Direction, load_directions
 from vllm_steer.errors import AmbiguousDirection, BankFull, LayerNotHooked, UnknownDirection, WrongDimension
+from vllm_steer.settings import SteerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +211,8 @@ class DirectionRegistry(DirectionBook):
 def bank_writes(writes: Iterable[tuple[int, Direction]]) -> list[tuple[int, str, int, bytes]]:
     """The argument of the workers' ``vllm_steer_write``: (slot, name, layer, float32 little-endian bytes)."""
     return [(slot, one.name, one.layer, one.vector.astype("<f4", copy=False).tobytes()) for slot, one in writes]
+
+
+def configured_directions(settings: SteerSettings) -> list[Direction]:
+    """The directions of the configured files, in the order that front end and workers both give them slots."""
+    return [direction for path in settings.directions for direction in load_directions(path)]

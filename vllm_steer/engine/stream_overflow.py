@@ -1,29 +1,23 @@
 """A request whose steered stream had to be cut off ends with the reason, and what it left in the caches is not reused.
 
 The op cuts a float16 stream off at its limit and marks the request's row (``ops.reference``). The worker hands the
-marks over with the output of the very step, and the scheduler ends those requests before their tokens are shown.
+marks over with the output of the same step (``worker.cut_off_marks``), and the scheduler, here, ends those requests
+before their tokens are shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.request import RequestStatus
-from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.engine.patching import Attribute, patch
-from vllm_steer.engine.resolved import RESOLVED_KEY
-from vllm_steer.engine.worker_steering import WorkerSteering, steering_of
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 REASON_PREFIX = "vllm_steer: "
-Marks = Callable[[], list[str]]
-"""Gives the ids of requests whose stream was cut off, once they have come from the device."""
 _REASON = (
     f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, where float16 nears its end, so "
     "the request was ended; allowed: additions that the stream has room for. Use smaller alphas, or start the engine "
@@ -52,65 +46,6 @@ def _update_from_output(original: Any) -> Any:
         return outputs
 
     return update_from_output
-
-
-def watch(worker: Any) -> None:
-    """Let a worker hand over the marks of each step; to be called once its model is loaded.
-
-    Patches ``execute_model`` and ``sample_tokens`` of this one worker, where the residual stream is float16.
-    """
-    steering = steering_of(worker.model_runner)
-    if steering is None or not steering.buffers.can_cut:
-        return
-    pending: list[Marks] = []
-    EXECUTE_MODEL.install_on(worker, steering, pending)
-    SAMPLE_TOKENS.install_on(worker, pending)
-
-
-def _execute_model(original: Any, steering: WorkerSteering, pending: list[Marks]) -> Any:
-    def execute_model(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        marks = steering.start_reading_marks()
-        if marks is not None and output is None:  # sample_tokens comes next
-            pending.append(marks)
-        elif marks is not None:
-            return _with_marks(output, marks)
-        return output
-
-    return execute_model
-
-
-def _sample_tokens(original: Any, pending: list[Marks]) -> Any:
-    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        return _with_marks(output, pending.pop()) if pending else output
-
-    return sample_tokens
-
-
-class _OutputWithMarks(AsyncModelRunnerOutput):
-    """An output that is still under way, with the marks that arrive no later than it does."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, marks: Marks) -> None:
-        self._output = output
-        self._marks = marks
-
-    def get_output(self) -> Any:
-        return _marked(self._output.get_output(), self._marks())
-
-
-def _with_marks(output: Any, marks: Marks) -> Any:
-    if isinstance(output, AsyncModelRunnerOutput):
-        return _OutputWithMarks(output, marks)
-    return _marked(output, marks())
-
-
-def _marked(output: Any, request_ids: list[str]) -> Any:
-    if not request_ids or output is None:
-        return output
-    output = copy(output)  # vLLM hands out one empty output for all steps without tokens
-    CUT_OFF.put(output, request_ids)
-    return output
 
 
 def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
@@ -160,18 +95,6 @@ UPDATE_FROM_OUTPUT = patch(
     why="A request whose steered stream had to be cut off must end with an error, before its tokens are shown, and its "
     "blocks must leave the prefix cache.",
     gone_when=_GONE,
-)
-EXECUTE_MODEL, SAMPLE_TOKENS = (
-    patch(
-        WorkerBase,
-        name,
-        wrap,
-        takes=None,
-        why="Hands the marks of requests whose stream was cut off over with the output of the step.",
-        gone_when=_GONE,
-        when="each worker object of a float16 engine with steer_config",
-    )
-    for name, wrap in (("execute_model", _execute_model), ("sample_tokens", _sample_tokens))
 )
 CUT_OFF: Attribute[list[str]] = Attribute(
     "ModelRunnerOutput",

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from vllm_steer.ops.reference import within_limit
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 LONG_RUN = 16
 """From so many tokens a run on, on average, runs are steered one by one."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_steer.step_plan import READ, STEER, TRACE
+from vllm_steer.plan.step_plan import READ, STEER, TRACE
 
 
 class HostFlags:

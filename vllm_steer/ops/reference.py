@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 
 def steer_and_read(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_steer.ops.host_flags import asked
-from vllm_steer.stream_range import FLOAT16_LIMIT
+from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 
 class Tiling(NamedTuple):

@@ -63,7 +63,7 @@ def test_the_command_line_becomes_vllms_own_server_with_the_plugin_on(model: str
     assert "secret" not in done.stdout
     plugins, *words = shlex.split(done.stdout)
     assert plugins == "VLLM_PLUGINS=vllm_steer"
-    assert words[1:5] == ["-m", "vllm_steer.engine.serve", "serve", model]
+    assert words[1:5] == ["-m", "vllm_steer.server.serve", "serve", model]
     assert words[7:] == ["--port", "80", "-O0", "--enforce-eager", "--served-model-name", "a b"]
     settings = json.loads(words[6])["vllm_steer"]
     assert (settings["layers"], settings["directions"], settings["playground"]) == ([1, 3], [directions], True)

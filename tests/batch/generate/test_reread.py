@@ -64,8 +64,8 @@ def rows_of_many_shapes(vocab_size: int) -> list[FinishedRow]:
 @pytest.mark.engine
 def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(demo_model: Path, tmp_path: Path) -> None:
     from tests.engine.conftest import open_engine
-    from tests.engine.hf_reference import Reference
-    from tests.engine.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+    from tests.support.hf_reference import Reference
+    from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
     checkpoint = save_tiny_model("llama", demo_model, tmp_path / "llama")
     reference = Reference(checkpoint)

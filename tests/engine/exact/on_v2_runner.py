@@ -1,0 +1,203 @@
+"""What the classic runner's tests ask, asked of vLLM's V2 runner: started by `test_runner_v2`, or by hand with
+``pytest -p tests.support.interpreted_triton tests/engine/exact/on_v2_runner.py``; on an accelerator without the ``-p``.
+
+The vocabulary is small because interpreted sampling kernels take time for every block of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
+from tests.engine.conftest import OpenEngine
+from tests.support.hf_reference import Reference, ReferenceRun
+from tests.support.mixed_batch import (
+    Request,
+    Vectors,
+    as_directions,
+    check_against_reference,
+    check_readout,
+    check_trace,
+    is_same_output,
+    mixed_batch,
+    random_prompts,
+    references,
+    unit_vectors,
+)
+from tests.support.tiny_models import HIDDEN_SIZE, INIT_STD, MAX_POSITIONS, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS
+from tests.support.worker_state import state_held
+from vllm_steer import collect_readouts, register_directions
+from vllm_steer.engine.worker.readouts import FinishedReadout
+from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
+
+pytestmark = pytest.mark.engine
+
+LAYERS = [0, 2, NUM_LAYERS - 1]
+VOCAB_SIZE = 512
+MAX_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The mixed batch over a checkpoint, with the reference's answers."""
+
+    checkpoint: Path
+    reference: Reference
+    vectors: Vectors
+    requests: list[Request]
+    expected: list[ReferenceRun]
+
+    def check(self, llm: LLM) -> None:
+        """Assert that `llm` answers all requests as the reference does, and keeps nothing of them."""
+        register_directions(llm, as_directions(self.vectors))
+        assert check_against_reference(llm, self.reference, self.requests, self.expected) <= 2  # as in test_parity
+        # The runner hears of the last finished requests with the next step.
+        llm.generate([{"prompt_token_ids": [7, 8]}], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+        assert not any(state_held(worker_of(llm)).values())
+
+    def check_ends_that_nobody_foresees(self, llm: LLM) -> None:
+        """The same for requests that end at a token, which an asynchronous scheduler learns one step late."""
+        ended = [
+            (one, run.first(run.tokens.index(run.tokens[4]) + 1))
+            for one, run in zip(self.requests, self.expected, strict=True)
+        ]
+        outs = llm.generate(
+            [{"prompt_token_ids": request.prompt_ids} for request, _ in ended],
+            [request.params(max_tokens=MAX_TOKENS, stop_token_ids=run.tokens[-1:]) for request, run in ended],
+            use_tqdm=False,
+        )
+        for (request, run), out, (read,) in zip(ended, outs, collect_readouts(llm, outs), strict=True):
+            assert is_same_output(out, run, request.label)
+            check_readout(read, request.readout, run, request.label)
+            check_trace(read, request, run)
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INIT_STD,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(checkpoint)
+    vectors = unit_vectors(LAYERS, HIDDEN_SIZE, seed=21)
+    # On both sides of the ends of blocks (32) and chunks (40).
+    requests = mixed_batch(vectors, random_prompts(VOCAB_SIZE, lengths=(3, 31, 32, 33, 48, 79), seed=22))
+    reference = Reference(checkpoint)
+    return Workload(checkpoint, reference, vectors, requests, references(reference, requests, MAX_TOKENS))
+
+
+@pytest.fixture
+def open_v2(workload: Workload, open_engine: OpenEngine) -> Iterator[Callable[..., LLM]]:
+    """An engine over the workload's checkpoint, with its runner checked to be the one that is meant."""
+    engines = []
+
+    def start(**engine_args: Any) -> LLM:
+        arguments = {"max_num_batched_tokens": 40, "max_num_seqs": 12, "skip_tokenizer_init": True} | engine_args
+        engines.append(open_engine(workload.checkpoint, layers=LAYERS, **arguments))
+        llm: LLM = engines[-1].__enter__()
+        runner = worker_of(llm).model_runner
+        assert isinstance(runner, GPUModelRunner)
+        assert type(runner.model_state).__name__ == "SteeringDefaultModelState"
+        return llm
+
+    yield start
+    for engine in engines:
+        engine.__exit__(None, None, None)
+
+
+def worker_of(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker
+
+
+def steering(llm: LLM) -> WorkerSteering:
+    found = steering_of(worker_of(llm).model_runner)
+    assert found is not None
+    return found
+
+
+def test_a_mixed_batch_in_chunks_with_dummy_runs_between_its_steps(
+    workload: Workload, open_v2: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_v2()
+    runner = worker_of(llm).model_runner
+    execute, counted = runner.execute_model, Counter[str]()
+
+    def with_dummy_runs(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("dummy_run"):
+            counted["real"] += 1
+            if counted["real"] % 4 == 0:
+                counted["dummy"] += 1
+                runner._dummy_run(num_tokens=17)
+        return execute(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "execute_model", with_dummy_runs)
+    workload.check(llm)
+    assert counted["dummy"] > 5
+
+
+def test_a_warm_up_with_made_up_requests_leaves_no_trace(open_v2: Callable[..., LLM]) -> None:
+    llm = open_v2()
+    worker, buffers = worker_of(llm), steering(llm).buffers
+    # As `warmup_kernels`, whose grammar kernel the interpreter cannot run.
+    assert run_mixed_prefill_decode_warmup(
+        worker.model_runner, worker.execute_model, worker.sample_tokens, num_tokens=12
+    )
+    assert bool((buffers.row_of_token == -1).all())
+    assert not buffers.segment_A2.any()
+    assert not any(bool(sums.any()) for sums in buffers.sums_L_AD)
+    assert not any(state_held(worker).values())
+
+
+def test_asynchronous_scheduling_and_preemption(
+    workload: Workload, open_v2: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counter[str]()
+    preempt, answer = Scheduler._preempt_request, FinishedReadout.answer
+    configure = type(current_platform).check_and_update_config
+
+    def counting_preempt(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
+        counted["preempted"] += 1
+        counted["preempted while generating"] += request.num_output_tokens > 0
+        preempt(self, request, *args, **kwargs)
+
+    def counting_answer(self: FinishedReadout, computed_end: int) -> Any:
+        counted["one token too many"] += self.spec.end is None and self.state.next_position == computed_end + 1
+        return answer(self, computed_end)
+
+    def asynchronous(vllm_config: Any) -> None:
+        configure(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True  # the CPU platform has switched it off
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counting_preempt)
+    monkeypatch.setattr(FinishedReadout, "answer", counting_answer)
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", staticmethod(asynchronous))
+    # Blocks for about four requests, whose prompts all fit into one step: they grow at the same time.
+    llm = open_v2(num_gpu_blocks_override=9, max_model_len=128, max_num_batched_tokens=256)
+    assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
+    workload.check(llm)
+    workload.check_ends_that_nobody_foresees(llm)
+    assert counted["preempted while generating"] > 0
+    assert counted["one token too many"] > 0

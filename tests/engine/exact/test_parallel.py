@@ -1,0 +1,168 @@
+"""Engines of several worker processes: every rank steers the same stream, and the readouts come back whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engine.conftest import OpenEngine
+from tests.support.hf_reference import Reference, ReferenceRun
+from tests.support.mixed_batch import (
+    Request,
+    as_directions,
+    check_against_reference,
+    mixed_batch,
+    random_prompts,
+    references,
+    unit_vectors,
+)
+from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
+from vllm_steer import register_directions, steer_config
+from vllm_steer.engine.config import check
+from vllm_steer.engine.decoder_layers import hooked_layers
+from vllm_steer.errors import UnsupportedFeature
+from vllm_steer.settings import SteerSettings
+
+pytestmark = pytest.mark.engine
+
+LAYERS = [0, 2, NUM_LAYERS - 1]
+MAX_TOKENS = 16
+RANKS = 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The mixed batch with the reference's answers."""
+
+    requests: list[Request]
+    reference: Reference
+    expected: list[ReferenceRun]
+
+    def check(self, llm: LLM) -> None:
+        excused = check_against_reference(llm, self.reference, self.requests, self.expected)
+        assert excused <= 2  # see test_parity
+
+
+@pytest.fixture(scope="module")
+def workload(reference: Reference) -> Workload:
+    prompts = random_prompts(VOCAB_SIZE, lengths=(3, 17, 33, 64, 90), seed=52)
+    requests = mixed_batch(unit_vectors(LAYERS, HIDDEN_SIZE, seed=51), prompts)
+    return Workload(requests, reference, references(reference, requests, MAX_TOKENS))
+
+
+@pytest.fixture(autouse=True)
+def _one_core_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in range(RANKS)))
+
+
+def state_of_rank(worker: Any) -> dict[str, Any]:
+    """Runs on a worker: what it holds and what its op has seen."""
+    runner = worker.model_runner
+    buffers = runner.vllm_steer.buffers
+    return {
+        "hooked": hooked_layers(runner.get_model()),
+        "bank": buffers.bank_SD.numpy(),
+        "sums": [sums_AD.numpy() for sums_AD in buffers.sums_L_AD],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.conformance("tensor parallelism (2)", family="llama")
+def test_two_tensor_parallel_ranks_answer_as_the_reference_and_hold_the_same_stream(
+    workload: Workload, checkpoint: Path, open_engine: OpenEngine
+) -> None:
+    with open_engine(checkpoint, layers=LAYERS, tensor_parallel_size=RANKS) as llm:
+        register_directions(llm, as_directions(workload.requests[0].vectors))
+        workload.check(llm)
+        ranks = llm.collective_rpc(state_of_rank)
+    assert len(ranks) == RANKS
+    first, second = ranks
+    assert first["hooked"] == second["hooked"] == LAYERS
+    assert np.count_nonzero(first["bank"].any(axis=1)) == len(as_directions(workload.requests[0].vectors))
+    np.testing.assert_array_equal(first["bank"], second["bank"])
+    for seen_by_first, seen_by_second in zip(first["sums"], second["sums"], strict=True):
+        assert seen_by_first.any()
+        # Both ranks take the result of the same all-reduce, so not even its rounding differs.
+        np.testing.assert_array_equal(seen_by_first, seen_by_second)
+
+
+def as_warm_up_would(worker: Any) -> None:
+    """Runs on a worker: allocate what a later stage receives into.
+
+    Stock vLLM 0.32 does it when it warms up, which its CPU engine skips when eager: the first request then dies of an
+    assertion (v1/worker/gpu_model_runner.py, sync_and_gather_intermediate_tensors). Compiled, two minutes slower to
+    start, it needs no such help.
+    """
+    runner = worker.model_runner
+    runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.conformance("pipeline parallelism (2)", family="llama")
+def test_two_pipeline_stages_answer_as_the_reference_each_with_its_own_layers(
+    workload: Workload, checkpoint: Path, open_engine: OpenEngine
+) -> None:
+    under_way: list[int] = []
+    # Few tokens a step, so that one stage has a batch of other requests than the next one.
+    with open_engine(checkpoint, layers=LAYERS, pipeline_parallel_size=RANKS, max_num_batched_tokens=64) as llm:
+        llm.collective_rpc(as_warm_up_would)
+        core = llm.llm_engine.engine_core.engine_core
+        schedule = core.scheduler.schedule
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            under_way.append(len(core.batch_queue))
+            return schedule(*args, **kwargs)
+
+        core.scheduler.schedule = counting
+        register_directions(llm, as_directions(workload.requests[0].vectors))
+        workload.check(llm)
+        first, second = llm.collective_rpc(state_of_rank)
+    assert max(under_way) > 0, "no two batches were ever under way at once"
+    # Readouts that span both stages, and ones that a single stage holds all of, are in the batch.
+    assert (first["hooked"], second["hooked"]) == ([0], [2, 3])
+    np.testing.assert_array_equal(first["bank"], second["bank"])
+    assert [sums_AD.any() for sums_AD in first["sums"]] == [True, False, False]
+    assert [sums_AD.any() for sums_AD in second["sums"]] == [False, True, True]
+
+
+@pytest.mark.conformance("data parallelism", family="llama", refused=True)
+def test_data_parallel_engines_are_refused_at_start(checkpoint: Path) -> None:
+    engine = EngineArgs(str(checkpoint), additional_config=steer_config(layers=LAYERS), data_parallel_size=2)
+    with pytest.raises(UnsupportedFeature, match=r"data parallelism.* first engine only"):
+        engine.create_engine_config()
+
+
+def asynchronously(config: Any) -> None:
+    config.scheduler_config.async_scheduling = True  # the CPU platform switches it off, whoever asked for it
+
+
+def speculating(config: Any) -> None:
+    config.speculative_config = SimpleNamespace(method="ngram")
+
+
+def with_adapters(config: Any) -> None:
+    config.lora_config = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [(asynchronously, "asynchronous scheduling"), (speculating, "speculative decoding"), (with_adapters, "LoRA")],
+)
+def test_what_was_not_compared_with_pipeline_stages_is_refused_beside_them(
+    checkpoint: Path, change: Callable[[Any], None], feature: str
+) -> None:
+    engine = EngineArgs(str(checkpoint), additional_config=steer_config(layers=LAYERS), pipeline_parallel_size=2)
+    config = engine.create_engine_config()
+    change(config)
+    with pytest.raises(UnsupportedFeature, match=f"pipeline parallelism and {feature} at once"):
+        check(config, SteerSettings(layers=LAYERS))

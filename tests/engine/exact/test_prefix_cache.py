@@ -1,0 +1,224 @@
+"""Requests share KV exactly where they steer alike, and never read what other steering left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, RequestOutput
+
+from tests.engine.conftest import BLOCK_SIZE, OpenEngine
+from tests.support.hf_reference import Entry, Reference
+from tests.support.mixed_batch import (
+    Request,
+    Vectors,
+    as_directions,
+    is_same_output,
+    random_prompts,
+    run,
+    unit_vectors,
+)
+from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
+from vllm_steer import Direction, register_directions
+
+pytestmark = pytest.mark.engine
+
+LAYER = 1
+MAX_TOKENS = 40
+# Two full blocks and six tokens: the third block holds the last prompt tokens and the first generated ones.
+PROMPT_LEN = 2 * BLOCK_SIZE + 6
+PROMPT_BLOCKS = 2 * BLOCK_SIZE
+
+
+@pytest.fixture(scope="module")
+def vectors() -> Vectors:
+    return unit_vectors([LAYER], HIDDEN_SIZE, seed=21)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path, open_engine: OpenEngine) -> Iterator[LLM]:
+    with open_engine(checkpoint, layers=[LAYER], enable_prefix_caching=True) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(engine: LLM, vectors: Vectors) -> LLM:
+    """The engine with an empty prefix cache and the directions as they were."""
+    register_directions(engine, as_directions(vectors))
+    assert engine.reset_prefix_cache()
+    return engine
+
+
+@pytest.fixture
+def prompt() -> list[int]:
+    return random_prompts(VOCAB_SIZE, lengths=(PROMPT_LEN,), seed=22)[0]
+
+
+@pytest.fixture
+def entry(vectors: Vectors) -> Callable[..., Entry]:
+    def make(name: str = "calm", **fields: Any) -> Entry:
+        defaults = {"layer": LAYER, "vector": vectors[name, LAYER], "alpha": 12.0, "op": "add", "span": "all"}
+        return {"name": name, **(defaults | fields)}
+
+    return make
+
+
+def answer(llm: LLM, prompt: list[int], steering: list[Entry], readout: dict[str, Any] | None = None) -> RequestOutput:
+    (out,), _ = run(llm, [Request(prompt, steering, readout)], max_tokens=MAX_TOKENS)
+    return out
+
+
+def tokens(out: RequestOutput) -> list[int]:
+    return list(out.outputs[0].token_ids)
+
+
+def assert_right(reference: Reference, out: RequestOutput, prompt: list[int], steering: list[Entry]) -> None:
+    """The output is what the reference, which caches nothing between requests, gives. No near tie in these prompts."""
+    expected = reference.generate(prompt, MAX_TOKENS, steering)
+    assert is_same_output(out, expected, f"steering {[(e['name'], e['alpha'], e['span']) for e in steering]}")
+
+
+@pytest.mark.conformance("prefix caching", family="llama")
+def test_a_warm_cache_gives_every_request_its_own_uncached_output(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    steering = [entry()]
+    uncached = {}
+    for name, entries in (("steered", steering), ("unsteered", [])):
+        llm.reset_prefix_cache()
+        uncached[name] = tokens(answer(llm, prompt, entries))
+    assert uncached["steered"] != uncached["unsteered"]
+
+    llm.reset_prefix_cache()
+    first = answer(llm, prompt, steering)
+    second = answer(llm, prompt, [])
+    third = answer(llm, prompt, steering)
+    fourth = answer(llm, prompt, [])
+    assert [tokens(out) for out in (first, third)] == [uncached["steered"]] * 2
+    assert [tokens(out) for out in (second, fourth)] == [uncached["unsteered"]] * 2
+    # Nothing to share at first, nothing to share with the other kind, and all full blocks with one's own kind.
+    assert [out.num_cached_tokens for out in (first, second, third, fourth)] == [
+        0,
+        0,
+        PROMPT_BLOCKS,
+        PROMPT_BLOCKS,
+    ]
+    for out, entries in ((third, steering), (fourth, [])):
+        assert_right(reference, out, prompt, entries)
+
+
+@pytest.mark.conformance("prefix caching", family="llama")
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha": 12.5}, {"alpha": -12.0}, {"op": "set"}, {"name": "bold"}, {"span": "generated"}],
+    ids=str,
+)
+def test_steering_that_differs_in_anything_shares_nothing_of_a_steered_prompt(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry], change: dict[str, Any]
+) -> None:
+    answer(llm, prompt, [entry()])
+    other = [entry(**change)]
+    out = answer(llm, prompt, other)
+    assert out.num_cached_tokens == 0
+    assert_right(reference, out, prompt, other)
+
+
+def test_the_order_of_entries_at_a_layer_is_part_of_the_key(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    pair = [entry("calm"), entry("bold", op="set", alpha=-9.0)]
+    answer(llm, prompt, pair)
+    out = answer(llm, prompt, pair[::-1])
+    assert out.num_cached_tokens == 0
+    assert_right(reference, out, prompt, pair[::-1])
+
+
+@pytest.mark.conformance("prefix caching", family="llama")
+def test_steering_of_generated_tokens_shares_the_prompt_with_unsteered_requests(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    steering = [entry(span="generated")]
+    assert answer(llm, prompt, []).num_cached_tokens == 0
+    out = answer(llm, prompt, steering)
+    assert out.num_cached_tokens == PROMPT_BLOCKS
+    assert_right(reference, out, prompt, steering)
+    assert answer(llm, prompt, [entry("bold", span="generated", alpha=-7.0)]).num_cached_tokens == PROMPT_BLOCKS
+
+
+@pytest.mark.conformance("multi-turn over the prefix cache", family="llama")
+def test_blocks_with_steered_generated_tokens_are_not_read_as_a_prompt(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    # The next turn of a conversation: what was generated, and steered, is prompt now, and is not.
+    steering = [entry(span="generated")]
+    next_turn = prompt + tokens(answer(llm, prompt, steering))[:-1]
+    assert len(next_turn) > PROMPT_BLOCKS + BLOCK_SIZE  # the block in question is full
+    unsteered = answer(llm, next_turn, [])
+    assert unsteered.num_cached_tokens == PROMPT_BLOCKS
+    assert_right(reference, unsteered, next_turn, [])
+    # The same steering again starts behind this longer prompt, so it shares what the unsteered one wrote.
+    again = answer(llm, next_turn, steering)
+    assert again.num_cached_tokens == PROMPT_BLOCKS + BLOCK_SIZE
+    assert_right(reference, again, next_turn, steering)
+
+
+@pytest.mark.conformance("multi-turn over the prefix cache", family="llama")
+def test_the_next_turn_of_a_wholly_steered_conversation_hits_the_whole_history(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    steering = [entry()]
+    next_turn = prompt + tokens(answer(llm, prompt, steering))[:-1]
+    out = answer(llm, next_turn, steering)
+    assert out.num_cached_tokens == len(next_turn) // BLOCK_SIZE * BLOCK_SIZE
+    assert_right(reference, out, next_turn, steering)
+
+
+@pytest.mark.conformance("prefix caching", family="llama")
+def test_a_direction_replaced_under_its_name_never_hits_the_kv_of_the_old_one(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry], vectors: Vectors
+) -> None:
+    old = answer(llm, prompt, [entry("calm")])
+    register_directions(llm, [Direction("calm", LAYER, vectors["bold", LAYER])])
+    replaced = [entry("calm", vector=vectors["bold", LAYER])]
+    out = answer(llm, prompt, replaced)
+    assert out.num_cached_tokens == 0
+    assert tokens(out) != tokens(old)
+    assert_right(reference, out, prompt, replaced)
+
+
+def test_the_same_vector_under_another_name_shares_its_kv(
+    llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry], vectors: Vectors
+) -> None:
+    answer(llm, prompt, [entry("calm")])
+    register_directions(llm, [Direction("serene", LAYER, vectors["calm", LAYER])])
+    alias = [entry("calm") | {"name": "serene"}]
+    out = answer(llm, prompt, alias)
+    assert out.num_cached_tokens == PROMPT_BLOCKS
+    assert_right(reference, out, prompt, alias)
+
+
+@pytest.mark.parametrize("is_steered", [False, True])
+def test_a_readout_computes_every_token_itself_and_leaves_its_kv_to_others(
+    llm: LLM, prompt: list[int], entry: Callable[..., Entry], is_steered: bool
+) -> None:
+    steering = [entry()] if is_steered else []
+    readout = {"layers": [LAYER], "span": "prompt"}
+    assert answer(llm, prompt, steering, readout).num_cached_tokens == 0
+    assert answer(llm, prompt, steering).num_cached_tokens == PROMPT_BLOCKS
+    (out,), ((read,),) = run(llm, [Request(prompt, steering, readout)], max_tokens=MAX_TOKENS)
+    assert out.num_cached_tokens == 0
+    assert read is not None
+    assert read.num_tokens == PROMPT_LEN
+
+
+def test_a_callers_own_cache_salt_still_separates_steered_requests(
+    llm: LLM, prompt: list[int], entry: Callable[..., Entry]
+) -> None:
+    params = Request(prompt, [entry()], None).params(max_tokens=2)
+    hits = [
+        llm.generate([{"prompt_token_ids": prompt, "cache_salt": salt}], params, use_tqdm=False)[0].num_cached_tokens
+        for salt in ("tenant one", "tenant two", "tenant one")
+    ]
+    assert hits == [0, 0, PROMPT_BLOCKS]

@@ -1,0 +1,363 @@
+"""Admission: names to slots and layers to hook numbers, digests by content, refusals before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_steer.directions import Direction
+from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.front.requests import salt
+from vllm_steer.engine.resolved_spec import Resolved
+from vllm_steer.errors import (
+    AmbiguousDirection,
+    BadAlpha,
+    BadOp,
+    BadReadout,
+    LayerNotHooked,
+    SteerError,
+    TooManyEntries,
+    UnknownDirection,
+)
+from vllm_steer.plan.batch_plan import Entry, Pooling, RequestPlan
+from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.settings import SteerSettings
+
+SIZE = 8
+HOOKED = (8, 12, 20)
+PROMPT_LEN = 5
+RNG = np.random.default_rng(0)
+KIND, COLD = (Direction("x", 0, RNG.standard_normal(SIZE)).normalised().vector for _ in range(2))
+
+
+@pytest.fixture
+def admission() -> Admission:
+    made = Admission(
+        SteerSettings(layers=HOOKED, max_entries=2, max_alpha=10.0, max_directions=16, trace_columns=2), SIZE
+    )
+    made.registry.register(
+        [
+            Direction("kind", 12, KIND),
+            Direction("cold", 12, COLD),
+            Direction("kind-again", 12, KIND),
+            Direction("both", 8, KIND),
+            Direction("both", 20, COLD),
+            Direction("long", 12, 3 * KIND),
+            Direction("elsewhere", 13, KIND),
+        ]
+    )
+    return made
+
+
+def resolve(admission: Admission, *steering: Steering, readout: Readout | None = None) -> Resolved:
+    return admission.resolve("id", RequestSpec(steering, readout), PROMPT_LEN)
+
+
+def digests(admission: Admission, *steering: Steering) -> tuple[str, str]:
+    resolved = resolve(admission, *steering)
+    return resolved.prompt_digest, resolved.generated_digest
+
+
+def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission) -> None:
+    resolved = resolve(
+        admission, Steering("kind", 4), Steering("both", 2, layer=20, op="set"), Steering("cold", op="ablate", layer=8)
+    )
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    assert resolved.prompt == resolved.generated
+    assert resolved.prompt == [
+        (0, slot["cold", 12], 0.0, -1.0), (1, slot["kind", 12], 4.0, 0.0), (2, slot["both", 20], 2.0, -1.0)
+    ]  # fmt: skip
+    assert (resolved.request_id, resolved.prompt_len, resolved.readout) == ("id", PROMPT_LEN, None)
+
+
+def test_the_same_content_under_two_names_has_one_digest(admission: Admission) -> None:
+    assert digests(admission, Steering("kind", 4)) == digests(admission, Steering("kind-again", 4))
+    assert digests(admission, Steering("kind", 4, layer=8)) == digests(admission, Steering("both", 4, layer=8))
+    assert digests(admission, Steering("kind", op="ablate")) == digests(admission, Steering("kind", 0, op="set"))
+
+
+def test_new_content_under_the_same_name_has_a_new_digest(admission: Admission) -> None:
+    before = digests(admission, Steering("kind", 4))
+    admission.registry.register([Direction("kind", 12, COLD)])
+    after = digests(admission, Steering("kind", 4))
+    assert after != before
+    assert after == digests(admission, Steering("cold", 4))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Steering("cold", 4), Steering("kind", 4.5), Steering("kind", -4), Steering("kind", 4, layer=8),
+        Steering("kind", 4, op="set"), Steering("kind", op="ablate"), Steering("long", 4),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_any_difference_in_content_is_a_difference_in_digest(admission: Admission, other: Steering) -> None:
+    assert digests(admission, Steering("kind", 4))[0] != digests(admission, other)[0]
+
+
+def test_alpha_0_of_add_is_dropped_and_of_set_is_not(admission: Admission) -> None:
+    nothing = resolve(admission, Steering("kind", 0), Steering("cold", -0.0))
+    assert (nothing.prompt, nothing.generated) == ([], [])
+    assert (nothing.prompt_digest, nothing.generated_digest) == ("", "")
+    mixed = digests(admission, Steering("cold", 0), Steering("kind", 4))
+    assert mixed == digests(admission, Steering("kind", 4))
+    assert len(resolve(admission, Steering("kind", 0, op="set")).prompt) == 1
+
+
+def test_order_counts_within_a_layer_and_not_across_layers(admission: Admission) -> None:
+    here, after = Steering("kind", op="ablate"), Steering("cold", 2)
+    assert digests(admission, here, after) != digests(admission, after, here)
+    assert [entry[1:] for entry in resolve(admission, here, after).prompt] == list(
+        reversed([entry[1:] for entry in resolve(admission, after, here).prompt])
+    )
+    elsewhere = Steering("kind", 3, layer=20)
+    assert resolve(admission, here, elsewhere, after) == resolve(admission, elsewhere, here, after)
+    assert resolve(admission, here, elsewhere, after) == resolve(admission, here, after, elsewhere)
+
+
+def test_spans_are_split_into_prompt_and_generated_entries(admission: Admission) -> None:
+    resolved = resolve(
+        admission, Steering("kind", 1, span="prompt"), Steering("kind", 2, span="generated"), Steering("cold", 3)
+    )
+    assert [entry[2] for entry in resolved.prompt] == [1.0, 3.0]
+    assert [entry[2] for entry in resolved.generated] == [2.0, 3.0]
+    assert resolved.prompt_digest != resolved.generated_digest
+    assert digests(admission, Steering("kind", 1, span="prompt"))[1] == ""
+    assert digests(admission, Steering("kind", 1, span="generated"))[0] == ""
+    assert len(set(digests(admission, Steering("kind", 1)))) == 1
+    # one entry for both spans is the same content as one for each
+    split = (Steering("kind", 1, span="prompt"), Steering("kind", 1, span="generated"))
+    assert digests(admission, *split) == digests(admission, Steering("kind", 1))
+
+
+def test_as_many_entries_as_there_is_room_for_count_by_layer_and_token(admission: Admission) -> None:
+    one = Steering("kind", 1)
+    resolve(admission, one, one, Steering("kind", 1, layer=8), Steering("kind", 1, layer=20))
+    resolve(admission, *(Steering("kind", 1, span=span) for span in ("prompt", "prompt", "generated", "generated")))
+    resolve(admission, one, one, Steering("kind", 0))  # what is dropped takes no room
+    with pytest.raises(TooManyEntries, match="3 entries at layer 12; allowed: 2"):
+        resolve(admission, one, one, one)
+    with pytest.raises(TooManyEntries):
+        resolve(admission, one, one, Steering("kind", 1, span="generated"))
+
+
+REFUSED: list[tuple[Steering, type[SteerError], str]] = [
+    (Steering("kind", 10.5), BadAlpha, "alpha is 10.5 at layer 12; allowed: up to 10"),
+    (Steering("kind", -11), BadAlpha, "alpha is -11"),
+    (Steering("long", op="ablate"), BadOp, "'long', whose norm is not 1"),
+    (Steering("long", 1, op="set"), BadOp, "'long', whose norm is not 1"),
+    (Steering("kind", 1, layer=13), LayerNotHooked, r"layer 13 is not hooked; hooked: \[8, 12, 20\]"),
+    (Steering("elsewhere", 1), LayerNotHooked, "layer 13"),
+    (Steering("kidn", 1), UnknownDirection, "'kidn'"),
+    (Steering("both", 1), AmbiguousDirection, r"'both' belongs to layers \[8, 20\]"),
+    (Steering("kind", 0, layer=13), LayerNotHooked, "layer 13"),  # α 0 is dropped, its mistakes are not
+]
+
+
+@pytest.mark.parametrize(("steering", "refusal", "message"), REFUSED)
+def test_what_the_engine_cannot_do_is_refused(
+    admission: Admission, steering: Steering, refusal: type[SteerError], message: str
+) -> None:
+    with pytest.raises(refusal, match=message) as caught:
+        resolve(admission, steering)
+    assert type(caught.value) is refusal
+
+
+def test_the_largest_alpha_is_one_of_the_request_and_not_of_each_entry(admission: Admission) -> None:
+    half = Steering("kind", 5.5)
+    with pytest.raises(BadAlpha, match="adds up to 11 at layer 12; allowed: up to 10"):
+        resolve(admission, half, Steering("cold", -5.5))
+    # Not over the same tokens, not at the same layer, nothing added.
+    resolve(admission, Steering("kind", 5.5, span="prompt"), Steering("cold", -5.5, span="generated"))
+    resolve(admission, half, Steering("kind", 5.5, layer=20))
+    resolve(admission, Steering("kind", 9.5), Steering("cold", op="ablate"))
+
+
+def bounded(multiple: float, **more: Any) -> Admission:
+    """An engine whose layer 12 has a mean residual norm of 10."""
+    made = Admission(
+        SteerSettings(layers=(12,), max_alpha_residual_norm=multiple, residual_norms={12: 10.0}, **more), SIZE
+    )
+    made.registry.register([Direction("kind", 12, KIND), Direction("cold", 12, COLD), Direction("long", 12, 24 * KIND)])
+    return made
+
+
+def test_a_bound_in_residual_norms_is_one_of_the_request_and_not_of_each_entry() -> None:
+    admission = bounded(1.0)
+    resolve(admission, Steering("kind", 10))
+    for asked in ([Steering("kind", 10)] * 8, [Steering("kind", 6), Steering("cold", -4.1)]):
+        with pytest.raises(BadAlpha, match="times the mean residual norm there, 10; allowed: up to 1 times"):
+            resolve(admission, *asked)
+    resolve(admission, Steering("kind", 10, span="prompt"), Steering("cold", 10, span="generated"))
+
+
+def test_a_bound_in_residual_norms_counts_the_direction_s_length() -> None:
+    admission = bounded(1.0)
+    with pytest.raises(BadAlpha, match="can add a vector of length 24 "):
+        resolve(admission, Steering("long", 1))
+    resolve(admission, Steering("long", 10 / 24.001))
+
+
+def test_the_default_counts_towards_the_bounds_as_a_request_s_own_steering_does() -> None:
+    default = (Steering("kind", 6), Steering("cold", 6))
+    with pytest.raises(BadAlpha):
+        resolve(bounded(1.0, default_steering=default), *default)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 2.0**15), ("bfloat16", 2.0**48), ("float32", 2.0**48)])
+def test_what_the_engine_s_dtype_cannot_hold_is_refused(dtype: str, most: float) -> None:
+    admission = Admission(SteerSettings(layers=(12,), max_alpha=1e30, max_entries=4), SIZE, dtype)
+    peak = float(np.abs(KIND).max())
+    admission.registry.register([Direction("kind", 12, KIND), Direction("long", 12, 1e6 * KIND)])
+    resolve(admission, Steering("kind", 0.999 * most / peak))
+    for asked in (
+        [Steering("kind", 1.001 * most / peak)],
+        [Steering("long", -1.001e-6 * most / peak)],
+        [Steering("kind", 0.501 * most / peak), Steering("kind", -0.501 * most / peak)],
+        [Steering("kind", 1.001 * most / peak, op="set", span="generated")],
+    ):
+        with pytest.raises(BadAlpha, match=f"of the {dtype} stream"):
+            resolve(admission, *asked)
+
+
+def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
+    admission = Admission(SteerSettings(layers=(8, 12)), SIZE)
+    admission.registry.register(
+        [Direction("many", layer, (layer + 1) * KIND) for layer in (4, 8, 20)]
+        + [Direction("none", layer, KIND) for layer in (1, 2)]
+    )
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    assert resolve(admission, Steering("many", 2)).prompt == [(0, slot["many", 8], 2.0, 0.0)]
+    traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
+    assert traced is not None
+    assert traced.trace == [("many", 0, slot["many", 8])]
+    with pytest.raises(LayerNotHooked, match=r"belongs to layers \[1, 2\]; hooked: \[8, 12\]"):
+        resolve(admission, Steering("none", 1))
+    with pytest.raises(AmbiguousDirection, match=r"belongs to layers \[4, 8, 20\] and layer 12 was asked"):
+        resolve(admission, Steering("many", 2, layer=12))
+
+
+def test_the_bound_itself_is_allowed_and_add_needs_no_unit_vector(admission: Admission) -> None:
+    assert resolve(admission, Steering("long", -10)).prompt[0][2] == -10.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "end"),
+    [
+        ({"span": "prompt"}, 0, PROMPT_LEN),
+        ({"span": "prompt", "skip_first": 4}, 4, PROMPT_LEN),
+        ({"span": "generated"}, PROMPT_LEN, None),
+        ({"span": "all"}, 0, None),
+        ({"span": "all", "skip_first": 1}, 1, None),
+    ],
+)
+def test_a_span_becomes_positions(admission: Admission, fields: dict[str, Any], first: int, end: int | None) -> None:
+    readout = resolve(admission, readout=Readout([20, 8], **fields)).readout
+    assert readout is not None
+    assert (readout.first, readout.end) == (first, end)
+    assert (readout.layers, readout.layer_indices) == ([8, 20], [0, 2])
+
+
+@pytest.mark.parametrize("span", ["prompt", "all"])
+@pytest.mark.parametrize("skip_first", [PROMPT_LEN, PROMPT_LEN + 1])
+def test_skipping_the_whole_prompt_is_refused(admission: Admission, span: Any, skip_first: int) -> None:
+    with pytest.raises(BadReadout, match=f"skip_first is {skip_first} and the prompt has {PROMPT_LEN} tokens"):
+        resolve(admission, readout=Readout([8], span=span, skip_first=skip_first))
+
+
+def test_projections_are_taken_at_the_layers_that_are_read_and_that_a_name_belongs_to(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+
+    def projections(layers: list[int], *names: str) -> list[tuple[str, int, int]]:
+        readout = resolve(admission, readout=Readout(layers, project=names)).readout
+        assert readout is not None
+        return readout.project
+
+    assert projections([8, 12, 20], "both", "kind") == [
+        ("both", 8, slot["both", 8]), ("both", 20, slot["both", 20]), ("kind", 12, slot["kind", 12])
+    ]  # fmt: skip
+    assert projections([20], "both") == [("both", 20, slot["both", 20])]
+    with pytest.raises(BadReadout, match=r"'kind', which belongs to layers \[12\]; read are \[8\]"):
+        projections([8], "kind")
+    with pytest.raises(UnknownDirection):
+        projections([8], "kidn")
+    with pytest.raises(LayerNotHooked):
+        projections([9, 12], "kind")
+
+
+def test_a_trace_is_taken_at_the_direction_s_own_layer_read_or_not(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    admission.registry.register([Direction("late", 20, COLD)])
+    readout = resolve(admission, readout=Readout([8], vectors=False, trace=["late", "kind"])).readout
+    assert readout is not None
+    assert readout.trace == [
+        ("late", 2, admission.registry.find("late", 20, range(99)).slot),
+        ("kind", 1, slot["kind", 12]),
+    ]
+
+
+def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: Admission) -> None:
+    readout = resolve(admission, readout=Readout([8], trace=["both"])).readout
+    assert readout is not None
+    assert readout.trace == [("both", 0, admission.registry.find("both", 8, range(99)).slot)]
+
+
+@pytest.mark.parametrize(
+    ("trace", "refusal", "message"),
+    [
+        (["kidn"], UnknownDirection, "'kidn'"),
+        (["both"], AmbiguousDirection, r"'both', which belongs to layers \[8, 20\]"),
+        (["elsewhere"], LayerNotHooked, "layer 13"),
+        (["kind", "cold", "long"], BadReadout, "3 directions to trace; allowed: 2"),
+    ],
+)
+def test_a_trace_that_cannot_be_taken_is_refused(
+    admission: Admission, trace: list[str], refusal: type[SteerError], message: str
+) -> None:
+    with pytest.raises(refusal, match=message) as caught:
+        resolve(admission, readout=Readout([8, 20], trace=trace))
+    assert type(caught.value) is refusal
+
+
+def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Admission) -> None:
+    resolved = resolve(
+        admission,
+        Steering("kind", 4, span="prompt"),
+        readout=Readout([8, 12], span="all", skip_first=1, trace=["cold"]),
+    )
+    arrived = Resolved.load(json.loads(json.dumps(resolved.dump())))
+    assert arrived.plan() == resolved.plan()
+    assert arrived.plan() == RequestPlan(
+        PROMPT_LEN,
+        prompt_entries=(Entry(1, resolved.prompt[0][1], 4.0, 0.0),),
+        pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),)),
+    )
+    assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
+    assert Resolved.load(resolve(admission).dump()).plan() == RequestPlan(PROMPT_LEN)
+
+
+def test_configured_files_are_registered_at_start_up(tmp_path: Any) -> None:
+    from vllm_steer.directions import save_directions
+
+    save_directions(tmp_path / "d.safetensors", [Direction("kind", 12, KIND), Direction("kind", 8, COLD)])
+    made = Admission(SteerSettings(layers=HOOKED, directions=(str(tmp_path / "d.safetensors"),)), SIZE)
+    assert [(one.name, one.layer, one.slot) for one in made.registry.all()] == [("kind", 8, 0), ("kind", 12, 1)]
+
+
+def test_remembered_readouts_are_bounded_and_the_oldest_go_first(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_steer.engine.front.admission._REMEMBERED_READOUTS", 2)
+    for name in ("a", "b", "a", "c"):
+        admission.remember(name, Readout([8]))
+    assert list(admission.asked) == ["b", "c"]
+
+
+def test_the_salt_tells_apart_both_its_parts() -> None:
+    salts = {salt(own, digest) for own in (None, "tenant", "tenant2") for digest in ("a" * 64, "b" * 64)}
+    assert len(salts) == 6
+    assert salt(None, "a" * 64) == salt("", "a" * 64)

@@ -1,0 +1,76 @@
+"""The answers of pipeline stages put together, and what each stage makes of a request's readout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_steer.engine.resolved_spec import ResolvedReadout
+from vllm_steer.engine.worker_answers import whole_readouts, whole_traces
+
+
+def _answer(layers: list[int], num_tokens: int = 4, **fields: Any) -> dict[str, Any]:
+    return {
+        "num_tokens": num_tokens,
+        "layers": layers,
+        "mean": b"".join(np.full(2, layer, np.float32).tobytes() for layer in layers),
+        "projections": [["kind", layer, float(layer)] for layer in layers],
+        "trace": [[f"of layer {layer}", bytes([layer])] for layer in layers],
+        "trace_error": None,
+    } | fields
+
+
+def test_the_layers_of_all_stages_make_one_readout() -> None:
+    assert whole_readouts([[_answer([1, 3])], [_answer([5])], [_answer([])]]) == [_answer([1, 3, 5])]
+
+
+def test_workers_that_another_one_answers_for_are_passed_over() -> None:
+    assert whole_readouts([[_answer([1])], None, [_answer([5])], None]) == [_answer([1, 5])]
+
+
+def test_vectors_that_were_not_asked_stay_out() -> None:
+    (whole,) = whole_readouts([[_answer([1], mean=None)], [_answer([5], mean=None)]])
+    assert whole == _answer([1, 5], mean=None)
+
+
+def test_a_readout_that_one_stage_has_lost_is_lost() -> None:
+    assert whole_readouts([[_answer([1]), _answer([1])], [None, _answer([5])]]) == [None, _answer([1, 5])]
+
+
+def test_the_failure_of_one_stage_is_the_failure_of_all() -> None:
+    assert whole_readouts([[_answer([1])], [{"error": "a gap"}]]) == [{"error": "a gap"}]
+    (whole,) = whole_readouts([[_answer([1], trace=[], trace_error="no column")], [_answer([5])]])
+    assert whole is not None
+    assert whole["trace_error"] == "no column"
+
+
+def test_stages_that_counted_differently_make_an_error_and_never_a_number() -> None:
+    (whole,) = whole_readouts([[_answer([1], num_tokens=4)], [_answer([5], num_tokens=5)]])
+    assert whole is not None
+    assert "[4, 5]" in whole["error"]
+
+
+def test_a_live_trace_goes_as_far_as_every_stage_knows() -> None:
+    stages = [[[("calm", [1.0, 2.0, 3.0])]], [[("bold", [4.0, 5.0])]], [[]]]
+    assert whole_traces(stages) == [[("calm", [1.0, 2.0]), ("bold", [4.0, 5.0])]]
+
+
+@pytest.mark.parametrize("missing", [None, {"error": "no column"}], ids=str)
+def test_a_live_trace_that_a_stage_cannot_give_is_not_given(missing: Any) -> None:
+    assert whole_traces([[[("calm", [1.0])]], [missing]]) == [missing]
+
+
+def test_a_stage_reads_what_it_holds_and_counts_the_tokens_of_the_rest() -> None:
+    whole = ResolvedReadout(
+        layers=[2, 7, 9], layer_indices=[0, 2, 3], first=1, end=None, vectors=True,
+        project=[("kind", 2, 5), ("kind", 9, 6)], trace=[("far", 3, 6), ("between", 1, 8), ("near", 0, 5)],
+    )  # fmt: skip
+    first, second, third = (whole.on_stage(held) for held in ({0, 1}, {2, 3}, {4}))
+    assert (first.layers, first.layer_indices, first.project) == ([2], [0], [("kind", 2, 5)])
+    assert first.trace == [("between", 1, 8), ("near", 0, 5)]
+    assert (second.layers, second.layer_indices, second.project) == ([7, 9], [2, 3], [("kind", 9, 6)])
+    assert second.trace == [("far", 3, 6)]
+    assert (third.layers, third.layer_indices, third.project, third.trace) == ([], [], [], [])
+    assert {stage.pooling().first for stage in (first, second, third)} == {1}

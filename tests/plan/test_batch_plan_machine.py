@@ -1,0 +1,366 @@
+"""Any schedule that an engine can make, from admission to the collected readout, against a model token by token.
+
+What runs is the real thing but for vLLM: admission, the runner's wrappers, the worker's planner and buffers, the op in
+the hooks of a small model, the RPC. The model beside it (request_model.py) keeps what each request asked and the
+vectors that the names stood for then, works out the stream of every single token in float64 from the op's definition,
+and takes plain means.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from tests.support.request_model import CONTENT, HOMES, HOOKED, MOST_TRACED, Life, readouts, steerings
+from tests.support.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInWorker, plain_streams
+from vllm_steer.directions import Direction
+from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.engine.worker import worker_rpc
+from vllm_steer.errors import BankFull
+from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
+from vllm_steer.settings import SteerSettings
+
+RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass
+SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=3, trace_columns=MOST_TRACED)
+
+# Streams here stay below 100, where some twenty float32 roundings add up to less than 2e-4. Any wrong entry, vector or
+# token changes them by more than 0.1: every α is at least 1 in size, and two tokens' contents differ as random vectors.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A life's part of a step: tokens that are known, drafts behind them, and how many of these are right."""
+
+    life: Life
+    known: int
+    drafted: int
+    right: int
+
+
+class Schedule(RuleBasedStateMachine):
+    """Arrivals, chunks, preemptions and ends as hypothesis likes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = StandInRunner(SETTINGS, RUNNING, TOKENS, PADDED, DRAFTS)
+        self.runner.load_model()
+        self.worker = StandInWorker(self.runner)
+        self.admission = Admission(SETTINGS, SIZE)
+        self.vectors: dict[tuple[str, int], Any] = {}
+        self.lives: list[Life] = []
+        self.preempted: set[str] = set()
+        self.untold: set[str] = set()
+        self.arrivals, self.versions = 0, 0
+        for name in HOMES:
+            self.register(name)
+
+    def register(self, name: str) -> None:
+        layers = sorted(HOOKED) if name == "both" else [HOMES[name]]
+        new = []
+        for layer in layers:
+            self.versions += 1
+            vector = np.random.default_rng(self.versions).standard_normal(SIZE)
+            new.append(Direction(name, layer, vector).normalised())
+        try:
+            writes = self.admission.registry.register(new)
+        except BankFull:
+            return
+        self.runner.steering.write_directions(writes)
+        self.vectors |= {(one.name, one.layer): one.vector.astype(np.float64) for one in new}
+
+    # What the outside does.
+
+    @rule(data=st.data(), name=st.sampled_from(sorted(HOMES)))
+    def replace_a_direction(self, data: st.DataObject, name: str) -> None:
+        if not self.lives:
+            self.admission.registry.reclaim()
+        self.register(name)
+        self.go_on(data)
+
+    def arrive(self, data: st.DataObject) -> None:
+        prompt_len, generated = data.draw(st.integers(1, 9), label="prompt"), data.draw(st.integers(1, 6), label="more")
+        is_plain = data.draw(st.integers(0, 3), label="plain") == 0
+        steering = [] if is_plain else data.draw(st.lists(steerings(), max_size=SETTINGS.max_entries), label="steering")
+        is_read = not is_plain and data.draw(st.integers(0, 3), label="read") > 0
+        readout = data.draw(readouts(prompt_len), label="readout") if is_read else None
+        params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
+        if steering or readout is not None:
+            spec = RequestSpec(tuple(steering), readout)
+            resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len)
+            # msgpack makes lists of tuples, as JSON does
+            params.extra_args = json.loads(json.dumps({WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}))
+        entries = []
+        for one in steering:
+            layer = HOMES[one.direction] if one.layer is None else one.layer
+            # of two layers the name belongs to that one, of one layer it may be used at any
+            vector = self.vectors.get((one.direction, layer), self.vectors[one.direction, HOMES[one.direction]])
+            a, b = {"add": (one.alpha, 0.0), "ablate": (0.0, -1.0), "set": (one.alpha, -1.0)}[one.op]
+            entries.append((layer, one.span, a, b, vector))
+        for index in range(data.draw(st.integers(1, 2), label="samples")):
+            life = Life(self.arrivals, index, params, prompt_len, prompt_len + generated, entries, readout)
+            if readout is not None:
+                life.projected = {
+                    (name, layer): vector
+                    for (name, layer), vector in self.vectors.items()
+                    if name in readout.project and layer in readout.layers
+                }
+                life.traced = {name: (HOMES[name], self.vectors[name, HOMES[name]]) for name in readout.trace}
+            self.lives.append(life)
+        self.arrivals += 1
+
+    # What the engine does.
+
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        """Some steps with whoever comes. Every other rule ends in it too, or most events would meet an idle engine."""
+        for _ in range(data.draw(st.integers(1, 3), label="steps")):
+            while not self.lives or (len(self.lives) < RUNNING + 2 and data.draw(st.booleans(), label="arrival")):
+                self.arrive(data)
+            self.step(data)
+            for life in [one for one in self.lives if one.computed == one.total]:
+                self.finish(life, over=data.draw(st.integers(0, 1), label="over"))
+
+    def step(self, data: st.DataObject) -> None:
+        batch = self.choose_batch(data)
+        if not batch:
+            self.empty_step()
+            return
+        new = self.take_up([part.life for part in batch])
+        told, self.preempted = self.preempted, set()
+        self.runner.prepare(
+            [(part.life.request_id, part.life.computed, part.known + part.drafted) for part in batch],
+            new=[SimpleNamespace(req_id=life.request_id, sampling_params=life.params) for life in new],
+            preempted=told,
+            drafts={part.life.request_id: [0] * part.drafted for part in batch if part.drafted},
+        )
+        tokens = [
+            (part.life, part.life.computed + i, i >= part.known + part.right)
+            for part in batch
+            for i in range(part.known + part.drafted)
+        ]
+        padding = data.draw(st.integers(0, PADDED - len(tokens)), label="padding")
+        contents = [life.content(position, is_wrong) for life, position, is_wrong in tokens]
+        contents += [CONTENT[-1 - row] for row in range(padding)]
+        self.check_streams(tokens, np.stack(contents))
+        for part in batch:
+            part.life.computed += part.known + part.right
+            part.life.drafted = part.drafted
+        if data.draw(st.booleans(), label="asked"):  # who asks brings traces home, which has to happen unasked too
+            self.check_readouts()
+
+    def choose_batch(self, data: st.DataObject) -> list[Scheduled]:
+        seats, left = RUNNING - sum(life.running for life in self.lives), TOKENS
+        batch = []
+        for life in data.draw(st.permutations(self.lives), label="order"):
+            remaining = life.total - life.computed
+            if (
+                not remaining
+                or not left
+                or (not life.running and not seats)
+                or not data.draw(st.integers(0, 4), label="in")
+            ):
+                continue
+            if not life.running:
+                seats -= 1
+                if life.readout is None:  # the prefix cache may have some of it
+                    life.computed = data.draw(st.integers(0, min(life.prompt_len, remaining) - 1), label="cached")
+            elif life.computed and not life.drafted and remaining > 1 and data.draw(st.integers(0, 30)) == 30:
+                life.computed += 1  # KV that stands in for a token: no engine should, but if one did
+                life.has_gap = True
+            remaining = life.total - life.computed
+            known = data.draw(st.integers(1, min(remaining, left)), label="tokens")
+            left -= known
+            drafted = right = 0
+            if life.computed + known >= life.prompt_len:  # else a known token follows
+                drafted = data.draw(st.integers(0, min(DRAFTS, left, remaining - known)), label="drafts")
+                right = data.draw(st.integers(0, drafted), label="right")
+                left -= drafted
+            batch.append(Scheduled(life, known, drafted, right))
+        return batch
+
+    def take_up(self, batch: list[Life]) -> list[Life]:
+        """Give the lives of a step their seats and trace columns; returns those that are new to the worker."""
+        taken = self.traced_pairs()
+        new = [life for life in batch if not life.started]
+        for life in new:
+            wanted = {(layer, tuple(vector)) for layer, vector in life.traced.values()}
+            life.has_columns = len(taken | wanted) <= SETTINGS.trace_columns
+            taken |= wanted if life.has_columns else set()
+        for life in batch:
+            life.started = life.running = True
+            self.untold.discard(life.request_id)
+        if sum(life.running and life.readout is not None for life in self.lives) + len(self.untold) > RUNNING:
+            for life in self.lives:
+                life.may_fail |= life not in batch
+        return new
+
+    def empty_step(self) -> None:
+        """A step without tokens prepares nothing: the worker never hears who was preempted, and keeps their sums.
+
+        If all others want to be summed then, one that is not in the step may lose its sums, and must say so.
+        """
+        self.untold |= {life.request_id for life in self.lives if life.request_id in self.preempted and life.readout}
+        self.preempted = set()
+
+    @rule(data=st.data(), rows=st.integers(1, PADDED))
+    def a_dummy_pass(self, data: st.DataObject, rows: int) -> None:
+        contents = CONTENT[-rows:]
+        self.runner._dummy_run(contents)
+        for got, expected in zip(self.runner.streams, plain_streams(contents), strict=True):
+            assert torch.equal(got, expected), "a pass that no request stands behind was steered"
+        # An op that does not look at the flags goes by these tables alone, and writes over the trace.
+        buffers = self.runner.steering.buffers
+        buffers.trace_TK[:rows] = torch.nan
+        for table, untouched in ((buffers.row_of_token, -1), (buffers.segment_A2, 0), (buffers.keep_A, 1)):
+            assert (table == untouched).all()
+        self.check_readouts()
+        self.go_on(data)
+
+    @precondition(lambda self: any(life.running and not life.has_gap for life in self.lives))
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        life = data.draw(st.sampled_from([one for one in self.lives if one.running and not one.has_gap]))
+        life.running, life.computed, life.drafted = False, 0, 0
+        self.preempted.add(life.request_id)
+        if data.draw(st.booleans(), label="untold"):
+            self.empty_step()
+        self.go_on(data)
+
+    @precondition(lambda self: any(life.started for life in self.lives))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.finish(data.draw(st.sampled_from([one for one in self.lives if one.started])), over=0)
+        self.go_on(data)
+
+    def finish(self, life: Life, over: int) -> None:
+        """``over``: asynchronous scheduling has computed one token more than belong to the sample."""
+        self.end(life)
+        if life.running:
+            computed = max(life.computed - over, min(life.computed, life.prompt_len))
+            self.check_readout(life, self.collected(life, computed), computed)
+
+    @rule(data=st.data())
+    def only_plain_requests_go_on(self, data: st.DataObject) -> None:
+        for life in [one for one in self.lives if one.started and one.params.extra_args]:
+            self.end(life)
+        self.go_on(data)
+
+    def end(self, life: Life) -> None:
+        self.lives.remove(life)
+        self.preempted.discard(life.request_id)
+        self.untold.discard(life.request_id)
+        self.runner._on_request_state_removed(life.request_id, None)
+
+    # What has to come of it.
+
+    def traced_pairs(self) -> set[tuple[int, tuple[float, ...]]]:
+        return {
+            (layer, tuple(vector))
+            for life in self.lives
+            if life.started and life.has_columns
+            for layer, vector in life.traced.values()
+        }
+
+    def check_streams(self, tokens: list[tuple[Life, int, bool]], contents: Any) -> None:
+        self.runner.forward(contents)
+        plain = plain_streams(contents)
+        expected = [life.stream(position, is_wrong) for life, position, is_wrong in tokens]
+        steered_from = [life.first_steered_block(position) for life, position, _ in tokens]
+        names = [f"{life.request_id} at {position} of prompt {life.prompt_len}" for life, position, _ in tokens]
+        for block in range(BLOCKS):
+            got, untouched = self.runner.streams[block], plain[block]
+            off = np.abs(got[: len(tokens)].numpy() - np.stack([streams[block] for streams in expected])).max(axis=1)
+            assert (off < TOLERANCE).all(), f"{names[int(off.argmax())]}, after block {block}: off by {off.max():.3g}"
+            for row, first in enumerate(steered_from):
+                assert block >= first or torch.equal(got[row], untouched[row]), f"{names[row]}: touched"
+            assert torch.equal(got[len(tokens) :], untouched[len(tokens) :]), "padding was steered"
+
+    def check_readouts(self) -> None:
+        for life in self.lives:
+            if life.running:
+                self.check_readout(life, self.collected(life, life.computed), life.computed)
+            elif life.request_id not in self.preempted | self.untold:
+                assert self.collected(life, life.computed) is None, "what was preempted still holds its sums"
+
+    def collected(self, life: Life, computed: int) -> dict[str, Any] | None:
+        (answer,) = worker_rpc.collect(self.worker, [(life.external_id, life.index, computed)])
+        return answer
+
+    def check_readout(self, life: Life, answer: dict[str, Any] | None, computed: int) -> None:
+        if life.readout is None:
+            assert answer is None
+            return
+        if life.may_fail and (answer is None or "error" in answer):
+            return
+        assert answer is not None
+        if life.has_gap:
+            assert "were not seen" in answer["error"]
+            return
+        if life.readout.span == "prompt" and computed < life.prompt_len:
+            assert answer == {"error": f"{computed} of {life.prompt_len} prompt tokens were computed"}
+            return
+        positions = life.span(computed)
+        assert answer["num_tokens"] == len(positions)
+        nothing = [np.full(SIZE, np.nan)]
+        means = {
+            layer: np.mean([life.stream(position)[layer] for position in positions] or nothing, axis=0)
+            for layer in life.readout.layers
+        }
+        if life.readout.vectors:
+            mean_LD = np.frombuffer(answer["mean"], np.float32).reshape(len(life.readout.layers), SIZE)
+            expected = np.stack([means[layer] for layer in life.readout.layers])
+            np.testing.assert_allclose(mean_LD, expected, rtol=0, atol=TOLERANCE, err_msg=life.request_id)
+        else:
+            assert answer["mean"] is None
+        projections = {(name, layer): value for name, layer, value in answer["projections"]}
+        assert set(projections) == set(life.projected)
+        for (name, layer), value in projections.items():
+            expected_value = means[layer] @ life.projected[name, layer]
+            np.testing.assert_allclose(value, expected_value, rtol=0, atol=TOLERANCE, err_msg=name)
+        assert (answer["trace_error"] is None) == life.has_columns
+        traces = {name: np.frombuffer(values, np.float32) for name, values in answer["trace"]}
+        assert set(traces) == (set(life.traced) if life.has_columns else set())
+        for name, values in traces.items():
+            layer, vector = life.traced[name]
+            expected_values = [life.stream(position)[layer] @ vector for position in positions]
+            np.testing.assert_allclose(values, expected_values, rtol=0, atol=TOLERANCE, err_msg=name)
+
+    def teardown(self) -> None:
+        """Nothing has leaked: as many requests as ever fit can be read and traced at once."""
+        for life in list(self.lives):
+            self.end(life)
+        planner = self.runner.steering.planner
+        assert not planner.requests
+        assert not planner.poolings
+        assert not planner.columns
+        readout = Readout(HOOKED, span="all", trace=["a", "b"])
+        spec = RequestSpec((), readout)
+        lives = []
+        for _ in range(RUNNING):
+            resolved = self.admission.resolve(f"request-{self.arrivals}", spec, 4)
+            params = SimpleNamespace(stop=[], extra_args={WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()})
+            lives.append(Life(self.arrivals, 0, params, 4, 8, [], readout))
+            lives[-1].traced = {name: (HOMES[name], self.vectors[name, HOMES[name]]) for name in readout.trace}
+            self.arrivals += 1
+        self.runner.prepare(
+            [(life.request_id, 0, 5) for life in lives],
+            new=[SimpleNamespace(req_id=life.request_id, sampling_params=life.params) for life in lives],
+            preempted=set(),
+        )
+        self.runner.forward(np.stack([life.content(position) for life in lives for position in range(5)]))
+        for life in lives:
+            self.check_readout(life, self.collected(life, 5), 5)
+
+
+def test_every_token_and_readout_is_exact_over_any_schedule() -> None:
+    run_state_machine_as_test(Schedule, settings=hypothesis_settings(max_examples=25, stateful_step_count=25))

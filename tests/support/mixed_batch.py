@@ -1,0 +1,273 @@
+"""The mixed batch that parity is measured on, and how an engine's answers are compared with the reference's.
+
+Every request differs from its neighbours in direction, layer, operation, span, alpha or number of entries, some are
+not steered at all, and six prompts are shared by all of them, so that the prefix cache has every chance to mix them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm import LLM, RequestOutput, SamplingParams
+
+from tests.support.hf_reference import Entry, Reference, ReferenceRun
+from vllm_steer import Direction, Readout, ReadoutResult, Steering, collect_readouts, steered
+
+# The reference's own two best logits are this close: which of them wins is float rounding, not steering.
+NEAR_TIE = 1e-3
+# float32 rounding moves a chosen token's log-probability by up to 3e-5 in these models (measured). Leaving any one
+# entry out of the batch moves it by 1e-2 or more, but for one ablation in Qwen2 (1e-4) that its readout gives away.
+LOGPROB_TOLERANCE = 1e-3
+# As above for pooled vectors: up to 4e-6 relative measured, and one row too many in a mean of 100 is about 1e-2.
+READOUT_TOLERANCE = 1e-4
+# A trace's values against the norm of the stream they were taken from; a neighbouring token's value is off by 7e-2.
+TRACE_TOLERANCE = 1e-4
+
+Vectors = Mapping[tuple[str, int], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: `steering` as the reference takes it plus the direction's `name`, `readout` as Readout's fields.
+
+    `vectors` are what the names in the readout's trace stand for, see `trace_name`.
+    """
+
+    prompt_ids: list[int]
+    steering: list[Entry]
+    readout: dict[str, Any] | None
+    vectors: Vectors = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        entries = [f"{e['name']}@{e['layer']} {e['op']} {e['alpha']:g} {e['span']}" for e in self.steering]
+        return f"{len(self.prompt_ids)} tokens, [{'; '.join(entries)}], readout {self.readout}"
+
+    def params(self, **fields: Any) -> SamplingParams:
+        """Greedy parameters that never stop early, unless `fields` say otherwise."""
+        greedy: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}
+        return ask(SamplingParams(**(greedy | fields)), self.steering, self.readout)
+
+
+def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, Any] | None) -> SamplingParams:
+    """`params` with plain-dict steering and readout put on through the public interface."""
+    entries = [
+        Steering(
+            e["name"],
+            layer=e["layer"],
+            alpha=e.get("alpha", 1.0),
+            op=e.get("op", "add"),
+            span=e.get("span", "all"),
+        )
+        for e in steering
+    ]
+    return steered(params, entries, readout=Readout(**readout) if readout else None)
+
+
+def unit_vectors(layers: Sequence[int], hidden_size: int, seed: int = 1) -> Vectors:
+    """Random unit directions "calm" and "bold" at each of `layers`; float32 (hidden_size,) each."""
+    rng = np.random.default_rng(seed)
+    drawn = {(name, layer): rng.standard_normal(hidden_size) for name in ("calm", "bold") for layer in layers}
+    return {key: (vector / np.linalg.norm(vector)).astype(np.float32) for key, vector in drawn.items()}
+
+
+def as_directions(vectors: Vectors) -> list[Direction]:
+    """Every vector under its name, which several layers share, and under a name of its own, which a trace needs."""
+    return [
+        Direction(name=called, layer=layer, vector=vector)
+        for (name, layer), vector in vectors.items()
+        for called in (name, trace_name(name, layer))
+    ]
+
+
+def trace_name(name: str, layer: int) -> str:
+    return f"{name}-of-layer-{layer}"
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab_size, size=length).tolist() for length in lengths]
+
+
+def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
+    """32 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+
+    At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
+    """
+    layers = sorted({layer for _, layer in vectors})
+    first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
+
+    def entry(name: str, layer: int, alpha: float, op: str = "add", span: str = "all") -> Entry:
+        vector = vectors[name, layer]
+        return {"name": name, "layer": layer, "vector": vector, "alpha": alpha, "op": op, "span": span}
+
+    steerings: list[list[Entry]] = [
+        [],
+        [entry("calm", first, 20)],
+        [entry("calm", first, -20)],
+        [entry("calm", middle, 10, span="prompt")],
+        [entry("calm", middle, -10, span="generated")],
+        [entry("bold", last, 15)],
+        [],
+        [entry("bold", middle, -5)],
+        [entry("bold", first, 1, "ablate")],
+        [entry("calm", last, 1, "ablate", "prompt")],
+        [entry("calm", middle, 1, "ablate", "generated")],
+        [entry("calm", first, 15, "set")],
+        [entry("bold", middle, -12, "set", "prompt")],
+        [entry("bold", last, 18, "set", "generated")],
+        # Two entries at one layer, and the same two the other way round: the order is part of the meaning.
+        [entry("calm", middle, 12), entry("bold", middle, -13, "set")],
+        [entry("bold", middle, -13, "set"), entry("calm", middle, 12)],
+        [entry("calm", middle, 1, "ablate"), entry("calm", middle, 17)],
+        [entry("calm", first, 6), entry("calm", middle, -6), entry("bold", last, 14)],
+        [entry("calm", first, 14, "set", "prompt"), entry("calm", first, 18, span="generated")],
+        [
+            entry("bold", first, 20),
+            entry("calm", middle, -20, span="generated"),
+            entry("bold", last, 1, "ablate", "prompt"),
+        ],
+        [],
+        [entry("calm", last, -16.5)],
+        [entry("calm", first, 0)],
+        [entry("bold", middle, -13, span="prompt"), entry("bold", middle, 13, span="generated")],
+        [
+            entry("bold", first, 9),
+            entry("calm", first, -11, "set"),
+            entry("bold", first, 7.5, span="generated"),
+        ],
+        [entry("bold", middle, 20, span="prompt")],
+        [],
+        [entry("bold", first, -20, span="generated")],
+        [entry("calm", middle, 3.25), entry("bold", last, -20)],
+        [entry("bold", first, -18), entry("bold", middle, 18), entry("bold", last, -18)],
+        [entry("calm", first, 19, "set", "generated"), entry("calm", middle, -19, "set", "prompt")],
+        [],
+    ]
+    # Five kinds of readout against six prompts: every request's pair of the two is new.
+    readouts: list[dict[str, Any] | None] = [
+        {"layers": layers, "span": "all", "trace": [trace_name("bold", last), trace_name("calm", first)]},
+        None,
+        {"layers": [first, last], "span": "prompt", "skip_first": 2, "trace": [trace_name("calm", middle)]},
+        {"layers": [middle], "span": "generated", "trace": [trace_name("calm", first)]},
+        {"layers": layers, "span": "all", "skip_first": 1},
+    ]
+    return [
+        Request(prompts[i % len(prompts)], steering, readouts[i % len(readouts)], vectors)
+        for i, steering in enumerate(steerings)
+    ]
+
+
+def run(
+    llm: LLM, requests: Sequence[Request], **fields: Any
+) -> tuple[list[RequestOutput], list[list[ReadoutResult | None]]]:
+    """All requests in one `generate` call, and what was read of them."""
+    prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+    outs = llm.generate(prompts, [request.params(**fields) for request in requests], use_tqdm=False)
+    return outs, collect_readouts(llm, outs)
+
+
+def references(reference: Reference, requests: Sequence[Request], max_tokens: int) -> list[ReferenceRun]:
+    return [reference.generate(r.prompt_ids, max_tokens, r.steering) for r in requests]
+
+
+def share_changed_by_steering(reference: Reference, requests: Sequence[Request], runs: Sequence[ReferenceRun]) -> float:
+    """Share of the steered requests whose reference output differs from the unsteered one of the same prompt."""
+    changed = [
+        reference.confirm(request.prompt_ids, steered_run.tokens).tokens != steered_run.tokens
+        for request, steered_run in zip(requests, runs, strict=True)
+        if request.steering
+    ]
+    return sum(changed) / len(changed)
+
+
+def is_same_output(out: RequestOutput, expected: ReferenceRun, label: str) -> bool:
+    """True where tokens and log-probabilities equal the reference's, False where a near tie excuses a difference.
+
+    Raises AssertionError for any other difference. After an excused token the two texts are different stories, so
+    nothing is compared behind it.
+    """
+    completion = out.outputs[0]
+    got = list(completion.token_ids)
+    assert len(got) == len(expected.tokens), f"{label}: {len(got)} tokens, the reference has {len(expected.tokens)}"
+    differing = [i for i, (a, b) in enumerate(zip(got, expected.tokens, strict=True)) if a != b]
+    agreed = differing[0] if differing else len(got)
+    for step, logprobs in enumerate((completion.logprobs or [])[:agreed]):
+        off = abs(logprobs[got[step]].logprob - expected.logprobs[step])
+        assert off < LOGPROB_TOLERANCE, f"{label}: log-probability of token {step} is off by {off:.2e}"
+    if not differing:
+        return True
+    gap = expected.top2_gaps[agreed]
+    assert gap < NEAR_TIE, f"{label}: token {agreed} is {got[agreed]}, not {expected.tokens[agreed]} (gap {gap:.2e})"
+    return False
+
+
+def check_readout(
+    result: ReadoutResult | None, asked: dict[str, Any] | None, expected: ReferenceRun, label: str
+) -> None:
+    """Assert that `result` is what `expected` (of the same tokens) pools to, or None where nothing was asked."""
+    if asked is None:
+        assert result is None, f"{label}: a readout nobody asked for"
+        return
+    assert result is not None, f"{label}: no readout"
+    span, skip_first = asked.get("span", "prompt"), asked.get("skip_first", 0)
+    assert set(result.mean) == set(asked["layers"]), label
+    assert result.num_tokens == len(expected.rows(asked["layers"][0], span, skip_first)), label
+    for layer, mean in result.mean.items():
+        truth = expected.mean(layer, span, skip_first)
+        assert mean.dtype == np.float32
+        assert mean.shape == truth.shape
+        off = np.linalg.norm(mean - truth) / np.linalg.norm(truth)
+        assert off < READOUT_TOLERANCE, f"{label}: readout at layer {layer} is off by {off:.2e} relative"
+
+
+def check_trace(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
+    """Assert that the trace in `result` is what each token of `expected` projects to at the directions' own layers."""
+    asked = request.readout
+    if result is None or asked is None:
+        assert result is asked, request.label
+        return
+    assert list(result.trace) == asked.get("trace", []), request.label
+    named = {trace_name(name, layer): (layer, vector) for (name, layer), vector in request.vectors.items()}
+    for name, values in result.trace.items():
+        layer, vector = named[name]
+        rows = expected.rows(layer, asked.get("span", "prompt"), asked.get("skip_first", 0))
+        assert values.dtype == np.float32
+        assert values.shape == (result.num_tokens,) == (len(rows),), request.label
+        off = np.abs(values - rows @ vector) / np.linalg.norm(rows, axis=1)
+        assert off.max(initial=0) < TRACE_TOLERANCE, f"{request.label}: {name} is off by {off.max():.2e}"
+
+
+def check_against_reference(
+    llm: LLM,
+    reference: Reference,
+    requests: Sequence[Request],
+    expected: Sequence[ReferenceRun],
+    **fields: Any,
+) -> int:
+    """Run `requests` and compare tokens, log-probabilities and readouts; the number of near ties excused."""
+    outs, reads = run(llm, requests, max_tokens=len(expected[0].tokens), **fields)
+    return check_answers(reference, requests, expected, outs, [read for (read,) in reads])
+
+
+def check_answers(
+    reference: Reference,
+    requests: Sequence[Request],
+    expected: Sequence[ReferenceRun],
+    outs: Sequence[RequestOutput],
+    reads: Sequence[ReadoutResult | None],
+) -> int:
+    """Compare what came back, of one sample a request, with `expected`; the number of near ties excused."""
+    excused = 0
+    for request, out, read, truth in zip(requests, outs, reads, expected, strict=True):
+        same = is_same_output(out, truth, request.label)
+        excused += not same
+        if not same:
+            truth = reference.replay(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
+        check_readout(read, request.readout, truth, request.label)
+        check_trace(read, request, truth)
+    return excused

@@ -1,0 +1,121 @@
+"""One request beside the planner: what it asked, what its names stood for, and so what each of its tokens has to get.
+
+Nothing here knows of steps, rows, slots or accumulators, and nothing is shared with the code that does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tests.support.runner_stand_ins import BLOCKS, SIZE
+from vllm_steer.schema import Readout, Steering
+
+HOOKED = (1, 3)
+HOMES = {"a": 1, "b": 3, "c": 1, "both": 1}  # name -> layer; "both" stands at layer 3 too
+MOST_TRACED = 2
+CONTENT = np.random.default_rng(0).standard_normal((997, BLOCKS + 1, SIZE)).astype(np.float32)
+
+
+@dataclass(eq=False)
+class Life:
+    """One sample: what was asked of it, in terms that the planner does not know, and how far it has come.
+
+    Attributes:
+        entries: (layer, span, a, b, vector), in the order given.
+        projected, traced: what its names stood for when it came.
+        has_columns: whether its traces had room.
+        started, running: the worker knows it; it has not been preempted.
+        drafted: draft tokens in its last step.
+        has_gap: the engine has left a token out.
+        may_fail: the worker may have had to give its sums away, see ``Schedule.empty_step``.
+    """
+
+    number: int
+    index: int
+    params: Any
+    prompt_len: int
+    total: int
+    entries: list[tuple[int, str, float, float, Any]]
+    readout: Readout | None
+    projected: dict[tuple[str, int], Any] = field(default_factory=dict)
+    traced: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    has_columns: bool = True
+    computed: int = 0
+    started: bool = False
+    running: bool = False
+    drafted: int = 0
+    has_gap: bool = False
+    may_fail: bool = False
+    streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return self.request_id
+
+    @property
+    def external_id(self) -> str:
+        return f"request-{self.number}"
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.external_id}-x7" if self.index == 0 else f"{self.index}_{self.external_id}-x7"
+
+    def content(self, position: int, is_wrong: bool = False) -> Any:
+        """What the model makes of the token at a position, or of a draft token there that is not the right one."""
+        return CONTENT[(self.number * 53 + self.index * 29 + position + 500 * is_wrong) % len(CONTENT)]
+
+    def stream(self, position: int, is_wrong: bool = False) -> list[Any]:
+        """The stream of one token after each block, by the definition of the ops."""
+        if (position, is_wrong) not in self.streams:
+            content = self.content(position, is_wrong).astype(np.float64)
+            h, streams = content[0], []
+            for block in range(BLOCKS):
+                h = h + content[block + 1]
+                for layer, span, a, b, d in self.entries:
+                    applies = span == "all" or (span == "prompt") == (position < self.prompt_len)
+                    if layer == block and applies:
+                        h = h + (a + b * (h @ d)) * d
+                streams.append(h)
+            self.streams[position, is_wrong] = streams
+        return self.streams[position, is_wrong]
+
+    def first_steered_block(self, position: int) -> int:
+        spans = {"all", "prompt" if position < self.prompt_len else "generated"}
+        return min((layer for layer, span, *_ in self.entries if span in spans), default=BLOCKS)
+
+    def span(self, computed: int) -> range:
+        """The positions that the readout is over once ``computed`` tokens have been through the model."""
+        assert self.readout is not None
+        first = self.prompt_len if self.readout.span == "generated" else self.readout.skip_first
+        end = min(computed, self.prompt_len) if self.readout.span == "prompt" else computed
+        return range(first, max(first, end))
+
+
+@st.composite
+def steerings(draw: st.DrawFn) -> Steering:
+    name, op = draw(st.sampled_from(sorted(HOMES))), draw(st.sampled_from(["add", "add", "ablate", "set"]))
+    return Steering(
+        name,
+        alpha=None if op == "ablate" else draw(st.sampled_from([-4.0, -1.0, 2.0, 5.0])),
+        layer=draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED))),
+        op=op,
+        span=draw(st.sampled_from(["all", "prompt", "generated"])),
+    )
+
+
+@st.composite
+def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
+    layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
+    span = draw(st.sampled_from(["all", "prompt", "generated"]))
+    own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
+    return Readout(
+        layers,
+        span=span,
+        project=(project := draw(st.lists(st.sampled_from(own), unique=True))),
+        vectors=not project or draw(st.booleans()),
+        skip_first=0 if span == "generated" else draw(st.integers(0, prompt_len - 1)),
+        trace=draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=MOST_TRACED, unique=True)),
+    )

@@ -1,0 +1,135 @@
+"""What the tests of the runner room put in the place of vLLM's classic runner, its worker and a model.
+
+The methods that the plugin wraps carry vLLM's names and signatures and are wrapped by the plugin's own wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_steer.engine.worker import runner_v1
+from vllm_steer.engine.worker.worker_steering import WorkerSteering
+from vllm_steer.settings import CONFIG_KEY, SteerSettings
+
+SIZE, BLOCKS = 8, 5
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Adds what it is given to the stream, which is hidden + residual as in vLLM's class of this name."""
+
+    def forward(
+        self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor, added_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return added_TD.clone(), hidden_TD + residual_TD
+
+
+LlamaDecoderLayer.__module__ = "vllm.model_executor.models.llama"  # the family table goes by the full name
+
+
+class StandInModel(nn.Module):
+    """No token sees another, so what the stream of a token has to be follows from that token alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(LlamaDecoderLayer() for _ in range(BLOCKS))
+
+    def forward(self, contents_TBD: torch.Tensor) -> list[torch.Tensor]:
+        """The stream after each block; ``contents_TBD`` is the embedding and what each block adds."""
+        hidden_TD, residual_TD = contents_TBD[:, 0].clone(), torch.zeros_like(contents_TBD[:, 0])
+        streams = []
+        for index, layer in enumerate(self.layers):
+            hidden_TD, residual_TD = layer(hidden_TD, residual_TD, contents_TBD[:, index + 1])
+            streams.append(hidden_TD + residual_TD)
+        return streams
+
+
+def plain_streams(contents: Any) -> list[torch.Tensor]:
+    """The streams of a model without hooks."""
+    streams: list[torch.Tensor] = StandInModel()(torch.from_numpy(contents))
+    return streams
+
+
+class StandInRunner:
+    """A runner that is told its batch instead of keeping one.
+
+    Args:
+        settings: what the engine was started with; None leaves the plugin unconfigured.
+        requests, tokens, drafts: the most of one step, drafts of each request.
+        rows: the most of one forward pass, padding included.
+    """
+
+    def __init__(
+        self, settings: SteerSettings | None, requests: int = 3, tokens: int = 24, rows: int = 28, drafts: int = 0
+    ) -> None:
+        self.vllm_config = SimpleNamespace(
+            additional_config={} if settings is None else {CONFIG_KEY: settings.as_config()},
+            model_config=SimpleNamespace(
+                architecture="LlamaForCausalLM", get_hidden_size=lambda: SIZE, dtype=torch.float32
+            ),
+            scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens),
+            num_speculative_tokens=drafts,
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=[rows]),
+        )
+        self.device = torch.device("cpu")
+        self.input_batch: Any = None
+        self.streams: list[torch.Tensor] = []
+
+    @property
+    def steering(self) -> WorkerSteering:
+        steering: WorkerSteering = self.vllm_steer  # type: ignore[attr-defined]  # the plugin puts it there
+        return steering
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def load_model(self) -> None:
+        self.model = StandInModel()
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> None:
+        """The batch is what ``prepare`` has put there."""
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        """Nothing is kept of a request."""
+
+    def _dummy_run(self, contents: Any) -> None:
+        self.forward(contents)
+
+    load_model = runner_v1._load_model(load_model)
+    _prepare_inputs = runner_v1._prepare_inputs(_prepare_inputs)
+    _on_request_state_removed = runner_v1._on_request_state_removed(_on_request_state_removed)
+    _dummy_run = runner_v1._dummy_run(_dummy_run)
+
+    def prepare(
+        self,
+        batch: Sequence[tuple[str, int, int]],
+        new: Sequence[Any] = (),
+        preempted: Collection[str] = (),
+        drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
+        """A step of (request id, computed, scheduled) in this order; behind them vLLM's arrays hold older rows."""
+        ids, computed, scheduled = ([one[i] for one in batch] for i in range(3))
+        self.input_batch = SimpleNamespace(
+            num_reqs=len(batch), req_ids=[*ids, "gone"], num_computed_tokens_cpu=np.array([*computed, 99], np.int32)
+        )
+        output = SimpleNamespace(
+            scheduled_new_reqs=list(new), preempted_req_ids=set(preempted), scheduled_spec_decode_tokens=drafts
+        )
+        self._prepare_inputs(output, np.array(scheduled, np.int32))
+
+    def forward(self, contents: Any) -> None:
+        with torch.inference_mode():
+            self.streams = self.model(torch.from_numpy(contents))
+
+
+class StandInWorker:
+    """Where ``collective_rpc`` arrives."""
+
+    def __init__(self, runner: StandInRunner) -> None:
+        self.device, self.model_runner = runner.device, runner
+        self.rank, self.parallel_config = 0, SimpleNamespace(tensor_parallel_size=1)

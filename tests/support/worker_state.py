@@ -1,0 +1,28 @@
+"""What a worker still keeps of requests: a function that runs on the worker, wherever that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_steer.engine.worker.worker_steering import steering_of
+
+
+def state_held(worker: Any) -> dict[str, int]:
+    """Counts of everything that a request takes and has to give back; the store of finished readouts is none of it.
+
+    vLLM tells the runner of a finished request with its next step, so an engine has to have stepped once more.
+    """
+    steering = steering_of(worker.model_runner)
+    assert steering is not None
+    planner = steering.planner
+    columns = planner._trace_columns
+    return {
+        "plans": len(planner.requests),
+        "poolings": len(planner.poolings),
+        "accumulators": planner.max_requests - len(planner._free_accumulators),
+        "traced": len(planner.columns),
+        "trace columns": columns.num_columns - len(columns._free),
+        "resolved": len(steering._resolved),
+        "traces": len(steering._traces),
+        "reading": len(steering._reading),
+    }

@@ -1,0 +1,82 @@
+"""Each function of the engine that refuses or catches something has a test that shows how.
+
+A new ``raise`` or ``except`` there fails this test until its own is named here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vllm_steer"
+MODULES = {
+    "engine": "supported config decoder_layers prefix_cache stream_overflow",
+    "engine/front": "admission requests async_generate offline",
+    "engine/worker": "worker_steering worker_rpc runner_v1 runner_v2 cut_off_marks",
+    "server": "batch_runner",
+}
+
+SHOWN_BY = {
+    "worker_steering.WorkerSteering.begin": "engine/worker/test_never_unsteered.py::test_a_spec_that_admission_has_n",
+    "worker_steering.WorkerSteering._check_bank": "engine/worker/test_never_unsteered.py::test_a_direction_that_was",
+    "runner_v1._prepare_inputs._prepare_inputs": "engine/worker/test_never_unsteered.py::test_a_model_that_was_put_i",
+    "worker_rpc._checked.checked": "engine/worker/test_never_unsteered.py::test_a_runner_that_puts_no_hooks_on_its_m",
+    "worker_rpc._of": "engine/worker/test_never_unsteered.py::test_a_worker_without_steering_answers_no_call",
+    "admission.Admission._hooked": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "admission.Admission._entry": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "admission.Admission._check_residual_norm": "engine/front/test_never_unsteered.py::test_a_bound_in_residual_norm",
+    "admission.Admission._check_bounds": "engine/front/test_admission.py::test_as_many_entries_as_there_is_room_for",
+    "admission.Admission._check_alpha": "engine/front/test_admission.py::test_the_largest_alpha_is_one_of_the_request",
+    "admission.Admission._check_range": "engine/front/test_admission.py::test_what_the_engine_s_dtype_cannot_hold_is",
+    "admission.Admission._readout": "engine/front/test_admission.py::test_skipping_the_whole_prompt_is_refused",
+    "admission.Admission._trace": "engine/front/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
+    "requests._check_salt": "engine/test_refusals.py::test_a_cache_salt_cannot_pose_as_that_of_a_steered_request",
+    "admission.admission_of": "engine/front/test_never_unsteered.py::test_an_engine_without_hooks_takes_neither",
+    "requests._process_inputs.process_inputs": "engine/front/test_never_unsteered.py::test_what_would_run_unsteered_or",
+    "requests.asked_of": "engine/front/test_never_unsteered.py::test_what_would_run_unsteered_or_unchecked",
+    "requests._beam_search.beam_search": "engine/test_default_steering.py::test_beam_search_is_refused",
+    "requests._assign_request_id.assign_request_id": "engine/front/test_never_unsteered.py::test_a_request_made_by_h",
+    "async_generate._generated": "server/test_api_server.py::test_a_bad_spec_is_a_client_error",
+    "async_generate._with_asked": "engine/front/test_async_front_end.py::test_a_readout_that_ray_s_stage_would_lose",
+    "async_generate._alone": "engine/front/test_async_front_end.py::test_two_readouts_under_one_id_at_once_are_refused",
+    "async_generate._check_overflow": "engine/front/test_async_front_end.py::test_an_overflow_is_an_error_of_the_plu",
+    "batch_runner._answer": "server/test_batch_runner.py::test_a_line_that_cannot_be_honoured_is_an_error_of_that_line",
+    "batch_runner._completed": "engine/front/test_async_front_end.py::test_a_line_that_was_answered_unsteered_is_an",
+    "offline.steered": "engine/test_front_end.py::test_beam_search_takes_no_spec_and_runs_unsteered",
+    "offline._Wanted.results": "engine/test_readouts.py::test_a_trace_for_which_no_column_is_free_fails_with_a_reason",
+    "offline._check_synchronous": "engine/front/test_async_front_end.py::test_an_asynchronous_engine_is_told_the_for",
+    "offline._registry_of": "engine/front/test_async_front_end.py::test_a_servers_registry_is_not_changed_behind_its",
+    "offline.register_directions_async": "engine/front/test_async_front_end.py::test_slots_are_given_back_where_the",
+    "supported.require": "engine/front/test_never_unsteered.py::test_a_spec_is_not_attached_where_the_plugin_is_filt",
+    "supported.vllm_version": "engine/front/test_never_unsteered.py::test_a_machine_without_vllm_is_told_what_to_ins",
+    "config._check_endpoints": "engine/front/test_never_unsteered.py::test_a_server_whose_endpoints_would_not_load_i",
+    "config._create_engine_config.create_engine_config": "compat/test_version_gate.py::test_any_other_release_is",
+    "config.check": "engine/test_refusals.py::test_a_layer_that_the_model_lacks_is_refused",
+    "config.refusals": "engine/test_doctor.py::test_every_problem_is_listed_not_only_the_first",
+    "decoder_layers.Family.check_dtype": "engine/test_doctor.py::test_float16_is_refused_where_the_stream_is_rescaled",
+    "decoder_layers.family_of": "engine/test_refusals.py::test_an_unsupported_family_is_refused_by_name",
+    "decoder_layers.attach": "engine/worker/test_never_unsteered.py::test_layers_of_another_class_are_not_hooked_by",
+    "decoder_layers.decoder_blocks": "engine/worker/test_never_unsteered.py::test_a_model_without_layers_is_refused",
+}
+
+
+def error_paths(node: ast.AST, qualified: tuple[str, ...]) -> Iterator[str]:
+    """Qualified names of the functions below a node that raise or catch."""
+    for child in ast.iter_child_nodes(node):
+        inner = qualified
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = (*qualified, child.name)
+        elif isinstance(child, ast.Raise | ast.ExceptHandler):
+            yield ".".join(qualified)
+        yield from error_paths(child, inner)
+
+
+def test_every_error_path_of_the_engine_has_its_test() -> None:
+    files = [PACKAGE / folder / f"{name}.py" for folder, names in MODULES.items() for name in names.split()]
+    found = {path for file in files for path in error_paths(ast.parse(file.read_text()), (file.stem,))}
+    assert found == set(SHOWN_BY)
+    for path, shown in SHOWN_BY.items():
+        file, _, name = shown.partition("::")
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(), f"{path}: there is no {shown}"

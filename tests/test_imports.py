@@ -1,0 +1,192 @@
+"""What may import what: the data types need no engine, and only two packages know vLLM."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGE = PROJECT / "vllm_steer"
+
+# Whoever imports one of these fails; the last line shows that the blocker works.
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+{code}
+for name in {blocked!r}:
+    assert name not in sys.modules, name
+    try:
+        __import__(name)
+    except ImportError as error:
+        assert "blocked" in str(error)
+    else:
+        raise AssertionError("the blocker let " + name + " through")
+"""
+ENGINE = ("vllm", "torch", "ray", "transformers")
+
+
+def run_blocked(code: str, blocked: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(code=code, blocked=blocked)],
+        cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_and_its_data_types_need_no_engine() -> None:
+    run_blocked("import vllm_steer; dir(vllm_steer)", ENGINE)
+    run_blocked(
+        "from vllm_steer import Direction, Readout, ReadoutResult, SteerError, Steering, steer_config\n"
+        "import tempfile, vllm_steer.plan.batch_plan\n"
+        "one = Direction('kind', 1, [3.0, 4.0]).normalised()\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    for ending in ('.safetensors', '.gguf'):\n"
+        "        vllm_steer.save_directions(folder + '/d' + ending, [one])\n"
+        "        assert vllm_steer.load_directions(folder + '/d' + ending)[0].key == 'kind@1'\n"
+        "steer_config([1])\n",
+        ENGINE,
+    )
+
+
+@pytest.mark.parametrize("module", ["scoring.score", "directions.validate", "report.page"])
+def test_what_evaluates_a_study_needs_no_engine(module: str) -> None:
+    run_blocked(f"import batch_jobs.{module}", ("vllm", "ray", "torch"))
+
+
+def test_every_public_name_is_there() -> None:
+    import vllm_steer
+
+    assert set(vllm_steer._HOME) | {"__version__"} == set(vllm_steer.__all__) == set(dir(vllm_steer))
+    for name in vllm_steer.__all__:
+        getattr(vllm_steer, name)
+    with pytest.raises(AttributeError, match="stear"):
+        vllm_steer.stear  # noqa: B018
+
+
+# Each package or module and what it may import beside itself.
+BELOW = {
+    "errors": set(),
+    "schema": {"errors"},
+    "directions": {"errors", "schema"},
+    "settings": {"errors", "schema"},
+    "client": {"errors", "schema", "directions"},
+    "plan": {"errors", "schema"},
+    "ops": {"plan"},
+    "device": {"plan", "ops"},
+    "engine": {"errors", "schema", "directions", "settings", "plan", "ops", "device"},
+    "server": {"errors", "schema", "directions", "settings", "engine"},
+    "plugin": {"engine", "server"},
+}
+KNOW_VLLM = {"engine", "server"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Full names of all that a module imports, in functions too; what only the type checker sees is left out."""
+    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        pending += ast.iter_child_nodes(node)
+
+
+def package(file: Path) -> str:
+    """The package of ``vllm_steer``, or its module, that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE or file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_package_imports_only_packages_below_it(file: Path) -> None:
+    here = package(file)
+    assert here in BELOW, f"{here} is new: say in BELOW what it may import"
+    for name in imports(file):
+        parts = name.split(".")
+        assert parts[0] != "batch_jobs", f"{file} imports {name}: the plugin does not know the jobs"
+        if parts[0] == "vllm_steer" and parts[1] not in ("__version__", here):
+            assert parts[1] in BELOW[here], f"{file} imports {name}"
+
+
+@pytest.mark.parametrize(("one", "other"), [("front", "worker"), ("worker", "front")])
+def test_front_end_and_worker_do_not_import_each_other(one: str, other: str) -> None:
+    """They run in different processes of a server."""
+    found = [name for file in sorted((PACKAGE / "engine" / one).rglob("*.py")) for name in imports(file)]
+    assert f"vllm_steer.engine.{one}" in {name.rpartition(".")[0].rpartition(".")[0] for name in found}
+    assert not [name for name in found if name.startswith(f"vllm_steer.engine.{other}.")]
+
+
+# The packages of the jobs, lowest first: each imports only from lines above its own, and from itself.
+JOBS = PROJECT / "batch_jobs"
+LAYERS = (
+    {"errors", "demo_model"},
+    {"files"},
+    {"config"},
+    {"engine", "rows", "texts"},
+    {"endpoint", "run"},
+    {"directions"},
+    {"generate", "scoring"},
+    {"pairs", "report"},
+    {"compare", "pipeline"},
+    {"summary"},
+    {"cli"},
+)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in sorted(JOBS.rglob("*.py")) if file.relative_to(JOBS).parts != ("__init__.py",)],
+    ids=lambda file: str(file.relative_to(JOBS)),
+)
+def test_a_package_of_the_jobs_imports_only_packages_below_it(file: Path) -> None:
+    here = file.relative_to(JOBS).parts[0].removesuffix(".py")
+    (level,) = (index for index, packages in enumerate(LAYERS) if here in packages)
+    below = set().union(*LAYERS[:level])
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == "batch_jobs" and parts[1] != here:
+            assert parts[1] in below, f"{file} imports {name}"
+
+
+def test_the_jobs_use_only_public_names_of_the_plugin() -> None:
+    public = {"errors", "settings", "client"}  # submodules that the documentation names, beside the package's own names
+    deep = [
+        f"{file.relative_to(PROJECT)} imports {name}"
+        for file in sorted(JOBS.rglob("*.py"))
+        for name in imports(file)
+        if name.startswith("vllm_steer.") and name.count(".") > 1 and name.split(".")[1] not in public
+    ]
+    assert not deep, deep
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for package in ("vllm_steer", "batch_jobs") for file in sorted((PROJECT / package).rglob("*.py"))],
+    ids=lambda file: str(file.relative_to(PROJECT)),
+)
+def test_only_engine_and_server_import_vllm(file: Path) -> None:
+    if file.is_relative_to(PACKAGE) and package(file) in KNOW_VLLM:
+        return
+    assert not [name for name in imports(file) if name.partition(".")[0] == "vllm"]
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    """The test above could pass on a parser that sees no import at all."""
+    found = {name.partition(".")[0] for file in MODULES for name in imports(file)}
+    assert {"vllm", "torch", "numpy", "pydantic", "vllm_steer"} <= found

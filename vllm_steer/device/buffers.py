@@ -1,0 +1,233 @@
+"""The persistent device tensors that compiled code and CUDA graphs read.
+
+They are allocated once and only ever written in place: a compiled graph holds the tensors themselves, and a replayed
+CUDA graph holds their addresses. Letters of shapes as in ``batch_plan`` and ``ops.reference``.
+
+The tables of a step lie behind one another in one int32 tensor, those that change most often first, so that what has
+changed is brought to the device by one copy of its beginning::
+
+    accepted drafts | keep | segments | flags | trace slots | row of token | entries, row by row
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from vllm_steer.device.staging import ring_for
+from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.ops.host_flags import HostFlags
+from vllm_steer.plan.step_plan import VERSION, IntArray, StepPlan
+
+_CHANGES = itertools.count()
+"""Of all tables in this process."""
+
+
+class SteerBuffers:
+    """All tensors of one worker.
+
+    Args:
+        num_layers, hidden_size, max_tokens, max_requests, max_entries, max_directions, trace_columns: L, D, T, R/2, E,
+            S, K.
+        max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
+        device: where the model runs.
+        can_cut: the residual stream is float16, so the op may have to cut it off.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        max_tokens: int,
+        max_requests: int,
+        max_entries: int,
+        max_directions: int,
+        trace_columns: int,
+        device: torch.device,
+        max_drafts: int = 0,
+        can_cut: bool = False,
+    ) -> None:
+        self.can_cut = can_cut
+        rows, accumulators = 2 * max_requests, max_requests * (1 + max_drafts)
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        packer = _Packer()
+        self._accepted = packer.table(max_requests * max_drafts, 2, fill=0)
+        self._keep = packer.table(accumulators, fill=1)
+        self._segment = packer.table(accumulators, 2, fill=0)
+        self._flags = packer.table(num_layers, _aligned(VERSION + 1), fill=0)
+        self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
+        self._row = packer.table(max_tokens, fill=-1)
+        # No row is looked at before it is written.
+        self._entry = packer.table(rows, num_layers, _aligned(3 * max_entries), fill=-1)
+        packed = packer.pack(device)
+        # What the device holds, or will once its stream gets there. On the host it is the same memory.
+        self._image = packed.numpy() if device.type == "cpu" else packed.numpy(force=True).copy()
+        self._packed, self._ring = packed, ring_for(device, len(packed))
+        self._num_changed = 0
+        self._high_water = 0
+        self._nothing = StepPlan.blank(num_layers, accumulators)
+        self._written: StepPlan | None = None
+
+        self.bank_SD = floats(max_directions, hidden_size)
+        self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
+        self.flags_L4 = self._flags.of(packed)
+        self._host_flags = HostFlags(self.flags_L4, self._flags.of(self._image))
+        self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
+        self.row_of_token = self._row.of(packed)
+        entry_RLE3 = self._entry.of(packed)[..., : 3 * max_entries].unflatten(2, (max_entries, 3))
+        self.entry_slot_LRE = entry_RLE3[..., 0].transpose(0, 1)
+        self.entry_ab_LRE2 = entry_RLE3.view(torch.float32)[..., 1:].transpose(0, 1)
+        # One tensor a layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
+        self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
+        self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
+        # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
+        self.trace_TK = floats(max_tokens, trace_columns)
+        # The op sets 1 at the rows of requests whose stream it had to cut off. A row that changes hands begins at 0.
+        self.cut_R = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    def layer(self, index: int) -> HookPoint:
+        """The module that carries the tensors of hooked layer number ``index`` into the traced graph."""
+        return HookPoint(self, index)
+
+    def write(self, plan: StepPlan | None) -> None:
+        """Bring a step's tables to the device, in at most one copy; what the step does not cover is marked untouched.
+
+        Draft tokens of earlier steps that turned out to be accepted are added to their sums, once a plan.
+
+        Args:
+            plan: None for a step that is as idle as the one before it.
+        """
+        self._host_flags.is_step = True
+        if plan is None or plan is self._written:  # a steady decode has one plan for all its steps
+            return
+        self._written = plan
+        if plan.accepted:
+            self._put(self._accepted, np.array(plan.accepted, np.int32))
+        self._put(self._keep, plan.keep_A)
+        self._put(self._segment, plan.segment_A2)
+        self._put(self._flags, plan.flags_L3)
+        if plan.trace_slot_LK is not None:
+            self._put(self._trace_slot, plan.trace_slot_LK)
+        self._put(self._row, plan.row_of_token_T)
+        if plan.num_tokens < self._high_water:
+            # Padding tokens of a graph that is larger than the step must not meet an older step's rows.
+            self._put(self._row, np.full(self._high_water - plan.num_tokens, -1, np.int32), at=plan.num_tokens)
+        self._high_water = plan.num_tokens
+        if plan.new_rows and self.can_cut:
+            self.cut_R.zero_()
+        for first_row, pair_2LE3 in plan.new_rows:
+            self._put(self._entry, pair_2LE3.reshape(*pair_2LE3.shape[:2], -1), at=first_row)
+        if self._num_changed:
+            self._flags.of(self._image)[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
+            self._num_changed = max(self._num_changed, self._flags.end_of(self._flags.shape[0]))
+            if self._ring is not None:
+                self._ring.send(self._image[: self._num_changed], self._packed)
+        self._num_changed = 0
+        if plan.accepted:
+            into_N, draft_N = self._accepted.of(self._packed)[: len(plan.accepted)].unbind(1)
+            for sums_AD in self.sums_L_AD:
+                sums_AD.index_add_(0, into_N, sums_AD[draft_N])
+
+    def silence(self) -> None:
+        """Mark every token untouched, for forward passes that no request stands behind."""
+        self.write(self._nothing)
+        self._host_flags.is_step = False
+
+    def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
+        """Put a direction's (D,) float32 vector into a slot of the bank."""
+        self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
+
+    def _put(self, table: _Table, values: IntArray, at: int = 0) -> None:
+        """Write the rows of a table from ``at`` on, as wide as ``values`` is, and note how far the device is behind."""
+        rows = table.of(self._image)[at : at + len(values)]
+        if values.ndim > 1:
+            rows = rows[..., : values.shape[-1]]
+        if not np.array_equal(rows, values):
+            rows[...] = values
+            self._num_changed = max(self._num_changed, table.end_of(at + len(values)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One table's place in the packed tensor."""
+
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, packed: Any) -> Any:
+        """The table itself, of the tensor or of its image in numpy."""
+        return packed[self.start : self.start + self.size].reshape(self.shape)
+
+    def end_of(self, rows: int) -> int:
+        """Where its first so many rows end."""
+        return self.start + rows * (self.size // self.shape[0])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class _Packer:
+    """Lays tables behind one another."""
+
+    def __init__(self) -> None:
+        self._filled: list[tuple[_Table, int]] = []
+        self._end = 0
+
+    def table(self, *shape: int, fill: int) -> _Table:
+        table = _Table(self._end, shape)
+        self._filled.append((table, fill))
+        self._end += _aligned(table.size)
+        return table
+
+    def pack(self, device: torch.device) -> torch.Tensor:
+        packed = torch.zeros(self._end, dtype=torch.int32)
+        for table, fill in self._filled:
+            table.of(packed).fill_(fill)
+        return packed.to(device)
+
+
+def _aligned(num_elements: int) -> int:
+    """So many that what comes next begins at a multiple of 16 bytes, where compilers look for a view's alignment."""
+    return -(-num_elements // 4) * 4
+
+
+class HookPoint(nn.Module):
+    """Sits inside a decoder layer: so the compiler sees its tensors as inputs of the graph and not as constants."""
+
+    def __init__(self, buffers: SteerBuffers, index: int) -> None:
+        super().__init__()
+        tensors = {
+            "bank": buffers.bank_SD,
+            "row_of_token": buffers.row_of_token,
+            "entry_slot": buffers.entry_slot_LRE[index],
+            "entry_ab": buffers.entry_ab_LRE2[index],
+            "keep": buffers.keep_A,
+            "segment": buffers.segment_A2,
+            "sums": buffers.sums_L_AD[index],
+            "last": buffers.last_L_AD[index],
+            "trace_slot": buffers.trace_slot_LK[index],
+            "trace": buffers.trace_TK,
+            "cut": buffers.cut_R,
+            "flags": buffers.flags_L4[index],
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Steer and read the stream hidden + residual, in place in ``hidden``; both (T, D)."""
+        steer_and_read(
+            hidden, residual, self.bank, self.row_of_token, self.entry_slot, self.entry_ab, self.keep, self.segment,
+            self.sums, self.last, self.trace_slot, self.trace, self.cut, self.flags,
+        )  # fmt: skip

@@ -1,0 +1,331 @@
+"""Admission: what a request asks is checked against the engine that it is for, before anything of it is scheduled.
+
+Whatever is wrong with a request's spec is refused here, so that nothing that reaches a worker can fail for a user's
+mistake. What passes is resolved to slots and hook numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count, groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_steer.engine.front.in_flight import InFlight
+from vllm_steer.engine.patching import Attribute
+from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
+from vllm_steer.engine.resolved_spec import Resolved, ResolvedReadout, Row, digest
+from vllm_steer.errors import (
+    AmbiguousDirection,
+    BadAlpha,
+    BadOp,
+    BadReadout,
+    LayerNotHooked,
+    NotConfigured,
+    TooManyEntries,
+)  # fmt: skip
+from vllm_steer.ops.stream_range import LARGEST_ADDITION
+from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.settings import SteerSettings
+
+_REMEMBERED_READOUTS = 1 << 20
+
+_keys = count()
+_KEY_PREFIX = os.urandom(6).hex()  # workers may serve several front-end processes
+
+
+def _new_key() -> str:
+    return f"{_KEY_PREFIX}{next(_keys):x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks, on its way through this process: it stands in ``extra_args`` in place of the wire.
+
+    Attributes:
+        spec: already parsed.
+        key: the name under which the workers will keep the request's readouts; no other request has it.
+        admitted: called when the request has been let through.
+    """
+
+    spec: RequestSpec
+    key: str = field(default_factory=_new_key)
+    admitted: Callable[[], object] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
+        return self  # vLLM copies a request's parameters deeply
+
+
+class _Entry(NamedTuple):
+    """One entry of a request, resolved."""
+
+    layer: int
+    span: str
+    row: Row
+    direction: Registered
+
+    @property
+    def multiplier(self) -> float:
+        """|α| of what is added; removing a component adds nothing."""
+        return abs(self.row[2])
+
+
+class Admission:
+    """Checks and resolves the requests of one engine.
+
+    Args:
+        settings: what the engine was started with.
+        hidden_size: D; every direction must have this length.
+        dtype: of the residual stream: ``float16``, ``bfloat16`` or ``float32``.
+
+    Attributes:
+        registry: the directions that requests can name.
+        in_flight: counts the slots that running requests use; None where nothing reuses a slot while requests run.
+        asked: id -> what it asks, of the requests with a readout that ``collect_readouts`` can be asked for (the last
+            million), oldest first.
+    """
+
+    def __init__(self, settings: SteerSettings, hidden_size: int, dtype: str = "float32") -> None:
+        self.settings = settings
+        registry = DirectionRegistry(settings.max_directions, hidden_size)
+        registry.register(configured_directions(settings))
+        self.registry: DirectionBook = registry
+        self.in_flight: InFlight | None = None
+        self.asked: dict[str, Asked] = {}
+        self._dtype = dtype
+        self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
+
+    def resolve(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
+        """Names to slots, layers to hook numbers.
+
+        Args:
+            request_id: the id that the caller knows the request by.
+            spec: what it asks, the engine's default included.
+            prompt_len: tokens of its prompt.
+            key: the name under which the workers keep its readouts; None is the id, where no other request has it.
+
+        Raises:
+            Any of ``SpecError``, ``UnknownDirection``, ``AmbiguousDirection``, ``LayerNotHooked``.
+        """
+        return self._resolve(self.registry.current(), request_id, spec, prompt_len, key)
+
+    def admit(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
+        """``resolve``, and count the slots as used from now on.
+
+        Raises:
+            What ``resolve`` raises.
+        """
+        while True:
+            book = self.registry.current()
+            resolved = self._resolve(book, request_id, spec, prompt_len, key)
+            if self.in_flight is None:
+                return resolved
+            self.in_flight.acquire(request_id, resolved.slots)
+            # Whoever changes the book reads the counts after that, so either our count was seen or the change is seen
+            # here.
+            if self.registry.current() is book:
+                return resolved
+            self.in_flight.withdraw(request_id, resolved.slots)
+
+    def _resolve(
+        self, book: DirectionBook, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None
+    ) -> Resolved:
+        entries = [self._entry(book, steering) for steering in spec.entries]
+        # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
+        entries = [entry for entry in entries if entry.row[2:] != (0.0, 0.0)]
+        # Entries at different layers do not meet, so only the order within a layer is told to digest and workers.
+        entries.sort(key=attrgetter("layer"))
+        prompt = [entry for entry in entries if entry.span != "generated"]
+        generated = [entry for entry in entries if entry.span != "prompt"]
+        is_one = prompt == generated
+        self._check_bounds(prompt)
+        if not is_one:
+            self._check_bounds(generated)
+        contents = {entry.direction.slot: entry.direction.content_hash for entry in entries}
+        readout = None
+        if spec.readout is not None:
+            readout = self._readout(book, spec.readout, prompt_len)
+            for name, _, slot in (*readout.project, *readout.trace):
+                contents[slot] = next(one.content_hash for one in book.layers_of(name).values() if one.slot == slot)
+        prompt_digest = _digest(prompt)
+        return Resolved(
+            request_id=request_id,
+            key=request_id if key is None else key,
+            prompt_len=prompt_len,
+            prompt=[entry.row for entry in prompt],
+            generated=[entry.row for entry in generated],
+            prompt_digest=prompt_digest,
+            generated_digest=prompt_digest if is_one else _digest(generated),
+            readout=readout,
+            contents=sorted(contents.items()),
+        )
+
+    def check(self, spec: RequestSpec) -> None:
+        """Raise what ``resolve`` would raise, as far as it can be known without the prompt.
+
+        Only a ``skip_first`` beyond the prompt's end is left for later.
+        """
+        self.resolve("", spec, prompt_len=sys.maxsize)
+
+    def remember(self, request_id: str, asked: Asked) -> None:
+        """Keep in mind what a request with a readout asked, for ``collect_readouts``."""
+        self.asked[request_id] = asked
+        if len(self.asked) > _REMEMBERED_READOUTS:
+            del self.asked[next(iter(self.asked))]
+
+    def _hooked(self, layer: int) -> int:
+        if layer not in self._index_of:
+            raise LayerNotHooked(
+                f"layer {layer} is not hooked; hooked: {list(self.settings.layers)}. Choose one of these, or start "
+                "the engine with steer_config(layers=[...]) naming it."
+            )
+        return self._index_of[layer]
+
+    def _entry(self, book: DirectionBook, steering: Steering) -> _Entry:
+        direction = book.find(steering.direction, steering.layer, self._index_of)
+        layer = direction.layer if steering.layer is None else steering.layer
+        hook = self._hooked(layer)
+        if steering.op != "add" and not direction.is_unit:
+            raise BadOp(
+                f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
+                "or a unit direction. Register Direction(...).normalised()."
+            )
+        return _Entry(layer, steering.span, (hook, direction.slot, *steering.coefficients), direction)
+
+    def _check_bounds(self, entries: Sequence[_Entry]) -> None:
+        """Refuse what the entries over one token, sorted by layer, could do together at any one layer."""
+        for layer, group in groupby(entries, attrgetter("layer")):
+            here = list(group)
+            if len(here) > self.settings.max_entries:
+                raise TooManyEntries(
+                    f"{len(here)} entries at layer {layer}; allowed: {self.settings.max_entries}. Add the "
+                    "directions up, or start the engine with steer_config(max_entries=...) larger."
+                )
+            self._check_alpha(layer, here)
+            self._check_residual_norm(layer, here)
+            self._check_range(layer, here)
+
+    def _check_alpha(self, layer: int, here: Sequence[_Entry]) -> None:
+        total, most = sum(entry.multiplier for entry in here), self.settings.max_alpha
+        if total > most:
+            got = f"alpha is {here[0].row[2]:g}" if len(here) == 1 else f"|alpha| adds up to {total:g}"
+            raise BadAlpha(
+                f"{got} at layer {layer}; allowed: up to {most:g}, over all entries there together. Use smaller ones, "
+                "or start the engine with steer_config(max_alpha=...) larger."
+            )
+
+    def _check_residual_norm(self, layer: int, here: Sequence[_Entry]) -> None:
+        multiple = self.settings.max_alpha_residual_norm
+        if multiple is None:
+            return
+        norm = self.settings.residual_norms[layer]
+        total = sum(entry.multiplier * entry.direction.length for entry in here)
+        if total > multiple * norm:
+            raise BadAlpha(
+                f"the entries at layer {layer} can add a vector of length {total:g} (|alpha| times the direction's "
+                f"length, over all of them), {total / norm:.3g} times the mean residual norm there, {norm:g}; allowed: "
+                f"up to {multiple:g} times, that is {multiple * norm:g}. Use smaller ones, or start the engine with "
+                "steer_config(max_alpha_residual_norm=...) larger."
+            )
+
+    def _check_range(self, layer: int, here: Sequence[_Entry]) -> None:
+        most = LARGEST_ADDITION[self._dtype]
+        total = sum(entry.multiplier * entry.direction.peak for entry in here)
+        if total > most:
+            raise BadAlpha(
+                f"the entries at layer {layer} can add {total:.6g} to an element of the {self._dtype} stream; allowed: "
+                f"up to {most:g} (|alpha| times the direction's largest element, over all entries there), so that the "
+                "stream stays finite. Use smaller ones"
+                + (", or start the engine with dtype='bfloat16'." if self._dtype == "float16" else ".")
+            )
+
+    def _readout(self, book: DirectionBook, readout: Readout, prompt_len: int) -> ResolvedReadout:
+        indices = [self._hooked(layer) for layer in readout.layers]
+        project = []
+        for name in readout.project:
+            layers = book.layers_of(name)
+            shared = sorted(set(layers) & set(readout.layers))
+            if not shared:
+                raise BadReadout(
+                    f"project names {name!r}, which belongs to layers {sorted(layers)}; read are "
+                    f"{list(readout.layers)}. Add one of "
+                    "its layers to the readout, or leave it out."
+                )
+            project += [(name, layer, layers[layer].slot) for layer in shared]
+        if readout.span != "generated" and readout.skip_first >= prompt_len:
+            has = "no prompt is that long" if prompt_len == sys.maxsize else f"the prompt has {prompt_len} tokens"
+            raise BadReadout(
+                f"skip_first is {str(readout.skip_first)[:40]} and {has}; allowed: fewer than the prompt has. Lower it."
+            )
+        first = prompt_len if readout.span == "generated" else readout.skip_first
+        end = prompt_len if readout.span == "prompt" else None
+        trace = self._trace(book, readout)
+        return ResolvedReadout(list(readout.layers), indices, first, end, project, readout.vectors, trace)
+
+    def _trace(self, book: DirectionBook, readout: Readout) -> list[tuple[str, int, int]]:
+        trace = []
+        for name in readout.trace:
+            layers = book.layers_of(name)
+            # a trace has one value a token, so it is taken at one layer
+            own = sorted(layers) if len(layers) == 1 else sorted(set(layers) & set(self._index_of))
+            if len(own) != 1:
+                own = sorted(set(own) & set(readout.layers))
+            if len(own) != 1:
+                raise AmbiguousDirection(
+                    f"trace names {name!r}, which belongs to layers {sorted(layers)}, and the readout is of "
+                    f"{list(readout.layers)}; allowed: exactly one of its layers among those read. Read one of them."
+                )
+            trace.append((name, self._hooked(own[0]), layers[own[0]].slot))
+        distinct = len({(index, slot) for _, index, slot in trace})
+        if distinct > self.settings.trace_columns:
+            raise BadReadout(
+                f"{distinct} directions to trace; allowed: {self.settings.trace_columns}. Trace fewer, or start the "
+                "engine with steer_config(trace_columns=...) larger."
+            )
+        return trace
+
+
+def _digest(entries: Sequence[_Entry]) -> str:
+    return digest([(one.layer, one.row[2], one.row[3], one.direction.content_hash) for one in entries])
+
+
+def admission_of(processor: InputProcessor) -> Admission:
+    """The admission of an engine's front end.
+
+    Raises:
+        NotConfigured: the engine was started without ``steer_config``.
+    """
+    admission = configured_admission_of(processor)
+    if admission is None:
+        raise NotConfigured(
+            "this engine was started without steer_config, so it has no hooks; allowed: unsteered requests. "
+            "Start it with additional_config=steer_config(layers=[...])."
+        )
+    return admission
+
+
+def configured_admission_of(processor: InputProcessor) -> Admission | None:
+    """The admission of an engine's front end, None where it was started without ``steer_config``."""
+    known = ADMISSION.of(processor)
+    if known is None:
+        settings = SteerSettings.of(processor.vllm_config.additional_config)
+        admission = None
+        if settings is not None:
+            model = processor.model_config
+            admission = Admission(settings, model.get_hidden_size(), str(model.dtype).removeprefix("torch."))
+        known = (admission,)
+        ADMISSION.put(processor, known)
+    return known[0]
+
+
+ADMISSION: Attribute[tuple[Admission | None]] = Attribute(
+    "InputProcessor",
+    "vllm_steer_admission",
+    why="The admission of an engine's front end, made at its first request; (None,) where it is not configured.",
+    gone_when="there is an admission hook.",
+)

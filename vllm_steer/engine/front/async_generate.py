@@ -1,0 +1,338 @@
+"""The asynchronous front end: what happens around one call of ``AsyncLLM.generate``.
+
+In a server it gives the request what its HTTP exchange asks, holds the slots of running requests, and collects each
+sample's readout the moment it is finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from vllm import RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_steer.engine.front import metrics
+from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
+from vllm_steer.engine.front.exchange import Exchange, Sample, current_exchange
+from vllm_steer.engine.front.live_traces import LiveTraces
+from vllm_steer.engine.front.permissions import check_allowed
+from vllm_steer.engine.front.readout_json import finite, readout_json
+from vllm_steer.engine.front.requests import EXTRA_ARGS, asked_of, translated
+from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.engine.stream_overflow import REASON_PREFIX
+from vllm_steer.engine.worker_answers import whole_readouts
+from vllm_steer.errors import MalformedSpec, SteerError, StreamOverflow
+from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
+
+_LOST = "it is no longer in the workers' store; raise steer_config(readout_store_mib=...)"
+_RAY_STAGE = "ray.llm._internal.batch.stages.vllm_engine_stage"
+
+
+def install() -> None:
+    """Install the patches of the asynchronous front end."""
+    GENERATE.install()
+    SHUTDOWN.install()
+
+
+def _generate(original: Any) -> Any:
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncIterator[RequestOutput]:
+        # Looked up here and not in the generator, which a task of vLLM's own may advance.
+        exchange = current_exchange.get()
+        run = functools.partial(original, self, prompt, request_id=request_id, **kwargs)
+        if _says_nothing(self, sampling_params, exchange):
+            plain: AsyncIterator[RequestOutput] = run(sampling_params)
+            return plain
+        return _generated(self, run, sampling_params, request_id, exchange)
+
+    return generate
+
+
+def _shutdown(original: Any) -> Any:
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        handler = getattr(self, "output_handler", None)
+        if handler is not None and not handler.get_loop().is_closed():
+            # The handler, which would have told whoever waits for outputs, has just been cancelled.
+            tell = functools.partial(self.output_processor.propagate_error, EngineDeadError())
+            handler.get_loop().call_soon_threadsafe(tell)
+
+    return shutdown
+
+
+def _says_nothing(engine: Any, params: Any, exchange: Exchange | None) -> bool:
+    """Whether neither a request, nor its exchange, nor the engine's default says anything of steering or reading."""
+    if not isinstance(params, SamplingParams):
+        return True
+    if (exchange is not None and exchange.spec is not None) or WIRE_KEY in (params.extra_args or {}):
+        return False
+    admission = configured_admission_of(engine.input_processor)
+    return admission is None or not admission.settings.default_steering
+
+
+async def _generated(
+    engine: Any, run: Any, params: SamplingParams, request_id: str, exchange: Exchange | None
+) -> AsyncIterator[RequestOutput]:
+    """The outputs of a request; ``run`` starts it with the parameters that it is given."""
+    try:
+        params, asked = _with_asked(engine, params, exchange)
+        outputs: AsyncIterator[RequestOutput] = run(params)
+        if asked is not None:
+            outputs = _steered(engine, outputs, asked, params, request_id, exchange)
+        async with aclosing(outputs):  # type: ignore[type-var]  # they are generators
+            async for output in outputs:
+                yield output
+    except SteerError as error:
+        metrics.refused(error)
+        if exchange is not None:
+            exchange.refusal = error
+        raise
+
+
+def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) -> tuple[SamplingParams, Asked | None]:
+    """The parameters with what the request asks in them, and that; None for nothing.
+
+    Raises:
+        SteerError: it is refused.
+    """
+    extra = params.extra_args or {}
+    try:
+        if WIRE_KEY in extra:
+            asked = asked_of(engine.input_processor, extra)
+            if asked is not None and exchange is not None:
+                check_allowed(asked.spec, exchange.allowed)
+        elif exchange is not None and exchange.spec is not None:
+            asked = asked_of(engine.input_processor, {WIRE_KEY: Asked(exchange.spec)})
+        else:
+            asked = asked_of(engine.input_processor, extra)
+        if asked is not None and asked.spec.readout is not None and exchange is None and _RAY_STAGE in sys.modules:
+            raise MalformedSpec(
+                "a readout was asked in a process of Ray Data's LLM stage, which hands on none of it; allowed: "
+                "steering there. Read with map_batches and an engine of your own, and collect_readouts."
+            )
+    except SteerError as error:
+        raise translated(error) from None
+    if asked is None and (exchange is None or exchange.spec is None):
+        return params, None
+    own = params.clone()
+    if asked is None:  # asked for by name, so that no default applies
+        EXTRA_ARGS.put(own, {**extra, WIRE_KEY: Asked(RequestSpec(()))})
+        return own, None
+    if exchange is not None:
+        asked = replace(asked, admitted=exchange.mark_applied)
+    EXTRA_ARGS.put(own, {**extra, WIRE_KEY: asked})
+    return own, asked
+
+
+async def _steered(
+    engine: Any,
+    outputs: AsyncIterator[RequestOutput],
+    asked: Asked,
+    params: SamplingParams,
+    request_id: str,
+    exchange: Exchange | None,
+) -> AsyncIterator[RequestOutput]:
+    spec, admission = asked.spec, admission_of(engine.input_processor)
+    tally = Tally(is_delta=params.output_kind == RequestOutputKind.DELTA)
+    collector = None
+    if exchange is not None and spec.readout is not None:
+        collector = Collector(engine, asked.key, request_id, spec.readout, exchange)
+    is_uncollected = exchange is None and spec.readout is not None
+    try:
+        with (
+            nullcontext() if admission.in_flight is None else admission.in_flight.hold(request_id),
+            _alone(engine, request_id) if is_uncollected else nullcontext(),
+        ):
+            async with aclosing(outputs):  # type: ignore[type-var]
+                async for output in outputs:
+                    if tally.prompt_len is None:
+                        metrics.admitted(spec)
+                    _check_overflow(output)
+                    tally.add(output)
+                    if collector is not None:
+                        await collector.take(output, tally)
+                    yield output
+    finally:
+        metrics.tokens(metrics.directions_of(spec), sum(tally.counts.values()))
+        if collector is not None:
+            collector.close()
+            _forget(admission, request_id, asked)
+
+
+def _check_overflow(output: RequestOutput) -> None:
+    for sample in output.outputs:
+        reason = sample.stop_reason
+        if sample.finish_reason == "error" and isinstance(reason, str) and reason.startswith(REASON_PREFIX):
+            raise translated(StreamOverflow(reason.removeprefix(REASON_PREFIX)))
+
+
+def _forget(admission: Admission, request_id: str, asked: Asked) -> None:
+    """Keep a request out of ``collect_readouts``, whose readouts its own reply has carried."""
+    if admission.asked.get(request_id) is not None and admission.asked[request_id].key == asked.key:
+        del admission.asked[request_id]
+
+
+@contextmanager
+def _alone(engine: Any, request_id: str) -> Iterator[None]:
+    """Around a request whose readouts ``collect_readouts_async`` will look for by its id.
+
+    Raises:
+        MalformedSpec: another one with the same id is under way.
+    """
+    running = RUNNING.of(engine)
+    if running is None:
+        running = set()
+        RUNNING.put(engine, running)
+    if request_id in running:
+        raise translated(
+            MalformedSpec(
+                f"request id {request_id!r} is that of another request with a readout that is under way, so readouts "
+                "could not be told apart; allowed: an id of its own. Choose another."
+            )
+        )
+    running.add(request_id)
+    try:
+        yield
+    finally:
+        running.remove(request_id)
+
+
+class Tally:
+    """How many tokens a request's samples have.
+
+    Args:
+        is_delta: each output tells only the new tokens of a sample, and not all of them so far.
+
+    Attributes:
+        prompt_len: tokens of the prompt; None before the first output.
+        counts: sample index -> generated tokens.
+    """
+
+    def __init__(self, is_delta: bool) -> None:
+        self.prompt_len: int | None = None
+        self.counts: dict[int, int] = {}
+        self._is_delta = is_delta
+
+    def add(self, output: RequestOutput) -> None:
+        if self.prompt_len is None:
+            self.prompt_len = len(output.prompt_token_ids or ())
+        for sample in output.outputs:
+            before = self.counts.get(sample.index, 0) if self._is_delta else 0
+            self.counts[sample.index] = before + len(sample.token_ids)
+
+    def computed(self, index: int) -> int:
+        """Tokens of a sample that have been through the model: the prompt and all generated ones but the last."""
+        return (self.prompt_len or 0) + self.counts[index] - 1
+
+
+class Collector:
+    """Fetches the readouts of one engine request from the workers into the samples of its exchange.
+
+    Args:
+        engine: the ``AsyncLLM``.
+        key: the name under which the workers keep the request's readouts.
+        request_id: the id that vLLM's server knows it by.
+        readout: what was asked.
+        exchange: where the readouts go.
+    """
+
+    def __init__(self, engine: Any, key: str, request_id: str, readout: Readout, exchange: Exchange) -> None:
+        self._engine = engine
+        self._key = key
+        self._request_id = request_id
+        self._readout = readout
+        self._exchange = exchange
+        self._live = live_traces_of(engine)
+        self._followed: set[int] = set()
+        self._finished: set[int] = set()
+
+    async def take(self, output: RequestOutput, tally: Tally) -> None:
+        """Note how far the samples of an output are; with one question, collect the readouts of the finished ones."""
+        ended = []
+        for part in output.outputs:
+            index = part.index
+            if index in self._finished:
+                continue
+            sample = self._exchange.sample(self._request_id, index)
+            sample.span_length = self._span_length(tally, index)
+            if part.finish_reason is not None:
+                self._finished.add(index)
+                ended.append(index)
+            elif self._readout.trace and index not in self._followed:
+                self._followed.add(index)
+                self._live.follow(self._key, index, sample)
+        if ended:
+            asked = [(self._key, index, tally.computed(index)) for index in ended]
+            answers = whole_readouts(await self._engine.collective_rpc("vllm_steer_collect", args=(asked,)))
+            for index, answer in zip(ended, answers, strict=True):
+                self._live.leave(self._key, index)
+                finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})
+
+    def close(self) -> None:
+        """Follow nothing any more, however the request ended."""
+        for index in self._followed:
+            self._live.leave(self._key, index)
+
+    def _span_length(self, tally: Tally, index: int) -> int:
+        """How many tokens of the readout's span are known to belong to the sample."""
+        prompt_len = tally.prompt_len or 0
+        first = prompt_len if self._readout.span == "generated" else self._readout.skip_first
+        end = tally.computed(index)
+        return max(0, (min(end, prompt_len) if self._readout.span == "prompt" else end) - first)
+
+
+def finish(sample: Sample, answer: Mapping[str, Any]) -> None:
+    """Put a worker's last word on a sample in place."""
+    sample.readout = readout_json(answer)
+    for name, values in answer.get("trace", ()):
+        sample.trace[name] = [finite(value) for value in np.frombuffer(values, dtype=np.float32).tolist()]
+    sample.span_length = max((len(values) for values in sample.trace.values()), default=0)
+
+
+def live_traces_of(engine: Any) -> LiveTraces:
+    """The one poller of an engine's front end."""
+    live = LIVE_TRACES.of(engine)
+    if live is None:
+        live = LiveTraces(engine)
+        LIVE_TRACES.put(engine, live)
+    return live
+
+
+_GONE = "outputs can carry what a worker hands over."
+GENERATE = patch(
+    AsyncLLM,
+    "generate",
+    _generate,
+    takes="async self, prompt, sampling_params, request_id, *, ...",
+    contains="except (VLLMClientError, GracefulHTTPError",  # a refusal goes through as it is
+    why="vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be "
+    "collected between a sample's last token and the reply.",
+    gone_when=_GONE,
+    when="front ends of an AsyncLLM with steer_config",
+)
+SHUTDOWN = patch(
+    AsyncLLM,
+    "shutdown",
+    _shutdown,
+    takes="self, ...",
+    contains="cancel_task_threadsafe(handler)",  # after which nobody is told that the engine has died
+    why="It cancels the task that hands out outputs before that task has told the waiting requests that the engine is "
+    "gone; they would wait for ever, and with them the server's own end.",
+    gone_when="shutdown tells them.",
+    when="front ends of an AsyncLLM with steer_config",
+)
+RUNNING: Attribute[set[str]] = Attribute(
+    "AsyncLLM", "vllm_steer_running", why="Request ids whose readouts are yet to be collected.", gone_when=_GONE
+)
+LIVE_TRACES: Attribute[LiveTraces] = Attribute(
+    "AsyncLLM", "vllm_steer_live_traces", why="The one poller of traces under way.", gone_when=_GONE
+)

@@ -1,0 +1,230 @@
+"""The way of every request through vLLM's front end: admitted, marked for the workers, keyed for the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from http import HTTPStatus
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
+from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
+from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
+
+SALT_PREFIX = "vllm_steer:"
+_TRANSLATED: dict[str, type[SteerError]] = {}
+
+
+def install() -> None:
+    """Install the patches of the front end."""
+    for one in (PROCESS_INPUTS, ASSIGN_REQUEST_ID, BEAM_SEARCH):
+        one.install()
+
+
+def _process_inputs(original: Any) -> Any:
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(params, SamplingParams):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            asked = asked_of(self, params.extra_args or {})
+            if asked is not None and kwargs.get("resumable"):
+                raise MalformedSpec(
+                    "a streaming-input session was to be steered or read; allowed: whole prompts. Send one."
+                )
+            request = original(self, request_id, prompt, params, *args, **kwargs)
+            _check_salt(request)
+            if asked is None:
+                _pass(configured_admission_of(self), request)
+                return request
+            if request.prompt_token_ids is None or request.prompt_embeds is not None:
+                raise MalformedSpec(
+                    "a prompt of embeddings was to be steered or read; allowed: text or token ids. Send these."
+                )
+            _admit(admission_of(self), asked, request)
+            return request
+        except SteerError as error:
+            raise translated(error) from None
+
+    return process_inputs
+
+
+def _assign_request_id(original: Any) -> Any:
+    def assign_request_id(self: InputProcessor, request: Any) -> None:
+        params = request.sampling_params
+        extra = params.extra_args if params is not None and params.extra_args else {}
+        if RESOLVED_KEY in extra:
+            admission_of(self)  # another engine may have admitted it, and this one may have no hooks
+        elif WIRE_KEY in extra or (params is not None and _default_of(configured_admission_of(self))):
+            raise MalformedSpec(
+                "an EngineCoreRequest made by hand came to an engine that has to steer it, and nothing has checked it; "
+                "allowed: prompts with SamplingParams. Pass these."
+            )
+        original(request)
+
+    return assign_request_id
+
+
+def _beam_search(original: Any) -> Any:
+    def beam_search(self: LLM, *args: Any, **kwargs: Any) -> Any:
+        if _default_of(configured_admission_of(self.llm_engine.input_processor)):
+            raise MalformedSpec(
+                "beam_search was called on an engine with default_steering, and it computes generated tokens again as "
+                "prompts; allowed: generate and chat. Use these, or an engine without default_steering."
+            )
+        return original(self, *args, **kwargs)
+
+    return beam_search
+
+
+def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | None:
+    """What a request asks of an engine, the engine's default included; None for nothing.
+
+    Args:
+        processor: the engine's.
+        extra: ``SamplingParams.extra_args``.
+
+    Raises:
+        NotConfigured: it asks for something and the engine has no hooks.
+        SpecError: the wire is malformed.
+    """
+    if RESOLVED_KEY in extra:
+        raise UnknownField(
+            f"extra_args has {RESOLVED_KEY!r}, which admission writes; allowed: {WIRE_KEY!r}. Remove it."
+        )
+    admission = configured_admission_of(processor)
+    default = _default_of(admission)
+    wire = extra.get(WIRE_KEY)
+    if wire is None and not default:
+        return None
+    if wire is None:
+        asked = Asked(RequestSpec())
+    else:
+        asked = wire if isinstance(wire, Asked) else Asked(RequestSpec.loads(wire))
+    spec = asked.spec.with_default(default)
+    if spec.is_empty:
+        return None
+    if admission is None:
+        admission_of(processor)  # raises
+    return replace(asked, spec=spec)
+
+
+def _default_of(admission: Admission | None) -> tuple[Steering, ...]:
+    return () if admission is None else admission.settings.default_steering
+
+
+def translated(error: SteerError) -> SteerError:
+    """The refusal that reaches an HTTP client with its own status.
+
+    vLLM's asynchronous front end answers 500 to any exception but its own (vllm/v1/engine/async_llm.py, ``generate``),
+    so a refusal becomes both: the class that callers of the offline API catch, and vLLM's error that carries a status.
+    """
+    both = _with_status(type(error))
+    refusal = both.__new__(both)
+    GracefulHTTPError.__init__(refusal, str(error), HTTPStatus(error.status))
+    assert isinstance(refusal, SteerError)
+    return refusal
+
+
+def _with_status(refusal: type[SteerError]) -> Any:
+    if refusal.__name__ not in _TRANSLATED:
+        bases = (refusal, GracefulHTTPError)
+        _TRANSLATED[refusal.__name__] = type(refusal.__name__, bases, {"__module__": refusal.__module__})
+    return _TRANSLATED[refusal.__name__]
+
+
+def _check_salt(request: Any) -> None:
+    if request.cache_salt and request.cache_salt.startswith(SALT_PREFIX):
+        raise MalformedSpec(
+            f"cache_salt starts with {SALT_PREFIX!r}, which marks the blocks of steered requests; allowed: any "
+            "other salt. Choose one."
+        )
+
+
+def _admit(admission: Admission, asked: Asked, request: Any) -> None:
+    """Write into the request, which is vLLM's own copy of the caller's, what workers and scheduler need to know."""
+    resolved = admission.admit(request.request_id, asked.spec, len(request.prompt_token_ids), asked.key)
+    params = request.sampling_params
+    EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
+    if resolved.prompt_digest:
+        CACHE_SALT.put(request, salt(request.cache_salt, resolved.prompt_digest))
+    if asked.spec.readout is not None:
+        # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
+        SKIP_READING_PREFIX_CACHE.put(params, True)
+        admission.remember(request.request_id, asked)
+    if asked.admitted is not None:
+        asked.admitted()
+
+
+def _pass(admission: Admission | None, request: Any) -> None:
+    """Mark a request that is neither steered nor read as seen, where it might have been steered by default."""
+    params = request.sampling_params
+    if _default_of(admission):
+        EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: None})
+    elif params.extra_args and WIRE_KEY in params.extra_args:
+        EXTRA_ARGS.put(params, _without_wire(params))
+
+
+def _without_wire(params: SamplingParams) -> dict[str, Any]:
+    return {name: value for name, value in (params.extra_args or {}).items() if name != WIRE_KEY}
+
+
+def salt(own: str | None, prompt_digest: str) -> str:
+    """The cache salt of a request whose prompt is steered, on top of the salt it may have of its own."""
+    return SALT_PREFIX + sha256(f"{own or ''}\0{prompt_digest}".encode()).hexdigest()
+
+
+PROCESS_INPUTS = patch(
+    InputProcessor,
+    "process_inputs",
+    _process_inputs,
+    takes="self, request_id, prompt, params, ..., resumable=",
+    contains="sampling_params = params.clone()",  # we write into the request's parameters
+    why="The one place that every front end passes before a request is scheduled.",
+    gone_when="there is an admission hook.",
+)
+ASSIGN_REQUEST_ID = patch(
+    InputProcessor,
+    "assign_request_id",
+    _assign_request_id,
+    takes="static request",
+    contains="f'{request.external_req_id}-{random_uuid():.8}'",  # worker_steering.sample_key reads this form
+    why="Ready-made EngineCoreRequest objects do not pass process_inputs, but they pass here; one that carries a spec "
+    "nobody has checked would run unsteered.",
+    gone_when="vLLM drops that deprecated way in.",
+)
+BEAM_SEARCH = patch(
+    LLM,
+    "beam_search",
+    _beam_search,
+    takes="self, ...",
+    why="It computes generated tokens again as prompts, which would steer them as such where an engine has a default.",
+    gone_when="beam search keeps a request's parameters and tells prompt from answer.",
+)
+_SPEC_GONE = "requests have typed fields for plugins."
+EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
+    "SamplingParams",
+    "extra_args",
+    why="Carries what a request asks to the front end, and what admission made of it to scheduler and workers.",
+    gone_when=_SPEC_GONE,
+)
+SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
+    "SamplingParams",
+    "skip_reading_prefix_cache",
+    why="A readout needs every activation computed, so cached KV cannot stand in for any token.",
+    gone_when=_SPEC_GONE,
+)
+CACHE_SALT: Attribute[str] = Attribute(
+    "EngineCoreRequest",
+    "cache_salt",
+    why="Keeps the blocks of differently steered prompts apart in the prefix cache.",
+    gone_when=_SPEC_GONE,
+)

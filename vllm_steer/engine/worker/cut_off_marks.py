@@ -1,0 +1,90 @@
+"""A worker hands over which requests' streams the op has cut off, with the output of the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_steer.engine.patching import patch
+from vllm_steer.engine.stream_overflow import CUT_OFF
+from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
+
+Marks = Callable[[], list[str]]
+"""Gives the ids of requests whose stream was cut off, once they have come from the device."""
+
+
+def watch(worker: Any) -> None:
+    """Let a worker hand over the marks of each step; to be called once its model is loaded.
+
+    Patches ``execute_model`` and ``sample_tokens`` of this one worker, where the residual stream is float16.
+    """
+    steering = steering_of(worker.model_runner)
+    if steering is None or not steering.buffers.can_cut:
+        return
+    pending: list[Marks] = []
+    EXECUTE_MODEL.install_on(worker, steering, pending)
+    SAMPLE_TOKENS.install_on(worker, pending)
+
+
+def _execute_model(original: Any, steering: WorkerSteering, pending: list[Marks]) -> Any:
+    def execute_model(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        marks = steering.start_reading_marks()
+        if marks is not None and output is None:  # sample_tokens comes next
+            pending.append(marks)
+        elif marks is not None:
+            return _with_marks(output, marks)
+        return output
+
+    return execute_model
+
+
+def _sample_tokens(original: Any, pending: list[Marks]) -> Any:
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        return _with_marks(output, pending.pop()) if pending else output
+
+    return sample_tokens
+
+
+class _OutputWithMarks(AsyncModelRunnerOutput):
+    """An output that is still under way, with the marks that arrive no later than it does."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, marks: Marks) -> None:
+        self._output = output
+        self._marks = marks
+
+    def get_output(self) -> Any:
+        return _marked(self._output.get_output(), self._marks())
+
+
+def _with_marks(output: Any, marks: Marks) -> Any:
+    if isinstance(output, AsyncModelRunnerOutput):
+        return _OutputWithMarks(output, marks)
+    return _marked(output, marks())
+
+
+def _marked(output: Any, request_ids: list[str]) -> Any:
+    if not request_ids or output is None:
+        return output
+    output = copy(output)  # vLLM hands out one empty output for all steps without tokens
+    CUT_OFF.put(output, request_ids)
+    return output
+
+
+EXECUTE_MODEL, SAMPLE_TOKENS = (
+    patch(
+        WorkerBase,
+        name,
+        wrap,
+        takes=None,
+        why="Hands the marks of requests whose stream was cut off over with the output of the step.",
+        gone_when="a worker can fail one request.",
+        when="each worker object of a float16 engine with steer_config",
+    )
+    for name, wrap in (("execute_model", _execute_model), ("sample_tokens", _sample_tokens))
+)

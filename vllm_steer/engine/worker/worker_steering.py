@@ -1,0 +1,294 @@
+"""One worker's side of the plugin: planner, buffers, traces and finished readouts of one model runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.device.buffers import SteerBuffers
+from vllm_steer.directions import Direction
+from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
+from vllm_steer.engine.patching import Attribute
+from vllm_steer.engine.registry import DirectionRegistry, configured_directions
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved
+from vllm_steer.engine.worker.readout_flow import ReadoutFlow, Summed
+from vllm_steer.engine.worker.readouts import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.tail_rows import TailRows
+from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
+from vllm_steer.errors import DirectionError, MalformedSpec
+from vllm_steer.plan.batch_plan import BatchPlanner
+from vllm_steer.plan.step_plan import STEER, TracedTokens
+from vllm_steer.schema import WIRE_KEY
+from vllm_steer.settings import SteerSettings
+
+SampleKey = tuple[str, int]
+"""``Resolved.key`` of the request, and sample index."""
+
+
+class WorkerSteering:
+    """Everything that one runner tells of its requests and steps comes here.
+
+    Args:
+        settings: what the engine was started with.
+        runner: the classic runner or the V2 runner's model state; its ``vllm_config`` and ``device`` are read.
+        model: the runner's model, loaded and not yet called.
+    """
+
+    def __init__(self, settings: SteerSettings, runner: Any, model: nn.Module) -> None:
+        config = runner.vllm_config
+        hidden_size = config.model_config.get_hidden_size()
+        max_requests, max_drafts = config.scheduler_config.max_num_seqs, config.num_speculative_tokens
+        self.settings = settings
+        self.model = model
+        self.planner = BatchPlanner(
+            len(settings.layers), max_requests, settings.max_entries, settings.trace_columns, max_drafts
+        )
+        self.buffers = SteerBuffers(
+            num_layers=len(settings.layers),
+            hidden_size=hidden_size,
+            max_tokens=_most_tokens(config),
+            max_requests=max_requests,
+            max_entries=settings.max_entries,
+            max_directions=settings.max_directions,
+            trace_columns=settings.trace_columns,
+            device=runner.device,
+            max_drafts=max_drafts,
+            can_cut=config.model_config.dtype == torch.float16,
+        )
+        self.store = ReadoutStore(settings.readout_store_mib << 20)
+        self._resolved: dict[str, Resolved] = {}
+        self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
+        self._traces: dict[str, Trace] = {}
+        self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
+        self._taken: dict[str, FinishedReadout] = {}  # internal id -> what was last taken of a live request
+        self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
+        self._tails = TailRows(self.buffers.last_L_AD)
+        self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
+        attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
+        self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
+        self._may_cut = False  # whether the step that was last prepared steers a float16 stream
+        self._held = {settings.layers.index(layer) for layer in hooked_layers(model)}  # of this pipeline stage
+        # The front end books the same files in the same order, so both agree on the slots without a message.
+        self.write_directions(
+            DirectionRegistry(settings.max_directions, hidden_size).register(configured_directions(settings))
+        )
+
+    def write_directions(self, writes: list[tuple[int, Direction]]) -> None:
+        """Put vectors into their slots of the bank."""
+        self._take_ended()  # their projections are onto what is there now
+        for slot, direction in writes:
+            self.buffers.write_direction(slot, direction.vector)
+            self._contents[slot] = direction.content_hash
+
+    def begin(self, request_id: str, params: Any) -> None:
+        """Take up a request that has come to the worker with these ``SamplingParams``.
+
+        One that comes back after a preemption is known already and goes on with its prompt, trace and columns.
+
+        Raises:
+            MalformedSpec, DirectionError: it would run unsteered or with another vector. No request can bring that
+                about, so the engine stops with it.
+        """
+        extra = (params.extra_args if params is not None else None) or {}
+        if WIRE_KEY in extra and RESOLVED_KEY not in extra:
+            raise MalformedSpec(
+                f"request {request_id!r} came to the worker with a steering spec that admission has not resolved; "
+                "allowed: requests that passed vLLM's InputProcessor with the plugin loaded. Start the engine again."
+            )
+        if extra.get(RESOLVED_KEY) is not None and request_id not in self._resolved:
+            resolved = Resolved.load(extra[RESOLVED_KEY])
+            self._check_bank(resolved)
+            self._begin(request_id, resolved)
+            readout = self._resolved[request_id].readout
+            if params.stop and readout is not None and readout.end is None:
+                self._may_stop.add(request_id)
+
+    def preempt(self, request_id: str) -> None:
+        """Drop what was summed of a request that will be computed again from its first token."""
+        self.planner.preempt(request_id)
+        self._taken.pop(request_id, None)
+
+    def prepare(
+        self,
+        request_ids: Sequence[str],
+        num_computed: Sequence[int],
+        num_scheduled: Sequence[int],
+        drafts: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Bring the buffers up to date for the step that is about to run; arguments as of ``BatchPlanner.build``."""
+        self.fetch()
+        self._take_ended()  # before their accumulators are others'
+        poolings = self.planner.poolings
+        self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
+        plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
+        self.buffers.write(plan)
+        self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
+        if plan is not None:
+            self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
+
+    def start_reading_marks(self) -> Callable[[], list[str]] | None:
+        """To be called once after each step's forward pass: which requests' streams were cut off in it.
+
+        Returns:
+            A function that may be called once the device is past that pass, and gives their internal ids; None where
+            the step could not cut anything off.
+        """
+        if not self._may_cut:
+            return None
+        self._may_cut = False
+        cut_R, _ = start_copy(self.buffers.cut_R)
+        return partial(_marked_requests, self.planner.rows(), cut_R)
+
+    def silence(self) -> None:
+        """Mark every token untouched for a forward pass that no request stands behind."""
+        self.fetch()  # that pass writes over the rows of the last one
+        self.buffers.silence()
+
+    def fetch(self) -> None:
+        """Take in traces and readouts up to the last forward pass, as far as can be done without waiting for the
+        device."""
+        self._trace_flow.fetch()
+        self._readout_flow.fetch()
+
+    def finish(self, request_id: str) -> None:
+        """Forget a finished request; its readout goes to the store with those of all that end in this step."""
+        resolved = self._resolved.get(request_id)
+        if resolved is not None and resolved.readout is not None:
+            key = sample_key(request_id, resolved)
+            summed = self._to_take(request_id)
+            if summed is not None:
+                self._ended.append((key, summed))
+            elif request_id in self._taken:
+                self.store.put(*key, self._taken[request_id])
+            del self._reading[key]
+        self._resolved.pop(request_id, None)
+        self._traces.pop(request_id, None)
+        self._taken.pop(request_id, None)
+        self._may_stop.discard(request_id)
+        self.planner.remove(request_id)
+
+    def find(self, samples: Sequence[SampleKey]) -> list[FinishedReadout | None]:
+        """The readouts of samples: from the store, or of requests that are finished but not yet removed."""
+        self._take_ended()
+        found = [self.store.get(*key) for key in samples]
+        # vLLM tells the runner of a finished request with its next step; after the last step there is none.
+        live = [self._reading.get(key, "") for key in samples]
+        to_take = {
+            request_id: summed
+            for request_id, readout in zip(live, found, strict=True)
+            if readout is None and (summed := self._to_take(request_id)) is not None
+        }
+        self._taken.update(zip(to_take, self._readout_flow.take([*to_take.values()]), strict=True))
+        return [readout or self._taken.get(request_id) for readout, request_id in zip(found, live, strict=True)]
+
+    def trace(self, key: str, index: int) -> tuple[list[str], Trace] | None:
+        """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
+        request_id = self._reading.get((key, index))
+        if request_id is None:
+            return None
+        readout = self._resolved[request_id].readout
+        assert readout is not None  # or it would not be reading
+        return [name for name, _, _ in readout.trace], self._traces[request_id]
+
+    def _check_bank(self, resolved: Resolved) -> None:
+        contents = dict(resolved.contents)
+        for slot in resolved.slots:
+            if self._contents.get(slot) != contents[slot]:
+                raise DirectionError(
+                    f"request {resolved.request_id!r} names a direction that is not in slot {slot} of the worker's "
+                    "bank: a direction file has changed since the engine started, or a registration has failed; "
+                    "allowed: what front end and workers both hold. Start the engine again."
+                )
+
+    def _begin(self, request_id: str, resolved: Resolved) -> None:
+        if resolved.readout is not None:
+            resolved = replace(resolved, readout=resolved.readout.on_stage(self._held))
+        self._resolved[request_id] = resolved
+        self.planner.add(request_id, resolved.plan())
+        if resolved.readout is None:
+            return
+        self._reading[sample_key(request_id, resolved)] = request_id
+        failure = None
+        if resolved.readout.trace and request_id not in self.planner.columns:
+            failure = (
+                f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
+                "later, or start the engine with steer_config(trace_columns=...) larger"
+            )
+        self._traces[request_id] = Trace(len(resolved.readout.trace), failure)
+
+    def _rows(self, traced: TracedTokens) -> TraceRows:
+        readout = self._resolved[traced.request_id].readout
+        assert readout is not None  # it is the readout that traces
+        trace, columns = self._traces[traced.request_id], self.planner.columns[traced.request_id]
+        start = traced.position - readout.first
+        return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
+
+    def _to_take(self, request_id: str) -> Summed | None:
+        """The readout of a request as it stands; None if nothing has been computed of it since it was last taken."""
+        state = self.planner.poolings.get(request_id)
+        taken = self._taken.get(request_id)
+        if state is None or (taken is not None and taken.state == state):
+            return None
+        readout = self._resolved[request_id].readout
+        assert readout is not None  # it is what is pooled
+        before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
+        return Summed(readout, replace(state), self._traces.get(request_id), before_last)
+
+    def _take_ended(self) -> None:
+        """Move the readouts of finished requests to the store."""
+        ended, self._ended = self._ended, []
+        for (key, _), readout in zip(ended, self._readout_flow.take([summed for _, summed in ended]), strict=True):
+            self.store.put(*key, readout)
+
+
+def _marked_requests(first_rows: Mapping[str, int], cut_R: torch.Tensor) -> list[str]:
+    """The requests with a mark at their row for prompt tokens, or at that for generated tokens behind it."""
+    marked = set(cut_R.nonzero()[:, 0].tolist())
+    return [one for one, row in first_rows.items() if not marked.isdisjoint((row, row + 1))] if marked else []
+
+
+def sample_key(request_id: str, resolved: Resolved) -> SampleKey:
+    """The key of the sample with this internal request id.
+
+    vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of more ``<i>_<external>-<random>``
+    (vllm/v1/engine/input_processor.py, parallel_sampling.py).
+    """
+    if request_id == resolved.request_id or request_id.startswith(f"{resolved.request_id}-"):
+        return resolved.key, 0
+    index, _, _ = request_id.partition("_")
+    return resolved.key, int(index)
+
+
+def steering_of(runner: Any) -> WorkerSteering | None:
+    """The steering of a runner, or None where its engine is not configured for it.
+
+    The classic runner carries it itself, the V2 runner on its model state.
+    """
+    return STEERING.of(getattr(runner, "model_state", runner))
+
+
+def equip(runner: Any, model: nn.Module) -> None:
+    """Give a runner (or model state) whose model has just been loaded its steering, if its engine is configured."""
+    settings = SteerSettings.of(runner.vllm_config.additional_config)
+    if settings is not None:
+        with torch.inference_mode(False):
+            STEERING.put(runner, WorkerSteering(settings, runner, model))
+
+
+def _most_tokens(config: Any) -> int:
+    """The most token rows that one forward pass can have, graph padding included."""
+    captured = config.compilation_config.cudagraph_capture_sizes or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, max(captured)))
+
+
+STEERING: Attribute[WorkerSteering] = Attribute(
+    "GPUModelRunner, or the V2 runner's ModelState",
+    "vllm_steer",
+    why="The steering of a runner's model.",
+    gone_when="a plugin can bring a part of a runner of its own.",
+)

@@ -1,0 +1,321 @@
+"""From the token spans of one engine step to the tables that the op reads. Pure: no vLLM, no torch.
+
+A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens whose
+positions in the request start at ``num_computed[i]``. For these the plan says
+
+* which **row** of the entry table each token uses: a request has two, one for its prompt tokens and one for its
+  generated tokens, chosen by the token's own position, so that a prompt that is computed again after a preemption,
+  together with tokens that were generated before it, is steered exactly as the first time;
+* which **segment** of the step's tokens each accumulator takes in, for requests with a readout;
+* which tokens are **traced**, for requests that follow directions token by token.
+
+With speculative decoding the last tokens of a request in a step can be **draft** tokens, of which only the next step's
+``num_computed`` tells how many were accepted. Each is summed into a draft accumulator of its own; the next plan says
+which of these to add to the request's accumulator before anything else. Drafts follow the last known token, so they lie
+behind the prompt.
+
+Letters of shapes: T tokens, R rows, E entries a row, L hooked layers, A accumulators, K trace columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from vllm_steer.plan.entry_rows import Entry, EntryRows
+from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
+from vllm_steer.plan.trace_columns import Pair, TraceColumns
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """The positions [first, end) of a request to sum, at these hooked layers; ``end`` None is open.
+
+    ``trace`` are the directions to follow over the same positions.
+    """
+
+    layer_indices: tuple[int, ...]
+    first: int
+    end: int | None
+    trace: tuple[Pair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """What one request asks, resolved to slots and layer indices."""
+
+    prompt_len: int
+    prompt_entries: tuple[Entry, ...] = ()
+    generated_entries: tuple[Entry, ...] = ()
+    pooling: Pooling | None = None
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.prompt_entries or self.generated_entries)
+
+    @property
+    def settled_from(self) -> int:
+        """From the token at this position on, each is treated as the one before it."""
+        if self.pooling is None:
+            return self.prompt_len + 1
+        return max(self.prompt_len + 1, self.pooling.first + 2, (self.pooling.end or 0) + 1)
+
+
+@dataclass(slots=True)
+class PoolingState:
+    """How far the readout of one request has come.
+
+    Attributes:
+        accumulator: its row in the accumulators.
+        next_position: position of the token that must be computed next for the sum to be complete.
+        num_tokens: tokens in the sum so far.
+        failure: why the sum cannot be right, or None.
+        drafts: draft accumulators of the draft tokens from ``next_position`` on that were computed in its last step and
+            may have been accepted.
+    """
+
+    accumulator: int
+    next_position: int = 0
+    num_tokens: int = 0
+    failure: str | None = None
+    drafts: range = range(0)
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What is read in a step, while it is put together.
+
+    Attributes:
+        segments: first token and number of tokens by accumulator.
+        layers: the layer indices of each readout.
+        growing: the states whose requests have a token of this step in their sums.
+        passing: those that have none, and whose position goes on nevertheless.
+    """
+
+    segments: dict[int, tuple[int, int]] = field(default_factory=dict)
+    layers: set[tuple[int, ...]] = field(default_factory=set)
+    growing: list[PoolingState] = field(default_factory=list)
+    passing: list[PoolingState] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _SettledStep:
+    """A step of one token a request, after which each request is treated as before as long as it goes on by one.
+
+    Attributes:
+        request_ids, num_computed: of the step that would follow it.
+        plan: the plan of that step too.
+    """
+
+    request_ids: list[str]
+    num_computed: list[int]
+    plan: StepPlan
+    reads: _Reads
+
+    def follows(self, request_ids: Sequence[str], num_computed: Sequence[int], num_scheduled: Sequence[int]) -> bool:
+        return (
+            self.request_ids == request_ids and self.num_computed == num_computed and max(num_scheduled, default=0) == 1
+        )
+
+
+class BatchPlanner:
+    """Keeps what the active requests ask and builds the plan of each step.
+
+    Args:
+        num_layers: L, hooked layers.
+        max_requests: requests that can be scheduled in one step; R = 2·max_requests.
+        max_entries: E, entries of one row at one layer.
+        trace_columns: K, directions that can be traced at once.
+        max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), the accumulators of all
+            requests first and the draft accumulators of each in turn behind them.
+
+    Attributes:
+        columns: request -> its trace columns, one for each direction of ``Pooling.trace``; a request is not in here if
+            it traces nothing, or if too few columns were free when it came.
+    """
+
+    def __init__(
+        self, num_layers: int, max_requests: int, max_entries: int, trace_columns: int, max_drafts: int = 0
+    ) -> None:
+        self.num_layers = num_layers
+        self.max_requests = max_requests
+        self.max_drafts = max_drafts
+        self.requests: dict[str, RequestPlan] = {}
+        self.poolings: dict[str, PoolingState] = {}
+        self.columns: dict[str, tuple[int, ...]] = {}
+        self._rows = EntryRows(num_layers, max_requests, max_entries)
+        self._trace_columns = TraceColumns(num_layers, trace_columns)
+        self._free_accumulators = list(range(max_requests - 1, -1, -1))
+        self._settled: _SettledStep | None = None
+        self._is_idle = True
+
+    def add(self, request_id: str, plan: RequestPlan) -> None:
+        """Start planning for a request that has come to the worker."""
+        self._settled = None
+        self.requests[request_id] = plan
+        if plan.pooling is not None and plan.pooling.trace:
+            columns = self._trace_columns.bind(request_id, plan.pooling.trace)
+            if columns is not None:
+                self.columns[request_id] = columns
+
+    def remove(self, request_id: str) -> None:
+        """Forget a finished request and free its rows, accumulator and trace columns."""
+        plan = self.requests.pop(request_id, None)
+        if plan is not None and plan.pooling is not None:
+            self._trace_columns.release(request_id, plan.pooling.trace)
+        self.columns.pop(request_id, None)
+        self.preempt(request_id)
+
+    def preempt(self, request_id: str) -> None:
+        """Free the rows and the accumulator of a request that will be computed again from position 0."""
+        self._settled = None
+        self._rows.release(request_id)
+        self._release(request_id)
+
+    def rows(self) -> dict[str, int]:
+        """Request -> its row for prompt tokens, before which stands none of its own and behind which stands that for
+        generated tokens; of all requests that were steered so far and not removed or preempted."""
+        return self._rows.lent()
+
+    def build(
+        self,
+        request_ids: Sequence[str],
+        num_computed: Sequence[int],
+        num_scheduled: Sequence[int],
+        drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> StepPlan | None:
+        """The plan of a step, or None when this step and the one before do nothing at all.
+
+        Args:
+            request_ids: requests in the order of their tokens in the batch.
+            num_computed: tokens of each request that were computed before this step.
+            num_scheduled: tokens of each request in this step, its draft tokens included.
+            drafts: request -> its draft tokens, for requests that have any.
+        """
+        if not self.requests and self._is_idle:
+            return None
+        self._is_idle = not self.requests
+        if self._settled is not None and not drafts and self._settled.follows(request_ids, num_computed, num_scheduled):
+            return self._go_on(self._settled)
+        return self._build(request_ids, num_computed, num_scheduled, drafts)
+
+    def _go_on(self, settled: _SettledStep) -> StepPlan:
+        """The plan of the step before, for the next token of each of its requests."""
+        for state in settled.reads.growing:
+            state.num_tokens += 1
+            state.next_position += 1
+        for state in settled.reads.passing:
+            state.next_position += 1
+        self._settled = replace(settled, num_computed=[computed + 1 for computed in settled.num_computed])
+        return settled.plan
+
+    def _build(
+        self,
+        request_ids: Sequence[str],
+        num_computed: Sequence[int],
+        num_scheduled: Sequence[int],
+        drafts: Mapping[str, Sequence[int]],
+    ) -> StepPlan:
+        plan = StepPlan.blank(self.num_layers, self.max_requests * (1 + self.max_drafts), sum(num_scheduled))
+        reads = _Reads()
+        rows_used: list[int] = []
+        is_settled = not drafts and max(num_scheduled, default=0) == 1
+        offset = 0
+        for request_id, computed, scheduled in zip(request_ids, num_computed, num_scheduled, strict=True):
+            request = self.requests.get(request_id)
+            if request is not None:
+                is_settled = is_settled and computed + 1 >= request.settled_from
+                if request.steers:
+                    prompt, generated = request.prompt_entries, request.generated_entries
+                    row = self._rows.lend(request_id, prompt, generated, request_ids)
+                    split = min(max(request.prompt_len - computed, 0), scheduled)
+                    if prompt and split:
+                        plan.row_of_token_T[offset : offset + split] = row
+                        rows_used.append(row)
+                    if generated and split < scheduled:
+                        plan.row_of_token_T[offset + split : offset + scheduled] = row + 1
+                        rows_used.append(row + 1)
+                if request.pooling is not None:
+                    num_drafts = len(drafts.get(request_id, ())) if drafts else 0
+                    if request_id not in self.poolings:
+                        self.poolings[request_id] = PoolingState(self._free_accumulator(request_ids))
+                    self._pool(plan, reads, request_id, request.pooling, offset, computed, scheduled, num_drafts)
+            offset += scheduled
+        if rows_used:
+            plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
+        if reads.segments:
+            plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
+        self._settled = None
+        if is_settled and not plan.accepted and not plan.traced:
+            following = [computed + 1 for computed in num_computed]
+            self._settled = _SettledStep(list(request_ids), following, plan, reads)
+        return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+
+    def _free_accumulator(self, request_ids: Sequence[str]) -> int:
+        """An accumulator for a request of this step.
+
+        Where none is left, it is one of a request that is not in this step, as with ``EntryRows``. If that one was
+        preempted it begins again anyway; else its readout fails at its next token.
+        """
+        if not self._free_accumulators:
+            for absent in [one for one in self.poolings if one not in request_ids][:1]:
+                self._release(absent)
+        return self._free_accumulators.pop()
+
+    def _release(self, request_id: str) -> None:
+        state = self.poolings.pop(request_id, None)
+        if state is not None:
+            self._free_accumulators.append(state.accumulator)
+
+    def _pool(
+        self,
+        plan: StepPlan,
+        reads: _Reads,
+        request_id: str,
+        pooling: Pooling,
+        offset: int,
+        computed: int,
+        scheduled: int,
+        num_drafts: int,
+    ) -> None:
+        state = self.poolings[request_id]
+        if computed == 0:
+            state.next_position, state.num_tokens, state.drafts = 0, 0, range(0)
+        num_accepted = computed - state.next_position
+        if not 0 <= num_accepted <= len(state.drafts) and state.failure is None:
+            state.failure = (
+                f"the engine went on at token {computed} where token {state.next_position} was due, so the activations "
+                "in between were not seen"
+            )
+        if state.failure is not None:
+            return
+        if pooling.end is None:
+            plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_accepted])
+            state.num_tokens += num_accepted
+        first_draft = self.max_requests + state.accumulator * self.max_drafts
+        state.next_position = computed + scheduled - num_drafts
+        state.drafts = range(first_draft, first_draft + num_drafts)
+        start = max(computed, pooling.first)
+        end = computed + scheduled if pooling.end is None else min(state.next_position, pooling.end)
+        if start >= end:
+            reads.passing.append(state)
+            return
+        reads.growing.append(state)
+        if start == pooling.first:
+            plan.keep_A[state.accumulator] = 0
+            state.num_tokens = 0
+        known = min(end, state.next_position) - start  # the tokens behind them are drafts
+        token = offset + start - computed
+        if known > 0:
+            state.num_tokens += known
+            reads.segments[state.accumulator] = token, known
+        if end > state.next_position:
+            first = token + known
+            reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
+            plan.keep_A[state.drafts] = 0
+        reads.layers.add(pooling.layer_indices)
+        if request_id in self.columns:
+            plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
+            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1

@@ -1,0 +1,265 @@
+"""Request bodies: what they ask of the plugin, checked, and what is left of them for vLLM.
+
+A request asks by ``"steering"`` and ``"readout"`` at the top of its body, by the wire in ``vllm_xargs["vllm_steer"]``,
+or by a model name that is an alias. None of it stays in the body: the request's ``Exchange`` carries it on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from vllm_steer.engine.front.permissions import allowed_for, check_allowed
+from vllm_steer.errors import MalformedSpec, NotOnThisRoute, TooManyEntries
+from vllm_steer.schema import WIRE_KEY, RequestSpec, decoded, without_duplicates
+from vllm_steer.server.inbound.misplaced import FIELDS, check_places, misplaced
+from vllm_steer.server.inbound.steered_routes import CHAT_BATCH, LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
+from vllm_steer.settings import SteerSettings
+
+_OURS = tuple(f'"{name}"'.encode() for name in (*FIELDS, WIRE_KEY, "vllm_xargs", "model"))
+
+
+class Book(Protocol):
+    """Registered directions: ``vllm_steer.engine.registry.DirectionBook``."""
+
+    def current(self) -> Book: ...
+
+    def layers_of(self, name: str) -> Mapping[int, Any]: ...
+
+
+class Checker(Protocol):
+    """What a body is checked against: ``vllm_steer.engine.front.admission.Admission``."""
+
+    @property
+    def settings(self) -> SteerSettings: ...
+
+    @property
+    def registry(self) -> Book: ...
+
+    def check(self, spec: RequestSpec) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """What becomes of a body.
+
+    Attributes:
+        body: the bytes for vLLM; None where those that came are right.
+        spec: what the request asks of the plugin, an alias's entries included; None where it says nothing.
+        choices_per_prompt: the body's ``n``, 1 where it has none.
+        is_background: its reply is to come before anything is generated.
+        model: the model's name in the body, where there is one.
+    """
+
+    body: bytes | None = None
+    spec: RequestSpec | None = None
+    choices_per_prompt: int = 1
+    is_background: bool = False
+    model: str | None = None
+
+
+def translate(
+    path: str,
+    body: bytes,
+    key: str | None,
+    checker: Checker,
+    base_model: str,
+    query: Mapping[str, str] | None = None,
+) -> Translated:
+    """Take out of a body what is the plugin's, and check it.
+
+    Args:
+        path: the route.
+        body: as it came. What is not a JSON object stays as it is: vLLM answers it.
+        key: the API key it came with, if any.
+        checker: settings, registered directions and the checks of admission.
+        base_model: the name that vLLM serves its model by; it replaces an alias.
+        query: the parameters of the URL.
+
+    Raises:
+        SteerError: the request is refused; nothing of it has been scheduled.
+    """
+    settings, route = checker.settings, STEERED.get(path)
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return Translated()
+    if not isinstance(fields, dict):
+        return Translated()
+    if path in LORA_NAMES:
+        _check_lora_name(fields, LORA_NAMES[path], settings)
+    model = fields.get("model") if isinstance(fields.get("model"), str) else None
+    alias = settings.served_aliases.get(model) if model is not None else None
+    if route is None:
+        check_unsteered(path, fields, None if alias is None else model, query)
+        changed = None if alias is None else json.dumps({**fields, "model": base_model}).encode()
+        return Translated(changed, model=model)
+    check_places(fields, route.extra, query or {})
+    wire = _wire(fields, route.extra)
+    if wire is not None or alias is not None or any(body.count(name) > 1 for name in _OURS):
+        json.loads(body, object_pairs_hook=without_duplicates)
+    if wire is None and alias is None:
+        if settings.default_steering:
+            _check_search(fields)
+        return Translated(
+            choices_per_prompt=_choices_per_prompt(fields), is_background=_is_background(path, fields), model=model
+        )
+
+    spec = _spec(route, path, fields, wire or {}, alias, key, checker)
+    rest = _without_ours(fields, route)
+    if alias is not None:
+        rest["model"] = base_model
+    return Translated(json.dumps(rest).encode(), spec, _choices_per_prompt(fields), model=model)
+
+
+def check_unsteered(
+    path: str, fields: Mapping[str, Any], alias: str | None = None, query: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a body that asks something of the plugin on a route that cannot honour it.
+
+    Args:
+        path: the route.
+        fields: the body.
+        alias: the steered alias that its model is, if it is one.
+        query: the parameters of the URL.
+
+    Raises:
+        NotOnThisRoute.
+    """
+    asked = next((repr(name) for name in FIELDS if fields.get(name) is not None), misplaced(fields, (), query or {}))
+    if asked is None and alias is not None and path not in NAMING:
+        asked = f"the steered alias {alias!r}"
+    if asked is not None:
+        raise NotOnThisRoute(
+            f"{asked} came to {path}, which cannot honour it; allowed: {', '.join(STEERED)}. Send it to one of these, "
+            "or leave it out."
+        )
+
+
+def _spec(
+    route: SteeredRoute,
+    path: str,
+    fields: Mapping[str, Any],
+    wire: dict[str, Any],
+    alias: tuple[Any, ...] | None,
+    key: str | None,
+    checker: Checker,
+) -> RequestSpec:
+    settings = checker.settings
+    readout = wire.get("readout")
+    if isinstance(readout, dict):
+        wire = {**wire, "readout": _completed(readout, checker)}
+    _check_count(wire.get("steering"), settings)
+    if path == CHAT_BATCH and fields.get("stream"):
+        raise MalformedSpec(
+            f"stream came to {path} with steering, a readout or an alias, and vLLM answers it with the last token "
+            "alone; allowed: whole replies. Leave stream out."
+        )
+    asked = RequestSpec.from_json(wire)
+    if asked.readout is not None and not route.reads:
+        raise NotOnThisRoute(
+            f"a readout came to {path}, whose replies have no place for it; allowed: "
+            f"{', '.join(one for one, its in STEERED.items() if its.reads)}. Send it to one of these, or leave it out."
+        )
+    check_allowed(asked, allowed_for(settings, key, None if alias is None else str(fields["model"])))
+    spec = asked if alias is None else replace(asked, steering=(*alias, *asked.entries))
+    whole = spec.with_default(settings.default_steering)
+    if not whole.is_empty:
+        _check_search(fields)
+        if _is_background(path, fields):
+            raise MalformedSpec(
+                "background came with steering or a readout, and its reply comes before anything is generated; "
+                "allowed: one of the two. Leave one out."
+            )
+        checker.check(whole)
+    return spec
+
+
+def _check_count(entries: Any, settings: SteerSettings) -> None:
+    """Refuse a list that is longer than all hooked layers take, before its entries are looked at one by one."""
+    most = 2 * settings.max_entries * len(settings.layers)  # a layer takes so many over the prompt, and over the answer
+    if isinstance(entries, list) and len(entries) > most:
+        raise TooManyEntries(
+            f"{len(entries)} entries in steering; allowed: {settings.max_entries} at each of {len(settings.layers)} "
+            "layers. Add the directions up, or start the engine with steer_config(max_entries=...) larger."
+        )
+
+
+def _choices_per_prompt(fields: Mapping[str, Any]) -> int:
+    n = fields.get("n")
+    return n if isinstance(n, int) and n > 0 else 1
+
+
+def _without_ours(fields: Mapping[str, Any], route: SteeredRoute) -> dict[str, Any]:
+    """The body without the plugin's fields and without the wire."""
+    changed = {name: value for name, value in fields.items() if name not in FIELDS}
+    inner = changed
+    for name in route.extra:
+        if not isinstance(inner.get(name), dict):
+            return changed
+        inner[name] = dict(inner[name])
+        inner = inner[name]
+    inner.pop(WIRE_KEY, None)
+    return changed
+
+
+def _check_lora_name(fields: Mapping[str, Any], field: str, settings: SteerSettings) -> None:
+    name = fields.get(field)
+    if isinstance(name, str) and name in settings.served_aliases:
+        raise MalformedSpec(
+            f"{field} is {name!r}, which is a steered alias of this server; allowed: any other name. Rename one."
+        )
+
+
+def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] | None:
+    """The wire object of a body, from whichever of the two places it came in; None where there is none."""
+    own = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
+    inner: Any = fields
+    for name in extra:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    if not extra or not isinstance(inner, dict) or WIRE_KEY not in inner:
+        return own or None
+    place = f"{'.'.join(extra)}[{WIRE_KEY!r}]"
+    if own:
+        raise MalformedSpec(
+            f"steering came both in the body's fields ({', '.join(own)}) and in {place}; allowed: one of the two. "
+            "Leave one out."
+        )
+    wire = decoded(inner[WIRE_KEY])
+    if not isinstance(wire, dict):
+        raise MalformedSpec(f"{place} is a JSON {type(wire).__name__}; allowed: an object with v, steering, readout.")
+    return wire
+
+
+def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
+    """A readout with what HTTP requests may leave out: vectors are moved only when they are asked or nothing else is,
+    and the layers are those of the directions that it names.
+    """
+    named = [
+        name
+        for part in ("project", "trace")
+        if isinstance(names := readout.get(part), list)
+        for name in names
+        if isinstance(name, str)
+    ]
+    completed = {"vectors": not named, **readout}
+    if named and "layers" not in readout:
+        book = checker.registry.current()
+        layers = {layer for name in named for layer in book.layers_of(name)}
+        # A name may also belong to layers that this engine does not hook; where it belongs to no other, admission says.
+        completed["layers"] = sorted(layers & set(checker.settings.layers) or layers)
+    return completed
+
+
+def _check_search(fields: Mapping[str, Any]) -> None:
+    if fields.get("use_beam_search"):
+        raise MalformedSpec(
+            "use_beam_search came with steering or a readout, or on a server with default_steering, and beam search "
+            "computes generated tokens again as prompts; allowed: sampling. Leave it out."
+        )
+
+
+def _is_background(path: str, fields: Mapping[str, Any]) -> bool:
+    return path == RESPONSES and bool(fields.get("background"))

@@ -1,0 +1,178 @@
+"""The ASGI middleware of the plugin: request bodies on their way in, replies on their way out.
+
+It stands inside vLLM's authentication, so a request without the right API key never gets here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_steer.engine.front import metrics
+from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.permissions import allowed_for
+from vllm_steer.engine.patching import Attribute
+from vllm_steer.errors import MalformedSpec, SteerError
+from vllm_steer.schema import RequestSpec
+from vllm_steer.server.inbound.bodies import Checker, Translated, translate
+from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
+from vllm_steer.server.outbound.outgoing import AliasListingSender, ReplySender, WholeSender
+from vllm_steer.server.outbound.refusals import error_body
+from vllm_steer.server.outbound.replies import list_aliases
+
+_MODELS = "/v1/models"
+_FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server steers, kept in its application's state.
+
+    Attributes:
+        checker: admission of the engine.
+        base_model: the name that the model is served by.
+    """
+
+    checker: Checker
+    base_model: str
+
+
+SERVED: Attribute[Served] = Attribute(
+    "the server's application state",
+    "vllm_steer_served",
+    why="What the middleware needs to know of the engine.",
+    gone_when="an endpoint plugin can bring a middleware with a state of its own.",
+)
+
+
+class SteerMiddleware:
+    """Reads the bodies of all POST requests and completes the replies to steered ones; lists the aliases among the
+    models.
+
+    Requests that ask nothing of the plugin go on with the bytes they came with, and their replies are not touched.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        served: Served | None = None
+        if scope["type"] in ("http", "websocket"):
+            served = SERVED.of(scope["app"].state)
+        if served is None:
+            await self.app(scope, receive, send)
+            return
+        # A trailing slash is redirected to the route without it.
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
+        settings = served.checker.settings
+        if scope["type"] == "websocket":  # which brings requests too, to realtime endpoints
+            exchange = Exchange(allowed=allowed_for(settings, _api_key(scope)))
+            await self._bound(exchange, scope, receive, send)
+        elif scope["method"] == "POST" and not _is_form(scope):
+            await self._answer(served, path, scope, receive, send)
+        elif scope["method"] == "GET" and path == _MODELS and settings.served_aliases:
+            await self.app(scope, receive, WholeSender(send, partial(list_aliases, aliases=settings.served_aliases)))
+        else:
+            await self.app(scope, receive, send)
+
+    async def _answer(self, served: Served, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        if body is None:
+            return  # the client is gone
+        settings, key = served.checker.settings, _api_key(scope)
+        query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+        try:
+            translated = translate(path, body, key, served.checker, served.base_model, query)
+        except SteerError as error:
+            await _refuse(error, path, scope, receive, send)
+            return
+        except RecursionError:  # nested so deeply that Python can read it but not write it again
+            too_deep = MalformedSpec("the body is nested too deeply; allowed: a few hundred levels. Flatten it.")
+            await _refuse(too_deep, path, scope, receive, send)
+            return
+        if translated.body is not None:
+            body = translated.body
+            headers = MutableHeaders(raw=list(scope["headers"]))
+            if "content-length" in headers:
+                headers["content-length"] = str(len(body))
+            # In place: vLLM's metrics read the route that routing leaves in this very object.
+            scope["headers"] = headers.raw
+        receive = _replay(body, receive)
+        if translated.model is not None and settings.served_aliases and (path in STEERED or path in NAMING):
+            send = AliasListingSender(send, settings.served_aliases, translated.model)
+        if path not in STEERED:
+            await self.app(scope, receive, send)
+            return
+        exchange = _exchange_of(served, translated, key)
+        if exchange.whole.is_empty:
+            await self._bound(exchange, scope, receive, send)
+            return
+        reply = ReplySender(send, path, exchange)
+        try:
+            await self._bound(exchange, scope, receive, reply)
+        except RuntimeError as error:  # Starlette's, around what the route raised
+            if not await reply.fail(error):
+                raise
+
+    async def _bound(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        token = current_exchange.set(exchange)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            current_exchange.reset(token)
+
+
+def _exchange_of(served: Served, translated: Translated, key: str | None) -> Exchange:
+    settings = served.checker.settings
+    return Exchange(
+        spec=translated.spec,
+        whole=(translated.spec or RequestSpec()).with_default(settings.default_steering),
+        choices_per_prompt=translated.choices_per_prompt,
+        is_background=translated.is_background,
+        allowed=allowed_for(settings, key),
+    )
+
+
+def _is_form(scope: Scope) -> bool:
+    return Headers(scope=scope).get("content-type", "").lower().startswith(_FORMS)
+
+
+async def _refuse(error: SteerError, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    metrics.refused(error)
+    # In ASCII: what a refusal quotes may hold half a surrogate pair, which has no UTF-8.
+    reply = Response(json.dumps(error_body(error, path)), error.status, media_type="application/json")
+    await reply(scope, receive, send)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body; None if the client went away before it was sent."""
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once more and then what really comes."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay
+
+
+def _api_key(scope: Scope) -> str | None:
+    """The bearer token, as vLLM's authentication reads it."""
+    scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
+    return key if scheme.lower() == "bearer" and key else None

@@ -1,0 +1,1 @@
+"""The playground: one page that steers in the browser."""

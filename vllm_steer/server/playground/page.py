@@ -1,0 +1,79 @@
+"""The playground: one page that steers in the browser, with nothing to build and nothing to load from elsewhere.
+
+It is served at two paths. ``/v1/steering/playground`` is the one to open where no API key is set: vLLM guards all of
+``/v1`` with the key, and a browser that opens a page cannot send one. Behind a key, ``/steering/playground`` serves the
+same page. It holds no more than this package's own text; what it shows it asks of ``/v1``, with the key that its user
+types in, which it keeps in memory and puts into no URL.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+PATHS = ("/v1/steering/playground", "/steering/playground")
+_STYLES = {"style": "page.css"}
+_SCRIPTS = {"requests": "requests.js", "columns": "columns.js", "page": "page.js"}
+
+
+def playground_router(is_on: Callable[[Request], bool]) -> APIRouter:
+    """The routes of the page; ``is_on`` says whether the request's server has ``playground`` in its settings."""
+    router = APIRouter()
+
+    async def show_playground(request: Request) -> Response:
+        if not is_on(request):
+            message = (
+                "this server has no playground; allowed: servers whose settings switch it on. Start it with "
+                "vllm-steer serve --playground, or with playground: true in its vllm_steer settings."
+            )
+            error = {"message": message, "type": "NotFoundError", "param": None, "code": HTTPStatus.NOT_FOUND}
+            return JSONResponse({"error": error}, status_code=HTTPStatus.NOT_FOUND)
+        page, policy = playground_page()
+        return HTMLResponse(
+            page,
+            headers={
+                "Content-Security-Policy": policy,
+                "Referrer-Policy": "no-referrer",
+                "X-Content-Type-Options": "nosniff",
+                "Cache-Control": "no-cache",
+            },
+        )
+
+    for path in PATHS:
+        router.add_api_route(path, show_playground, methods=["GET"], include_in_schema=False)
+    return router
+
+
+@cache
+def playground_page() -> tuple[str, str]:
+    """The page, and the Content-Security-Policy under which its own scripts run and no others.
+
+    The page may talk to the server it came from, and to nothing else.
+    """
+    page = _read("page.html")
+    hashes = {}
+    for directive, parts in (("style-src", _STYLES), ("script-src", _SCRIPTS)):
+        texts = {name: _read(file) for name, file in parts.items()}
+        for name, text in texts.items():
+            page = page.replace("{{" + name + "}}", text)
+        hashes[directive] = " ".join(_source(text) for text in texts.values())
+    policy = (
+        f"default-src 'none'; script-src {hashes['script-src']}; style-src {hashes['style-src']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _source(text: str) -> str:
+    return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"

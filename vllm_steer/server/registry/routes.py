@@ -1,0 +1,252 @@
+"""The routes under ``/v1/steering``: what a server steers, and its registry. The API key of ``/v1`` guards them all."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from vllm_steer import __version__
+from vllm_steer.engine.front import metrics
+from vllm_steer.engine.patching import Attribute
+from vllm_steer.engine.registry import DirectionBook, Registered
+from vllm_steer.errors import (
+    AdminKeyMissing,
+    AmbiguousDirection,
+    BadDirectionFile,
+    ChangeNotAllowed,
+    DirectionNeeded,
+    DirectionNotFound,
+    LayerNotHooked,
+    NotConfigured,
+    SteerError,
+    UnknownDirection,
+)
+from vllm_steer.schema import Steering
+from vllm_steer.server.outbound.refusals import error_body
+from vllm_steer.server.registry.preconditions import Preconditions, entries_of, etag_of
+from vllm_steer.server.registry.shared_registry import SharedRegistry
+from vllm_steer.server.registry.upload import packed_directions, read_upload, uploaded_directions
+from vllm_steer.settings import SteerSettings
+
+ADMIN_KEY_VARIABLE = "VLLM_STEER_ADMIN_KEY"
+_MOST_LAYERS = 10**6  # what a key of a direction file can spell
+
+Layer = Annotated[int | None, Query(ge=0, lt=_MOST_LAYERS)]
+Condition = Annotated[str | None, Header()]
+
+
+class RefusingRoute(APIRoute):
+    """Answers a ``SteerError`` with its status and OpenAI's error body."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except SteerError as error:
+                metrics.refused(error)
+                if type(error) is UnknownDirection:  # here a URL names it, and not a body
+                    error = DirectionNotFound(str(error))
+                return JSONResponse(error_body(error), error.status)
+
+        return answer
+
+
+router = APIRouter(route_class=RefusingRoute)
+
+
+@dataclass(frozen=True, slots=True)
+class SteeredServer:
+    """What the routes serve.
+
+    Attributes:
+        settings: what the server was started with.
+        registry: its directions.
+    """
+
+    settings: SteerSettings
+    registry: SharedRegistry
+
+
+SERVER: Attribute[SteeredServer] = Attribute(
+    "the server's application state",
+    "vllm_steer_server",
+    why="What the routes of this plugin serve.",
+    gone_when="an endpoint plugin has a state of its own.",
+)
+
+
+@router.get("/v1/steering")
+def show_steering(request: Request) -> dict[str, Any]:
+    """Hooked layers, limits, aliases, use of the bank and registered directions."""
+    server = _server(request)
+    settings = server.settings
+    registered, held, free = server.registry.show_bank()
+    return {
+        "version": __version__,
+        "layers": list(settings.layers),
+        "max_alpha": settings.max_alpha,
+        "max_alpha_residual_norm": settings.max_alpha_residual_norm,
+        "residual_norms": settings.residual_norms,
+        "max_entries": settings.max_entries,
+        "max_directions": settings.max_directions,
+        "trace_columns": settings.trace_columns,
+        "max_upload_mib": settings.max_upload_mib,
+        "bank": {"registered": registered, "held": held, "free": free},
+        "aliases": {alias: [one.to_json() for one in entries] for alias, entries in settings.served_aliases.items()},
+        "default_steering": [one.to_json() for one in settings.default_steering],
+        "directions": _listed(server.registry.all()),
+        "changes": bool(os.environ.get(ADMIN_KEY_VARIABLE)),
+    }
+
+
+@router.get("/v1/steering/directions")
+def list_directions(request: Request) -> dict[str, Any]:
+    """What is registered, without the vectors."""
+    return {"directions": _listed(_server(request).registry.all())}
+
+
+@router.get("/v1/steering/directions/{name:path}")
+def get_direction(
+    request: Request, name: str, layer: Layer = None, if_match: Condition = None, if_none_match: Condition = None
+) -> Response:
+    """The vectors of a name, at one layer or at all, as a safetensors file."""
+    registry = _server(request).registry
+    conditions = Preconditions(if_match, if_none_match)
+    while True:
+        book = registry.current()
+        entries = entries_of(book, name, layer)
+        if not entries:
+            layers = sorted(book.layers_of(name))  # or this raises: there is no such name
+            raise UnknownDirection(f"direction {name!r} belongs to layers {layers}, not {layer}; name one of these.")
+        if conditions.is_known(entries):
+            return Response(status_code=304, headers={"ETag": etag_of(entries)})
+        Preconditions(if_match).check(entries)
+        try:
+            body = packed_directions([registry.directory.load_vector(one) for one in entries])
+        except BadDirectionFile:
+            if registry.current() is book:
+                raise
+            continue  # replaced or removed in this very moment
+        return Response(body, media_type="application/octet-stream", headers={"ETag": etag_of(entries)})
+
+
+@router.put("/v1/steering/directions/{name:path}")
+async def put_direction(
+    request: Request,
+    name: str,
+    layer: Layer = None,
+    if_match: Condition = None,
+    if_none_match: Condition = None,
+    x_admin_key: Condition = None,
+) -> JSONResponse:
+    """Register or replace a name at the layers that the body has; other layers of the name stay as they are.
+
+    Requests in flight keep what they were admitted with. The body is a safetensors file, or with ``?layer=`` one vector
+    of float32 little-endian numbers.
+    """
+    server = _server(request)
+    _check_admin(x_admin_key)
+    length = request.headers.get("Content-Length")
+    body = await read_upload(request.stream(), length, server.settings.max_upload_mib)
+    directions = await run_in_threadpool(uploaded_directions, name, layer, body)
+    is_new = True
+
+    def check(before: DirectionBook, after: DirectionBook) -> None:
+        nonlocal is_new
+        entries = entries_of(before, name, layer)
+        is_new = not entries
+        Preconditions(if_match, if_none_match).check(entries)
+        _check_needed(server.settings, before, after)
+
+    entries = entries_of(await server.registry.put(directions, check), name, layer)
+    return JSONResponse(
+        {"directions": _listed(entries)}, status_code=201 if is_new else 200, headers={"ETag": etag_of(entries)}
+    )
+
+
+@router.delete("/v1/steering/directions/{name:path}")
+async def delete_direction(
+    request: Request,
+    name: str,
+    layer: Layer = None,
+    if_match: Condition = None,
+    x_admin_key: Condition = None,
+) -> dict[str, Any]:
+    """Forget a name, at one layer or at all. Requests in flight go on with it."""
+    server = _server(request)
+    _check_admin(x_admin_key)
+
+    def check(before: DirectionBook, after: DirectionBook) -> None:
+        Preconditions(if_match).check(entries_of(before, name, layer))
+        _check_needed(server.settings, before, after)
+
+    return {"deleted": _listed(await server.registry.remove(name, layer, check))}
+
+
+def _server(request: Request) -> SteeredServer:
+    server = SERVER.of(request.app.state)
+    if server is None:
+        raise NotConfigured(
+            "this server was started without steer_config, so it has no hooks; allowed: unsteered requests. Start it "
+            'with --additional-config \'{"vllm_steer": {"layers": [...]}}\'.'
+        )
+    return server
+
+
+def _listed(entries: Iterable[Registered]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": one.name,
+            "layer": one.layer,
+            "content_hash": one.content_hash,
+            "is_unit": one.is_unit,
+            "norm": one.norm,
+        }
+        for one in entries
+    ]
+
+
+def _check_admin(sent: str | None) -> None:
+    key = os.environ.get(ADMIN_KEY_VARIABLE)
+    if not key:
+        raise ChangeNotAllowed(
+            f"this server has no admin key, so nobody can change its directions; start it with {ADMIN_KEY_VARIABLE} in "
+            "its environment."
+        )
+    if sent is None:
+        raise AdminKeyMissing("changes of directions need the admin key; send it as the header X-Admin-Key.")
+    if not hmac.compare_digest(sent.encode(), key.encode()):
+        raise ChangeNotAllowed("X-Admin-Key is not this server's admin key; send the right one.")
+
+
+def _check_needed(settings: SteerSettings, before: DirectionBook, after: DirectionBook) -> None:
+    """Refuse a change after which an alias or the default steering, usable before, could not be used.
+
+    Raises:
+        DirectionNeeded.
+    """
+    needs = [(who, one) for who, entries in settings.own_steering().items() for one in entries]
+    for who, steering in needs:
+        if _is_usable(before, steering, settings) and not _is_usable(after, steering, settings):
+            raise DirectionNeeded(
+                f"{who} names {steering.direction!r} and could not be used after this; allowed: replacing the "
+                "direction. Start the server without it to delete the direction."
+            )
+
+
+def _is_usable(book: DirectionBook, steering: Steering, settings: SteerSettings) -> bool:
+    try:
+        direction = book.find(steering.direction, steering.layer, settings.layers)
+    except (UnknownDirection, AmbiguousDirection, LayerNotHooked):
+        return False
+    return steering.op == "add" or direction.is_unit

@@ -1,0 +1,46 @@
+"""Puts a server's shared registry in the place of an engine's own."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.directions import Direction
+from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.front.in_flight import InFlight
+from vllm_steer.engine.registry import bank_writes, configured_directions
+from vllm_steer.server.registry.directory import RegistryDirectory, Server
+from vllm_steer.server.registry.shared_registry import SharedRegistry
+
+
+async def share_registry(admission: Admission, engine_client: Any) -> SharedRegistry:
+    """Let ``admission`` find its directions in the registry that all API server processes share.
+
+    To be awaited in each of them before it serves any request.
+
+    Args:
+        admission: the admission of this process.
+        engine_client: vLLM's ``AsyncLLM``.
+
+    Raises:
+        What ``SharedRegistry.start`` raises.
+    """
+
+    async def write(writes: list[tuple[int, Direction]]) -> None:
+        await engine_client.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+
+    config, settings = engine_client.vllm_config, admission.settings
+    server = Server.of(config.parallel_config._api_process_count)
+    if settings.registry_dir is None:
+        directory = RegistryDirectory.private(server)
+        atexit.register(directory.remove_if_unused)
+    else:
+        directory = RegistryDirectory(Path(settings.registry_dir))
+    registry = SharedRegistry(directory, server, settings.max_directions, config.model_config.get_hidden_size(), write)
+    atexit.register(registry.close)  # before the folder is looked at: the last registered goes first
+    await registry.start(configured_directions(settings))
+    # The engine answers a process's messages in order, so this answer means that all before it have been handled.
+    admission.in_flight = InFlight(registry.use, engine_client.is_sleeping, registry.released)
+    admission.registry = registry
+    return registry
