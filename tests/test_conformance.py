@@ -18,9 +18,13 @@ def matrix(tmp_path: Path) -> ConformanceMatrix:
 
 
 def report(
-    outcome: Outcome, when: Literal["setup", "call", "teardown"] = "call", verdict: str = "exact", why: str = "",
-    feature: str = "LoRA", family: str = "llama",
-) -> pytest.TestReport:  # fmt: skip
+    outcome: Outcome,
+    when: Literal["setup", "call", "teardown"] = "call",
+    verdict: str = "exact",
+    why: str = "",
+    feature: str = "LoRA",
+    family: str = "llama",
+) -> pytest.TestReport:
     """What pytest reports of one phase of a test that makes a claim."""
     claim = {"feature": feature, "family": family, "verdict": verdict}
     longrepr = ("file.py", 3, why) if outcome == "skipped" else None

@@ -37,8 +37,12 @@ ENGINE = ("vllm", "torch", "ray", "transformers")
 def run_blocked(code: str, blocked: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(code=code, blocked=blocked)],
-        cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 

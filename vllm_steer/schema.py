@@ -131,9 +131,7 @@ class Steering:
         return (self.alpha, -1.0) if self.op == "set" else (0.0, -1.0)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span
-        }  # fmt: skip
+        return {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
 
     @classmethod
     def from_json(cls, value: object) -> Steering:
@@ -200,9 +198,13 @@ class Readout:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "layers": list(self.layers), "span": self.span, "project": list(self.project),
-            "vectors": self.vectors, "skip_first": self.skip_first, "trace": list(self.trace),
-        }  # fmt: skip
+            "layers": list(self.layers),
+            "span": self.span,
+            "project": list(self.project),
+            "vectors": self.vectors,
+            "skip_first": self.skip_first,
+            "trace": list(self.trace),
+        }
 
     @classmethod
     def from_json(cls, value: object) -> Readout:

@@ -76,9 +76,15 @@ def server_command(config: ServerConfig, passed_on: Sequence[str], admin_key: st
     if config.model == DEMO_MODEL and "--served-model-name" not in given:
         flags = ["--served-model-name", DEMO_MODEL, *flags]
     arguments = (
-        sys.executable, "-m", "vllm_steer.server.serve", "serve", location,
-        "--additional-config", json.dumps(config.additional_config(layers)), *flags,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm_steer.server.serve",
+        "serve",
+        location,
+        "--additional-config",
+        json.dumps(config.additional_config(layers)),
+        *flags,
+    )
     # vLLM loads plugins that add routes only where this variable names them
     plugins = os.environ.get("VLLM_PLUGINS") or PLUGIN
     return ServerCommand(arguments, {"VLLM_PLUGINS": plugins}, {ADMIN_KEY_VARIABLE: admin_key} if admin_key else {})

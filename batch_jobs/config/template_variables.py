@@ -9,10 +9,18 @@ from pydantic import JsonValue
 from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import refuse_half_pairs
 
-_SET_BY_RENDERING = frozenset({
-    "add_generation_prompt", "continue_final_message", "conversation", "messages", "return_assistant_tokens_mask",
-    "return_dict", "return_tensors", "tokenize",
-})  # fmt: skip
+_SET_BY_RENDERING = frozenset(
+    {
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "messages",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+    }
+)
 
 
 def template_variables(given: dict[str, JsonValue]) -> dict[str, JsonValue]:

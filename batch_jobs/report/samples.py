@@ -21,9 +21,17 @@ Signature = Literal["empty", "loop", "code-like"]
 
 _CONDITION = ("model", "layer", "direction", "op", "span", "scenario", "alpha")
 _COLUMNS = (
-    *_CONDITION, "alpha_residual_norm", "sample", "seed", "prompt", "completion", "finish_reason",
-    "completion_tokens", "projection_generated", "error",
-)  # fmt: skip
+    *_CONDITION,
+    "alpha_residual_norm",
+    "sample",
+    "seed",
+    "prompt",
+    "completion",
+    "finish_reason",
+    "completion_tokens",
+    "projection_generated",
+    "error",
+)
 _OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood", "thought")
 
 

@@ -85,9 +85,20 @@ class RunDirectory:
     @property
     def _results(self) -> tuple[Path, ...]:
         return (
-            self.scenarios, self.directions, self.readouts, self.validation, self.generations, self.attempts,
-            self.judgements, self.scores, self.success, self.findings, self.behaviour, self.figures, self.report,
-        )  # fmt: skip
+            self.scenarios,
+            self.directions,
+            self.readouts,
+            self.validation,
+            self.generations,
+            self.attempts,
+            self.judgements,
+            self.scores,
+            self.success,
+            self.findings,
+            self.behaviour,
+            self.figures,
+            self.report,
+        )
 
     def claim(self, run_key: str, identity: Mapping[str, Any], *, overwrite: bool) -> None:
         """Make sure that results in here, if any, belong to `run_key`, so that resuming never mixes two

@@ -13,12 +13,30 @@ from typing import Final
 from batch_jobs.scoring.word_counts import WordCounts, count_words
 
 EMPATHY_KEYWORDS: Final = (
-    "help", "support", "concern", "care", "worry", "feel", "understand", "sorry", "comfort", "listen",
+    "help",
+    "support",
+    "concern",
+    "care",
+    "worry",
+    "feel",
+    "understand",
+    "sorry",
+    "comfort",
+    "listen",
     "reach out",
-)  # fmt: skip
+)
 TASK_KEYWORDS: Final = (
-    "objective", "task", "goal", "win", "complete", "achieve", "strategy", "efficient", "optimal", "proceed",
-)  # fmt: skip
+    "objective",
+    "task",
+    "goal",
+    "win",
+    "complete",
+    "achieve",
+    "strategy",
+    "efficient",
+    "optimal",
+    "proceed",
+)
 
 MIN_COHERENT_CHARACTERS = 50
 MIN_COHERENT_WORDS = 10

@@ -26,8 +26,13 @@ OP: Final = "add"
 SPAN: Final = "all"
 
 PUBLISHED_COLUMNS: Final = (
-    "model", "layer", "scenario", "steering_success_rate", "baseline_empathy_rate", "num_alphas",
-)  # fmt: skip
+    "model",
+    "layer",
+    "scenario",
+    "steering_success_rate",
+    "baseline_empathy_rate",
+    "num_alphas",
+)
 """The columns of the original success CSV; those that are ours follow."""
 _OWN_RATES = tuple(
     field.name for field in fields(SuccessRate) if field.name not in {*PUBLISHED_COLUMNS, *GROUP_COLUMNS}

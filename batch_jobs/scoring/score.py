@@ -56,9 +56,14 @@ __all__ = [
 _KEYS = (*GROUP_COLUMNS, "alpha")
 _SUMS = ("empathetic", "coherent", "in_context", "empty", "loop", "code_like")
 _MEANS = (
-    "repetition", "compression_ratio", "log_likelihood", "projection_unsteered", "projection_generated",
-    "completion_tokens", "grade",
-)  # fmt: skip
+    "repetition",
+    "compression_ratio",
+    "log_likelihood",
+    "projection_unsteered",
+    "projection_generated",
+    "completion_tokens",
+    "grade",
+)
 
 _Key = tuple[Any, ...]  # the values of _KEYS
 _Setting = tuple[str, int, str]  # model, layer, scenario
@@ -101,16 +106,18 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
         # one thread: sums of floats depend on their order, and the same rows must give the same last digit
         measures.filter(pc.invert(pc.or_(measures["failed"], measures["in_thought"])))
         .group_by(list(_KEYS), use_threads=False)
-        .aggregate([
-            ([], "count_all"),
-            # one value a condition: min is exact where a mean would round
-            ("alpha_residual_norm", "min"),
-            *((name, "sum") for name in _SUMS),
-            *((name, "mean") for name in _MEANS),
-        ])
+        .aggregate(
+            [
+                ([], "count_all"),
+                # one value a condition: min is exact where a mean would round
+                ("alpha_residual_norm", "min"),
+                *((name, "sum") for name in _SUMS),
+                *((name, "mean") for name in _MEANS),
+            ]
+        )
         .sort_by([(key, "ascending") for key in _KEYS])
         .to_pylist()
-    )  # fmt: skip
+    )
     baselines = _baselines(groups, failed, unfinished)
     p_values = _directional_p_values(groups, baselines)
     conditions = tuple(

@@ -88,19 +88,46 @@ def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str,
         "op": ["benchmarks.op", *small, "--out", str(out / "op.json")],
         "weights": ["benchmarks.harness.random_checkpoint", str(model), "--shape", shape],
         "hooks": [
-            "benchmarks.hooks.bench", *small, "--model", str(model), "--device", "cuda",
-            "--out", str(out / "hf-hooks.json"),
+            "benchmarks.hooks.bench",
+            *small,
+            "--model",
+            str(model),
+            "--device",
+            "cuda",
+            "--out",
+            str(out / "hf-hooks.json"),
         ],
         # Random weights of the engine's own are as good as those on disk here, and are there sooner. Calls are long
         # enough for a hundredth of them to show.
         "overhead": [
-            "benchmarks.overhead.bench", *small, "--model", str(model), "--load-format", "dummy", "--kv-gib", "2",
-            "--turns", "call", "--starts", "1", "--fill-cache", "--tokens", "16384", "--prefill-tokens", "512",
-            "--prefill-batches", "1", "16", "--ways", *WAYS, *(ALL_LAYERS if memory_gib >= 4 * ENGINE_GIB else []),
+            "benchmarks.overhead.bench",
+            *small,
+            "--model",
+            str(model),
+            "--load-format",
+            "dummy",
+            "--kv-gib",
+            "2",
+            "--turns",
+            "call",
+            "--starts",
+            "1",
+            "--fill-cache",
+            "--tokens",
+            "16384",
+            "--prefill-tokens",
+            "512",
+            "--prefill-batches",
+            "1",
+            "16",
+            "--ways",
+            *WAYS,
+            *(ALL_LAYERS if memory_gib >= 4 * ENGINE_GIB else []),
             *([] if is_small else ["--rounds", *["5"] * 4, "--prefill-rounds", "7"]),
-            "--out", str(out / "overhead.json"),
+            "--out",
+            str(out / "overhead.json"),
         ],
-    }  # fmt: skip
+    }
 
 
 def steps_of(document: Path) -> dict[str, Step]:
@@ -116,9 +143,14 @@ def run(name: str, command: list[str]) -> Step:
     began = time.monotonic()
     try:
         ran = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=STEP_SECONDS,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=STEP_SECONDS,
             env=os.environ | (vllm_024.ENVIRONMENT if vllm_024.is_here() else {}),
-        )  # fmt: skip
+        )
         exit_code, output = ran.returncode, ran.stdout
     except subprocess.TimeoutExpired as expired:
         exit_code, output = None, (expired.stdout or b"").decode(errors="replace")
@@ -146,8 +178,10 @@ def _driver() -> str | None:
     try:
         asked = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return asked.stdout.splitlines()[0].strip()

@@ -62,9 +62,12 @@ class LineProcess:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"benchmarks.{module}", argument],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
                 env=os.environ | ENGINE_ENVIRONMENT | environment,
-            )  # fmt: skip
+            )
 
     def wait(self) -> None:
         """Return once it is ready.

@@ -17,15 +17,26 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {
-        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
     },
     # As small as an engine takes it; the vocabulary is the demo model's, so that its tokenizer fits.
     "tiny": {
-        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 256, "vocab_size": 49152, "max_position_embeddings": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 49152,
+        "max_position_embeddings": 2048,
     },
-}  # fmt: skip
+}
 
 
 def save_random_checkpoint(folder: Path, shape: str, tokenizer: Path | None = None) -> Path:

@@ -59,9 +59,15 @@ WAYS = {
     "read, all layers": Way("all hooked", "read"),
 }
 SMALL = {
-    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"], "batches": [64], "rounds": [7],
-    "prefill_batches": [8], "prefill_rounds": 3, "tokens": 1024, "starts": 1, "together": True,
-}  # fmt: skip
+    "ways": [BASELINE, "installed", "idle", "steered", "prompt read"],
+    "batches": [64],
+    "rounds": [7],
+    "prefill_batches": [8],
+    "prefill_rounds": 3,
+    "tokens": 1024,
+    "starts": 1,
+    "together": True,
+}
 MAX_TOKENS = (8, 64)
 SAME_GRAPH = ("absent again", "installed")
 """Engines that run what the engine "absent" has compiled."""
@@ -201,14 +207,19 @@ def running(
     num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     layers = {"hooked": arguments.layers, "all hooked": list(range(num_layers))}
     engine_args = {
-        "model": str(model), "dtype": arguments.dtype, "load_format": arguments.load_format,
-        "skip_tokenizer_init": arguments.load_format == "dummy", "enforce_eager": arguments.eager,
-        **COMPILED_WITH, "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30), "seed": 0,
+        "model": str(model),
+        "dtype": arguments.dtype,
+        "load_format": arguments.load_format,
+        "skip_tokenizer_init": arguments.load_format == "dummy",
+        "enforce_eager": arguments.eager,
+        **COMPILED_WITH,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30),
+        "seed": 0,
         # What vLLM looks for free before it starts, although the KV memory is given: leave the others theirs.
         "gpu_memory_utilization": 0.9 / len(names),
         "disable_log_stats": False,  # the clocks of a request
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ExitStack() as started:
         engines: dict[str, EngineProcess] = {}
 
@@ -247,9 +258,9 @@ def rounds_of(engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], tas
 
     def pair(name: str, is_first: bool) -> Pair:
         names = (name, BASELINE) if is_first else (BASELINE, name)
-        took = side_by_side({
-            one: engines[ways[one].engine].turns(replace(task.work, kind=ways[one].kind)) for one in names
-        })  # fmt: skip
+        took = side_by_side(
+            {one: engines[ways[one].engine].turns(replace(task.work, kind=ways[one].kind)) for one in names}
+        )
         return Pair(took[name], took[BASELINE])
 
     others = [name for name in ways if name != BASELINE]

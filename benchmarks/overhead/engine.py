@@ -55,10 +55,14 @@ class OverheadEngine:
             self._llm = load_llm(layers=layers, **engine_args)
             width = self._llm.llm_engine.model_config.get_hidden_size()
             draw = np.random.default_rng(0)
-            register_directions(self._llm, [
-                Direction(_name(number), layer, draw.standard_normal(width)).normalised()
-                for number in range(NUM_DIRECTIONS) for layer in layers
-            ])  # fmt: skip
+            register_directions(
+                self._llm,
+                [
+                    Direction(_name(number), layer, draw.standard_normal(width)).normalised()
+                    for number in range(NUM_DIRECTIONS)
+                    for layer in layers
+                ],
+            )
 
     def do(self, work: Work) -> Took:
         """Work, readouts collected. The prompts are random words, the same at every call."""
@@ -115,12 +119,16 @@ class OverheadEngine:
             ]
         if work.kind == "stacked":
             return [
-                steered(params, [
-                    Steering(_name(number), alpha, layer=layer)
-                    for layer in self._layers for number in range(NUM_DIRECTIONS)
-                ])
+                steered(
+                    params,
+                    [
+                        Steering(_name(number), alpha, layer=layer)
+                        for layer in self._layers
+                        for number in range(NUM_DIRECTIONS)
+                    ],
+                )
                 for params, alpha in zip(plain, alphas, strict=True)
-            ]  # fmt: skip
+            ]
         raise ValueError(f"work of kind {work.kind!r}")
 
 

@@ -62,13 +62,16 @@ PEERS = (
     Peer("vllm-lens", "vllm-lens==1.3.0", "vllm_lens._worker_ext", ("zstandard",), "activations"),
     Peer("hotwire-vllm", "hotwire-vllm==0.1.2", "hotwire._patch", (), "hotwire"),
     Peer(
-        "nnsight", "nnsight[vllm]==0.8.1", "nnsight.modeling.vllm", ("zstandard", "websocket-client"),
+        "nnsight",
+        "nnsight[vllm]==0.8.1",
+        "nnsight.modeling.vllm",
+        ("zstandard", "websocket-client"),
         remark="traces Python code through the model and takes no steering with a request: there is no same work",
     ),
     Peer("vLLM-Hook", "git+https://github.com/IBM/vLLM-Hook#subdirectory=vllm_hook_plugins"),
     Peer("EasySteer", None, remark="a fork of vLLM: it takes vLLM's place"),
     Peer("RhizoNymph", None, remark="a fork of vLLM: it takes vLLM's place"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,16 @@ def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
     site = folder / "site"
     # Anyway, then: what it says about Python and vLLM may be more careful than it has to be.
     unpacked = answer_of(
-        *PIP, "install", "--quiet", "--no-deps", "--ignore-requires-python", "--target", str(site),
-        peer.requirement, *peer.needs,
-    )  # fmt: skip
+        *PIP,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--ignore-requires-python",
+        "--target",
+        str(site),
+        peer.requirement,
+        *peer.needs,
+    )
     if unpacked != "yes":
         return replace(outcome, imports=unpacked)
     environment = {

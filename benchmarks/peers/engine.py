@@ -54,9 +54,13 @@ def engine(pause: Pause) -> Callable[[str], str]:
 def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[SamplingParams]]:
     """The engine, started as each one's own documentation says, and the requests' parameters."""
     engine: dict[str, Any] = {
-        "model": str(demo_model_path()), "dtype": "bfloat16", "max_model_len": 512, "seed": 0,
-        "kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False,
-    }  # fmt: skip
+        "model": str(demo_model_path()),
+        "dtype": "bfloat16",
+        "max_model_len": 512,
+        "seed": 0,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": False,
+    }
     sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     if kind == "vllm-steer":
         from vllm_steer import Direction, Steering, load_llm, register_directions, steered

@@ -43,9 +43,15 @@ def overhead(axes: Axes, measured: Mapping[str, Any]) -> None:
             [high - ratio for ratio, (_, high) in zip(ratios, bounds, strict=True)],
         ]
         axes.errorbar(
-            ratios, heights, xerr=errors, fmt="o", markersize=4, linewidth=1.2, color=COLOURS[number % len(COLOURS)],
+            ratios,
+            heights,
+            xerr=errors,
+            fmt="o",
+            markersize=4,
+            linewidth=1.2,
+            color=COLOURS[number % len(COLOURS)],
             label=f"{batch} request{'s' if batch != '1' else ''} at once",
-        )  # fmt: skip
+        )
     axes.axvline(1.0, color=GREY, linewidth=0.8)
     layers = len(measured["setup"]["layers"])
     axes.set_yticks(range(len(names)), [WAYS[name].format(layers=layers) for name in names], fontsize=8)

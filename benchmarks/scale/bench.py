@@ -102,9 +102,15 @@ def main() -> None:
 def alphas(model: Path, form: Form) -> dict[str, Any]:
     """Requests a second by the number of distinct α among them, against one α."""
     llm = load_llm(
-        str(model), layers=[LAYER], dtype="bfloat16", max_model_len=64, max_num_seqs=256, max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=1 << 30, seed=0,
-    )  # fmt: skip
+        str(model),
+        layers=[LAYER],
+        dtype="bfloat16",
+        max_model_len=64,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=1 << 30,
+        seed=0,
+    )
     draw = np.random.default_rng(0)
     width = SHAPES["tiny"]["hidden_size"]
     register_directions(llm, [Direction("noise", LAYER, draw.standard_normal(width)).normalised()])
@@ -217,17 +223,26 @@ def on_ray(job: ShardJob, location: str, pool: Pool) -> None:
 def a_study(model: str, rows: int, *, rows_per_part: int, tokens: int = 200) -> Study:
     """A study of one layer, three scenarios and 50 α, with as many samples as `rows` takes."""
     cells = len(SCENARIOS) * 50
-    return Study.model_validate({
-        "name": "scale", "concept": CONCEPT, "model": model, "max_model_len": 1024, "prompt_format": "raw",
-        "engine": {"enforce_eager": True, "kv_cache_gib": 0.5},
-        "extract": {"layers": [LAYER]},
-        "steer": {
-            "layers": [LAYER], "alphas": np.arange(50.0).tolist(), "scenarios": SCENARIOS, "samples": rows // cells,
-        },
-        "sampling": {"max_tokens": tokens},
-        "likelihood": False,  # one pass a row, so that a row is a row
-        "rows_per_part": rows_per_part,
-    })  # fmt: skip
+    return Study.model_validate(
+        {
+            "name": "scale",
+            "concept": CONCEPT,
+            "model": model,
+            "max_model_len": 1024,
+            "prompt_format": "raw",
+            "engine": {"enforce_eager": True, "kv_cache_gib": 0.5},
+            "extract": {"layers": [LAYER]},
+            "steer": {
+                "layers": [LAYER],
+                "alphas": np.arange(50.0).tolist(),
+                "scenarios": SCENARIOS,
+                "samples": rows // cells,
+            },
+            "sampling": {"max_tokens": tokens},
+            "likelihood": False,  # one pass a row, so that a row is a row
+            "rows_per_part": rows_per_part,
+        }
+    )
 
 
 def a_job(study: Study, run: Path) -> ShardJob:

@@ -164,10 +164,21 @@ async def send(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list
 def command(model: Path, settings: dict[str, Any] | None) -> list[str]:
     """vLLM's own server as "bench", with the plugin if there are settings for it."""
     arguments = [
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "bench",
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 30),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        "bench",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--kv-cache-memory-bytes",
+        str(1 << 30),
         "--disable-uvicorn-access-log",
-    ]  # fmt: skip
+    ]
     if settings is None:
         return arguments
     return [*arguments, "--additional-config", json.dumps({"vllm_steer": settings})]

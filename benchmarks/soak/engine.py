@@ -91,17 +91,23 @@ class Drawn:
 
 def drawn(draw: random.Random, number: int, prompts: Sequence[list[int]]) -> Drawn:
     steering = tuple(
-        Steering(name, alpha=draw.uniform(-ALPHA, ALPHA), op=draw.choice(("add", "add", "set")),
-                 span=draw.choice(("prompt", "generated", "all")))
+        Steering(
+            name,
+            alpha=draw.uniform(-ALPHA, ALPHA),
+            op=draw.choice(("add", "add", "set")),
+            span=draw.choice(("prompt", "generated", "all")),
+        )
         for name in NAMES
         if draw.random() < 0.5
-    )  # fmt: skip
+    )
     readout = None
     if draw.random() < 0.5:
         readout = Readout(
-            layers=LAYERS, span=draw.choice(("prompt", "generated", "all")),
-            project=NAMES if draw.random() < 0.3 else (), trace=draw.sample(NAMES, draw.randint(0, len(NAMES))),
-        )  # fmt: skip
+            layers=LAYERS,
+            span=draw.choice(("prompt", "generated", "all")),
+            project=NAMES if draw.random() < 0.3 else (),
+            trace=draw.sample(NAMES, draw.randint(0, len(NAMES))),
+        )
     return Drawn(
         id=f"soak-{number}",
         prompt_ids=draw.choice(prompts),
@@ -275,12 +281,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-engine-") as folder:
         save_model(Path(folder))
         llm = load_llm(
-            folder, layers=LAYERS, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=48, block_size=BLOCK_TOKENS, num_gpu_blocks_override=KV_BLOCKS,
-            kv_cache_memory_bytes=16 << 20, seed=0,
-            steer={"max_directions": SLOTS, "trace_columns": COLUMNS, "readout_store_mib": STORE_MIB,
-                   "max_alpha": ALPHA},
-        )  # fmt: skip
+            folder,
+            layers=LAYERS,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=48,
+            block_size=BLOCK_TOKENS,
+            num_gpu_blocks_override=KV_BLOCKS,
+            kv_cache_memory_bytes=16 << 20,
+            seed=0,
+            steer={
+                "max_directions": SLOTS,
+                "trace_columns": COLUMNS,
+                "readout_store_mib": STORE_MIB,
+                "max_alpha": ALPHA,
+            },
+        )
         soak, began = Soak(llm), time.perf_counter()
         soak.run(arguments.requests)
         seconds = time.perf_counter() - began
@@ -290,9 +308,7 @@ def main() -> None:
     for name, value in (*figures.items(), *checks.items()):
         print(f"{name:<38} {value}")
     if arguments.out is not None:
-        measured = {
-            "growth_limit_mib": GROWTH_LIMIT_MIB, "checks": checks, "figures": figures, "rss_mib": soak.rss_mib
-        }  # fmt: skip
+        measured = {"growth_limit_mib": GROWTH_LIMIT_MIB, "checks": checks, "figures": figures, "rss_mib": soak.rss_mib}
         model = f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32"
         record.write(arguments.out, measured, model=model, requests=arguments.requests)
     sys.exit(0 if all(checks.values()) else 1)

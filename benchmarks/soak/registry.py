@@ -281,10 +281,20 @@ def save_model(folder: Path) -> None:
     """Write a random llama whose words are w0, w1, ...; the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=HIDDEN_SIZE, intermediate_size=256, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=WORDS, max_position_embeddings=256, initializer_range=0.05,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, dtype="float32",
-    )  # fmt: skip
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=WORDS,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="float32",
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
@@ -295,12 +305,26 @@ def command(folder: Path) -> list[str]:
     """vLLM's own server of the model in the folder, as "soak", with the registry beside it."""
     settings = {"layers": [LAYER], "max_directions": SLOTS, "registry_dir": str(folder / "registry")}
     return [
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--served-model-name", "soak",
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", str(BLOCK_TOKENS),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder / "model"),
+        "--served-model-name",
+        "soak",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--block-size",
+        str(BLOCK_TOKENS),
         # Memory of the cache counts when a block is first used; this much has been used up when measuring begins.
-        "--kv-cache-memory-bytes", str(16 << 20),
-        "--disable-uvicorn-access-log", "--additional-config", json.dumps({"vllm_steer": settings}),
-    ]  # fmt: skip
+        "--kv-cache-memory-bytes",
+        str(16 << 20),
+        "--disable-uvicorn-access-log",
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+    ]
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -347,9 +371,13 @@ def report(
             "samples": {name: [getattr(one, name) for one in samples] for name in Sample.__annotations__},
         }
         record.write(
-            arguments.out, measured, model=f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32",
-            cycles=arguments.cycles, clients=arguments.clients, slots=SLOTS,
-        )  # fmt: skip
+            arguments.out,
+            measured,
+            model=f"random llama, {NUM_LAYERS} layers, hidden size {HIDDEN_SIZE}, float32",
+            cycles=arguments.cycles,
+            clients=arguments.clients,
+            slots=SLOTS,
+        )
 
 
 if __name__ == "__main__":

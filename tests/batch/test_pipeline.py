@@ -110,8 +110,10 @@ def test_the_baseline_carries_no_steering_and_other_rows_exactly_theirs(engine: 
     params = [params for batch in engine.generated for params in batch]
     assert sum(not wanted.steering for wanted in params) == sum(row["alpha"] == 0 for row in table) == 4
     assert {tuple(wanted.steering) for wanted in params} == {
-        (), (Steering("empathy", -1.0, layer=3),), (Steering("empathy", 1.0, layer=3),)
-    }  # fmt: skip
+        (),
+        (Steering("empathy", -1.0, layer=3),),
+        (Steering("empathy", 1.0, layer=3),),
+    }
     assert all(wanted.readout.span == "generated" and not wanted.readout.vectors for wanted in params)
     assert {wanted.fields["seed"] for wanted in params} == {row["seed"] for row in table}
     assert all(row["prompt"].startswith("<user>") and row["seconds"] == 2.5 for row in table)

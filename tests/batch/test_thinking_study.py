@@ -87,8 +87,9 @@ def test_thought_and_answer_are_stored_apart_and_the_answer_alone_is_scored(
     rows = rows_of(tmp_path)
     assert {row["thought"] for row in rows} == {THOUGHT}
     assert {(row["alpha"] > 0, row["completion"]) for row in rows} == {
-        (True, (KIND * 8).strip()), (False, (COLD * 8).strip())
-    }  # fmt: skip
+        (True, (KIND * 8).strip()),
+        (False, (COLD * 8).strip()),
+    }
     # the whole generation is counted and read, as the engine saw it
     assert {row["completion_tokens"] for row in rows} == {COMPLETION_TOKENS}
     assert {row["projection_generated"] for row in rows} != {None}

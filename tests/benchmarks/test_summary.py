@@ -61,8 +61,11 @@ def test_a_missed_goal_says_so_and_an_absent_record_that_nothing_was_measured() 
     records = {"scale": records_that_measured(0.9, 0.91, 0.92)["scale"]}
     last = goals(verdicts(records)).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[1:-1]] == [
-        "missed", "10,000 different α in flight, against one", "≥ 0.97", "0.910 (0.900 – 0.920)"
-    ]  # fmt: skip
+        "missed",
+        "10,000 different α in flight, against one",
+        "≥ 0.97",
+        "0.910 (0.900 – 0.920)",
+    ]
 
 
 def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:

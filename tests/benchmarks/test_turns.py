@@ -33,8 +33,15 @@ def test_pauses_do_not_count() -> None:
     time = 23.0
     clock.stop()
     assert [clock.at(moment) for moment in (9.0, 11.0, 12.0, 15.0, 20.0, 21.5, 23.0, 99.0)] == [
-        0.0, 1.0, 2.0, 2.0, 2.0, 3.5, 5.0, 5.0
-    ]  # fmt: skip
+        0.0,
+        1.0,
+        2.0,
+        2.0,
+        2.0,
+        3.5,
+        5.0,
+        5.0,
+    ]
     assert clock.laps == [2.0, 3.0]
 
 

@@ -24,9 +24,14 @@ def main(folder: Path, alias: str, alpha: float) -> None:
         "served_aliases": {alias: [{"direction": "kind", "alpha": alpha}]},
     }
     command = (
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--enable-tokenizer-info-endpoint", "--additional-config", json.dumps({"vllm_steer": settings}),
-    )  # fmt: skip
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--enable-tokenizer-info-endpoint",
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+    )
     with running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer") as url:
         print(json.dumps({"url": url, "tokenizer": str(model), "layer": KIND_LAYER}), flush=True)
         sys.stdin.read()

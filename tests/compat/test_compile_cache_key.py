@@ -34,8 +34,13 @@ def test_any_change_of_the_plugins_code_is_another_build(tmp_path: Path) -> None
 
     def build() -> str:
         code = "from vllm_steer.settings import plugin_build; print(plugin_build())"
-        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True,
-                              env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONPATH": str(tmp_path)},
+        )
         return done.stdout
 
     before = build()

@@ -62,9 +62,16 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def make_buffers(max_drafts: int = 0) -> SteerBuffers:
     buffers = SteerBuffers(
-        num_layers=LAYERS, hidden_size=4, max_tokens=16, max_requests=REQUESTS, max_entries=ENTRIES, max_directions=2,
-        trace_columns=2, device=torch.device("cpu"), max_drafts=max_drafts,
-    )  # fmt: skip
+        num_layers=LAYERS,
+        hidden_size=4,
+        max_tokens=16,
+        max_requests=REQUESTS,
+        max_entries=ENTRIES,
+        max_directions=2,
+        trace_columns=2,
+        device=torch.device("cpu"),
+        max_drafts=max_drafts,
+    )
     buffers._image = buffers._image.copy()  # the device is not the host here, so nothing arrives but by a copy
     return buffers
 

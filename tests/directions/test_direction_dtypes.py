@@ -93,8 +93,12 @@ def test_bfloat16_files_need_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "d.safetensors"), str(tmp_path / "d.gguf")],
-        cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.split() == [Direction("kind", 1, EXACT).content_hash] * 2
 
 

@@ -209,11 +209,21 @@ def test_a_direction_keeps_a_read_only_copy_of_its_values(vector: np.ndarray) ->
 @pytest.mark.parametrize(
     "vector",
     [
-        np.zeros(4), [], [[1.0, 2.0]], 3.0, [1.0, np.nan], [np.inf, 1.0], [1e300, 1.0], ["a"], [1j], [[1], [1, 2]],
-        None, {"a": 1},
+        np.zeros(4),
+        [],
+        [[1.0, 2.0]],
+        3.0,
+        [1.0, np.nan],
+        [np.inf, 1.0],
+        [1e300, 1.0],
+        ["a"],
+        [1j],
+        [[1], [1, 2]],
+        None,
+        {"a": 1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_vector_without_a_direction_is_refused(vector: Any) -> None:
     with pytest.raises(BadVector, match="'kind'"):
         Direction("kind", 1, vector)

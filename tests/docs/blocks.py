@@ -115,8 +115,10 @@ def run_bash(block: Block, folder: Path, environment: dict[str, str] | None = No
     """Run a shell block in ``folder``; returns what it printed. ``url`` takes the place of the pages' server."""
     return _finished(
         ["bash", "-euo", "pipefail", "-c", _PRELUDE + block.source.replace(SERVER_URL, url)],
-        folder, environment or {}, block.place,
-    )  # fmt: skip
+        folder,
+        environment or {},
+        block.place,
+    )
 
 
 def run_script(blocks: Iterable[Block], folder: Path, url: str) -> str:

@@ -58,9 +58,13 @@ class TestOnOneEngine:
 
     @pytest.mark.parametrize("ending", ["npy", "safetensors"])
     def test_a_file_of_ones_own_steers(
-        self, ending: str, deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        self,
+        ending: str,
+        deep_model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         file = tmp_path / f"mine.{ending}"
         if ending == "npy":
             np.save(file, np.random.default_rng(2).standard_normal(HIDDEN_SIZE))

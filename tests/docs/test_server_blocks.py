@@ -31,10 +31,22 @@ def url(deep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "served_aliases": {"demo-kind": [{"direction": "kind", "alpha": 8.0, "layer": 16}]},
     }
     command = (
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(deep_model), "--served-model-name", "demo-model",
-        "--additional-config", json.dumps({"vllm_steer": settings}), "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20),
-    )  # fmt: skip
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(deep_model),
+        "--served-model-name",
+        "demo-model",
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+    )
     environment = {"VLLM_PLUGINS": "vllm_steer", "VLLM_STEER_ADMIN_KEY": ADMIN_KEY}
     with running(command, folder / "server.log", **environment) as server:
         yield server.url

@@ -121,9 +121,16 @@ def test_beam_search_is_refused_on_an_engine_with_a_default(llm: LLM) -> None:
 
 def test_a_request_made_by_hand_is_refused_because_nothing_has_steered_it(llm: LLM) -> None:
     by_hand = EngineCoreRequest(
-        request_id="by hand", prompt_token_ids=PROMPT, mm_features=None, sampling_params=SamplingParams(**FIELDS),
-        pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
-    )  # fmt: skip
+        request_id="by hand",
+        prompt_token_ids=PROMPT,
+        mm_features=None,
+        sampling_params=SamplingParams(**FIELDS),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
     with pytest.raises(errors.MalformedSpec, match="made by hand"):
         llm.llm_engine.add_request("by hand", by_hand, by_hand.sampling_params)
     assert not llm.llm_engine.has_unfinished_requests()

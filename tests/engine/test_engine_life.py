@@ -159,9 +159,13 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
     return {
-        "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": KV_BYTES,
-        "disable_log_stats": True, "additional_config": steer_config(layers=LAYERS),
-    }  # fmt: skip
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "disable_log_stats": True,
+        "additional_config": steer_config(layers=LAYERS),
+    }
 
 
 READ = steered(SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True), readout=Readout(layers=LAYERS))

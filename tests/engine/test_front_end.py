@@ -159,7 +159,7 @@ BENT: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
     ),
     "allowed tokens": ({"allowed_token_ids": [*range(100, 400)]}, lambda ids: all(100 <= i < 400 for i in ids)),
     "nucleus": ({"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}, lambda ids: len(ids) == MAX_TOKENS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fields", "holds"), BENT.values(), ids=BENT)

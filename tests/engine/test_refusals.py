@@ -114,11 +114,13 @@ REFUSED_READOUTS: dict[str, tuple[Any, type[errors.SteerError], tuple[str, ...]]
     "negative skip_first": ({"layers": [1], "skip_first": -1}, errors.BadReadout, ("-1",)),
     "skip_first of the whole prompt": ({"layers": [1], "skip_first": 5}, errors.BadReadout, ("5",)),
     "skip_first with span generated": (
-        {"layers": [1], "span": "generated", "skip_first": 1}, errors.BadReadout, ("generated",)
+        {"layers": [1], "span": "generated", "skip_first": 1},
+        errors.BadReadout,
+        ("generated",),
     ),
     "nothing asked": ({"layers": [1], "vectors": False}, errors.BadReadout, ("project",)),
     "not an object": ([1], errors.MalformedSpec, ("list", "object")),
-}  # fmt: skip
+}
 REFUSED_WIRES: dict[str, tuple[Any, type[errors.SteerError], tuple[str, ...]]] = {
     "malformed JSON": ('{"steering": [', errors.MalformedSpec, ("not JSON", "allowed")),
     "empty string": ("", errors.MalformedSpec, ("not JSON",)),

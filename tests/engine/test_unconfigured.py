@@ -59,18 +59,30 @@ def test_tokens_are_those_of_vllm_without_the_plugin(llm: LLM, checkpoint: Path,
     params = [greedy, sampled, greedy, sampled]
     job = {
         "engine": {
-            "model": str(checkpoint), "dtype": "float32", "enforce_eager": True, "max_model_len": 256,
-            "max_num_seqs": 64, "block_size": BLOCK_SIZE, "kv_cache_memory_bytes": KV_BYTES, "seed": 0,
+            "model": str(checkpoint),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_seqs": 64,
+            "block_size": BLOCK_SIZE,
+            "kv_cache_memory_bytes": KV_BYTES,
+            "seed": 0,
         },
         "prompts": prompts,
         "params": params,
         "answer_file": str(tmp_path / "answer.json"),
-    }  # fmt: skip
+    }
     outcome = subprocess.run(
         [sys.executable, "-c", STOCK_VLLM],
-        input=json.dumps(job), env=os.environ | {"VLLM_PLUGINS": ""}, cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=600,
-    )  # fmt: skip
+        input=json.dumps(job),
+        env=os.environ | {"VLLM_PLUGINS": ""},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     assert outcome.returncode == 0, outcome.stdout[-4000:]
     stock = json.loads((tmp_path / "answer.json").read_text())
     assert not stock["has_plugin"]

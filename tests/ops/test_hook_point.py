@@ -31,9 +31,15 @@ class Block(nn.Module):
 
 def make_buffers() -> SteerBuffers:
     buffers = SteerBuffers(
-        num_layers=2, hidden_size=DIMENSION, max_tokens=16, max_requests=REQUESTS, max_entries=2,
-        max_directions=SLOTS, trace_columns=2, device=torch.device("cpu"),
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=DIMENSION,
+        max_tokens=16,
+        max_requests=REQUESTS,
+        max_entries=2,
+        max_directions=SLOTS,
+        trace_columns=2,
+        device=torch.device("cpu"),
+    )
     rng = np.random.default_rng(0)
     for slot in range(SLOTS):
         buffers.write_direction(slot, rng.standard_normal(DIMENSION).astype(np.float32))

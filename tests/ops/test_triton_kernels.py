@@ -43,9 +43,14 @@ def run(*command: str, is_interpreted: bool) -> str:
     dropped = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     ran = subprocess.run(
-        [sys.executable, *command], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False,
+        [sys.executable, *command],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
         env=environment | ({"TRITON_INTERPRET": "1"} if is_interpreted else {}),
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     return ran.stdout
 

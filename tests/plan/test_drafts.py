@@ -28,9 +28,16 @@ def make_planner() -> BatchPlanner:
 
 def make_buffers(max_drafts: int = DRAFTS) -> SteerBuffers:
     return SteerBuffers(
-        num_layers=LAYERS, hidden_size=SIZE, max_tokens=16, max_requests=REQUESTS, max_entries=1, max_directions=1,
-        trace_columns=0, device=torch.device("cpu"), max_drafts=max_drafts,
-    )  # fmt: skip
+        num_layers=LAYERS,
+        hidden_size=SIZE,
+        max_tokens=16,
+        max_requests=REQUESTS,
+        max_entries=1,
+        max_directions=1,
+        trace_columns=0,
+        device=torch.device("cpu"),
+        max_drafts=max_drafts,
+    )
 
 
 def build(planner: BatchPlanner, computed: int, scheduled: int, drafts: int = 0) -> StepPlan:

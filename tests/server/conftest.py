@@ -69,10 +69,17 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
         "playground": True,
     }
     command = (
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--additional-config", json.dumps({"vllm_steer": settings}),
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out",
-    )  # fmt: skip
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+        "--enable-scale-out",
+    )
     # With every route that one server can have.
     routes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_COHERE_API": "1"}
     url = _servers.enter_context(running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer", **routes))
@@ -100,8 +107,19 @@ def running_server(command: Sequence[str], log: Path, dtype: str = "float32", **
     """Start a server by Python's arguments ``command``, which name model and settings, wait until it is healthy, give
     its URL, and stop it at the end. Its model is called "tiny"."""
     whole = [
-        *command, "--served-model-name", "tiny", "--api-key", API_KEY, LIMITED_KEY, "--dtype", dtype,
-        "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20),
-    ]  # fmt: skip
+        *command,
+        "--served-model-name",
+        "tiny",
+        "--api-key",
+        API_KEY,
+        LIMITED_KEY,
+        "--dtype",
+        dtype,
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+    ]
     with running(whole, log, **{"VLLM_STEER_ADMIN_KEY": ADMIN_KEY, **environment}) as server:
         yield server.url

@@ -52,14 +52,30 @@ def replies(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     subprocess.run(
         [
-            sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(folder / "in.jsonl"),
-            "-o", str(folder / "out.jsonl"), "--model", str(model), "--served-model-name", "tiny", "--dtype", "float32",
-            "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(64 << 20),
-            "--additional-config", json.dumps({"vllm_steer": settings}),
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.run_batch",
+            "-i",
+            str(folder / "in.jsonl"),
+            "-o",
+            str(folder / "out.jsonl"),
+            "--model",
+            str(model),
+            "--served-model-name",
+            "tiny",
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "256",
+            "--kv-cache-memory-bytes",
+            str(64 << 20),
+            "--additional-config",
+            json.dumps({"vllm_steer": settings}),
         ],
         check=True,
         timeout=300,
-    )  # fmt: skip
+    )
     written = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(written) == len(lines)
     return {line["custom_id"]: line for line in written}

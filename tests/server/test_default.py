@@ -25,13 +25,20 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = save_tiny_model("llama", demo_model, folder / "model")
     save_two_directions(folder / "dirs.safetensors")
     settings = {
-        "layers": [OTHER_LAYER, KIND_LAYER], "directions": [str(folder / "dirs.safetensors")],
-        "default_steering": DEFAULT, "served_aliases": {ALIAS: ALIASED},
-    }  # fmt: skip
+        "layers": [OTHER_LAYER, KIND_LAYER],
+        "directions": [str(folder / "dirs.safetensors")],
+        "default_steering": DEFAULT,
+        "served_aliases": {ALIAS: ALIASED},
+    }
     command = (
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--enable-scale-out",
-        "--additional-config", json.dumps({"vllm_steer": settings}),
-    )  # fmt: skip
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--enable-scale-out",
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+    )
     switches = {"VLLM_PLUGINS": "vllm_steer", "VLLM_ENABLE_COHERE_API": "1"}
     with (
         running_server(command, folder / "server.log", **switches) as url,

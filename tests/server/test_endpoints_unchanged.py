@@ -196,9 +196,14 @@ READOUT = Readout([OTHER_LAYER, KIND_LAYER], span="all", project=["kind", "other
 def offline(served: ServedModel) -> Iterator[tuple[list[RequestOutput], list[ReadoutResult]]]:
     """What an engine in this process says to ``ASKED``, in one batch; it has the server's checkpoint and directions."""
     llm = load_llm(
-        str(served.model), layers=[OTHER_LAYER, KIND_LAYER], dtype="float32", enforce_eager=True, max_model_len=256,
-        kv_cache_memory_bytes=64 << 20, disable_log_stats=True,
-    )  # fmt: skip
+        str(served.model),
+        layers=[OTHER_LAYER, KIND_LAYER],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=64 << 20,
+        disable_log_stats=True,
+    )
     try:
         register_directions(llm, served.directions)
         params = {"temperature": 0, "max_tokens": GENERATED, "ignore_eos": True}
@@ -222,9 +227,15 @@ def test_greedy_replies_and_readouts_are_those_of_the_offline_api(
 ) -> None:
     def answer(prompt: str, steering: list[Steering]) -> dict[str, Any]:
         body = {
-            "model": "tiny", "prompt": prompt, "max_tokens": GENERATED, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True, "steering": [one.to_json() for one in steering], "readout": READOUT.to_json(),
-        }  # fmt: skip
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": GENERATED,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "steering": [one.to_json() for one in steering],
+            "readout": READOUT.to_json(),
+        }
         reply = server.post(COMPLETIONS, json=body)
         assert reply.status_code == 200, reply.text
         return dict(reply.json()["choices"][0])

@@ -46,10 +46,18 @@ def test_plain_requests_are_the_same_before_and_after_others_steered_as_far_as_t
     layers = list(range(NUM_LAYERS))
     settings = {"layers": layers, "directions": [str(tmp_path / "dirs.safetensors")], "max_alpha": 1e30}
     command = (
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--num-gpu-blocks-override", str(NUM_BLOCKS),
-        "--block-size", str(BLOCK_SIZE), "--no-enable-prefix-caching", "--additional-config",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--num-gpu-blocks-override",
+        str(NUM_BLOCKS),
+        "--block-size",
+        str(BLOCK_SIZE),
+        "--no-enable-prefix-caching",
+        "--additional-config",
         json.dumps({"vllm_steer": settings}),
-    )  # fmt: skip
+    )
     most = LARGEST_ADDITION[dtype] / float(np.abs(KIND).max())
     with (
         running_server(command, tmp_path / "server.log", dtype=dtype, VLLM_PLUGINS="vllm_steer") as url,

@@ -36,8 +36,13 @@ def _completion(server: httpx.Client, **fields: Any) -> dict[str, Any]:
 def _chat(**fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": PROMPT}]
     return {
-        "model": "tiny", "messages": messages, "max_tokens": GENERATED, "temperature": 0, "ignore_eos": True, **fields
-    }  # fmt: skip
+        "model": "tiny",
+        "messages": messages,
+        "max_tokens": GENERATED,
+        "temperature": 0,
+        "ignore_eos": True,
+        **fields,
+    }
 
 
 def _events(server: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -162,9 +167,13 @@ def test_a_streamed_trace_adds_up_to_the_whole_one_and_its_mean_to_the_projectio
 
 def test_responses_carry_a_readout_of_their_own(server: httpx.Client) -> None:
     body = {
-        "model": "tiny", "input": PROMPT, "max_output_tokens": GENERATED, "temperature": 0, "steering": STRONG,
+        "model": "tiny",
+        "input": PROMPT,
+        "max_output_tokens": GENERATED,
+        "temperature": 0,
+        "steering": STRONG,
         "readout": {**READOUT, "trace": ["kind"]},
-    }  # fmt: skip
+    }
     reply = server.post("/v1/responses", json=body)
     assert reply.status_code == 200, reply.text
     readout = reply.json()["readout"]
@@ -206,9 +215,11 @@ def test_a_key_may_name_only_the_directions_that_the_operator_opened_to_it(serve
     assert (refused.status_code, refused.json()["error"]["type"]) == (403, "DirectionNotAllowed")
     assert server.post("/v1/chat/completions", json=_chat(steering=STRONG), headers=limited).status_code == 200
     message = {
-        "model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": PROMPT}],
+        "model": "tiny",
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": PROMPT}],
         "vllm_xargs": {"vllm_steer": json.dumps({"steering": other})},
-    }  # fmt: skip
+    }
     assert server.post("/v1/messages", json=message, headers=limited).status_code == 403
 
 

@@ -42,10 +42,22 @@ def folder(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _arguments(folder: Path) -> list[str]:
     settings = {"layers": [KIND_LAYER], "directions": [str(folder / "dirs.safetensors")]}
     return [
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model"), "--served-model-name", "tiny",
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20),
-        "--additional-config", json.dumps({"vllm_steer": settings}),
-    ]  # fmt: skip
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder / "model"),
+        "--served-model-name",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--kv-cache-memory-bytes",
+        str(64 << 20),
+        "--additional-config",
+        json.dumps({"vllm_steer": settings}),
+    ]
 
 
 def _processes(server: psutil.Process) -> dict[str, psutil.Process]:
@@ -58,9 +70,14 @@ def _processes(server: psutil.Process) -> dict[str, psutil.Process]:
 def _ask(url: str, fields: dict[str, Any], stream: bool, has_begun: threading.Event) -> str:
     """How one client's request ends: the reason why its answer does, or an error."""
     body = {
-        "model": "tiny", "prompt": "Once upon a time", "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
-        "stream": stream, **fields,
-    }  # fmt: skip
+        "model": "tiny",
+        "prompt": "Once upon a time",
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+        **fields,
+    }
     try:
         if not stream:
             has_begun.set()

@@ -25,9 +25,17 @@ def test_both_agree_on_what_is_registered(demo_model: Path, tmp_path: Path) -> N
     model = save_tiny_model("llama", demo_model, tmp_path / "model")
     headers = {"Authorization": f"Bearer {API_KEY}", "X-Admin-Key": ADMIN_KEY}
     command = (
-        "-c", "from batch_jobs.cli.main import main; main()", "serve", str(model), "--layers", str(KIND_LAYER),
-        "--registry-dir", str(tmp_path / "registry"), "--api-server-count", str(PROCESSES),
-    )  # fmt: skip
+        "-c",
+        "from batch_jobs.cli.main import main; main()",
+        "serve",
+        str(model),
+        "--layers",
+        str(KIND_LAYER),
+        "--registry-dir",
+        str(tmp_path / "registry"),
+        "--api-server-count",
+        str(PROCESSES),
+    )
     with running_server(command, tmp_path / "server.log") as url:
         deadline = time.monotonic() + JOIN_SECONDS
         while len(SlotUse.living(tmp_path / "registry" / "use")) < PROCESSES:
@@ -51,9 +59,12 @@ def test_both_agree_on_what_is_registered(demo_model: Path, tmp_path: Path) -> N
             }
             assert tags == {changed.headers["ETag"]}
             body = {
-                "model": "tiny", "prompt": "Once upon a time", "max_tokens": 16, "temperature": 0,
+                "model": "tiny",
+                "prompt": "Once upon a time",
+                "max_tokens": 16,
+                "temperature": 0,
                 "steering": [{"direction": "kind", "alpha": 50.0}],
-            }  # fmt: skip
+            }
             replies = [
                 httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60) for _ in range(LOOKS)
             ]

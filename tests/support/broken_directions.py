@@ -70,7 +70,7 @@ def tensor(
 
 def gguf(
     fields: list[bytes] = (), tensors: list[bytes] = (), data: bytes = b"", version: int = 3, **counts: int
-) -> bytes:  # fmt: skip
+) -> bytes:
     head = struct.pack(
         "<4sIQQ", b"GGUF", version, counts.get("tensors_told", len(tensors)), counts.get("told", len(fields))
     )
@@ -223,9 +223,7 @@ BROKEN: dict[str, bytes] = {
     "NaN in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, bfloat16_with(0x7FC1)),
     "infinity in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, bfloat16_with(0xFF80)),
     "all zeros in bfloat16.safetensors": safetensors({"kind@1": described(0, 32, "BF16")}, b"\0\x80" * 16),
-    "more than float32 holds.safetensors": safetensors(
-        {"kind@1": described(0, 128, "F64")}, with_value(1e300, "<f8")
-    ),
+    "more than float32 holds.safetensors": safetensors({"kind@1": described(0, 128, "F64")}, with_value(1e300, "<f8")),
     "less than float32 holds.safetensors": safetensors(
         {"kind@1": described(0, 128, "F64")}, np.full(16, 1e-60).tobytes()
     ),
@@ -278,4 +276,4 @@ BROKEN: dict[str, bytes] = {
         for ending in ENDINGS
         for name, content in {"empty": b"", "zeros": bytes(64), "a zip archive": b"PK\x03\x04" + bytes(60)}.items()
     },
-}  # fmt: skip
+}

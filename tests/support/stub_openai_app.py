@@ -145,8 +145,12 @@ def exchange_messages(
     served = None if checker is None else Served(checker, BASE_MODEL)
     state = SimpleNamespace(**{SERVED.name: served})
     scope = {
-        "type": "http", "method": method, "path": path, "headers": list(headers), "app": SimpleNamespace(state=state)
-    }  # fmt: skip
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": list(headers),
+        "app": SimpleNamespace(state=state),
+    }
     waiting, sent = list(messages), []
 
     async def receive() -> dict[str, Any]:

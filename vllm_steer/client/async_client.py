@@ -22,7 +22,7 @@ from vllm_steer.client.calls import (
     key_headers,
     put_call,
     server_root,
-)  # fmt: skip
+)
 from vllm_steer.client.refusals import refusal_of, translated
 from vllm_steer.client.replies import (
     Piece,
@@ -34,7 +34,7 @@ from vllm_steer.client.replies import (
     reply_of,
     server_steering,
     stored_directions,
-)  # fmt: skip
+)
 from vllm_steer.directions import Direction
 from vllm_steer.schema import Readout, Steering
 
@@ -137,9 +137,13 @@ class AsyncSteerClient:
 
     def _request(self, call: Call, headers: dict[str, str]) -> httpx.Request:
         return self._http.build_request(
-            call.method, call.path, json=call.json, content=call.content, params=call.params,
+            call.method,
+            call.path,
+            json=call.json,
+            content=call.content,
+            params=call.params,
             headers={**call.headers, **headers},
-        )  # fmt: skip
+        )
 
     async def _send(self, call: Call, headers: dict[str, str] | None = None) -> httpx.Response:
         with translated(str(self._http.base_url)):

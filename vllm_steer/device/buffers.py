@@ -228,6 +228,18 @@ class HookPoint(nn.Module):
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Steer and read the stream hidden + residual, in place in ``hidden``; both (T, D)."""
         steer_and_read(
-            hidden, residual, self.bank, self.row_of_token, self.entry_slot, self.entry_ab, self.keep, self.segment,
-            self.sums, self.last, self.trace_slot, self.trace, self.cut, self.flags,
-        )  # fmt: skip
+            hidden,
+            residual,
+            self.bank,
+            self.row_of_token,
+            self.entry_slot,
+            self.entry_ab,
+            self.keep,
+            self.segment,
+            self.sums,
+            self.last,
+            self.trace_slot,
+            self.trace,
+            self.cut,
+            self.flags,
+        )

@@ -20,9 +20,19 @@ _FORMAT = 1
 _BFLOAT16 = "BF16"
 # What the format calls a dtype -> what NumPy calls it. Of bfloat16, which NumPy lacks, the bits.
 _DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", _BFLOAT16: "<u2",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    _BFLOAT16: "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+}
 
 
 def read_safetensors(file: Path) -> list[Stored]:

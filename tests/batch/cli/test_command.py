@@ -39,8 +39,12 @@ def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`vllm-steer ARGUMENTS` where these modules are not installed."""
     return subprocess.run(
         [sys.executable, "-c", HIDE, modules, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 INSTALL = {
@@ -216,8 +220,13 @@ def run_plain(program: Path, *arguments: str, cwd: Path) -> subprocess.Completed
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [str(program), *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 @pytest.mark.slow

@@ -54,10 +54,27 @@ def settings_of(made: ServerCommand) -> dict[str, object]:
 def test_the_command_line_becomes_vllms_own_server_with_the_plugin_on(model: str, directions: str) -> None:
     # in this process, which has loaded transformers already: a new one takes ten seconds for it
     words_given = [
-        "serve", model, "--layers", "3,1", "--port", "80", "--directions", directions, "-O0", "--playground",
-        "--alias", "soft=kind:2@1", "--alias", "soft=kind:-0.5@3", "--enforce-eager", "--print",
-        "--admin-key", "very-secret", "--served-model-name", "a b",
-    ]  # fmt: skip
+        "serve",
+        model,
+        "--layers",
+        "3,1",
+        "--port",
+        "80",
+        "--directions",
+        directions,
+        "-O0",
+        "--playground",
+        "--alias",
+        "soft=kind:2@1",
+        "--alias",
+        "soft=kind:-0.5@3",
+        "--enforce-eager",
+        "--print",
+        "--admin-key",
+        "very-secret",
+        "--served-model-name",
+        "a b",
+    ]
     done = CliRunner().invoke(app, words_given)
     assert done.exit_code == 0, done.output
     assert "secret" not in done.stdout
@@ -84,9 +101,14 @@ def test_a_yaml_gives_the_same_and_the_command_line_wins_over_it(model: str, dir
         "registry_dir": "registry",
         "served_aliases": {"soft": [{"direction": "kind", "alpha": 1, "layer": 1}]},
         "max_alpha": 7,
-        "vllm": {"port": 80, "enforce_eager": True, "enable-prefix-caching": False, "api-key": ["a", "b"],
-                 "x": {"y": 1}},
-    }  # fmt: skip
+        "vllm": {
+            "port": 80,
+            "enforce_eager": True,
+            "enable-prefix-caching": False,
+            "api-key": ["a", "b"],
+            "x": {"y": 1},
+        },
+    }
     file = tmp_path / "server.yaml"
     file.write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
     config = load_server_config(file, {"model": model, "layers": [3, 1, 2]})
@@ -97,9 +119,18 @@ def test_a_yaml_gives_the_same_and_the_command_line_wins_over_it(model: str, dir
     assert settings["registry_dir"] == str(tmp_path / "registry")
     assert settings["max_alpha"] == 7
     assert made.arguments[7:] == (
-        "--port", "80", "--enforce-eager", "--no-enable-prefix-caching", "--api-key", "a", "b", "--x", '{"y": 1}',
-        "--port", "81",
-    )  # fmt: skip
+        "--port",
+        "80",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        "--api-key",
+        "a",
+        "b",
+        "--x",
+        '{"y": 1}',
+        "--port",
+        "81",
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +146,7 @@ def test_a_yaml_gives_the_same_and_the_command_line_wins_over_it(model: str, dir
         ({"layers": [1], "playground": "perhaps"}, [], SettingsError, "playground is 'perhaps'"),
         ({"layers": [1], "colour": 1}, [], SettingsError, "colour"),
     ],
-)  # fmt: skip
+)
 def test_what_could_not_serve_is_refused_before_it_starts(
     model: str, fields: dict[str, object], passed_on: list[str], refusal: type[SteerError], told: str
 ) -> None:

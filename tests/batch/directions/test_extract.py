@@ -79,11 +79,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
 def study(**changes: Any) -> Study:
     return Study.model_validate(
         {
-            "name": "s", "model": "m",
+            "name": "s",
+            "model": "m",
             "extract": {"layers": [2], "max_tokens": 12},
             "steer": {"layers": [2], "alphas": [0], "scenarios": ["s"]},
-        } | changes
-    )  # fmt: skip
+        }
+        | changes
+    )
 
 
 def mean_of(text: str) -> float:
@@ -122,9 +124,10 @@ def test_only_the_empathic_test_texts_are_ablated(engine: FormulaEngine) -> None
     # the only stand-ins of help and listen
     np.testing.assert_allclose(got.ablated_test(0, 2).empathic_ND, [[mean_of("I aid and at"), 2]], rtol=1e-6)
     plain = study(validation={"lexical_ablation": False})
-    assert "test_empathic_ablated" not in read_study_texts(
-        engine, plain, SPLIT, num_layers=4, progress=SilentProgress()
-    ).texts  # fmt: skip
+    assert (
+        "test_empathic_ablated"
+        not in read_study_texts(engine, plain, SPLIT, num_layers=4, progress=SilentProgress()).texts
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,14 +155,10 @@ def test_a_layer_that_the_model_lacks_is_refused_before_anything_is_read(engine:
 
 def test_a_text_shorter_than_the_skip_is_refused(engine: FormulaEngine) -> None:
     with pytest.raises(StudyError, match="'cold' has 4 tokens and skip_first leaves out 4"):
-        extract_readouts(
-            engine, ["longer", "cold"], [2], poolings=[0, 4], max_tokens=9, progress=SilentProgress()
-        )  # fmt: skip
+        extract_readouts(engine, ["longer", "cold"], [2], poolings=[0, 4], max_tokens=9, progress=SilentProgress())
 
 
 def test_a_readout_that_did_not_come_back_is_named_by_its_text(engine: FormulaEngine) -> None:
     engine.lost = 3  # the second text under the second pooling
     with pytest.raises(StudyError, match="no readout for the text 'second'"):
-        extract_readouts(
-            engine, ["first", "second"], [2], poolings=[0, 1], max_tokens=9, progress=SilentProgress()
-        )  # fmt: skip
+        extract_readouts(engine, ["first", "second"], [2], poolings=[0, 1], max_tokens=9, progress=SilentProgress())

@@ -37,8 +37,10 @@ def test_no_replacement_is_an_empathy_word_itself() -> None:
 def test_case_is_kept_and_only_whole_words_go() -> None:
     assert ablated("Sadness. SADNESS! sadness, unsaddled") in {
         f"{a.capitalize()}. {b.upper()}! {c}, unsaddled"
-        for a in ("gloom", "melancholy") for b in ("gloom", "melancholy") for c in ("gloom", "melancholy")
-    }  # fmt: skip
+        for a in ("gloom", "melancholy")
+        for b in ("gloom", "melancholy")
+        for c in ("gloom", "melancholy")
+    }
     assert ablated("They comforted us; self-helping, helplessly, Helpmann") in {
         "They eased us; self-helping, helplessly, Helpmann",
         "They calmed us; self-helping, helplessly, Helpmann",

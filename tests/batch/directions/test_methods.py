@@ -105,11 +105,13 @@ def test_readouts_without_a_direction_are_refused(
 def test_a_layers_directions_come_from_the_block_and_the_pooling_that_the_study_pairs_it_with() -> None:
     study = Study.model_validate(
         {
-            "name": "s", "model": "m", "skip_first": 2,
+            "name": "s",
+            "model": "m",
+            "skip_first": 2,
             "extract": {"layers": [4], "extract_offset": -1},
             "steer": {"layers": [4], "alphas": [0], "scenarios": ["s"]},
         }
-    )  # fmt: skip
+    )
     texts: Any = {name: (ReadText("p", "00", 9),) * 2 for name in ("train_empathic", "train_non_empathic")}
     arrays = {}
     for skip_first in (0, 2):

@@ -16,12 +16,14 @@ from batch_jobs.run.directory import RunDirectory
 def study(layers: list[int]) -> Study:
     return Study.model_validate(
         {
-            "name": "s", "model": "m", "concept": "calm",
+            "name": "s",
+            "model": "m",
+            "concept": "calm",
             "extract": {"layers": layers},
             "validation": {"bootstrap": 100, "random_directions": 5, "lexical_ablation": False},
             "steer": {"layers": layers[:1], "alphas": [0], "scenarios": ["s"]},
         }
-    )  # fmt: skip
+    )
 
 
 def readouts() -> StudyReadouts:

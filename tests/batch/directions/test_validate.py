@@ -20,12 +20,15 @@ SINK_BLOCK = 4
 def study(**changes: Any) -> Study:
     return Study.model_validate(
         {
-            "name": "s", "model": "m", "seed": 1,
+            "name": "s",
+            "model": "m",
+            "seed": 1,
             "extract": {"layers": [4, 5]},
             "validation": {"bootstrap": 200, "random_directions": 20},
             "steer": {"layers": [5], "alphas": [0], "scenarios": ["s"]},
-        } | changes
-    )  # fmt: skip
+        }
+        | changes
+    )
 
 
 def readouts() -> StudyReadouts:
@@ -36,9 +39,12 @@ def readouts() -> StudyReadouts:
     """
     draw = np.random.default_rng(0)
     shares = {
-        "train_empathic": (35, 1.0), "train_non_empathic": (35, 0.0), "test_empathic": (15, 1.0),
-        "test_non_empathic": (15, 0.0), "test_empathic_ablated": (15, 0.5),
-    }  # fmt: skip
+        "train_empathic": (35, 1.0),
+        "train_non_empathic": (35, 0.0),
+        "test_empathic": (15, 1.0),
+        "test_non_empathic": (15, 0.0),
+        "test_empathic_ablated": (15, 0.5),
+    }
     arrays = {}
     for name, (size, share) in shares.items():
         for block in BLOCKS:

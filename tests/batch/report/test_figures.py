@@ -228,14 +228,18 @@ def test_settings_that_do_not_all_fit_show_the_layers_of_the_main_direction_firs
 
 def test_a_long_direction_name_and_a_series_without_points_leave_the_panels_whole() -> None:
     points = BehaviourPoints(
-        model=np.array(["m"] * 6, dtype=object), layer=np.full(6, 12, dtype=np.int32),
+        model=np.array(["m"] * 6, dtype=object),
+        layer=np.full(6, 12, dtype=np.int32),
         scenario=np.array(["maze"] * 6, dtype=object),
         direction=np.array(["empathy-logistic-regression"] * 3 + ["empathy"] * 3, dtype=object),
-        op=np.array(["add"] * 6, dtype=object), span=np.array(["all"] * 6, dtype=object),
+        op=np.array(["add"] * 6, dtype=object),
+        span=np.array(["all"] * 6, dtype=object),
         alpha=np.array([-1.0, 1.0, 2.0, -1.0, 0.0, 1.0]),  # the first direction has no unsteered row
-        projection_unsteered=np.arange(6.0), projection_generated=np.arange(6.0),
-        grade=np.array([0, 1, 2, 0, 1, 2], dtype=np.int8), judged=np.zeros(6, dtype=np.bool_),
-    )  # fmt: skip
+        projection_unsteered=np.arange(6.0),
+        projection_generated=np.arange(6.0),
+        grade=np.array([0, 1, 2, 0, 1, 2], dtype=np.int8),
+        judged=np.zeros(6, dtype=np.bool_),
+    )
     with figure_look():  # a layout that fails is a warning, and so an error here
         drawing = drawn(behaviour_figure(direction_behaviours(points), read_published()))
     assert "steered: 3 points" in drawing.description

@@ -34,8 +34,12 @@ def test_an_unpublished_model_stands_beside_phi_3(results: RunResults) -> None:
     model, rows = layer_rows(results, read_published())
     assert model == "Phi-3-mini-4k-instruct"
     assert [(row.ours.layer, row.read_block, row.published_block) for row in rows] == [
-        (8, 8, 7), (12, 12, 11), (16, 16, 15), (20, 20, 19), (24, 24, 23),
-    ]  # fmt: skip
+        (8, 8, 7),
+        (12, 12, 11),
+        (16, 16, 15),
+        (20, 20, 19),
+        (24, 24, 23),
+    ]
 
 
 def test_a_published_model_stands_beside_itself(results: RunResults) -> None:

@@ -78,9 +78,7 @@ def test_alpha_is_written_in_both_units() -> None:
 def test_each_layer_and_scenario_has_one_unsteered_baseline() -> None:
     study = make_study(layers=[12, 16])
     baselines = [cell for cell in conditions(study, {12: 1.0, 16: 1.0}) if not cell.steered]
-    assert sorted((cell.layer, cell.scenario_id) for cell in baselines) == [
-        (12, "s"), (12, "t"), (16, "s"), (16, "t")
-    ]  # fmt: skip
+    assert sorted((cell.layer, cell.scenario_id) for cell in baselines) == [(12, "s"), (12, "t"), (16, "s"), (16, "t")]
 
 
 def test_minus_zero_is_the_baseline_too() -> None:

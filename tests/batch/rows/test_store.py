@@ -24,7 +24,7 @@ from batch_jobs.rows.store import (
     read_index,
     read_rows,
     write_rows,
-)  # fmt: skip
+)
 
 ROW = Generation(
     row_id="r0",

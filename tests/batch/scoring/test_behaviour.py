@@ -16,10 +16,21 @@ KIND, COLD = "I am sorry and I want to help you.", "The objective comes first, s
 
 def row(row_id: str, completion: str | None, **changes: Any) -> dict[str, Any]:
     return {
-        "row_id": row_id, "model": "m", "layer": 8, "scenario": "s", "direction": "kind", "op": "add", "span": "all",
-        "alpha": 1.0, "alpha_residual_norm": 0.1, "completion": completion, "completion_tokens": 20,
-        "projection_generated": 3.0, "projection_unsteered": 0.5, "error": None,
-    } | changes  # fmt: skip
+        "row_id": row_id,
+        "model": "m",
+        "layer": 8,
+        "scenario": "s",
+        "direction": "kind",
+        "op": "add",
+        "span": "all",
+        "alpha": 1.0,
+        "alpha_residual_norm": 0.1,
+        "completion": completion,
+        "completion_tokens": 20,
+        "projection_generated": 3.0,
+        "projection_unsteered": 0.5,
+        "error": None,
+    } | changes
 
 
 def store(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:

@@ -34,12 +34,23 @@ def test_many_rows_measure_as_each_text_on_its_own(seed: int) -> None:
     rows: list[dict[str, Any]] = []
     for index in range(1500):  # more than one batch
         failed = draw.random() < 0.1
-        rows.append({
-            "model": "m", "layer": 1, "scenario": draw.choice([*MARKERS, "unknown"]), "direction": "d", "op": "add",
-            "span": "all", "alpha": 0.0, "alpha_residual_norm": 0.0, "completion_tokens": 1,
-            "projection_generated": 0.0, "error": "no answer" if failed else None, "row_id": str(index),
-            "completion": None if failed and draw.random() < 0.5 else random_text(draw),
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": "m",
+                "layer": 1,
+                "scenario": draw.choice([*MARKERS, "unknown"]),
+                "direction": "d",
+                "op": "add",
+                "span": "all",
+                "alpha": 0.0,
+                "alpha_residual_norm": 0.0,
+                "completion_tokens": 1,
+                "projection_generated": 0.0,
+                "error": "no answer" if failed else None,
+                "row_id": str(index),
+                "completion": None if failed and draw.random() < 0.5 else random_text(draw),
+            }
+        )
     names = ("empathetic", "coherent", "in_context", *degeneration("")._fields)
     expected: list[dict[str, Any]] = []
     for row in rows:
@@ -47,10 +58,14 @@ def test_many_rows_measure_as_each_text_on_its_own(seed: int) -> None:
         if row["error"]:
             expected.append(dict.fromkeys(names))
             continue
-        expected.append({
-            "empathetic": is_empathetic(text), "coherent": is_coherent(text),
-            "in_context": has_context(text, markers) if markers else None, **degeneration(text)._asdict(),
-        })  # fmt: skip
+        expected.append(
+            {
+                "empathetic": is_empathetic(text),
+                "coherent": is_coherent(text),
+                "in_context": has_context(text, markers) if markers else None,
+                **degeneration(text)._asdict(),
+            }
+        )
     measured = measure_table(pa.Table.from_pylist(rows), MARKERS)
     assert measured.select(names).to_pylist() == expected
     assert measured["failed"].to_pylist() == [row["error"] is not None for row in rows]

@@ -25,10 +25,19 @@ COLD = "The objective comes first, so proceed along the shortest path and finish
 
 def row(alpha: float, completion: str | None, **changes: Any) -> dict[str, Any]:
     return {
-        "model": "m", "layer": 8, "scenario": "s", "direction": "kind", "op": "add", "span": "all",
-        "alpha": alpha, "alpha_residual_norm": alpha / 100, "completion": completion, "completion_tokens": 20,
-        "projection_generated": 1.0 + alpha, "error": None,
-    } | changes  # fmt: skip
+        "model": "m",
+        "layer": 8,
+        "scenario": "s",
+        "direction": "kind",
+        "op": "add",
+        "span": "all",
+        "alpha": alpha,
+        "alpha_residual_norm": alpha / 100,
+        "completion": completion,
+        "completion_tokens": 20,
+        "projection_generated": 1.0 + alpha,
+        "error": None,
+    } | changes
 
 
 def table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -40,9 +49,16 @@ def by_alpha(scores: Scores) -> dict[float, Any]:
 
 
 def test_rates_effects_and_success_by_hand() -> None:
-    rows = [row(a, text) for a, texts in {
-        -5.0: [COLD, COLD], 0.0: [KIND, COLD], 5.0: [KIND, KIND], 9.0: [KIND, ""],
-    }.items() for text in texts]  # fmt: skip
+    rows = [
+        row(a, text)
+        for a, texts in {
+            -5.0: [COLD, COLD],
+            0.0: [KIND, COLD],
+            5.0: [KIND, KIND],
+            9.0: [KIND, ""],
+        }.items()
+        for text in texts
+    ]
     scores = score_table(table(rows), {"s": ["sorry", "talk"]})
     got = by_alpha(scores)
     assert [condition.alpha for condition in scores.conditions] == [-5.0, 0.0, 5.0, 9.0]

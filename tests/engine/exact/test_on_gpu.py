@@ -76,10 +76,15 @@ def test_replayed_graphs_give_what_hugging_face_gives(
     monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # no kernel that was compiled for faster arithmetic
     with open_engine(
-        checkpoint, layers=LAYERS, enforce_eager=False, compilation_config={"cudagraph_mode": graphs},
-        attention_backend="TRITON_ATTN", skip_tokenizer_init=True, max_num_batched_tokens=512,
+        checkpoint,
+        layers=LAYERS,
+        enforce_eager=False,
+        compilation_config={"cudagraph_mode": graphs},
+        attention_backend="TRITON_ATTN",
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=512,
         gpu_memory_utilization=0.1,  # what has to be free, though so small a model takes much less
-    ) as llm:  # fmt: skip
+    ) as llm:
         register_directions(llm, as_directions(VECTORS))
         replays.clear()  # of the warm-up
         excused = check_against_reference(llm, reference, REQUESTS, expected)

@@ -57,11 +57,15 @@ QUANTISATION = {
             "targets": ["Linear"],
             "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
             "input_activations": {
-                "num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True,
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "token",
+                "dynamic": True,
             },
         }
     },
-}  # fmt: skip
+}
 
 
 def quantised(weight_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

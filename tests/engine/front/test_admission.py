@@ -68,8 +68,10 @@ def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission)
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
     assert resolved.prompt == resolved.generated
     assert resolved.prompt == [
-        (0, slot["cold", 12], 0.0, -1.0), (1, slot["kind", 12], 4.0, 0.0), (2, slot["both", 20], 2.0, -1.0)
-    ]  # fmt: skip
+        (0, slot["cold", 12], 0.0, -1.0),
+        (1, slot["kind", 12], 4.0, 0.0),
+        (2, slot["both", 20], 2.0, -1.0),
+    ]
     assert (resolved.request_id, resolved.prompt_len, resolved.readout) == ("id", PROMPT_LEN, None)
 
 
@@ -90,11 +92,16 @@ def test_new_content_under_the_same_name_has_a_new_digest(admission: Admission) 
 @pytest.mark.parametrize(
     "other",
     [
-        Steering("cold", 4), Steering("kind", 4.5), Steering("kind", -4), Steering("kind", 4, layer=8),
-        Steering("kind", 4, op="set"), Steering("kind", op="ablate"), Steering("long", 4),
+        Steering("cold", 4),
+        Steering("kind", 4.5),
+        Steering("kind", -4),
+        Steering("kind", 4, layer=8),
+        Steering("kind", 4, op="set"),
+        Steering("kind", op="ablate"),
+        Steering("long", 4),
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_any_difference_in_content_is_a_difference_in_digest(admission: Admission, other: Steering) -> None:
     assert digests(admission, Steering("kind", 4))[0] != digests(admission, other)[0]
 
@@ -278,8 +285,10 @@ def test_projections_are_taken_at_the_layers_that_are_read_and_that_a_name_belon
         return readout.project
 
     assert projections([8, 12, 20], "both", "kind") == [
-        ("both", 8, slot["both", 8]), ("both", 20, slot["both", 20]), ("kind", 12, slot["kind", 12])
-    ]  # fmt: skip
+        ("both", 8, slot["both", 8]),
+        ("both", 20, slot["both", 20]),
+        ("kind", 12, slot["kind", 12]),
+    ]
     assert projections([20], "both") == [("both", 20, slot["both", 20])]
     with pytest.raises(BadReadout, match=r"'kind', which belongs to layers \[12\]; read are \[8\]"):
         projections([8], "kind")

@@ -184,8 +184,13 @@ def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
     admission_of(of_engine.input_processor).remember("r", Asked(RequestSpec(None, Readout([LAYER])), key="unique"))
     mean = np.arange(SIZE, dtype=np.float32)
     answer = {
-        "num_tokens": 4, "layers": [LAYER], "mean": mean.tobytes(), "projections": [], "trace": [], "trace_error": None
-    }  # fmt: skip
+        "num_tokens": 4,
+        "layers": [LAYER],
+        "mean": mean.tobytes(),
+        "projections": [],
+        "trace": [],
+        "trace_error": None,
+    }
     of_engine.answers = [[answer]]
     ((read,), (none,)) = asyncio.run(collect_readouts_async(of_engine, [output("r"), output("other")]))  # type: ignore[arg-type]
     assert of_engine.asked == [("vllm_steer_collect", ([("unique", 0, 3 + 2 - 1)],))]

@@ -32,9 +32,13 @@ class FakeEngine:
             return [[[("kind", self.trace[start:])] for _, _, start in samples]]
         values = np.array(self.trace, np.float32).tobytes()
         answer = {
-            "num_tokens": len(self.trace), "layers": [2], "mean": None, "projections": [],
-            "trace": [["kind", values]], "trace_error": self.failure,
-        }  # fmt: skip
+            "num_tokens": len(self.trace),
+            "layers": [2],
+            "mean": None,
+            "projections": [],
+            "trace": [["kind", values]],
+            "trace_error": self.failure,
+        }
         return [[None if index == 9 else answer for _, index, _ in samples]]
 
 

@@ -41,9 +41,12 @@ class TestFrontEnd:
         def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, **kwargs: Any) -> Any:
             embeds = prompt if prompt == "embeddings" else None
             return SimpleNamespace(
-                request_id=request_id, prompt_token_ids=[1] * PROMPT_LEN, prompt_embeds=embeds, cache_salt=None,
+                request_id=request_id,
+                prompt_token_ids=[1] * PROMPT_LEN,
+                prompt_embeds=embeds,
+                cache_salt=None,
                 sampling_params=params.clone(),
-            )  # fmt: skip
+            )
 
         monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
         monkeypatch.setattr(InputProcessor, "assign_request_id", staticmethod(lambda request: None))

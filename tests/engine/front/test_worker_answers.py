@@ -64,9 +64,14 @@ def test_a_live_trace_that_a_stage_cannot_give_is_not_given(missing: Any) -> Non
 
 def test_a_stage_reads_what_it_holds_and_counts_the_tokens_of_the_rest() -> None:
     whole = ResolvedReadout(
-        layers=[2, 7, 9], layer_indices=[0, 2, 3], first=1, end=None, vectors=True,
-        project=[("kind", 2, 5), ("kind", 9, 6)], trace=[("far", 3, 6), ("between", 1, 8), ("near", 0, 5)],
-    )  # fmt: skip
+        layers=[2, 7, 9],
+        layer_indices=[0, 2, 3],
+        first=1,
+        end=None,
+        vectors=True,
+        project=[("kind", 2, 5), ("kind", 9, 6)],
+        trace=[("far", 3, 6), ("between", 1, 8), ("near", 0, 5)],
+    )
     first, second, third = (whole.on_stage(held) for held in ({0, 1}, {2, 3}, {4}))
     assert (first.layers, first.layer_indices, first.project) == ([2], [0], [("kind", 2, 5)])
     assert first.trace == [("between", 1, 8), ("near", 0, 5)]

@@ -33,11 +33,13 @@ class StandInScheduler:
         self.blocks, self.evicted, self.ended = blocks, set[int](), list[tuple[str, RequestStatus]]()
         self.requests = {
             name: SimpleNamespace(
-                request_id=name, client_index=0, is_finished=lambda: False,
+                request_id=name,
+                client_index=0,
+                is_finished=lambda: False,
                 sampling_params=SimpleNamespace(extra_args={RESOLVED_KEY: specs[name]}),
             )
             for name in blocks
-        }  # fmt: skip
+        }
         self.running = list(self.requests.values())
         group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
         self.kv_cache_manager = SimpleNamespace(

@@ -38,9 +38,15 @@ def trace_of(tokens: int, failure: str | None = None) -> Trace:
 
 def make_buffers(max_requests: int) -> SteerBuffers:
     buffers = SteerBuffers(
-        num_layers=2, hidden_size=SIZE, max_tokens=8, max_requests=max_requests, max_entries=1, max_directions=4,
-        trace_columns=0, device=torch.device("cpu"),
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=SIZE,
+        max_tokens=8,
+        max_requests=max_requests,
+        max_entries=1,
+        max_directions=4,
+        trace_columns=0,
+        device=torch.device("cpu"),
+    )
     buffers.write_direction(3, DIRECTION)
     return buffers
 
@@ -193,8 +199,9 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
     for readout, (summed, sums, tail) in zip(taken, asked, strict=True):
         layers = summed.spec.layer_indices
         for got, projected, numbers in (
-            (readout.sums_LND, readout.sums_PN, sums), (readout.tail_LMD, readout.tail_PM, tail),
-        ):  # fmt: skip
+            (readout.sums_LND, readout.sums_PN, sums),
+            (readout.tail_LMD, readout.tail_PM, tail),
+        ):
             expected_NLD = np.array([row(number)[layers] for number in numbers]).reshape(-1, len(layers), SIZE)
             if summed.spec.vectors:
                 assert got is not None
@@ -206,9 +213,14 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
 @pytest.mark.parametrize(
     ("internal", "external", "index"),
     [
-        ("7-8d3f", "7", 0), ("7", "7", 0), ("0_7-8d3f", "7", 0), ("12_7-8d3f", "7", 12),
-        ("1_2-8d3f", "1_2", 0), ("3_1_2-8d3f", "1_2", 3), ("chat-x-1", "chat-x", 0),
+        ("7-8d3f", "7", 0),
+        ("7", "7", 0),
+        ("0_7-8d3f", "7", 0),
+        ("12_7-8d3f", "7", 12),
+        ("1_2-8d3f", "1_2", 0),
+        ("3_1_2-8d3f", "1_2", 3),
+        ("chat-x-1", "chat-x", 0),
     ],
-)  # fmt: skip
+)
 def test_internal_ids_name_the_request_and_the_sample(internal: str, external: str, index: int) -> None:
     assert sample_key(internal, SimpleNamespace(request_id=external, key="unique")) == ("unique", index)  # type: ignore[arg-type]

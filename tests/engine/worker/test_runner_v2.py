@@ -159,9 +159,16 @@ class RunnerWithoutKernels(GPUModelRunner):
 
 def configuration() -> Any:
     model_config = SimpleNamespace(
-        architecture="Toy", dtype=torch.float32, max_model_len=MAX_LEN, enable_prompt_embeds=False, uses_mrope=False,
-        is_hybrid=False, is_attention_free=False, get_hidden_size=lambda: SIZE, get_inputs_embeds_size=lambda: SIZE,
-    )  # fmt: skip
+        architecture="Toy",
+        dtype=torch.float32,
+        max_model_len=MAX_LEN,
+        enable_prompt_embeds=False,
+        uses_mrope=False,
+        is_hybrid=False,
+        is_attention_free=False,
+        get_hidden_size=lambda: SIZE,
+        get_inputs_embeds_size=lambda: SIZE,
+    )
     return SimpleNamespace(
         additional_config=steer_config(layers=HOOKED, trace_columns=2),
         model_config=model_config,
@@ -266,16 +273,22 @@ def test_every_token_and_every_readout_of_random_schedules(runner: RunnerWithout
     assert all(
         counted[event] > 0
         for event in (
-            "preempted while generating", "one token too many", "aborted", "aborted while preempted", "dummy run",
+            "preempted while generating",
+            "one token too many",
+            "aborted",
+            "aborted while preempted",
+            "dummy run",
             "reordered",
         )
-    ), counted  # fmt: skip
+    ), counted
 
 
 def test_the_state_is_the_models_own_with_steering_before_it(runner: RunnerWithoutKernels) -> None:
     assert [cls.__name__ for cls in type(runner.model_state).__mro__[1:4]] == [
-        "SteeringState", "DefaultModelState", "ModelState",
-    ]  # fmt: skip
+        "SteeringState",
+        "DefaultModelState",
+        "ModelState",
+    ]
     assert type(runner.model_state).supports_prompt_embeds is DefaultModelState.supports_prompt_embeds
 
 
@@ -293,8 +306,10 @@ def test_what_is_not_exact_on_this_runner_is_refused_by_name() -> None:
     )
     refused = [(feature, instead) for is_on, feature, instead in config._features_of_v2(asked) if is_on]
     assert [feature.split(" on ")[0] for feature, _ in refused] == [
-        "speculative decoding", "LoRA", "pipeline parallelism",
-    ]  # fmt: skip
+        "speculative decoding",
+        "LoRA",
+        "pipeline parallelism",
+    ]
     assert all("VLLM_USE_V2_MODEL_RUNNER=0" in instead for _, instead in refused)
     asked.use_v2_model_runner = False
     assert not config._features_of_v2(asked)

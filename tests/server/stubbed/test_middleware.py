@@ -363,9 +363,13 @@ def test_events_are_cut_where_empty_lines_are_and_no_byte_is_lost(chunks: list[b
 def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> None:
     rows = np.array([[1.0, -2.0], [0.5, 0.25]], np.float32)
     answer = {
-        "num_tokens": 0, "layers": [1, 2], "mean": rows.tobytes(), "trace": [], "trace_error": "no column is free",
+        "num_tokens": 0,
+        "layers": [1, 2],
+        "mean": rows.tobytes(),
+        "trace": [],
+        "trace_error": "no column is free",
         "projections": [["kind", 1, float("nan")], ["kind", 2, np.float32(0.1).item()]],
-    }  # fmt: skip
+    }
     assert readout_json(answer) == {
         "num_tokens": 0,
         "projections": {"kind": {"1": None, "2": 0.100000001}},

@@ -81,9 +81,7 @@ def test_a_direction_is_put_listed_fetched_and_deleted(client: TestClient, tmp_p
     made = put_raw(client, "kind", KIND.vector)
     assert made.status_code == 201
     assert made.headers["ETag"] == f'"{KIND.content_hash}"'
-    listed = {
-        "name": "kind", "layer": LAYER, "content_hash": KIND.content_hash, "is_unit": True, "norm": KIND.norm
-    }  # fmt: skip
+    listed = {"name": "kind", "layer": LAYER, "content_hash": KIND.content_hash, "is_unit": True, "norm": KIND.norm}
     assert made.json() == {"directions": [listed]}
     assert listed in client.get(ROOT).json()["directions"]
     fetched = client.get(f"{ROOT}/kind")

@@ -28,7 +28,7 @@ from vllm_steer.errors import (
     LayerNotHooked,
     NotConfigured,
     TooManyEntries,
-)  # fmt: skip
+)
 from vllm_steer.ops.stream_range import LARGEST_ADDITION
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings
