@@ -9,8 +9,8 @@ from __future__ import annotations
 def register() -> None:
     """Install the patches that every process needs (``docs/patches.md`` lists all). vLLM calls it once in each process.
 
-    Beside another vLLM than the patches were written for, engines that ask for steering are refused when they start and
-    all others run as if the plugin were not there.
+    With a vLLM that is not supported, or with ``VLLM_STEER_DISABLE=1``, engines that ask for steering are refused when
+    they start, and all others run as if the plugin were not installed.
     """
     from vllm_steer.engine import config, supported
 

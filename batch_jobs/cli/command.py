@@ -10,12 +10,17 @@ import sys
 
 MISSING_EXIT_CODE = 1
 
-_BATCH = ["accelerate", "jinja2", "matplotlib", "pandas", "pyarrow", "ray", "rich", "scipy", "sklearn", "typer", "yaml"]
+_CLI = ["rich", "typer", "yaml"]
+_BATCH = ["accelerate", "jinja2", "matplotlib", "pandas", "pyarrow", "ray", "scipy", "sklearn"]
 _ENGINE = ["huggingface_hub", "torch", "transformers", "vllm"]
 # Module -> extras that bring it, any of which will do. These are the modules of pyproject.toml's extras, and those of
 # vLLM's own requirements that a command may import before vLLM. No installed metadata tells the modules of a
 # distribution that is not installed.
-EXTRAS = {**dict.fromkeys(_BATCH, ("batch",)), **dict.fromkeys(_ENGINE, ("cpu", "cuda"))}
+EXTRAS = {
+    **dict.fromkeys(_CLI, ("cli", "batch")),
+    **dict.fromkeys(_BATCH, ("batch",)),
+    **dict.fromkeys(_ENGINE, ("cpu", "cuda")),
+}
 
 
 def main() -> None:

@@ -116,6 +116,28 @@ def convert(
         print(f"{direction.key} {direction.content_hash}")
 
 
+@app.command("demo")
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/demo")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")] = False,
+) -> None:
+    """Run the demo study on the demo model, from contrastive pairs to a report: some minutes on two CPU cores."""
+    from batch_jobs.config.shipped import DEMO_STUDY, shipped_configs
+
+    study.run_config(shipped_configs() / DEMO_STUDY, out, {}, quiet=quiet)
+
+
+@app.command("configs")
+def configs(
+    folder: Annotated[Path, typer.Argument(help="Folder to write them into.")] = Path("configs"),
+) -> None:
+    """Copy the configs of studies and servers that come with the package into a folder."""
+    from batch_jobs.config.shipped import copy_configs
+
+    for path in copy_configs(folder):
+        print(path)
+
+
 @app.command("demo-model")
 def demo_model() -> None:
     """Make the demo model (once, about a minute) and print its folder."""

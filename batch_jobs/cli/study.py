@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,10 +56,7 @@ def run(
 
     Options given here replace the config's fields of the same name.
     """
-    from rich.console import Console
-
-    from batch_jobs.config.study import StudyError, load_study
-    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.config.study import StudyError
 
     if executor is ExecutorName.LOCAL and (workers, gpus_per_worker, cpus_per_worker, address) != (1, None, None, None):
         raise StudyError(
@@ -66,16 +64,47 @@ def run(
             "add --executor ray, or leave them out."
         )
     given = {"pairs": pairs, "scenarios": scenarios, "model": model}
-    study = load_study(config, overrides={field: value for field, value in given.items() if value is not None})
+    pool = Pool(workers, gpus_per_worker, cpus_per_worker, address) if executor is ExecutorName.RAY else None
+    overrides = {field: value for field, value in given.items() if value is not None}
+    run_config(config, out, overrides, pool=pool, overwrite=overwrite, retry_failed=retry_failed, quiet=quiet)
+
+
+def run_config(config: Path, out: Path | None, overrides: Mapping[str, Any], **options: Any) -> None:
+    """Run the study of a config file and print its summary.
+
+    Args:
+        config: the study's YAML.
+        out: the run directory; None is `runs/<config file's stem>`.
+        overrides: fields that replace the config's.
+        options: fields of `RunOptions`.
+
+    Raises:
+        SteerError: the config or its texts are wrong, or a step of the study failed.
+    """
+    from rich.console import Console
+
+    from batch_jobs.config.study import load_study
+    from batch_jobs.run.directory import RunDirectory
+
+    study = load_study(config, overrides=overrides)
     # after the config is known to be good: this import brings scikit-learn and pyarrow
     from batch_jobs.pipeline import RunOptions, run_study
     from batch_jobs.summary import print_summary
 
-    pool = Pool(workers, gpus_per_worker, cpus_per_worker, address) if executor is ExecutorName.RAY else None
-    options = RunOptions(overwrite=overwrite, retry_failed=retry_failed, pool=pool, quiet=quiet)
     directory = RunDirectory.for_config(config, out)
-    result = run_study(study, directory, options, console=Console(stderr=True))
+    result = run_study(study, directory, RunOptions(**options), console=Console(stderr=True))
     print_summary(result, study.concept, Console())
+
+
+@app.command("init")
+def init(
+    name: Annotated[str, typer.Argument(help="Name of the study; the file is NAME.yaml in the current folder.")],
+) -> None:
+    """Write a commented study config that runs as it is, on the demo model."""
+    from batch_jobs.config.shipped import write_study_config
+
+    path = write_study_config(name, Path())
+    print(f"{path} written; edit it, then run: vllm-steer study run {path}")
 
 
 @app.command("score")

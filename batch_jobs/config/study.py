@@ -21,19 +21,23 @@ from pydantic import (
 
 from batch_jobs.config.document import explain_faults, read_study_document
 from batch_jobs.config.template_variables import template_variables
-from batch_jobs.errors import StudyError as StudyError  # what an unusable study ends in
+from batch_jobs.errors import StudyError as StudyError  # re-exported
 from batch_jobs.files.documents import refuse_half_pairs
 
 DEMO_MODEL = "demo-model"
-"""The `model` that stands for the small instruct model made by `vllm-steer demo-model`."""
+"""Value of `model` that means the small instruct model made by `vllm-steer demo-model`."""
 
 Layer = Annotated[int, Field(ge=0)]
 DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
-"""How a direction is made from the train readouts. The paper's, and the one that is always made, is the first."""
+"""How a direction is made from the train readouts. The first is the paper's and is always made."""
 
 
 WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
-"""Fields that say how the work is done and where the texts lie; no result depends on them."""
+"""Fields for how the work is done and where the texts are; no result depends on them."""
+
+
+STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names of studies and concepts: they become names of files and directions."""
 
 
 class _Section(BaseModel):
@@ -47,21 +51,21 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class EngineOptions(_Section):
-    """What the in-process vLLM engine is started with, beyond model, dtype, seed and max_model_len."""
+    """Options of the in-process vLLM engine, beyond model, dtype, seed and max_model_len."""
 
     enforce_eager: bool = False
     """True skips torch.compile and CUDA graphs: a faster start, slower steps."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of the device's memory; on the CPU build, share of RAM."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """Memory for the KV cache, instead of what gpu_memory_utilization leaves: the same on any machine."""
+    """Memory for the KV cache, instead of the rest of gpu_memory_utilization: the same on any machine."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool | None = None
     trust_remote_code: bool = False
     max_alpha: float | None = Field(default=None, gt=0)
-    """Largest |α| (raw) that the engine lets through; None keeps the plugin's own bound."""
+    """Largest |α| (raw) that the engine accepts; None keeps the plugin's own bound."""
 
     def engine_args(self) -> dict[str, Any]:
         """The options as vLLM engine arguments; those left at None keep vLLM's own default."""
@@ -71,12 +75,12 @@ class EngineOptions(_Section):
         return arguments
 
     def steer_settings(self) -> dict[str, Any]:
-        """The options that go to the plugin instead."""
+        """The options for the plugin, as keyword arguments of `steer_config`."""
         return {} if self.max_alpha is None else {"max_alpha": self.max_alpha}
 
 
 class Extraction(_Section):
-    """Which readouts of the contrastive texts the directions are made from."""
+    """The readouts of the contrastive texts from which the directions are made."""
 
     layers: tuple[Layer, ...] = Field(min_length=1)
     """Layers that get a direction (0-based decoder blocks)."""
@@ -103,21 +107,20 @@ class Extraction(_Section):
 
 
 class ValidationOptions(_Section):
-    """What is worked out about the directions beside their held-out AUROC."""
+    """How the directions are validated, besides their held-out AUROC."""
 
     all_layers: bool = False
     """Read and validate every decoder block, not only those of `extract.layers`. Hooks them all."""
     random_directions: int = Field(default=100, ge=2)
-    """Gaussian unit vectors whose AUROC is the chance level a direction is held against (paper: 100)."""
+    """Number of Gaussian unit vectors whose AUROC is the chance level for comparison (paper: 100)."""
     bootstrap: int = Field(default=2000, ge=100)
-    """Resamples behind each AUROC's 95 % interval."""
+    """Number of resamples for each AUROC's 95 % interval."""
     lexical_ablation: bool = True
     """Also read the empathic test texts with their empathy words replaced (paper: 41 keywords)."""
 
 
 class SplitSizes(_Section):
-    """How many pairs train the directions and how many validate them; ignored for pairs that come already
-    split."""
+    """Numbers of pairs to make the directions and to validate them; ignored for pairs that are already split."""
 
     train: int = Field(default=35, ge=1)
     test: int = Field(default=15, ge=1)
@@ -131,11 +134,11 @@ class SteeringGrid(_Section):
     alphas: tuple[FiniteFloat, ...] = Field(min_length=1)
     """Must hold 0, the unsteered baseline that effects are measured against."""
     alpha_unit: Literal["raw", "residual_norm"] = "raw"
-    """`residual_norm`: α in multiples of the layer's mean residual norm, so that one grid fits layers and
+    """`residual_norm`: α in multiples of the layer's mean residual norm, so that one grid fits all layers and
     models."""
     scenarios: tuple[str, ...] = Field(min_length=1)
     directions: tuple[DirectionMethod, ...] = Field(default=("mean_difference",), min_length=1)
-    """Which of the study's directions steer; more than one sets them side by side."""
+    """Which of the study's directions steer; several are compared side by side."""
     samples: int = Field(default=5, ge=1)
     op: Literal["add", "ablate", "set"] = "add"
     span: Literal["prompt", "generated", "all"] = "all"
@@ -163,11 +166,11 @@ class Sampling(_Section):
 
 
 class Study(_Section):
-    """One study. Everything that changes a number in its results is in here or in the texts it names."""
+    """One study. Everything that changes a number in its results is here or in the texts it names."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    concept: str = Field(default="empathy", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the directions; one of that name at each layer."""
+    name: str = Field(pattern=STUDY_NAME)
+    concept: str = Field(default="empathy", pattern=STUDY_NAME)
+    """Name of the directions; each layer has one of that name."""
     model: str = Field(min_length=1)
     """Hub id, local path, or `demo-model`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
@@ -179,8 +182,8 @@ class Study(_Section):
     the paper. The contrastive texts are always read alone."""
     # left out of every dump when empty, so that a config without it keeps its hash and its run directory
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict, exclude_if=lambda given: not given)
-    """Variables for the model's chat template, e.g. `{enable_thinking: false}` for a model that thinks unless it is
-    told not to. What a template does not ask for, it ignores."""
+    """Variables for the model's chat template, e.g. `{enable_thinking: false}` for a model that thinks by default. A
+    template ignores variables that it does not use."""
     skip_first: int = Field(default=0, ge=0)
     """Leading tokens left out of every readout mean. 1 drops the attention sink that dominates many models'
     mean."""
@@ -195,13 +198,13 @@ class Study(_Section):
     steer: SteeringGrid
     sampling: Sampling = Sampling()
     likelihood: bool = True
-    """Read every completion once more without steering: the unsteered model's own log-likelihood of it, and where
-    it lies along the direction. Costs one prefill a row."""
+    """Read every completion once more without steering, for its log-likelihood under the unsteered model and its
+    projection onto the direction. Costs one prefill per row."""
     rows_per_part: int = Field(default=1024, ge=1)
-    """Rows generated as one batch and stored as one part: what a crash can lose. More keeps the engine's
-    batch fuller."""
+    """Rows generated as one batch and stored as one part. A crash loses at most one part; larger parts keep the
+    engine's batch fuller."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a row that breaks its engine is tried before the error is stored in its place."""
+    """How often a row that breaks its engine is tried before its error is stored instead."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -232,9 +235,12 @@ class Study(_Section):
         return self
 
     def hooked_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers that need a hook in a model of `num_layers` blocks: all labelled layers (their norms, steering)
-        and all the blocks read for them; with `validation.all_layers` every block. Raises StudyError for a layer
-        that the model lacks."""
+        """Layers that need a hook in a model of `num_layers` blocks: all labelled layers, for norms and steering, and
+        the blocks read for them; with `validation.all_layers` every block.
+
+        Raises:
+            StudyError: the model lacks a layer.
+        """
         labelled = set(self.extract.layers)
         if lacking := sorted(layer for layer in labelled if layer >= num_layers):
             raise StudyError(
@@ -246,18 +252,18 @@ class Study(_Section):
         return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
 
     def direction_name(self, method: DirectionMethod) -> str:
-        """Name of the directions made by `method`: the concept alone for the paper's, `<concept>-<method>` for
-        the others."""
+        """Name of the directions made by `method`: the concept alone for the paper's method, else
+        `<concept>-<method>`."""
         return self.concept if method == "mean_difference" else f"{self.concept}-{method.replace('_', '-')}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields a run's results depend on: all but WORKING_FIELDS. The texts enter by content, see
-        `pipeline`."""
+        """The fields that a run's results depend on: all but WORKING_FIELDS. `pipeline` adds the content of the
+        texts."""
         return self.model_dump(mode="json", exclude=set(WORKING_FIELDS))
 
     def canonical_json(self) -> str:
-        """The config with defaults filled in, keys sorted: equal studies give equal text."""
+        """The config as JSON with defaults filled in and keys sorted: equal studies give equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
 
     @property
@@ -267,15 +273,18 @@ class Study(_Section):
 
 
 def load_study(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Study:
-    """Read and check a study's YAML. Relative `pairs` and `scenarios` paths are taken from the YAML's own
+    """Read and check a study's YAML. Relative `pairs` and `scenarios` paths are resolved against the YAML's own
     folder.
 
-    A YAML may name another one as its `base`, by a path from its own folder: the fields it gives itself replace the
+    A YAML may name another one as its `base`, by a path relative to its own folder: its own fields replace the
     base's, section by section. `overrides` replaces top-level fields (the command line's options; paths in it are
-    used as they are). Raises StudyError naming file, field, what was got and what is allowed.
+    used unchanged).
+
+    Raises:
+        StudyError: the config is unusable; the message names file, field, what was got and what is allowed.
     """
     document = {**read_study_document(path, ", ".join(Study.model_fields)), **(overrides or {})}
-    # the options, and folders: what the files themselves hold is checked
+    # checks the options and the folders' names; the content of the files is already checked
     refuse_half_pairs(document, f"{path}", advice="give text, or a path, in UTF-8")
     try:
         return Study.model_validate(document)

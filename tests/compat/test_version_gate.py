@@ -1,4 +1,4 @@
-"""Beside which vLLM the plugin steers, beside which it says that it was only read, and beside which it refuses."""
+"""Which vLLM releases the plugin steers, for which it warns that they were only read, and which it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
@@ -17,19 +18,20 @@ from vllm_steer.engine.front import requests
 from vllm_steer.engine.vllm_faults import death_watch
 from vllm_steer.engine.worker import worker_rpc
 from vllm_steer.errors import UnsupportedFeature
+from vllm_steer.server.endpoints import SteerEndpoints
 
 MODULES = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """The modules whose patches `register` installs, noted in place of installing them."""
+    """The modules whose patches `register` would install; recorded, not installed."""
     noted: set[str] = set()
     for module in MODULES:
         monkeypatch.setattr(module, "install", lambda name=module.__name__: noted.add(name))
     monkeypatch.setattr(supported, "_loaded", False)
     yield noted
-    supported.unsupported_reason.cache_clear()  # it was asked beside versions that a test made up
+    supported.unsupported_reason.cache_clear()  # it has cached answers for versions that a test made up
 
 
 def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +82,36 @@ def test_any_other_release_is_refused(version: str, installed: set[str], monkeyp
     with pytest.raises(UnsupportedFeature):
         collect_readouts(None, [])  # type: ignore[arg-type]
     assert steered(SamplingParams()).extra_args is None
+
+
+@pytest.mark.parametrize(("value", "is_off"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_an_environment_variable_switches_the_plugin_off(
+    value: str, is_off: bool, installed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_STEER_DISABLE", value)
+    register_beside("0.32.0", monkeypatch)
+    app = FastAPI()
+    without = len(app.routes)
+    SteerEndpoints().attach_router(app)
+    if not is_off:
+        assert installed == {module.__name__ for module in MODULES}
+        assert len(app.routes) > without
+        assert app.user_middleware
+        return
+    assert installed == {config.__name__}  # which refuses engines that ask for steering
+    assert (len(app.routes), app.user_middleware) == (without, [])
+    with pytest.raises(UnsupportedFeature, match="VLLM_STEER_DISABLE switches"):
+        steered(SamplingParams(), [Steering("kind", 1.0)])
+    assert steered(SamplingParams()).extra_args is None
+    monkeypatch.undo()
+    monkeypatch.setenv("VLLM_STEER_DISABLE", value)
+    made = SimpleNamespace(additional_config=steer_config([1]), use_v2_model_runner=False)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)
+    config.install()
+    with pytest.raises(UnsupportedFeature, match="VLLM_STEER_DISABLE switches"):
+        EngineArgs.create_engine_config(None)
+    made.additional_config = {}
+    assert EngineArgs.create_engine_config(None) is made
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0"])

