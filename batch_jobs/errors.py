@@ -1,4 +1,4 @@
-"""The error that every unusable study input ends in."""
+"""The error that every unusable study input raises."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from vllm_steer.errors import SteerError
 
 
 class StudyError(SteerError):
-    """A study's config, texts or run directory cannot be used; the message names the place, what was got,
-    what is allowed."""
+    """A study's config, texts or run directory cannot be used; the message says where, what was got and what is
+    allowed."""

@@ -1,4 +1,4 @@
-"""What a finished study prints: validation by layer, empathetic rate by α, and where every result lies."""
+"""Prints the summary of a finished study: validation by layer, empathetic rate by α, and the paths of all results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from batch_jobs.scoring.scores import ConditionScore
 
 
 def print_summary(result: StudyResult, concept: str, console: Console) -> None:
-    """Print to `console`. Paths come as plain lines, never folded, so that they can be copied."""
+    """Print the summary to `console`. Paths are never wrapped, so that they can be copied."""
     console.print(f"\nValidation of '{concept}' on held-out pairs", highlight=False)
     console.print(_validation_table(result))
     conditions = result.scores.conditions
     for layer, direction in sorted({(row.layer, row.direction) for row in conditions}):
-        # the unsteered rows are every direction's baseline
+        # the unsteered rows are the baseline of every direction
         cells = [row for row in conditions if row.layer == layer and (row.direction == direction or row.alpha == 0)]
         console.print(
             f"\nEmpathetic rate along '{direction}' at layer {layer} by α (raw, below it in residual norms)",
@@ -28,7 +28,7 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
     console.print(f"\nResults ({rows})", highlight=False)
     if result.unfinished_thoughts:
         console.print(
-            "  What ended inside a thought has no answer and enters no rate; raise sampling.max_tokens, or switch "
+            "  Rows that ended inside a thought have no answer and enter no rate; raise sampling.max_tokens, or switch "
             "thinking off with chat_template_kwargs.",
             highlight=False,
         )

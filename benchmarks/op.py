@@ -1,10 +1,10 @@
-"""The custom op alone, in turn with a plain copy of as many bytes as it has to move: how near it comes to the memory.
+"""The custom op alone, in turn with a plain copy of the bytes that it must move: how near it comes to memory bandwidth.
 
     python -m benchmarks.op [--small] [--out FILE]
 
-What has to be moved: a steered row of hidden once in each direction and its entries' directions once each step, for the
-readout the rows of hidden and residual that are read, and the sums and last rows of their accumulators. On the CPU
-small sizes are bound by the calls and not by memory. CUDA times are of replayed graphs, as in the engine.
+It must move, for steering, each steered row of hidden once in each direction and its entries' directions once per step;
+for a readout, the rows of hidden and residual that are read, and the sums and last rows of their accumulators. On the
+CPU small sizes are bound by calls, not by memory. CUDA times are of replayed graphs, as in the engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ SLOTS, MOST_RUNS, SECONDS_A_ROUND = 64, 20, 0.05
 
 @dataclass(frozen=True)
 class Setting:
-    """One step: ``requests`` of ``tokens`` each, that share of them steered, or all of them read."""
+    """One step of the engine.
+
+    Attributes:
+        requests: number of requests.
+        tokens: tokens of each request.
+        dimension: hidden size.
+        steered: share of the requests that are steered.
+        entries: steering entries of each steered request.
+        is_read: whether all requests are read, and none is steered.
+    """
 
     requests: int
     tokens: int
@@ -44,14 +53,15 @@ class Setting:
 
     @property
     def name(self) -> str:
+        """The step in words, for tables."""
         what = "read" if self.is_read else f"{self.steered:.0%} steered, {self.entries} entries"
         return f"{self.requests} × {self.tokens} tokens, D {self.dimension}, {what}"
 
     def num_bytes(self, element_size: int) -> int:
-        """What any implementation has to move."""
+        """Bytes that any implementation must move; `element_size`: bytes of an element of hidden."""
         tokens = self.requests * self.tokens
         if self.is_read:
-            # both addends of the stream; the sums there and back, and the last rows
+            # hidden and residual; the sums in both directions, and the last rows
             return 2 * tokens * self.dimension * element_size + 3 * self.requests * self.dimension * 4
         steered = self.num_steered
         directions = min(steered * self.entries, SLOTS)
@@ -59,10 +69,12 @@ class Setting:
 
     @property
     def num_steered(self) -> int:
+        """Number of steered requests."""
         return round(self.requests * self.steered)
 
 
 def settings(is_small: bool) -> list[Setting]:
+    """All steps to measure, steered ones first."""
     sizes = (576, 3584) if is_small else (576, 3584, 8192)
     shapes = ((64, 1),) if is_small else ((1, 1), (64, 1), (4, 512), (16, 512))
     found = [
@@ -75,7 +87,7 @@ def settings(is_small: bool) -> list[Setting]:
 
 
 def hook_of(setting: Setting, device: torch.device) -> HookPoint:
-    """A hook whose tables are those of the step."""
+    """A hook point on `device` whose tables are filled for the step."""
     rng = np.random.default_rng(0)
     requests = max(setting.requests, 64)
     buffers = SteerBuffers(
@@ -89,7 +101,7 @@ def hook_of(setting: Setting, device: torch.device) -> HookPoint:
     ids = [str(number) for number in range(setting.requests)]
     for number, request_id in enumerate(ids):
         slots = rng.integers(SLOTS, size=setting.entries)
-        # So small an α that thousands of runs over the same rows stay finite.
+        # A small α, so that the rows stay finite over thousands of runs.
         steered = number < setting.num_steered
         entries = tuple(Entry(0, int(slot), 1e-6, 0.0) for slot in slots) if steered else ()
         pooling = Pooling((0,), 0, None) if setting.is_read else None
@@ -102,7 +114,7 @@ def hook_of(setting: Setting, device: torch.device) -> HookPoint:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """A measurement: the mean time of one call, over several; of a graph's replay on CUDA."""
+    """A function that measures the mean seconds of a call to `work`; on CUDA within a replayed graph."""
     if device.type == "cuda":
         work()  # compiles
         graph = torch.cuda.CUDAGraph()
@@ -132,6 +144,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> Callable[[],
 
 
 def implementations(device: torch.device) -> Mapping[str, Callable[..., None]]:
+    """Name -> implementation of the op, for all that run on `device`."""
     if device.type == "cuda":
         from vllm_steer.ops import triton_kernels
 
@@ -140,6 +153,7 @@ def implementations(device: torch.device) -> Mapping[str, Callable[..., None]]:
 
 
 def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_rounds: int) -> dict[str, Any]:
+    """Measure a step with the copy and every implementation in turn; the step's part of the record."""
     hook = hook_of(setting, device)
     tokens = setting.requests * setting.tokens
     hidden, residual = (torch.randn(tokens, setting.dimension, device=device).to(dtype) for _ in range(2))
@@ -164,6 +178,7 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_roun
 
 
 def main() -> None:
+    """Measure all steps, print their figures, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a decode step and readouts, in under 90 s on 2 cores")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,10 +1,10 @@
-"""What offline scoring costs: a folder of synthetic generations, scored in a process of its own; time and memory.
+"""Measures the time and memory of offline scoring: a folder of synthetic generations, scored in its own process.
 
     python -m benchmarks.scoring [--rows 1000000] [--rows-per-part 2000] [--processes N] [--out FILE]
 
 Rows are like a study's: nine α, three layers, three scenarios, completions of about 900 characters (200 tokens) of
-prose with keywords of both kinds, one in fifty a loop, one in fifty empty. Making them is not part of the figures;
-starting Python and its imports is.
+prose with keywords of both kinds; one in fifty is a loop, one in fifty empty. The figures include starting Python and
+its imports, but not making the rows.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ CEILINGS = {"seconds": 120.0, "peak_gib": 4.0}
 
 
 def main() -> None:
+    """Make the generations, score them in a child process, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rows-per-part", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=None, help="default: what scoring chooses")
     parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")
-    parser.add_argument("--score", type=Path, default=None, help=argparse.SUPPRESS)  # the process that is measured
+    parser.add_argument("--score", type=Path, default=None, help=argparse.SUPPRESS)  # the measured process
     arguments = parser.parse_args()
     if arguments.score:
         score(arguments.score, arguments.processes)
@@ -78,26 +79,26 @@ def main() -> None:
     for name, figure in figures.items():
         print(f"{name:22} {figure:10.2f}")
     if arguments.out:
-        from benchmarks.harness import record  # imports torch, which the process that is measured must not
+        from benchmarks.harness import record  # imports torch, which the measured process must not
 
         about = {"rows": arguments.rows, "rows_per_part": arguments.rows_per_part, "characters_a_row": characters}
         record.write(arguments.out, {"ceilings": CEILINGS, "figures": figures}, **about)
 
 
 def score(folder: Path, processes: int | None) -> None:
-    """Score and write the CSVs, then print peak memory: this process's, and the largest of those it started."""
+    """Score and write the CSVs, then print as JSON the peak memory of this process and of its largest child."""
     scores = score_generations(folder, MARKERS, processes=processes)
     write_scores(folder / "scores.csv", scores)
     own, child = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     workers = (processes or len(os.sched_getaffinity(0))) if child else 0
     print(json.dumps({
         "conditions": len(scores.conditions), "own_gib": own, "worker_gib": child, "workers": workers,
-        "peak_gib": own + workers * child,  # as if all peaked at once
+        "peak_gib": own + workers * child,  # assumes that all peak at once
     }))  # fmt: skip
 
 
 def make_generations(folder: Path, rows: int, rows_per_part: int) -> float:
-    """Write the parts; return the mean length of a completion in characters."""
+    """Write the parts to `folder`; return the mean length of a completion in characters."""
     draw = random.Random(0)
     texts = [make_text(draw) for _ in range(min(rows, DISTINCT_TEXTS))]
     characters = 0
@@ -110,6 +111,7 @@ def make_generations(folder: Path, rows: int, rows_per_part: int) -> float:
 
 
 def write_part(folder: Path, layer: int, first: int, completions: list[str]) -> None:
+    """Write one part with a row for each completion; `first` is the number of its first row."""
     count = len(completions)
     ids = [f"{first + index:016x}" for index in range(count)]
     alphas = [ALPHAS[index % len(ALPHAS)] for index in range(count)]
@@ -134,6 +136,7 @@ def write_part(folder: Path, layer: int, first: int, completions: list[str]) -> 
 
 
 def make_text(draw: random.Random) -> str:
+    """Draw a completion: empty, a loop, or prose with five keywords of one kind."""
     kind = draw.random()
     if kind < 0.02:
         return ""

@@ -1,7 +1,7 @@
-"""The conformance matrix: what the tests of one run have shown, feature by family of models.
+"""The conformance matrix: what the tests of one run have shown, by feature and model family.
 
 A test claims a cell with ``@pytest.mark.conformance(feature, family=..., refused=False)``; without ``family`` it is the
-test's parameter of that name. A cell says ``exact`` or ``refused`` only if a test that claims it passed in this very
+test's parameter of that name. A cell says ``exact`` or ``refused`` only if a test that claims it passed in this
 run, and ``fails`` if one failed.
 """
 
@@ -19,7 +19,7 @@ import pytest
 PROPERTY = "conformance"
 EXACT, REFUSED, FAILS, NOT_RUN = "exact", "refused", "fails", "not run"
 _LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
-# What has no test that could run on a machine without an accelerator, and why.
+# Features that no test can show on a machine without an accelerator, and why.
 NEVER_RUN = {
     "CUDA graphs": "need an NVIDIA GPU; tests/engine/exact/test_on_gpu.py ran on one, beside vLLM 0.24",
     "V2 model runner on an accelerator": "needs one; on a CPU it ran with Triton's interpreter, see its row",
@@ -52,6 +52,7 @@ class ConformanceMatrix:
         self._seen: dict[tuple[str, str], dict[str, str]] = {}  # cell -> outcome -> why, "" where it needs no reason
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Record the outcome for each claim of a test's report."""
         claims = [Claim(**value) for name, value in report.user_properties if name == PROPERTY]  # type: ignore[arg-type]
         for claim in claims:
             outcomes = self._seen.setdefault((claim.feature, claim.family), {})
@@ -63,34 +64,35 @@ class ConformanceMatrix:
                 outcomes[claim.verdict] = ""
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Write the document and print the matrix."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.target.write_text(self.markdown(), encoding="utf-8")
         terminalreporter.section("conformance")
         terminalreporter.write(self.letters())
         terminalreporter.write_line(f"\n{self.target} says it in words.")
 
-    # Ordered by what was claimed, not by when its test ended, so that two runs write the same document.
+    # Ordered by claims, not by when tests end, so that two runs write the same document.
     @property
     def families(self) -> list[str]:
-        """Those with the most features first."""
+        """Model families, those with the most features first."""
         features = Counter(family for _, family in self._seen)
         return sorted(features, key=lambda family: (-features[family], family))
 
     @property
     def features(self) -> list[str]:
-        """Those shown for the most families first."""
+        """Features, those shown for the most families first."""
         families = Counter(feature for feature, _ in self._seen)
         return sorted(families, key=lambda feature: (-families[feature], feature.casefold()))
 
     def cell(self, feature: str, family: str) -> str:
-        """The verdict on a feature for a family, with both words where some of it is exact and some refused."""
+        """The verdict on a feature for a family: both words where part of it is exact and part refused."""
         outcomes = self._seen.get((feature, family), {})
         if FAILS in outcomes:
             return FAILS
         return " + ".join(verdict for verdict in (EXACT, REFUSED) if verdict in outcomes) or NOT_RUN
 
     def reasons(self) -> Iterator[tuple[str, str]]:
-        """(what, why) of all that did not run or failed."""
+        """Yield (what, why) for all that did not run or failed."""
         for (feature, family), outcomes in sorted(self._seen.items()):
             if self.cell(feature, family) in (FAILS, NOT_RUN):
                 yield f"{feature}, {family}", outcomes.get(FAILS) or outcomes.get(NOT_RUN) or "skipped"
@@ -120,7 +122,7 @@ class ConformanceMatrix:
         return "\n".join(lines) + "\n"
 
     def letters(self) -> str:
-        """The matrix for a terminal: a column a family, its name from top to bottom."""
+        """The matrix for a terminal: one column per family, with its name from top to bottom."""
         width = max(map(len, self.features), default=0)
         header = [
             " " * width + "".join(f" {letter}" for letter in letters)
@@ -139,7 +141,7 @@ class ConformanceMatrix:
 
 
 def put_claims_on(items: Iterable[pytest.Item]) -> None:
-    """Turn the markers of collected tests into properties of their reports, which also reach another process."""
+    """Turn the markers of collected tests into properties of their reports, which also reach other processes."""
     for item in items:
         for marker in item.iter_markers("conformance"):
             item.user_properties.append((PROPERTY, _claim(item, *marker.args, **marker.kwargs)))  # type: ignore[arg-type]

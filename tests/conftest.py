@@ -48,11 +48,23 @@ os.environ.pop("VLLM_PLUGINS", None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write what the run has shown to a Markdown file")
+    parser.addoption("--coverage-floor", type=float, metavar="PERCENT", help="measure coverage and fail below that")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if find_spec("hypothesis"):  # a machine for the kernels' tests alone has none
         _draw_the_same_examples()
+    floor = config.getoption("--coverage-floor")
+    if floor is not None:
+        from tests.coverage_floor import CoverageFloor
+
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        data_file = PROJECT_ROOT / "build" / "coverage" / "data"
+        if worker is None:
+            shutil.rmtree(data_file.parent, ignore_errors=True)
+            data_file.parent.mkdir(parents=True)
+        has_workers = worker is None and bool(config.getoption("numprocesses", default=None))
+        config.pluginmanager.register(CoverageFloor(floor, worker, data_file, has_workers))
     target = config.getoption("--conformance")
     if target is not None and not hasattr(config, "workerinput"):  # the process that all reports come to
         config.pluginmanager.register(ConformanceMatrix(target))

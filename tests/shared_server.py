@@ -1,4 +1,4 @@
-"""Which process of a parallel run gets which tests: those that share a server stay together."""
+"""Distributes the tests of a parallel run to its processes: tests that share a server stay together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SERVER_TESTS = "tests/server"
 
 
 class SharedServerScheduling(LoadFileScheduling):  # type: ignore[misc]
-    """By file, whose tests share an engine, except that all tests of a folder that share a server stay together.
+    """Distributes by file, whose tests share an engine; but all tests of a folder that share a server stay together.
 
     `--dist loadgroup` would do, but xdist 3.8 names a test's group where pytest 9.2 no longer looks for it.
     """

@@ -25,7 +25,7 @@ def report(
     feature: str = "LoRA",
     family: str = "llama",
 ) -> pytest.TestReport:
-    """What pytest reports of one phase of a test that makes a claim."""
+    """pytest's report on one phase of a test that makes a claim."""
     claim = {"feature": feature, "family": family, "verdict": verdict}
     longrepr = ("file.py", 3, why) if outcome == "skipped" else None
     return pytest.TestReport(

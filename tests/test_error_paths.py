@@ -1,6 +1,6 @@
 """Each function of the engine that refuses or catches something has a test that shows how.
 
-A new ``raise`` or ``except`` there fails this test until its own is named here.
+A new ``raise`` or ``except`` there fails this test until its own test is named here.
 """
 
 from __future__ import annotations

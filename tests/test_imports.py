@@ -1,8 +1,9 @@
-"""What may import what: the data types need no engine, and only two packages know vLLM."""
+"""Which package may import which: the data types need no engine, and only two packages know vLLM."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "vllm_steer"
 
-# Whoever imports one of these fails; the last line shows that the blocker works.
+# An import of one of these fails; the last line shows that the blocker works.
 BLOCKED = """
 import sys
 class Blocker:
@@ -76,7 +77,7 @@ def test_every_public_name_is_there() -> None:
         vllm_steer.stear  # noqa: B018
 
 
-# Each package or module and what it may import beside itself.
+# Each package or module, and what it may import besides itself.
 BELOW = {
     "errors": set(),
     "schema": {"errors"},
@@ -94,7 +95,7 @@ KNOW_VLLM = {"engine", "server"}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Full names of all that a module imports, in functions too; what only the type checker sees is left out."""
+    """Full names of a module's imports, in functions too, but not of those that only the type checker sees."""
     pending: list[ast.AST] = [ast.parse(file.read_text())]
     while pending:
         node = pending.pop()
@@ -136,6 +137,39 @@ def test_front_end_and_worker_do_not_import_each_other(one: str, other: str) -> 
     assert not [name for name in found if name.startswith(f"vllm_steer.engine.{other}.")]
 
 
+def test_every_module_that_a_string_names_is_there() -> None:
+    """Such as those that are started with ``python -m``, which no import checks."""
+    own = re.compile(r"(vllm_steer|batch_jobs|benchmarks|tests)(\.\w+)+")
+    named = {
+        node.value: file
+        for folder in ("vllm_steer", "batch_jobs", "benchmarks", "tests", "examples")
+        for file in sorted((PROJECT / folder).rglob("*.py"))
+        if "clients" not in file.parts
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and own.fullmatch(node.value)
+    }
+    assert "benchmarks.overhead.engine" in named
+    del named["batch_jobs.nothing"]  # a test's example of a missing module
+    gone = {name: file for name, file in named.items() if not is_there(name)}
+    assert not gone, gone
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is that of a file, a module, or of something that a module defines."""
+    path = PROJECT.joinpath(*name.split("."))
+    module = path.parent.with_suffix(".py")
+    return (
+        path.is_dir()
+        or path.with_suffix(".py").exists()
+        or (PROJECT / name).exists()
+        or (module.exists() and re.search(rf"\b{path.name}\b", module.read_text()) is not None)
+        or (
+            (path.parent / "__init__.py").exists()
+            and re.search(rf"\b{path.name}\b", (path.parent / "__init__.py").read_text()) is not None
+        )
+    )
+
+
 # The packages of the jobs, lowest first: each imports only from lines above its own, and from itself.
 JOBS = PROJECT / "batch_jobs"
 LAYERS = (
@@ -169,7 +203,11 @@ def test_a_package_of_the_jobs_imports_only_packages_below_it(file: Path) -> Non
 
 
 def test_the_jobs_use_only_public_names_of_the_plugin() -> None:
-    public = {"errors", "settings", "client"}  # submodules that the documentation names, beside the package's own names
+    public = {
+        "errors",
+        "settings",
+        "client",
+    }  # submodules that the documentation names, besides the package's own names
     deep = [
         f"{file.relative_to(PROJECT)} imports {name}"
         for file in sorted(JOBS.rglob("*.py"))

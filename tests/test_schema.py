@@ -1,4 +1,4 @@
-"""The wire: nothing is lost on it, and whatever is wrong with it is refused with a class and a message of its own."""
+"""The wire format loses nothing, and each fault in it is refused with a class and a message of its own."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["direction", "layers"]), inner),
     max_leaves=12,
 )
-# Objects with the wire's own keys, or fuzzing would stop at the first unknown field.
+# Objects with the wire's own keys; with others, fuzzing would stop at the first unknown field.
 entries = st.fixed_dictionaries(
     {"direction": st.just("kind") | json_values},
     optional=dict.fromkeys(("alpha", "layer", "op", "span"), json_values),

@@ -85,6 +85,6 @@ def test_settings_that_are_no_object_are_refused() -> None:
 
 
 def test_the_build_in_the_settings_is_that_of_the_code_that_reads_them() -> None:
-    """vLLM hashes it into its compile cache's key: a stale one would let an old graph be served."""
+    """vLLM hashes it into the key of its compile cache: with a stale one, an old graph would be used."""
     assert SteerSettings.parse({"layers": [1], "plugin_build": "0.0.1+stale"}).plugin_build == plugin_build()
     assert steer_config([1])[CONFIG_KEY]["plugin_build"] == plugin_build()

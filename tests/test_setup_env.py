@@ -18,7 +18,7 @@ SCRIPT = PROJECT / ".ci" / "setup_env.py"
 
 @pytest.fixture
 def setup_env(tmp_path: Path) -> ModuleType:
-    """The script as it runs in a project of its own, where it may make and delete what it likes."""
+    """The script in a project of its own, where it may make and delete files."""
     script = tmp_path / ".ci" / "setup_env.py"
     script.parent.mkdir()
     shutil.copy(SCRIPT, script)
@@ -32,7 +32,7 @@ def setup_env(tmp_path: Path) -> ModuleType:
 
 
 class FakeMachine:
-    """Stands for pip, the interpreter and the network; keeps what was asked of them in order."""
+    """Stands in for pip, the interpreter and the network; records their calls in order."""
 
     def __init__(self, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module = module
@@ -56,7 +56,7 @@ class FakeMachine:
         (self.module.VENV / "bin").mkdir(parents=True)
 
     def succeeds(self, *command: str) -> bool:
-        return (self.module.VENV / "bin").is_dir()  # the only command asked of it here: does pip run in .venv?
+        return (self.module.VENV / "bin").is_dir()  # the only command here asks whether pip runs in .venv
 
     def model_import_error(self) -> str | None:
         fits = self.engine == "cuda" or all(

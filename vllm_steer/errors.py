@@ -1,22 +1,22 @@
-"""Everything that can be refused, one class each.
+"""The exceptions of this package, one class for each kind of refusal.
 
-Each message says what was got, what is allowed and what to do. All of them are ``ValueError`` too. A server answers
-with the HTTP ``status`` and names the refusal by ``code``. A wrong body is always 400: routers and clients take 404 and
-5xx from an inference route for a missing model or a broken server, and stop using it.
+Each message gives the value received, the allowed values and the fix. All classes are ``ValueError`` too. A server
+answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body is always 400: routers and clients read
+404 and 5xx from an inference route as a missing model or a broken server, and stop using it.
 
 ::
 
     SteerError
     ├── SpecError                a request's steering or readout is malformed                  400
     │   ├── MalformedSpec            not JSON, not an object, wrong type of a field
-    │   ├── UnknownField             a field that the wire does not have
+    │   ├── UnknownField             a field that the wire format does not have
     │   ├── BadAlpha                 not a finite number, or beyond what the engine allows
     │   ├── BadSpan                  not prompt / generated / all
     │   ├── BadOp                    not add / ablate / set, or one that the direction does not allow
     │   ├── BadReadout               nothing to read, bad skip_first, a projection that no layer can give
-    │   ├── MisplacedField           steering or a readout in a place that vLLM would not look at
+    │   ├── MisplacedField           steering or a readout where vLLM would ignore it
     │   ├── NotOnThisRoute           steering, a readout or an alias on a route that cannot honour it
-    │   └── TooManyEntries           more entries at one layer than the engine has room for
+    │   └── TooManyEntries           more entries at one layer than ``max_entries`` allows
     ├── UnknownDirection         a name that is not registered                                 400
     │   └── DirectionNotFound        the same, named by the URL of a GET or DELETE             404
     ├── AmbiguousDirection       a name at several layers, and no layer given                  400
@@ -25,19 +25,19 @@ with the HTTP ``status`` and names the refusal by ``code``. A wrong body is alwa
     │   ├── BadVector                NaN, inf, zero, not one-dimensional                       400
     │   ├── WrongDimension           its length is not the model's hidden size                 400
     │   ├── BadDirectionFile         unreadable, wrong format, missing metadata                400
-    │   ├── UploadTooLarge           an upload of more bytes than the server takes             413
-    │   ├── DirectionNeeded          an alias or the default steering could not be used without 409
+    │   ├── UploadTooLarge           an upload larger than the server accepts                  413
+    │   ├── DirectionNeeded          an alias or the default steering needs the direction      409
     │   └── DirectionChanged         If-Match or If-None-Match does not hold                   412
     ├── ChangeNotAllowed         a change over HTTP with a wrong admin key, or on a server without one  403
     │   └── AdminKeyMissing          the same without any key                                  401
     ├── BankFull                 no free slot for another direction                            409
-    ├── SettingsError            what the engine was started with is wrong
+    ├── SettingsError            the settings of an engine are wrong
     │   ├── UnsupportedModel         a family that is not in the table
     │   └── UnsupportedFeature       an engine feature with which steering would not be exact
-    ├── DirectionNotAllowed      a name that the operator has not opened to the caller          403
-    ├── NotConfigured            steering asked of an engine without ``steer_config``          400
+    ├── DirectionNotAllowed      a name that the operator does not allow this caller to use    403
+    ├── NotConfigured            steering on an engine without ``steer_config``                400
     ├── StreamOverflow           the steered stream left the range of the engine's dtype       400
-    └── ReadoutUnavailable       a finished request whose readout cannot be given              409
+    └── ReadoutUnavailable       a finished request whose readout is not available            409
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 class SteerError(ValueError):
-    """Root of all refusals of this package.
+    """Base class of all refusals of this package.
 
     Attributes:
-        status: the HTTP status that a server answers with.
+        status: HTTP status of a server's reply.
     """
 
     status = 400
@@ -73,7 +73,7 @@ class MalformedSpec(SpecError):
 
 
 class UnknownField(SpecError):
-    """A field that this version of the wire does not have."""
+    """A field that this version of the wire format does not have."""
 
 
 class BadAlpha(SpecError):
@@ -89,11 +89,11 @@ class BadOp(SpecError):
 
 
 class BadReadout(SpecError):
-    """A readout that could never hold a value."""
+    """A readout that can never have a value."""
 
 
 class MisplacedField(SpecError):
-    """Steering or a readout stands where vLLM would not look at it, or is misspelt."""
+    """Steering or a readout is misspelt, or stands where vLLM would ignore it."""
 
 
 class NotOnThisRoute(SpecError):
@@ -101,7 +101,7 @@ class NotOnThisRoute(SpecError):
 
 
 class TooManyEntries(SpecError):
-    """More entries at one layer and span than the engine has room for."""
+    """More entries at one layer and span than ``max_entries`` allows."""
 
 
 class UnknownDirection(SteerError):
@@ -115,7 +115,7 @@ class DirectionNotFound(UnknownDirection):
 
 
 class AmbiguousDirection(SteerError):
-    """The name belongs to several layers and the request names none of them."""
+    """The name is registered at several layers, and the request names none of them."""
 
 
 class LayerNotHooked(SteerError):
@@ -123,7 +123,7 @@ class LayerNotHooked(SteerError):
 
 
 class DirectionNotAllowed(SteerError):
-    """The server's operator has not opened the direction to this API key or alias."""
+    """The server's operator does not allow this API key or alias to use the direction."""
 
     status = 403
 
@@ -145,13 +145,13 @@ class BadDirectionFile(DirectionError):
 
 
 class UploadTooLarge(DirectionError):
-    """More bytes than a server takes as one upload of directions."""
+    """An upload of directions is larger than the server accepts."""
 
     status = 413
 
 
 class DirectionNeeded(DirectionError):
-    """A server's alias or default steering could not be used after the change."""
+    """The change would make an alias or the default steering of the server unusable."""
 
     status = 409
 
@@ -163,13 +163,13 @@ class DirectionChanged(DirectionError):
 
 
 class ChangeNotAllowed(SteerError):
-    """Directions cannot be changed over HTTP with the admin key that was sent, or by nobody on this server."""
+    """The admin key is wrong, or the server has none and allows no changes of directions over HTTP."""
 
     status = 403
 
 
 class AdminKeyMissing(ChangeNotAllowed):
-    """A change of directions over HTTP came without an admin key."""
+    """A request to change directions over HTTP has no admin key."""
 
     status = 401
 
@@ -181,7 +181,7 @@ class BankFull(SteerError):
 
 
 class SettingsError(SteerError):
-    """The settings an engine is started with are wrong."""
+    """The settings of an engine are wrong."""
 
 
 class UnsupportedModel(SettingsError):
@@ -201,10 +201,12 @@ class StreamOverflow(SteerError):
 
 
 class ReadoutUnavailable(SteerError):
-    """One or more requested readouts cannot be given.
+    """One or more requested readouts are not available.
 
-    ``results`` holds what could be collected, in the shape ``collect_readouts`` returns, with ``None`` where a readout
-    failed; ``reasons`` maps (prompt index, sample index) to the reason.
+    Attributes:
+        results: the readouts that were collected, in the shape that ``collect_readouts`` returns; ``None`` for each
+            failed one.
+        reasons: (prompt index, sample index) -> reason of the failure.
     """
 
     status = 409

@@ -1,4 +1,4 @@
-"""The wire: what a request may ask for, as typed objects and as JSON.
+"""The wire format: the steering and the readout of a request, as typed objects and as JSON.
 
 ``SamplingParams.extra_args["vllm_steer"]`` carries one JSON string::
 
@@ -7,10 +7,10 @@
      "readout": {"layers": [8, 12], "span": "prompt", "project": ["kind"], "vectors": true, "skip_first": 0,
                  "trace": ["kind"]}}
 
-Without ``steering`` the engine's ``default_steering`` applies, if it has one; ``"steering": []`` asks for none.
+Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
 
-The checks here need nothing but the object itself. What depends on the engine (is the name registered, is the layer
-hooked, is α within the operator's bound) is checked at admission, in ``vllm_steer.engine.front.admission``.
+The checks here need only the object itself. Checks that depend on the engine (the name is registered, the layer is
+hooked, α is within the operator's bound) run at admission, in ``vllm_steer.engine.front.admission``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _check_span(span: object) -> None:
 
 
 def _layer(layer: object, where: str) -> int:
-    if type(layer) is int and layer >= 0:  # what comes over the wire
+    if type(layer) is int and layer >= 0:  # the usual case, from JSON
         return layer
     if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or layer < 0:
         raise MalformedSpec(
@@ -58,7 +58,7 @@ def _number(alpha: object) -> float:
         raise BadAlpha(f"alpha is {alpha!r}; allowed: a finite number. Give a number.")
     try:
         return float(alpha)
-    except OverflowError:  # a whole number beyond the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         return math.inf
 
 
@@ -83,12 +83,12 @@ class Steering:
 
     Args:
         direction: name of a registered direction d, shape (D,).
-        alpha: the multiplier α; must be given for ``add`` and ``set``.
-        layer: 0-based decoder block whose output is changed; ``None`` is the direction's own layer.
+        alpha: the multiplier α; required for ``add`` and ``set``.
+        layer: 0-based decoder block whose output is changed; ``None`` means the direction's own layer.
         op: see the table.
-        span: ``prompt``, ``generated`` or ``all`` tokens of the request, chosen token by token.
+        span: the tokens to change: ``prompt``, ``generated`` or ``all``. Each token's own position decides.
 
-    Several entries at one layer apply in the order given.
+    Several entries at one layer are applied in the order given.
 
     Raises:
         MalformedSpec, BadAlpha, BadOp, BadSpan: at construction, naming the offending value.
@@ -125,34 +125,41 @@ class Steering:
     @property
     def coefficients(self) -> tuple[float, float]:
         """(a, b) of the one form that all ops share: h + (a + b·⟨h,d⟩)·d."""
-        assert self.alpha is not None  # __post_init__ filled it in
+        assert self.alpha is not None  # set by __post_init__
         if self.op == "add":
             return self.alpha, 0.0
         return (self.alpha, -1.0) if self.op == "set" else (0.0, -1.0)
 
     def to_json(self) -> dict[str, Any]:
+        """The entry as a JSON object with all fields."""
         return {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
 
     @classmethod
     def from_json(cls, value: object) -> Steering:
+        """Build an entry from a decoded JSON object.
+
+        Raises:
+            UnknownField: it has a field that ``Steering`` does not have.
+            MalformedSpec, BadAlpha, BadOp, BadSpan: as the constructor, or ``direction`` is missing.
+        """
         return cls(**_checked_fields(cls, value, "an entry of steering", required=("direction",)))
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What to read of one request: the mean residual stream over a span, at chosen layers.
+    """The activations to read for one request: the mean residual stream over a span, at chosen layers.
 
     Args:
-        layers: hooked layers to read; the value is taken after the steering of that layer.
+        layers: hooked layers to read, each after its own steering.
         span: ``prompt``, ``generated`` or ``all``. The generated span holds every token that was fed back into the
             model, that is all generated tokens but the last.
-        project: names of registered directions to project onto, each at the layers it belongs to.
-        vectors: ``False`` moves only the projections, not the (D,) vectors.
+        project: names of registered directions to project onto, each at the layers it is registered at.
+        vectors: ``False`` transfers only the projections, not the (D,) vectors.
         skip_first: leaves the first k tokens of the prompt out of the mean (the first token is an attention sink with
             a very large norm in many models). Not allowed with span ``generated``.
         trace: names of registered directions, each once, to follow token by token: ⟨h, d⟩ for every token of the span,
-            at the layer that the direction belongs to, whether or not ``layers`` has it; of a name that belongs to
-            several, at the one that ``layers`` has.
+            at the direction's layer, whether or not ``layers`` contains it. A name with several layers is traced at
+            the one that ``layers`` contains.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -189,14 +196,14 @@ class Readout:
             )
         if not self.vectors and not self.project and not self.trace:
             raise BadReadout(
-                "vectors is false, project is empty and trace is empty; allowed: at least one of them. Ask for "
-                "something."
+                "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
         object.__setattr__(self, "trace", tuple(self.trace))
 
     def to_json(self) -> dict[str, Any]:
+        """The readout as a JSON object with all fields."""
         return {
             "layers": list(self.layers),
             "span": self.span,
@@ -208,6 +215,12 @@ class Readout:
 
     @classmethod
     def from_json(cls, value: object) -> Readout:
+        """Build a readout from a decoded JSON object.
+
+        Raises:
+            UnknownField: it has a field that ``Readout`` does not have.
+            MalformedSpec, BadReadout, BadSpan: as the constructor, or ``layers`` is missing.
+        """
         return cls(**_checked_fields(cls, value, "readout", required=("layers",)))
 
 
@@ -216,9 +229,9 @@ class ReadoutResult:
     """The readout of one sample.
 
     Attributes:
-        mean: layer -> (D,) float32, the mean residual stream; empty when ``vectors=False`` was asked.
-        num_tokens: how many tokens the mean is over. 0 (a generated span of which nothing was fed back) gives NaN.
-        projections: direction name -> layer -> ⟨mean, direction⟩, at the layers the direction belongs to.
+        mean: layer -> (D,) float32, the mean residual stream; empty with ``vectors=False``.
+        num_tokens: number of tokens in the mean. With 0 (no generated token was fed back) the mean is NaN.
+        projections: direction name -> layer -> ⟨mean, direction⟩, at the layers the direction is registered at.
         trace: direction name -> (num_tokens,) float32, ⟨h, direction⟩ of each token of the span in order, at the
             direction's own layer and after that layer's steering.
     """
@@ -231,12 +244,12 @@ class ReadoutResult:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """All that one request asks of the plugin.
+    """The steering and the readout of one request.
 
     Attributes:
-        steering: the entries; None where the request says nothing of steering and the engine's default applies. An
-            empty tuple asks for none in spite of a default.
-        readout: what to read, if anything.
+        steering: the entries. ``None`` if the request does not mention steering, so that the engine's default applies;
+            an empty tuple turns the default off.
+        readout: ``None`` if the request reads nothing.
     """
 
     steering: tuple[Steering, ...] | None = None
@@ -244,20 +257,20 @@ class RequestSpec:
 
     @property
     def entries(self) -> tuple[Steering, ...]:
-        """The entries, none where the request says nothing."""
+        """``steering``, or an empty tuple for ``None``."""
         return self.steering or ()
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to steer and nothing to read."""
+        """Whether the request neither steers nor reads."""
         return not self.steering and self.readout is None
 
     def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
-        """The same request on an engine with this default steering."""
+        """The spec with ``default`` as its steering, if it does not mention steering itself."""
         return self if self.steering is not None or not default else replace(self, steering=default)
 
     def dumps(self) -> str:
-        """The JSON string that travels in ``extra_args`` and ``vllm_xargs``."""
+        """The JSON string for ``extra_args`` and ``vllm_xargs``."""
         wire: dict[str, Any] = {"v": SCHEMA_VERSION}
         if self.steering is not None:
             wire["steering"] = [entry.to_json() for entry in self.steering]
@@ -267,16 +280,18 @@ class RequestSpec:
 
     @classmethod
     def loads(cls, text: object) -> RequestSpec:
-        """Parse the wire.
+        """Parse the JSON string that ``dumps`` makes.
 
         Raises:
-            MalformedSpec, UnknownField, or what ``Steering`` and ``Readout`` raise.
+            MalformedSpec: not a string, not JSON, or of the wrong shape or version.
+            UnknownField: it has a field that the wire format does not have.
+            BadAlpha, BadOp, BadSpan, BadReadout: as ``Steering`` and ``Readout``.
         """
         return _spec_of(text) if isinstance(text, str) else cls.from_json(decoded(text))
 
     @classmethod
     def from_json(cls, wire: object) -> RequestSpec:
-        """The spec that an already decoded wire stands for; raises what ``loads`` raises."""
+        """Build a spec from a decoded JSON object; raises as ``loads``."""
         if not isinstance(wire, dict):
             raise MalformedSpec(f"the steering spec is a JSON {type(wire).__name__}; allowed: an object.")
         unknown = sorted(set(wire) - {"v", "steering", "readout"})
@@ -298,29 +313,29 @@ class RequestSpec:
 
 @lru_cache(maxsize=32)
 def _spec_of(text: str) -> RequestSpec:
-    """Parsed once where requests in a row ask the same: all texts of an extraction, all rows of a condition."""
+    """Cached, because consecutive requests often have the same spec: texts of an extraction, rows of a condition."""
     return RequestSpec.from_json(decoded(text))
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for ``json.loads``; Python alone would keep the last value where a name stands twice.
+    """An ``object_pairs_hook`` for ``json.loads`` that refuses repeated keys; Python alone keeps the last value.
 
     Raises:
-        MalformedSpec: a name stands twice.
+        MalformedSpec: a key is repeated.
     """
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedSpec(f"{twice[:80]!r} stands twice in one JSON object; allowed: once. Leave one out.")
+        raise MalformedSpec(f"{twice[:80]!r} appears twice in one JSON object; allowed: once. Leave one out.")
     return made
 
 
 def decoded(text: object) -> Any:
-    """The JSON value of a wire's text.
+    """Decode the JSON text of a spec.
 
     Raises:
-        MalformedSpec: not a string, or not JSON.
+        MalformedSpec: ``text`` is not a string or not JSON, or an object in it repeats a key.
     """
     if not isinstance(text, str):
         raise MalformedSpec(
@@ -330,7 +345,7 @@ def decoded(text: object) -> Any:
         return json.loads(text, object_pairs_hook=without_duplicates)
     except MalformedSpec:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python takes
+    except (ValueError, RecursionError) as error:  # ValueError also for more digits than Python accepts
         raise MalformedSpec(
             f"extra_args[{WIRE_KEY!r}] is not JSON ({error}); allowed: a JSON object with the keys v, steering and "
             "readout. Use steered(), or json.dumps."

@@ -1,4 +1,4 @@
-"""What an engine is started with: the one schema behind ``steer_config`` and ``--additional-config``."""
+"""The settings of an engine: the single schema of ``steer_config`` and ``--additional-config``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SteeringEntry = Annotated[
     BeforeValidator(lambda value: value if isinstance(value, Steering) else Steering.from_json(value)),
     PlainSerializer(Steering.to_json),
 ]
-"""An entry as on the wire: ``{"direction": "kind", "alpha": 8, ...}``."""
+"""An entry in the wire format: ``{"direction": "kind", "alpha": 8, ...}``."""
 
 
 class SteerSettings(BaseModel):
@@ -41,23 +41,24 @@ class SteerSettings(BaseModel):
     Attributes:
         layers: decoder blocks to hook (0-based, by block output). Only these can be steered or read.
         directions: direction files loaded at start-up, as absolute paths.
-        max_directions: slots in the bank, one a direction, D float32 each.
-        max_entries: largest number of entries of one request at one layer over one token.
-        max_alpha: largest |α| that a request may have at one layer, over all its entries there together.
-        readout_store_mib: host memory for finished readouts that nobody has collected yet.
-        trace_columns: how many directions can be traced at once, over all requests; each costs one number a token.
-        served_aliases: model names of a server, each with the steering it stands for. Listed in ``/v1/models``.
-        default_steering: what requests get that say nothing of steering, in process or over HTTP.
-        registry_dir: where a server keeps directions registered over HTTP; ``None`` forgets them when it ends.
-        max_upload_mib: largest direction file that is taken over HTTP.
+        max_directions: slots in the direction bank; each holds one direction, D float32 numbers.
+        max_entries: most entries that one request may apply to one token at one layer.
+        max_alpha: largest sum of |α| over all entries of a request at one layer.
+        readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
+        trace_columns: directions that can be traced at once, over all requests; each costs one number per token.
+        served_aliases: additional model name of a server -> the steering that it applies. ``/v1/models`` lists them.
+        default_steering: steering of requests that do not mention steering, in process or over HTTP.
+        registry_dir: folder in which a server keeps directions registered over HTTP; with ``None`` they are lost when
+            the server ends.
+        max_upload_mib: largest direction file that a server accepts over HTTP, in MiB.
         allowed_directions: alias, or ``key:`` and the first 12 hex digits of an API key's sha256 -> the directions it
-            may name. Who is not in here may name any.
-        max_alpha_residual_norm: longest vector that a request may add at one layer, Σ|α|·‖d‖ over its entries there, in
-            multiples of the layer's mean residual norm, see ``residual_norms``.
-        residual_norms: layer -> mean residual norm of the model's stream there, in its own units.
+            may name. Callers that are not listed may name any.
+        max_alpha_residual_norm: largest Σ|α|·‖d‖ over a request's entries at one layer, in multiples of the layer's
+            mean residual norm, see ``residual_norms``.
+        residual_norms: layer -> mean norm of the model's residual stream there, in the stream's own units.
         playground: serve ``/v1/steering/playground``.
         plugin_build: digest of the plugin's own code. vLLM hashes this object into the key of its compile cache, so a
-            graph that was compiled without the plugin, or with another version of it, is never served.
+            graph that was compiled without the plugin, or with another version of it, is never reused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,14 +100,14 @@ class SteerSettings(BaseModel):
 
     @model_validator(mode="after")
     def _own_steering_can_be_admitted(self) -> Self:
-        """As far as it can be known without the directions."""
+        """Check the operator's steering as far as possible without the directions."""
         for who, entries in self.own_steering().items():
             if not entries:
                 raise ValueError(f"{who} has no entries, so it would steer nothing; give it some, or remove it")
             for entry in entries:
                 if entry.layer is not None and entry.layer not in self.layers:
                     raise ValueError(f"{who} steers at layer {entry.layer}; hooked: {list(self.layers)}; hook it too")
-            # Entries without a layer are at their directions' own, which may be the same one or not.
+            # An entry without a layer applies at its direction's own layer, unknown here, so it is checked alone.
             alone = [(entry,) for entry in entries if entry.layer is None]
             together = [
                 tuple(one for one in entries if one.layer == layer and one.span in (span, "all"))
@@ -122,7 +123,7 @@ class SteerSettings(BaseModel):
         return self
 
     def own_steering(self) -> dict[str, tuple[Steering, ...]]:
-        """The operator's steering, by what messages call it: each alias, and the default where there is one."""
+        """The operator's steering, label for messages -> entries: each alias, and the default if there is one."""
         own = {f"alias {alias!r}": entries for alias, entries in self.served_aliases.items()}
         return own | ({"default_steering": self.default_steering} if self.default_steering else {})
 
@@ -131,7 +132,7 @@ class SteerSettings(BaseModel):
         """Read the ``vllm_steer`` object of ``additional_config``.
 
         Raises:
-            SettingsError: naming the first wrong field, what it was and what is allowed.
+            SettingsError: a field is wrong; the message gives the first one, its value and the allowed values.
         """
         if not isinstance(value, Mapping):
             raise SettingsError(
@@ -153,7 +154,11 @@ class SteerSettings(BaseModel):
 
     @classmethod
     def of(cls, additional_config: object) -> SteerSettings | None:
-        """The settings in a vLLM ``additional_config``, or ``None`` where steering is not configured."""
+        """The settings in a vLLM ``additional_config``; ``None`` if steering is not configured.
+
+        Raises:
+            SettingsError: as ``parse``.
+        """
         if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
             return None
         return cls.parse(additional_config[CONFIG_KEY])
@@ -168,15 +173,15 @@ def steer_config(
     directions: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The value of ``additional_config`` that switches steering and readout on.
+    """Build the ``additional_config`` that enables steering and readout.
 
     Args:
         layers: decoder blocks to hook, 0-based.
-        directions: one direction file or several; more can be registered at run time.
+        directions: path of one direction file, or several; more directions can be registered at run time.
         **settings: any other field of ``SteerSettings``.
 
     Raises:
-        SettingsError: for anything that ``SteerSettings`` does not allow.
+        SettingsError: ``SteerSettings`` does not allow a value, or ``VLLM_PLUGINS`` keeps this plugin from loading.
 
     Example:
         >>> steer_config([12, 8])["vllm_steer"]["layers"]
@@ -190,7 +195,7 @@ def steer_config(
         )
     given = () if directions is None else directions
     files = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    # What is no path stays as it is: the schema names it.
+    # Values that are not paths stay as they are; the schema refuses them.
     paths = tuple(
         str(Path(path).expanduser().resolve()) if isinstance(path, str | os.PathLike) else path for path in files
     )

@@ -1,1 +1,1 @@
-"""Two runs side by side, and two models."""
+"""Compare two runs, and two models."""

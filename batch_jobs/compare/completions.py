@@ -1,4 +1,4 @@
-"""How many completions of two runs are the same text, row for row."""
+"""Compare the completions of two runs as text, row by row."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _BATCH_ROWS = 8192
 
 @dataclass(frozen=True)
 class EqualShare:
-    """Rows of two runs, compared as text: thought and answer, as far as a row has them."""
+    """How far the rows of two runs agree as text: the thought, if any, then the answer, if any."""
 
     rows: int
-    """At least 1."""
+    """Rows compared, at least 1."""
     equal: int
-    """Completions that are the same, character for character."""
+    """Rows with identical completions, character for character."""
     mean_common_prefix: float
-    """Mean number of leading characters that are the same; where texts part, sampling goes on from another text."""
+    """Mean number of equal leading characters. After the first difference, sampling continues from different texts."""
     mean_common_share: float
-    """Mean of that number over the longer completion's length, in 0..1; two empty completions count as 1."""
+    """Mean of that number over the length of the longer completion, in 0..1; two empty completions count as 1."""
 
     @property
     def share(self) -> float:
@@ -38,31 +38,38 @@ class EqualShare:
 
 @dataclass(frozen=True)
 class CompletionAgreement:
-    """The completions of the rows that both runs have."""
+    """Agreement of the completions of two runs, over the rows that both have."""
 
     rows_a: int
     rows_b: int
     shared: int
-    """Rows of the same id: same model name, condition and sample number."""
+    """Rows with the same id: same model name, condition and sample number."""
     failed: int
-    """Shared rows that one run or both stored with an error; not compared."""
+    """Shared rows that have an error in at least one run; not compared."""
     other_seed: int
-    """Shared sampled rows with different seeds: they were drawn apart, so they are not compared. 0 for greedy rows."""
+    """Shared sampled rows with different seeds; not compared. 0 for greedy rows."""
     decoding: Literal["greedy", "sampled"]
-    """`greedy` when both runs decode at temperature 0. In float32 greedy rows should be the same on one machine, near
-    ties apart; sampled rows part where batches of other shapes change the last bits of a probability."""
+    """`greedy` when both runs decode at temperature 0. In float32 on one machine, greedy rows should be the same except
+    at near ties. Sampled rows diverge where batches of other shapes change the last bits of a probability."""
     overall: EqualShare | None
     """None when there is nothing to compare."""
     by_alpha: dict[float, EqualShare]
-    """α -> its rows, ascending, in the unit that run A's config states α in."""
+    """α -> agreement of its rows; ascending, in the α unit of run A's config."""
 
 
 def compare_completions(
     generations_a: Path, generations_b: Path, *, greedy: bool, alpha_unit: AlphaUnit
 ) -> CompletionAgreement:
-    """Match the rows of two runs' `generations` folders by id and compare their completions.
+    """Match the rows of two runs by id and compare their completions.
 
-    `greedy`: whether both runs decoded at temperature 0. Raises StudyError for an unreadable part.
+    Args:
+        generations_a: the `generations` folder of run A.
+        generations_b: that of run B.
+        greedy: whether both runs decoded at temperature 0.
+        alpha_unit: unit of the keys of `by_alpha`.
+
+    Raises:
+        StudyError: a part is unreadable.
     """
     rows_a, rows_b = (read_rows(folder).select(_COLUMNS) for folder in (generations_a, generations_b))
     shared = rows_a.join(rows_b, "row_id", join_type="inner", right_suffix="_b")
@@ -91,12 +98,12 @@ def compare_completions(
 
 
 def _generated(row: dict[str, Any], suffix: str) -> str:
-    """All that the row's model wrote: its thought, if any, then its answer, if it came to one."""
+    """The row's whole generated text: its thought, if any, then its answer, if any."""
     return (row[f"thought{suffix}"] or "") + (row[f"completion{suffix}"] or "")
 
 
 def _in_batches(table: pa.Table) -> Iterator[dict[str, Any]]:
-    # in batches: all completions of two large runs as Python strings at once would take gigabytes
+    # in batches: all completions of two large runs as Python strings would take gigabytes
     for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
         yield from batch.to_pylist()
 

@@ -1,11 +1,12 @@
-"""Do two models agree on the same texts, and does one's direction work in the other? (The paper's open question 3.)
+"""Compare two models on the same texts, and transfer a direction from one to the other (the paper's open question 3).
 
-Projections are scalars and can be compared as they are. Streams cannot: each model has axes of its own, even of
-another number. So the train readouts of model A, centred, are mapped onto those of model B by orthogonal Procrustes,
-and everything is judged on test texts that the map has not seen.
+Projections are scalars and can be compared directly. Residual streams cannot: each model has its own axes, and even
+their number differs. So orthogonal Procrustes maps the centred train readouts of model A onto those of model B, and
+everything is evaluated on test texts that the map has not seen.
 
 Shape suffixes: N texts, M test texts, A and B the hidden sizes of the two models, R and S the ranks of their centred
-train readouts (at most N - 1)."""
+train readouts (at most N - 1).
+"""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ Floats = npt.NDArray[np.float64]
 
 
 class CrossModelError(SteerError):
-    """Readouts of two models that cannot be compared; the message says why."""
+    """The readouts of two models cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
 class BlockReadouts:
-    """One model's readouts at the output of one block, all (N, D) with one D. The other model's must be of the same
-    texts in the same order."""
+    """One model's readouts at the output of one block, all (N, D) with the same D.
+
+    Both models must have read the same texts in the same order.
+    """
 
     block: int
     train: PairReadouts
@@ -40,18 +43,20 @@ class BlockReadouts:
 
 @dataclass(frozen=True)
 class Chance:
-    """What shuffled texts give in place of one number."""
+    """Distribution of one number over shuffled texts."""
 
     mean: float
     percentile_95: float
     p: float
-    """Share of shuffles, the real pairing counted as one more, that do at least as well."""
+    """Share of shuffles that do at least as well; the real pairing counts as one more."""
 
 
 @dataclass(frozen=True)
 class ShuffleControl:
-    """The alignment fitted again with the train texts of B in another order, so that its rows belong to other texts
-    than A's. What survives this is overfitting."""
+    """The alignment refitted with the train texts of B shuffled, so that its rows belong to other texts than A's.
+
+    Agreement that survives the shuffle is overfitting.
+    """
 
     rounds: int
     similarity_test: Chance
@@ -61,7 +66,10 @@ class ShuffleControl:
 
 @dataclass(frozen=True)
 class CrossModelAgreement:
-    """One block of A against one of B. The directions are the mean differences of each model's own train readouts."""
+    """Agreement of one block of A and one block of B.
+
+    The directions are the mean differences of each model's own train readouts.
+    """
 
     block_a: int
     """Decoder block (0-based) whose output was read."""
@@ -69,45 +77,53 @@ class CrossModelAgreement:
     train_texts: int
     test_texts: int
     raw: Correlation
-    """Over test texts: projection of A's readout on A's direction against B's on B's. Both tell the classes apart, so
-    this is high even if they agree on nothing else."""
+    """Over test texts: A's projections on A's direction against B's on B's. Both separate the classes, so this is high
+    even if the models agree on nothing else."""
     raw_within_class: Correlation
-    """The same with each class's mean taken off: do they agree on *how* empathic a text is?"""
+    """`raw` after subtracting each class's mean: do the models agree on *how* empathic a text is?"""
     aligned: Correlation
-    """Over test texts: B's direction reads A's mapped readout, against B's own projection."""
+    """Over test texts: projections of A's mapped readouts on B's direction against B's own projections."""
     aligned_within_class: Correlation
+    """`aligned` after subtracting each class's mean."""
     rank: int
-    """Dimensions the map knows. It sends what lies outside the span of A's train readouts to zero."""
+    """Rank of the map. It sends everything outside the span of A's train readouts to zero."""
     similarity_train: float
-    """Cosine between all of A's mapped readouts and all of B's, centred, as one long vector each (-1 to 1). Near 1 on
-    train texts whenever they are fewer than the dimensions, so it shows nothing; compare `similarity_test`."""
+    """Cosine between A's mapped readouts and B's, centred, all texts flattened into one vector per model (-1 to 1).
+    Near 1 on train texts whenever they are fewer than the dimensions, so it shows nothing; see `similarity_test`."""
     similarity_test: float
     mapped_norm: float
-    """Norm of A's unit direction after the map, 0 to 1: how much of it the map knows."""
+    """Norm of A's unit direction after the map, 0 to 1: how much of the direction the map keeps."""
     transfer_auroc: float
-    """A's mapped direction on B's test readouts."""
+    """AUROC of A's mapped direction on B's test readouts."""
     transfer_cosine: float
-    """Between A's mapped direction and B's own, -1 to 1. Map and directions come from the same train texts, so with
-    few of them it is high for unrelated models too, as `shuffled_within_class` shows."""
+    """Cosine between A's mapped direction and B's own, -1 to 1. Map and directions come from the same train texts, so
+    with few texts it is high for unrelated models too, as `shuffled_within_class` shows."""
     shuffled: ShuffleControl
-    """Train texts shuffled over both classes: chance."""
+    """Train texts shuffled across both classes: the chance level."""
     shuffled_within_class: ShuffleControl
-    """Shuffled inside each class: a map that knows nothing of a text but its class. What goes beyond this is agreement
-    about texts; a direction of class means needs no more than this to transfer."""
+    """Train texts shuffled inside each class, so the map knows only the class of a text. Agreement beyond this is about
+    individual texts. A direction of class means can transfer without it."""
 
 
 def compare_readouts(
     readouts_a: BlockReadouts, readouts_b: BlockReadouts, *, rounds: int = 100, seed: int = 0
 ) -> CrossModelAgreement:
-    """Compare two models at one block each, raw and after alignment, everything in float64.
+    """Compare two models at one block each, raw and after alignment. Everything is computed in float64.
 
-    The map is the (A, B) semi-orthogonal W of least ‖A_train W − B_train‖ (rows centred by their own train mean): from
-    A_trainᵀ B_train = P Σ Qᵀ, W = P Qᵀ over the nonzero singular values (Schönemann 1966). With N_train below the
-    hidden sizes this W is determined on the span of the train texts alone; outside it any choice fits as well, and
-    zero is the one that claims nothing. `rounds`: shuffles of each control; `seed` draws them.
+    The map is the (A, B) semi-orthogonal W that minimises ‖A_train W − B_train‖, with each model's rows centred by
+    their train mean: from A_trainᵀ B_train = P Σ Qᵀ, W = P Qᵀ over the nonzero singular values (Schönemann 1966). With
+    N_train below the hidden sizes, W is determined only on the span of the train texts. Elsewhere every choice fits
+    equally well, and W is zero there, which assumes nothing.
 
-    Raises CrossModelError when the numbers of texts differ or a value is not finite; StudyError when a model's train
-    classes have the same mean.
+    Args:
+        readouts_a: model A's readouts.
+        readouts_b: model B's readouts of the same texts in the same order.
+        rounds: shuffles per control.
+        seed: draws the shuffles.
+
+    Raises:
+        CrossModelError: a shape is wrong, the numbers of texts differ, or a value is not finite.
+        StudyError: a model's train classes have the same mean.
     """
     a, b = _Side.of(readouts_a), _Side.of(readouts_b)
     if (a.train_classes, a.test_classes) != (b.train_classes, b.test_classes):
@@ -149,8 +165,10 @@ def compare_readouts(
 
 @dataclass(frozen=True)
 class _Side:
-    """One model in the coordinates of its own train span: R numbers a text where there were D. Nothing is lost, since
-    the map and both directions live in that span, and each shuffle costs a small matrix instead of a huge one."""
+    """One model in the coordinates of its own train span: R numbers per text instead of D.
+
+    Nothing is lost, since the map and both directions lie in that span. Each shuffle then needs only a small matrix.
+    """
 
     train_classes: tuple[int, int]
     test_classes: tuple[int, int]
@@ -159,7 +177,8 @@ class _Side:
     direction_R: Floats
     train_norm: float
     test_norm: float
-    """Frobenius norms of the centred readouts in all D dimensions: what leaves the span must count as not matched."""
+    """Frobenius norms of the centred readouts in all D dimensions: the part outside the span must count as
+    unmatched."""
 
     @classmethod
     def of(cls, readouts: BlockReadouts) -> _Side:
@@ -200,7 +219,7 @@ class _Alignment:
 
     @classmethod
     def fit(cls, a: _Side, b: _Side, order: npt.NDArray[np.intp]) -> _Alignment:
-        """Row n of A's train readouts onto row order[n] of B's."""
+        """Map row n of A's train readouts onto row order[n] of B's."""
         product_RS = a.train_NR.T @ b.train_NR[order]
         left_RK, scales_K, right_KS = np.linalg.svd(product_RS, full_matrices=False)
         known = _nonzero(scales_K, max(product_RS.shape))
@@ -240,7 +259,7 @@ def _control(
 
 
 def _chance(real: float, shuffled: Floats) -> Chance:
-    # one part in 1e9 is rounding: a shuffle that changes nothing must count as doing as well
+    # tolerance for rounding: a shuffle that changes nothing must count as doing as well
     as_good = int(np.sum(shuffled >= real - 1e-9 * abs(real)))
     return Chance(
         mean=float(shuffled.mean()),

@@ -1,4 +1,4 @@
-"""Two runs side by side: what they were asked, whether they wrote the same, and what they found."""
+"""Compare two runs: their configs, their completions and their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllm_steer import Direction, load_directions
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What tells a run apart."""
+    """Identity of a run."""
 
     path: str
     study: str
@@ -39,19 +39,19 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class DirectionPair:
-    """The directions of one name and layer in both runs."""
+    """The directions with the same name and layer in both runs."""
 
     name: str
     layer: int
     same: bool
-    """Equal to the last bit."""
+    """Whether they are bit-identical."""
     cosine: float | None
-    """-1..1; None where one name stands for models of two hidden sizes."""
+    """Cosine similarity, -1..1; None where the hidden sizes differ because one model name stands for two models."""
 
 
 @dataclass(frozen=True)
 class SuccessPair:
-    """Success rates of one (layer, scenario, direction, op, span) in both runs; None on the side that lacks it."""
+    """Success rates of one (layer, scenario, direction, op, span) in both runs; None where a run lacks it."""
 
     layer: int
     scenario: str
@@ -64,7 +64,7 @@ class SuccessPair:
 
 @dataclass(frozen=True)
 class ValidationPair:
-    """One layer's direction on the held-out texts of both runs; None on the side that lacks it."""
+    """Validation of one layer's direction in both runs; None where a run lacks it."""
 
     layer: int
     a: LayerValidation | None
@@ -78,27 +78,28 @@ class Comparison:
     a: RunFacts
     b: RunFacts
     config_changes: tuple[FieldChange, ...]
-    """Fields of the two configs that differ, defaults filled in."""
+    """Config fields that differ, with defaults filled in."""
     version_changes: tuple[FieldChange, ...]
-    """Packages of other versions, and the commit."""
+    """Packages whose versions differ, and the commit if it differs."""
     directions: tuple[DirectionPair, ...]
-    """Of the names and layers that both have. None for two models, whose axes have nothing to do with each other."""
+    """One pair for each name and layer that both runs have. Empty for two models, whose axes are unrelated."""
     completions: CompletionAgreement
     success: tuple[SuccessPair, ...]
     validation: tuple[ValidationPair, ...]
     best_layer_a: int
     best_layer_b: int
     cross_model: tuple[CrossModelAgreement, ...]
-    """Every labelled layer's block of A against every one of B; the pair of best layers comes first."""
+    """The block of every layer of A against that of every layer of B; the pair of best layers comes first."""
     no_cross_model: str | None
-    """Why `cross_model` is empty; None when it is not."""
+    """Why `cross_model` is empty; None when it has entries."""
 
 
 def compare_runs(a: Path, b: Path) -> Comparison:
     """Compare two run directories of finished studies.
 
-    Raises StudyError when one is no run directory, and SteerError, naming the file, when a result is absent or cannot
-    be read.
+    Raises:
+        StudyError: a path is not a run directory.
+        SteerError: a result is absent or cannot be read; the message names the file.
     """
     run_a, run_b = RunDirectory(a), RunDirectory(b)
     record_a, record_b = _record(run_a), _record(run_b)
@@ -135,14 +136,14 @@ def compare_runs(a: Path, b: Path) -> Comparison:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write the comparison as one JSON object, field for field, atomically."""
+    """Write the comparison as one JSON object with the same fields, atomically."""
     write_atomically(path, json.dumps(asdict(comparison), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _record(run: RunDirectory) -> dict[str, Any]:
     record = run.read_provenance()
     if not isinstance(record.get("config"), Mapping):
-        raise StudyError(f"{run.path} is no run directory: {run.provenance} is absent or has no config.")
+        raise StudyError(f"{run.path} is not a run directory: {run.provenance} is absent or has no config.")
     return record
 
 
@@ -178,7 +179,7 @@ def _cosine(one: Direction, other: Direction) -> float | None:
 
 def _success_pairs(ours: tuple[SuccessRate, ...], theirs: tuple[SuccessRate, ...]) -> tuple[SuccessPair, ...]:
     def by_key(rates: tuple[SuccessRate, ...]) -> dict[tuple[int, str, str, str, str], SuccessRate]:
-        # without the model: two models are to stand side by side
+        # without the model, so that the rates of two models are paired
         return {(rate.layer, rate.scenario, rate.direction, rate.op, rate.span): rate for rate in rates}
 
     rates_a, rates_b = by_key(ours), by_key(theirs)
@@ -209,7 +210,7 @@ def _text_digests(readouts: StudyReadouts) -> list[list[str]]:
 
 
 def _labelled_blocks(readouts: StudyReadouts, config: Mapping[str, Any], validation: Validation) -> list[BlockReadouts]:
-    """The blocks that the run's directions were read at, that of the best layer first, under the run's own pooling."""
+    """Readouts at the blocks of the run's directions, best layer first, under the run's own pooling."""
     offset, skip_first = config["extract"]["extract_offset"], validation.skip_first
     layers = sorted(validation.layers, key=lambda layer: (layer != validation.best_layer, layer))
     return [

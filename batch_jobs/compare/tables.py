@@ -1,4 +1,4 @@
-"""A comparison of two runs as it is printed on a terminal."""
+"""Print a comparison of two runs on a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batch_jobs.scoring.scores import SuccessRate
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print to `console`: what differs first, then completions, success rates, validation and cross-model agreement."""
+    """Print the differences, then completions, success rates, validation and cross-model agreement."""
     for name, facts in (("A", comparison.a), ("B", comparison.b)):
         about = f"{facts.study}, {facts.model}, config {facts.config_hash}"
         console.print(f"{name}  {facts.path}  ({about})", markup=False, highlight=False, soft_wrap=True)

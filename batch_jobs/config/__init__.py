@@ -1,1 +1,1 @@
-"""What people write: study and server configs, typed."""
+"""Typed schemas of the configs that users write, for studies and servers."""

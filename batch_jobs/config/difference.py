@@ -1,4 +1,4 @@
-"""Where two study configs differ, field by field."""
+"""The differences between two study configs, field by field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ABSENT = "(absent)"
 
 @dataclass(frozen=True)
 class FieldChange:
-    """One field whose value is not the same."""
+    """One field whose values differ."""
 
     field: str
     """Dotted path, e.g. `sampling.temperature`."""
@@ -23,8 +23,8 @@ class FieldChange:
 
 
 def config_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[FieldChange]:
-    """The fields of two nested mappings that differ, in order of their path; lists are compared as a whole. A field
-    that one side lacks has the value `(absent)` there."""
+    """The fields that differ between two nested mappings, sorted by path. Lists are compared as a whole. A field that
+    one side lacks has the value `(absent)` there."""
     flat_before, flat_after = _flat(before, ""), _flat(after, "")
     return [
         FieldChange(field, flat_before.get(field, ABSENT), flat_after.get(field, ABSENT))

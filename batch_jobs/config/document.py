@@ -1,4 +1,4 @@
-"""A study's YAML as a plain mapping, laid over the files it names as its base, and its faults in words."""
+"""Reads a study's YAML, merged over its base files, into a plain mapping, and words the schema's complaints."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from batch_jobs.files.documents import read_yaml
 
 _PATH_FIELDS = ("pairs", "scenarios")
 _WHOLE_FIELDS = ("chat_template_kwargs",)
-"""Mappings that are one value and no section: a study's own replaces the base's as a whole."""
+"""Mappings that are one value, not a section: a study's own value replaces the base's as a whole."""
 
 
 def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
-    """The YAML's mapping, laid over that of its `base`, section by section; relative `pairs` and `scenarios` are taken
-    from the folder of the file that gives them.
+    """The YAML's mapping, merged over that of its `base`, section by section.
 
-    `allowed`: the names of a study's fields, for the message. Raises StudyError, naming the file, when one cannot be
-    read, is no mapping, holds text without a UTF-8 form, or is its own base.
+    Relative `pairs` and `scenarios` are resolved against the folder of the file that gives them.
+
+    Args:
+        path: the YAML file.
+        allowed: names of a study's fields, for messages.
+
+    Raises:
+        StudyError: a file cannot be read, is not a mapping, holds text without a UTF-8 form, or is its own base; the
+            message names the file.
     """
     return _read(path, allowed, ())
 
 
 def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
-    """`above`: the files that led here, to stop a circle."""
+    """`above`: the files that name this one as base, directly or not, to detect a cycle."""
     if path.resolve() in above:
-        raise StudyError(f"{path}: is its own base, by way of {len(above)} files; end the circle.")
+        raise StudyError(f"{path}: is its own base, by way of {len(above)} files; break the cycle.")
     document = read_yaml(path, advice="give the path of a study's YAML file")
     if not isinstance(document, dict):
         raise StudyError(
@@ -59,7 +65,7 @@ def _laid_over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
-    """All that pydantic found wrong with a document of `schema`, in one line: field, what was got, what is allowed."""
+    """All faults that pydantic found in a document of `schema`, in one line: field, what was got, what is allowed."""
     faults = []
     for fault in error.errors(include_url=False):
         field = ".".join(str(part) for part in fault["loc"])

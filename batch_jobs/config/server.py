@@ -1,4 +1,4 @@
-"""What `vllm-steer serve` starts: one typed schema, read from YAML and the command line."""
+"""The config of `vllm-steer serve`: one typed schema, read from YAML and the command line."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ServerConfig(SteerSettings):
 
     Attributes:
         model: hub id, local path, or `demo-model`.
-        layers: as in SteerSettings; none given hooks the layers that the directions belong to.
-        vllm: flag of vLLM's server, without the dashes -> its value. true stands for the flag alone, false for its
-            `no-` form, a list for several values, a mapping for JSON.
+        layers: as in SteerSettings; if empty, the layers of the directions are hooked.
+        vllm: flag of vLLM's server, without the dashes -> its value. true gives the flag alone, false its `no-` form,
+            a list several values, a mapping JSON.
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -32,20 +32,23 @@ class ServerConfig(SteerSettings):
     vllm: dict[str, Flag] = Field(default_factory=dict)
 
     def additional_config(self, layers: Sequence[int]) -> dict[str, Any]:
-        """The value of vLLM's `--additional-config`, with these layers hooked."""
+        """The value of vLLM's `--additional-config`, with `layers` hooked."""
         own = set(SteerSettings.model_fields) - {"layers", "directions", "plugin_build"}
         return steer_config(layers, self.directions, **self.model_dump(mode="json", include=own))
 
     def vllm_arguments(self) -> list[str]:
-        """`vllm` as words of a command line."""
+        """The flags in `vllm` as command-line arguments."""
         return [word for name, value in self.vllm.items() for word in _words(name, value)]
 
 
 def load_server_config(path: Path | None, options: Mapping[str, Any]) -> ServerConfig:
     """Read a server's YAML and lay the command line's options over it.
 
-    Paths in the YAML are taken from its own folder; `directions` and `served_aliases` of `options` are added to the
-    YAML's, all else replaces it. Raises SettingsError naming file, field, what was got and what is allowed.
+    Paths in the YAML are relative to its own folder. `directions` and `served_aliases` of `options` are added to those
+    of the YAML; every other option replaces the YAML's value.
+
+    Raises:
+        SettingsError: the YAML or an option is wrong; the message names file, field, what was got and what is allowed.
     """
     document = {} if path is None else _read_yaml(path)
     where = "the command line" if path is None else str(path)
@@ -70,16 +73,24 @@ def load_server_config(path: Path | None, options: Mapping[str, Any]) -> ServerC
 
 
 def parse_layers(text: str) -> list[int]:
-    """`8,12` as layer numbers. Raises SettingsError for anything else."""
+    """Parse layer numbers such as `8,12`.
+
+    Raises:
+        SettingsError: `text` has another form.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise SettingsError(f"--layers is {text!r}; allowed: layer numbers with commas between, such as 8,12.")
+        raise SettingsError(f"--layers is {text!r}; allowed: layer numbers separated by commas, such as 8,12.")
     return [int(part) for part in parts]
 
 
 def parse_alias(text: str) -> tuple[str, Steering]:
-    """`NAME=direction:alpha` or `NAME=direction:alpha@layer`. Raises SettingsError for anything else, and what Steering
-    raises."""
+    """Parse `NAME=direction:alpha` or `NAME=direction:alpha@layer` into the alias and its Steering.
+
+    Raises:
+        SettingsError: `text` has another form.
+        SteerError: `Steering` refuses the values.
+    """
     name, _, entry = text.partition("=")
     # a direction's name may hold colons, but no @
     entry, at, layer = entry.partition("@")

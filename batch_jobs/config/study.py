@@ -201,7 +201,7 @@ class Study(_Section):
     """Read every completion once more without steering, for its log-likelihood under the unsteered model and its
     projection onto the direction. Costs one prefill per row."""
     rows_per_part: int = Field(default=1024, ge=1)
-    """Rows generated as one batch and stored as one part. A crash loses at most one part; larger parts keep the
+    """Rows generated as one batch and stored as one part, which is what a crash can lose. A larger part keeps the
     engine's batch fuller."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a row that breaks its engine is tried before its error is stored instead."""

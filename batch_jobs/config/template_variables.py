@@ -1,4 +1,4 @@
-"""Variables of chat templates that people set."""
+"""Variables that users pass to chat templates."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ _SET_BY_RENDERING = frozenset(
 
 
 def template_variables(given: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """`given` as it is, where it can go to a chat template. Raises ValueError for a name that rendering a prompt sets
-    itself, and for a number that JSON cannot hold."""
+    """Check that `given` can be passed to a chat template, and return it unchanged.
+
+    Raises:
+        ValueError: a name is set by rendering itself, or JSON cannot hold a number.
+    """
     if own := sorted(_SET_BY_RENDERING & set(given)):
         raise ValueError(f"{own} are set by rendering the prompt; allowed: variables of the chat template")
     try:
@@ -36,7 +39,11 @@ def template_variables(given: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def parse_template_variables(text: str, where: str) -> dict[str, JsonValue]:
-    """Variables for a chat template from a JSON object. Raises StudyError, naming `where`, for anything else."""
+    """Variables for a chat template from a JSON object.
+
+    Raises:
+        StudyError: `text` is not such an object; the message begins with `where`.
+    """
     try:
         document = json.loads(text)
         variables = template_variables(document) if isinstance(document, dict) else None

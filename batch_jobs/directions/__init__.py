@@ -1,1 +1,1 @@
-"""From contrastive texts to directions, and what held-out texts say of them."""
+"""Make directions from contrastive texts and validate them on held-out texts."""

@@ -1,4 +1,4 @@
-"""How well directions drawn at random separate the same texts: the chance level a direction is held against.
+"""Chance level of a direction: how well random directions separate the same texts.
 
 Shape suffixes: N texts, K random directions, D hidden size.
 """
@@ -17,33 +17,39 @@ from batch_jobs.directions.readout_file import PairReadouts
 
 @dataclass(frozen=True)
 class RandomBaseline:
-    """AUROCs of random directions at one layer, and where the study's direction stands among them.
+    """AUROCs of random directions at one layer, and the rank of the study's direction among them.
 
-    The paper's numbers are one-sided: they take a random direction of AUROC 0.1 for a poor one. It separates as well
-    as one of 0.9, because the sign of a random direction is arbitrary, so the two-sided numbers measure the distance
-    from 0.5 instead.
+    The paper's numbers are one-sided: they count a random direction with AUROC 0.1 as poor. But the sign of a random
+    direction is arbitrary, so it separates as well as one with AUROC 0.9. The two-sided numbers therefore measure the
+    distance from 0.5.
     """
 
     aurocs: tuple[float, ...]
-    """One a random direction, in the order drawn."""
+    """One value per random direction, in the order drawn."""
     mean: float
     std: float
     """Population standard deviation, as in the paper."""
     percentile_95: float
-    """AUROC that 95 % of the random directions stay below or at."""
+    """95 % of the random directions have this AUROC or less."""
     z: float | None
     """(AUROC of the direction - mean) / std; None when all random AUROCs are equal."""
     two_sided_percentile_95: float
-    """Distance from 0.5 (0..0.5) that 95 % of the random directions stay below or at."""
+    """95 % of the random directions are at most this far from 0.5 (0..0.5)."""
     two_sided_p: float
-    """Chance of a random direction at least as far from 0.5 as the study's: (1 + those as far) / (1 + all)."""
+    """Chance that a random direction is at least as far from 0.5 as the study's: (1 + those as far) / (1 + all)."""
 
 
 def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: int, seed: int) -> RandomBaseline:
-    """Draw Gaussian unit vectors (paper: 100) and hold the direction's AUROC against theirs on the same test texts.
+    """Compare the direction's AUROC with those of random directions on the same test texts.
 
-    `test`: (N, D) a side, finite. The same `seed` and D draw the same vectors. Raises ValidationError for fewer than 2
-    `directions`.
+    Args:
+        test: (N, D) per side, finite.
+        direction_auroc: AUROC of the study's direction on `test`.
+        directions: number of Gaussian unit vectors to draw (paper: 100).
+        seed: the same seed and D draw the same vectors.
+
+    Raises:
+        ValidationError: fewer than 2 `directions`.
     """
     vectors_KD = np.random.default_rng(seed).standard_normal((directions, test.empathic_ND.shape[1]))
     vectors_KD /= np.linalg.norm(vectors_KD, axis=1, keepdims=True)
@@ -53,13 +59,17 @@ def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: i
 
 
 def summarise_random_aurocs(aurocs: Sequence[float], direction_auroc: float) -> RandomBaseline:
-    """The baseline of random directions whose AUROCs are known. Raises ValidationError for fewer than 2."""
+    """Summarise the AUROCs of random directions.
+
+    Raises:
+        ValidationError: fewer than 2 AUROCs.
+    """
     if len(aurocs) < 2:
         raise ValidationError(f"Got {len(aurocs)} random directions; a chance level needs at least 2.")
     values = np.asarray(aurocs, dtype=np.float64)
     mean, std = float(values.mean()), float(values.std())
     distances = np.abs(values - 0.5)
-    # Ranks of few texts make AUROCs multiples of one step, but sums round: without the margin a tie is a coin toss.
+    # with few texts AUROCs are multiples of one step, so ties are common; the margin keeps rounding from deciding them
     as_far = np.count_nonzero(distances >= abs(direction_auroc - 0.5) - 1e-9)
     return RandomBaseline(
         aurocs=tuple(values.tolist()),

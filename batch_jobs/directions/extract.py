@@ -1,4 +1,4 @@
-"""Reading texts with the engine: the pooled residual stream of each, at every layer asked for.
+"""Read texts with the engine: the pooled residual stream of each text at every requested layer.
 
 Shape suffixes: N texts, D hidden size.
 """
@@ -27,10 +27,10 @@ class TextReadouts:
     """Readouts of N texts."""
 
     by_pooling: dict[int, dict[int, npt.NDArray[np.float32]]]
-    """`skip_first` -> layer -> (N, D) float32: each text's mean over its tokens, without the first so many, of the
-    output of that block."""
+    """`skip_first` -> layer -> (N, D) float32: the output of that block, averaged over each text's tokens without the
+    first `skip_first`."""
     num_tokens: tuple[int, ...]
-    """Tokens read of each text, the skipped ones among them."""
+    """Tokens of each text that were read, skipped ones included."""
 
 
 def extract_readouts(
@@ -42,14 +42,24 @@ def extract_readouts(
     max_tokens: int,
     progress: Progress,
 ) -> TextReadouts:
-    """Read all texts at all layers under all poolings in one batch, the one token a request generates thrown away.
+    """Read all texts at all layers under all poolings in one batch.
 
-    The texts are read alone, without a chat template, each cut to `max_tokens` tokens. `poolings`: numbers of leading
-    tokens to leave out of the mean; each is a request, and so a prefill, of its own. Reading the first tokens alone and
-    taking them out of the mean of all would cost next to nothing, but a token read alone is not bit for bit the one
-    read in its text, and a sink is so much larger than the others that those bits would be seen. `layers` must be
-    hooked. Raises StudyError when a text has no token left after a skip, or the engine returns no readout for one;
-    SteerError when a layer is not hooked.
+    Each request also generates one token, which is discarded. The texts get no chat template. Each pooling takes a
+    request, and so a prefill, per text. It would be cheaper to read the first tokens alone and subtract them from the
+    mean of all, but a token read alone differs in its last bits from the same token read in its text, and an attention
+    sink is so much larger than the other tokens that these bits would show.
+
+    Args:
+        engine: an engine with a hook at each of `layers`.
+        texts: the texts to read.
+        layers: decoder blocks to read, 0-based.
+        poolings: `skip_first` values: how many leading tokens the mean leaves out.
+        max_tokens: each text is cut to this many tokens.
+        progress: shows the batch's progress.
+
+    Raises:
+        StudyError: a skip leaves a text without tokens, or the engine returns no readout for a text.
+        SteerError: a layer is not hooked.
     """
     from vllm_steer import Readout, collect_readouts, steered
 
@@ -85,11 +95,14 @@ def extract_readouts(
 def read_study_texts(
     engine: Engine, study: Study, split: Split, *, num_layers: int, progress: Progress
 ) -> StudyReadouts:
-    """Read every text that the study's directions are made from and validated on, in one batch.
+    """Read all train and test texts of the study in one batch.
 
-    At all hooked layers of a model of `num_layers` blocks, with all tokens in the mean and without the first
-    `study.skip_first` (the first one where that is 0), so that the two can be set side by side. Raises as
-    `extract_readouts`, and StudyError when the model lacks a layer of the study.
+    The texts are read at all hooked layers of a model of `num_layers` blocks, under two poolings to compare: the mean
+    over all tokens, and the mean without the first `study.skip_first` (the first one where that is 0).
+
+    Raises:
+        StudyError: the model lacks a layer of the study, or as for `extract_readouts`.
+        SteerError: a layer is not hooked.
     """
     sets = _study_texts(study, split)
     layers = study.hooked_layers(num_layers)
@@ -125,7 +138,7 @@ def read_study_texts(
 
 
 def _study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
-    """The texts by set, each with its pair; those of the ablated set are changed, the others as they are."""
+    """Text set -> its texts, each with its pair. Only the texts of the ablated set are changed."""
     sets: dict[TextSet, list[tuple[Pair, AblatedText]]] = {
         "train_empathic": [(pair, AblatedText(pair.empathic, 0)) for pair in split.train],
         "train_non_empathic": [(pair, AblatedText(pair.non_empathic, 0)) for pair in split.train],
@@ -133,7 +146,7 @@ def _study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[
         "test_non_empathic": [(pair, AblatedText(pair.non_empathic, 0)) for pair in split.test],
     }
     if study.validation.lexical_ablation:
-        # Only the empathic side, as in the paper: the other one has next to no empathy words to lose.
+        # only the empathic side, as in the paper: the other side has almost no empathy words
         sets["test_empathic_ablated"] = [
             (pair, ablate_text(pair.empathic, seed=study.seed, text_id=pair.pair_id)) for pair in split.test
         ]

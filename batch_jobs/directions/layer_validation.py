@@ -21,33 +21,32 @@ UNIT_NORM_TOLERANCE = 1e-2
 
 
 class ValidationError(SteerError):
-    """The readouts, direction or file handed to validation cannot be used; the message says which and why."""
+    """A readout, direction or file cannot be used for validation; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class LayerValidation:
     """How well one direction tells empathic from non-empathic test texts at one layer.
 
-    All but the AUROCs and accuracies (in 0..1) are in the units of the residual stream, since the direction has norm
-    1.
+    AUROCs and accuracies are in 0..1. All other values are in units of the residual stream, since the direction has
+    norm 1.
     """
 
     layer: int
-    """The direction's layer, a 0-based decoder block. With `extract_offset` -1 the texts were read one block before
-    it."""
+    """The direction's layer, a 0-based decoder block. With `extract_offset` -1, the texts were read one block
+    earlier."""
     auroc: float
-    """Chance that a random empathic text projects higher than a random non-empathic one; ties count one
-    half."""
+    """Chance that a random empathic text projects higher than a random non-empathic one; ties count one half."""
     auroc_low: float
     """Lower end of the AUROC's 95 % bootstrap interval over the test texts."""
     auroc_high: float
     accuracy: float
     """Share of test texts on the right side of `threshold` (at or above it reads as empathic)."""
     threshold: float
-    """Midpoint of the two class means below, the paper's choice: it is fitted on the test texts, so `accuracy` is
-    slightly optimistic."""
+    """Midpoint of the two class means below, as in the paper. It is fitted on the test texts, so `accuracy` is slightly
+    optimistic."""
     accuracy_train_threshold: float
-    """Share of test texts on the right side of `threshold_train`: what the probe does on texts it has never seen."""
+    """Share of test texts on the right side of `threshold_train`: the probe's accuracy on unseen texts."""
     threshold_train: float
     """Midpoint of the two class means of the *train* texts."""
     mean_empathic: float
@@ -61,8 +60,10 @@ class LayerValidation:
 
     @property
     def separation_in_stds(self) -> float:
-        """Separation over the root mean square of the two stds; comparable across layers. inf when both are
-        0."""
+        """Separation over the root mean square of the two stds, comparable across layers.
+
+        When both stds are 0: ±inf, or 0 without separation.
+        """
         spread = math.sqrt((self.std_empathic**2 + self.std_non_empathic**2) / 2)
         if spread == 0.0:
             return math.copysign(math.inf, self.separation) if self.separation else 0.0
@@ -78,15 +79,22 @@ def validate_layer(
     bootstrap: int,
     seed: int,
 ) -> LayerValidation:
-    """Project held-out readouts on a unit direction and measure how well the classes part.
+    """Project readouts on a unit direction and measure how well it separates the test classes.
 
-    `direction_D`: (D,), norm 1. `train`, `test`: any float dtype, (N, D) a side, one pooled readout a row; the sides
-    may differ in N, each >= 1. `bootstrap` resamples of the test texts, drawn from `seed`, make the AUROC's interval.
-    Everything is computed in float64. Method: paper, section on probe validation (AUROC; threshold halfway between
-    the test means; population standard deviations); the interval and the train threshold are ours.
+    Everything is computed in float64. The AUROC, the threshold halfway between the test means and the population
+    standard deviations follow the paper's section on probe validation. The interval and the train threshold are
+    additions.
 
-    Raises ValidationError for a wrong shape, an empty class, a value that is not finite, or a direction not
-    of norm 1.
+    Args:
+        layer: the direction's layer, for the result and messages.
+        direction_D: (D,), norm 1.
+        train: (N, D) per side, any float dtype, one pooled readout per row. The sides may differ in N, each >= 1.
+        test: held-out readouts in the same form.
+        bootstrap: number of resamples of the test texts for the AUROC's interval.
+        seed: draws the resamples.
+
+    Raises:
+        ValidationError: a wrong shape, an empty class, a value that is not finite, or a direction whose norm is not 1.
     """
     direction_D = np.asarray(direction_D, dtype=np.float64)
     if direction_D.ndim != 1:
@@ -94,7 +102,7 @@ def validate_layer(
             f"layer {layer}: the direction has shape {direction_D.shape}; it must be one vector, (D,)."
         )
     norm = float(np.linalg.norm(direction_D))
-    # written this way round so that a NaN norm is refused too
+    # `not <=` rather than `>`, so that a NaN norm is refused too
     if not abs(norm - 1.0) <= UNIT_NORM_TOLERANCE:
         raise ValidationError(f"layer {layer}: the direction has norm {norm:.4g}; divide it by its norm first.")
     empathic_N = _project(layer, "empathic test", test.empathic_ND, direction_D)
@@ -124,9 +132,14 @@ def validate_layer(
 
 
 def best_layer(results: Mapping[int, LayerValidation]) -> int:
-    """The layer of highest AUROC. With few test texts many layers tie at 1.0, so ties go to the larger
-    separation in standard deviations, then to the lower layer. Raises ValidationError when there is no
-    result."""
+    """The layer with the highest AUROC.
+
+    With few test texts many layers tie at 1.0. Ties go to the larger separation in standard deviations, then to the
+    lower layer.
+
+    Raises:
+        ValidationError: `results` is empty.
+    """
     if not results:
         raise ValidationError("There are no validation results; validate at least one layer.")
     return max(results, key=lambda layer: (results[layer].auroc, results[layer].separation_in_stds, -layer))

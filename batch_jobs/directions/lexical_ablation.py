@@ -1,4 +1,4 @@
-"""Lexical ablation: a text with its empathy words replaced by others, to see whether a probe only counts words."""
+"""Lexical ablation: replace a text's empathy words by others, to test whether a probe only counts words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from batch_jobs.files.documents import read_json
 
 Replacements = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""Keyword -> its form, lower case -> what may stand in that form's place."""
+"""Keyword -> inflected form in lower case -> possible replacements for that form."""
 
 _SOUNDS_LIKE_VOWEL = re.compile("(?!use)[aeiou]")
 
@@ -29,8 +29,10 @@ class AblatedText:
 
 @cache
 def load_replacements() -> Replacements:
-    """The bundled list, `data/ablation_words.json`: 41 empathy keywords with their inflected forms. No replacement
-    is a form of any keyword."""
+    """Read the bundled list, `data/ablation_words.json`: 41 empathy keywords with their inflected forms.
+
+    No replacement is a form of any keyword.
+    """
     words = read_json(
         resources.files("batch_jobs") / "data" / "ablation_words.json", advice="install the package again"
     )
@@ -43,11 +45,11 @@ def load_replacements() -> Replacements:
 
 
 def ablate_text(text: str, *, seed: int, text_id: str) -> AblatedText:
-    """Replace every empathy word of the bundled list by one of its stand-ins.
+    """Replace every word of the bundled list in `text` by one of its replacements.
 
-    Whole words only, whatever their case; the stand-in takes over lower case, Capital or CAPITALS, and an a/an before
-    it is put right, so that the text stays English. Which stand-in is drawn from `seed` and `text_id`: the same text
-    always comes out the same, and one text's draw does not depend on another's.
+    Matches whole words in any case. The replacement keeps the case (lower case, Capital or CAPITALS), and an a/an
+    before it is corrected. `seed` and `text_id` draw the replacements, so the result is reproducible and independent
+    of other texts.
     """
     forms = {form: stand_ins for forms in load_replacements().values() for form, stand_ins in forms.items()}
     draw = random.Random(f"{seed}/{text_id}")
@@ -67,7 +69,7 @@ def ablate_text(text: str, *, seed: int, text_id: str) -> AblatedText:
 @cache
 def _pattern() -> re.Pattern[str]:
     forms = {form for forms in load_replacements().values() for form in forms}
-    # the longest first, so that a phrase or a hyphenated word is not cut up by a shorter form at its start
+    # longest first, so that a shorter form does not match the start of a phrase or a hyphenated word
     alternatives = "|".join(
         r"\s+".join(map(re.escape, form.split())) for form in sorted(forms, key=lambda form: (-len(form), form))
     )

@@ -1,4 +1,4 @@
-"""Ways to make a unit direction from the readouts of contrastive texts, and the unit α is stated in.
+"""Methods that make a unit direction from the readouts of contrastive texts, and the norm that scales α.
 
 Shape suffixes: N texts, D hidden size.
 """
@@ -24,19 +24,24 @@ _Floats64 = npt.NDArray[np.float64]
 def mean_difference(train: PairReadouts) -> Vector:
     """Unit direction (D,) float32 from the non-empathic to the empathic class mean (paper, equation 1).
 
-    Means and the norm are taken in float64. The sides may differ in N. Raises StudyError for a wrong shape, a value
-    that is not finite, or class means that are equal.
+    Computed in float64. The sides may differ in N.
+
+    Raises:
+        StudyError: a wrong shape, an empty side, a value that is not finite, or equal class means.
     """
     return _mean_difference(*_checked(train))
 
 
 def logistic_regression(train: PairReadouts) -> Vector:
-    """Unit direction (D,) float32 across the decision boundary of a regularised logistic regression.
+    """Unit direction (D,) float32 normal to the decision boundary of a regularised logistic regression.
 
-    Coordinates are standardised first, or the few of huge variance that residual streams have would decide alone;
-    the fitted weights are divided by the same standard deviations, so that the direction lives in the residual stream
-    itself. L2 penalty, C = 1: with more coordinates than texts the classes are always separable, and only the penalty
-    makes the answer unique. Deterministic. The sides may differ in N. Raises as `mean_difference`.
+    The fit uses standardised coordinates: residual streams have a few coordinates of huge variance, which would
+    otherwise dominate. The weights are then divided by the same standard deviations, which takes the direction back to
+    residual-stream coordinates. L2 penalty, C = 1: with more coordinates than texts the classes are always separable,
+    and only the penalty makes the solution unique. Deterministic. The sides may differ in N.
+
+    Raises:
+        StudyError: as for `mean_difference`.
     """
     empathic, non_empathic = _checked(train)
     _mean_difference(empathic, non_empathic)
@@ -50,11 +55,13 @@ def logistic_regression(train: PairReadouts) -> Vector:
 def pca(train: PairReadouts) -> Vector:
     """Unit direction (D,) float32 along which the two sides of a pair differ most, over all pairs.
 
-    First principal component of the readouts after each pair's own midpoint is taken from both its sides: what
-    varies from pair to pair, such as the scenario, is out. It is the first right singular vector of the (N, D)
-    differences. Its sign is arbitrary and set so that the empathic class mean projects higher. Source: the
-    pair-centred variant of representation engineering's PCA (Zou et al., 2023). Raises as `mean_difference`, and
-    StudyError when the sides are not paired row for row.
+    First principal component of the readouts after subtracting each pair's midpoint from both its sides, which removes
+    anything that varies between pairs, such as the scenario. Computed as the first right singular vector of the (N, D)
+    differences. The sign is chosen so that the empathic class mean projects higher. Source: the pair-centred variant of
+    representation engineering's PCA (Zou et al., 2023).
+
+    Raises:
+        StudyError: the sides differ in N, or as for `mean_difference`.
     """
     empathic, non_empathic = _checked(train)
     if len(empathic) != len(non_empathic):
@@ -72,10 +79,17 @@ METHODS: Mapping[DirectionMethod, Callable[[PairReadouts], Vector]] = MappingPro
 
 
 def make_directions(study: Study, readouts: StudyReadouts) -> dict[tuple[DirectionMethod, int], Direction]:
-    """Every method's direction for every layer of `study.extract`, named by `study.direction_name`.
+    """Make every method's direction for every layer of `study.extract`, named by `study.direction_name`.
 
-    Made from the train texts under the study's pooling, at the block that `extract_offset` pairs with the layer.
-    Deterministic. Raises StudyError when readouts give no direction, ReadoutFileError when they lack a block.
+    Uses the train texts under the study's pooling, at the block that `extract_offset` pairs with the layer.
+    Deterministic.
+
+    Returns:
+        (method, layer) -> direction.
+
+    Raises:
+        StudyError: the readouts give no direction.
+        ReadoutFileError: the readouts lack a block.
     """
     directions = {}
     for layer in study.extract.layers:
@@ -86,12 +100,13 @@ def make_directions(study: Study, readouts: StudyReadouts) -> dict[tuple[Directi
 
 
 def mean_residual_norm(train: PairReadouts) -> float:
-    """The unit in which a study states α as `residual_norm`: the mean over texts of the L2 norm of the text's
-    readout.
+    """Mean L2 norm of the train texts' readouts, the unit of α where a study sets `residual_norm`.
 
-    Both classes of the train texts, (N, D) a side, at the output of the steered layer. It is the norm of each text's
-    *mean* vector, with `skip_first` applied, and so smaller than the mean norm of single tokens. Raises StudyError
-    when it is not a positive finite number.
+    `train`: (N, D) per side, at the output of the steered layer. Each readout is a *mean* over tokens, with
+    `skip_first` applied, so the result is smaller than the mean norm of single tokens.
+
+    Raises:
+        StudyError: the norm is not a positive finite number.
     """
     readouts_ND = np.concatenate([train.empathic_ND, train.non_empathic_ND]).astype(np.float64)
     norm = float(np.linalg.norm(readouts_ND, axis=1).mean())

@@ -1,4 +1,4 @@
-"""Probes of a study: its directions at each layer, their validation on held-out pairs, and the unit α is stated in."""
+"""Probes of a study: its directions per layer, their validation on held-out pairs, and the norms that scale α."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vllm_steer import Direction, load_directions, save_directions
 
 @dataclass(frozen=True)
 class Probes:
-    """What the extraction left in the run directory."""
+    """Results of the extraction, read from the run directory."""
 
     directions: dict[tuple[str, int], Direction]
-    """(name, layer) -> unit direction. Every method's are there, whichever of them the study steers with."""
+    """(name, layer) -> unit direction, for every method, including those the study does not steer with."""
     validation: Validation
 
     @property
@@ -32,18 +32,22 @@ class Probes:
 
     @property
     def mean_residual_norms(self) -> dict[int, float]:
-        """Layer -> mean residual norm at that block's output, in the units of the residual stream."""
+        """Layer -> mean residual norm at that block's output, in units of the residual stream."""
         return self.validation.mean_residual_norms
 
 
 def have_probes(run: RunDirectory) -> bool:
-    """Whether an earlier session finished the extraction. The validation is written last."""
+    """Whether an earlier call finished the extraction. The validation file is written last."""
     return run.readouts.exists() and run.directions.exists() and run.validation.exists()
 
 
 def load_probes(study: Study, run: RunDirectory) -> Probes:
-    """Read what `make_probes` wrote. Raises StudyError when the files do not cover the study's layers,
-    SteerError when one cannot be read."""
+    """Read the files that `make_probes` writes.
+
+    Raises:
+        StudyError: the files do not cover the study's layers.
+        SteerError: a file cannot be read.
+    """
     validation = read_validation(run.validation)
     directions = {(direction.name, direction.layer): direction for direction in load_directions(run.directions)}
     layers = set(study.extract.layers)
@@ -60,10 +64,13 @@ def load_probes(study: Study, run: RunDirectory) -> Probes:
 def make_probes(
     engine: Engine, study: Study, split: Split, run: RunDirectory, *, num_layers: int, progress: Progress
 ) -> None:
-    """Read all texts in one batch, keep the readouts in the run directory, and write what follows from them.
+    """Read all texts in one batch and write readouts, directions and validation to the run directory.
 
-    `num_layers`: decoder blocks of the engine's model. Raises StudyError when the model lacks a layer, or a text or a
-    layer's readouts give no direction; SteerError when a layer is not hooked.
+    `num_layers`: decoder blocks of the engine's model.
+
+    Raises:
+        StudyError: the model lacks a layer, a text cannot be read, or a layer's readouts give no direction.
+        SteerError: a layer is not hooked.
     """
     readouts = read_study_texts(engine, study, split, num_layers=num_layers, progress=progress)
     write_readouts(run.readouts, readouts)
@@ -71,7 +78,10 @@ def make_probes(
 
 
 def write_probes(study: Study, readouts: StudyReadouts, run: RunDirectory) -> None:
-    """Write the directions and their validation. Needs no engine: `read_readouts(run.readouts)` is enough to make
-    them again."""
+    """Write the directions and their validation.
+
+    Needs no engine: stored readouts, `read_readouts(run.readouts)`, are enough. Raises as `make_directions` and
+    `validate_study`.
+    """
     save_directions(run.directions, list(make_directions(study, readouts).values()))
     write_validation(run.validation, validate_study(study, readouts))

@@ -1,4 +1,4 @@
-"""The readouts of a study's texts, and the file a run keeps them in: directions and validation follow from them.
+"""The readouts of a study's texts and the file that stores them. Directions and validation are computed from them.
 
 Shape suffixes: N texts, D hidden size.
 """
@@ -24,40 +24,42 @@ from vllm_steer.errors import SteerError
 Floats = npt.NDArray[np.floating[Any]]
 
 TextSet = Literal["train_empathic", "train_non_empathic", "test_empathic", "test_non_empathic", "test_empathic_ablated"]
-"""Class and side of the split; the last is `test_empathic` with its empathy words replaced."""
+"""Split and class of the texts. The last set is `test_empathic` with its empathy words replaced."""
 
 _METADATA_KEY = "vllm_steer_readouts"
 _FORMAT = 1
 
 
 class ReadoutFileError(SteerError):
-    """A readout file, or what was to be found in it, is not there or not usable; the message says what is."""
+    """A readout file, or readouts looked up in it, are missing or unusable; the message says what is there."""
 
 
 @dataclass(frozen=True)
 class PairReadouts:
-    """Readouts of the two sides of the same pairs at one block, row for row."""
+    """Readouts of both sides of the pairs at one block, row for row."""
 
     empathic_ND: Floats
+    """(N, D)."""
     non_empathic_ND: Floats
+    """(N, D)."""
 
 
 @dataclass(frozen=True)
 class ReadText:
-    """One text as it was read, told by what identifies it and not by its words."""
+    """One text that was read: its identity, without its words."""
 
     pair_id: str
     sha256: str
-    """Hex digest of the text's UTF-8, before it was cut to `extract.max_tokens`: two runs read the same text when
-    it is equal."""
+    """Hex digest of the text's UTF-8 before the cut to `extract.max_tokens`. Equal digests: two runs read the same
+    text."""
     num_tokens: int
-    """Tokens of the text that were read; a pooling that skips k has k fewer in its mean."""
+    """Tokens of the text that were read. The mean of a pooling that skips k is over k fewer."""
     replacements: int = 0
-    """Empathy words replaced in it; 0 outside `test_empathic_ablated`."""
+    """Empathy words replaced in the text; 0 outside `test_empathic_ablated`."""
 
 
 class ReadoutKey(NamedTuple):
-    """What one array of readouts is of."""
+    """Key of one array of readouts."""
 
     text_set: TextSet
     skip_first: int
@@ -76,13 +78,13 @@ class StudyReadouts:
     """Readouts of all texts of a study, at every block read, under every pooling."""
 
     texts: dict[TextSet, tuple[ReadText, ...]]
-    """Which texts the rows belong to, in their order. Without lexical ablation the last set is absent."""
+    """Text set -> the text of each row. Without lexical ablation, `test_empathic_ablated` is absent."""
     arrays: dict[ReadoutKey, npt.NDArray[np.float32]]
     """(N, D) float32 for every text set × pooling × block."""
 
     @cached_property
     def poolings(self) -> tuple[int, ...]:
-        """The `skip_first` values read, ascending; the first is 0, all tokens."""
+        """The `skip_first` values read, ascending; the first is 0 (all tokens)."""
         return tuple(sorted({key.skip_first for key in self.arrays}))
 
     @cached_property
@@ -91,16 +93,27 @@ class StudyReadouts:
         return tuple(sorted({key.block for key in self.arrays}))
 
     def train(self, skip_first: int, block: int) -> PairReadouts:
-        """The pairs that make directions. Raises ReadoutFileError when they were not read so."""
+        """The pairs that make directions.
+
+        Raises:
+            ReadoutFileError: there are no readouts at `block` with `skip_first`.
+        """
         return self._pairs("train_empathic", "train_non_empathic", skip_first, block)
 
     def test(self, skip_first: int, block: int) -> PairReadouts:
-        """The held-out pairs. Raises ReadoutFileError when they were not read so."""
+        """The held-out pairs.
+
+        Raises:
+            ReadoutFileError: there are no readouts at `block` with `skip_first`.
+        """
         return self._pairs("test_empathic", "test_non_empathic", skip_first, block)
 
     def ablated_test(self, skip_first: int, block: int) -> PairReadouts:
-        """The held-out pairs, the empathic side with its empathy words replaced. Raises ReadoutFileError when they
-        were not read so."""
+        """The held-out pairs, with the empathy words of the empathic side replaced.
+
+        Raises:
+            ReadoutFileError: there are no readouts at `block` with `skip_first`, or no ablated texts.
+        """
         return self._pairs("test_empathic_ablated", "test_non_empathic", skip_first, block)
 
     def _pairs(self, empathic: TextSet, non_empathic: TextSet, skip_first: int, block: int) -> PairReadouts:
@@ -118,7 +131,7 @@ class StudyReadouts:
 
 
 def write_readouts(path: Path, readouts: StudyReadouts) -> None:
-    """Write safetensors, atomically: one (N, D) float32 tensor for each key, the texts as JSON in the metadata."""
+    """Write a safetensors file atomically: one (N, D) float32 tensor per key, the texts as JSON in the metadata."""
     about = {
         "format": _FORMAT,
         "texts": {text_set: [asdict(text) for text in texts] for text_set, texts in readouts.texts.items()},
@@ -135,12 +148,16 @@ def write_readouts(path: Path, readouts: StudyReadouts) -> None:
             os.fsync(written.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # gone already, unless something failed on the way
+        part.unlink(missing_ok=True)  # still there only after a failure
 
 
 def read_readouts(path: Path) -> StudyReadouts:
-    """Read what `write_readouts` wrote. Raises ReadoutFileError, naming the file, when it is absent, not of that form,
-    or lacks a text set, a pooling or a block that another one has."""
+    """Read a file of `write_readouts`.
+
+    Raises:
+        ReadoutFileError: the file is absent or malformed, or its arrays do not cover every text set, pooling and block;
+            the message names the file.
+    """
     if not path.is_file():
         raise ReadoutFileError(f"There is no readout file {path}; run the study's extraction first.")
     try:

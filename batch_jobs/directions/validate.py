@@ -1,4 +1,4 @@
-"""Validate a study's directions from the readouts of its texts alone: no engine needed."""
+"""Validate a study's directions from the readouts of its texts. No engine is needed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from vllm_steer import Direction
 
 
 def validate_study(study: Study, readouts: StudyReadouts) -> Validation:
-    """Every direction of the study on its held-out texts, and what it has to be held against.
+    """Validate every direction of the study on its held-out texts, with the baselines to compare against.
 
-    Deterministic: the resamples and the random directions are drawn from `study.seed`. Raises ReadoutFileError when
-    the readouts lack a block or a pooling that the study needs, StudyError when they give no direction,
-    ValidationError when they are not usable.
+    Deterministic: `study.seed` draws the resamples and the random directions.
+
+    Raises:
+        ReadoutFileError: the readouts lack a block or a pooling that the study needs.
+        StudyError: the readouts give no direction.
+        ValidationError: the readouts are not usable.
     """
     poolings = {skip_first: _pooling(study, readouts, skip_first) for skip_first in readouts.poolings}
     directions = make_directions(study, readouts)
@@ -39,7 +42,7 @@ def validate_study(study: Study, readouts: StudyReadouts) -> Validation:
     return Validation(
         layers=layers,
         best_layer=best_layer(layers),
-        # α is added to the output of block `layer`, wherever the layer's direction was read
+        # steering adds α at the output of block `layer`, even where the direction was read at another block
         mean_residual_norms={
             layer: mean_residual_norm(readouts.train(study.skip_first, layer)) for layer in study.extract.layers
         },
@@ -124,7 +127,7 @@ def _ablation(
 
 
 def _mean_tokens(readouts: StudyReadouts) -> float:
-    """Tokens read of a text, on average over the study's own texts, without the ablated copies."""
+    """Mean number of tokens read per text, without the ablated copies."""
     counts = [
         text.num_tokens
         for text_set, texts in readouts.texts.items()

@@ -1,4 +1,4 @@
-"""All that is known about a study's directions, and `validation.json`, which holds it."""
+"""Validation results of a study's directions, and the file that stores them, `validation.json`."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ from batch_jobs.files.documents import read_json
 
 @dataclass(frozen=True)
 class MethodValidation:
-    """How a direction made by one method separates the test texts, beside the other methods at the same layer."""
+    """How well one method's direction separates the test texts, to compare the methods at one layer."""
 
     auroc: float
     auroc_low: float
-    """Ends of the 95 % bootstrap interval."""
+    """Lower end of the AUROC's 95 % bootstrap interval."""
     auroc_high: float
     accuracy: float
-    """At the midpoint of the test class means, as in the paper."""
+    """With the threshold at the midpoint of the test class means, as in the paper."""
     accuracy_train_threshold: float
-    """At the midpoint of the train class means."""
+    """With the threshold at the midpoint of the train class means."""
     cosine: float
     """Cosine similarity to the mean difference at this layer, -1..1; 1 for the mean difference itself."""
 
 
 @dataclass(frozen=True)
 class PoolingValidation:
-    """Mean-difference directions made and tested on readouts that leave the same leading tokens out."""
+    """Mean-difference directions made and tested under one pooling."""
 
     skip_first: int
-    """Leading tokens left out of every mean; 0: all tokens are in."""
+    """Leading tokens left out of every mean; 0 means all tokens count."""
     blocks: dict[int, LayerValidation]
-    """Block read (0-based) -> the mean difference at its output on the test texts. `layer` in it is the block too,
-    whatever `extract_offset` is."""
+    """Block read (0-based) -> validation of the mean difference at its output. Its `layer` is the block as well,
+    regardless of `extract_offset`."""
     mean_residual_norms: dict[int, float]
-    """Block read -> mean over the train texts of the L2 norm of the text's readout, in units of the residual
-    stream."""
+    """Block read -> mean L2 norm of the train texts' readouts, in units of the residual stream."""
 
     @property
     def label(self) -> str:
@@ -55,9 +54,9 @@ class PoolingValidation:
 
 @dataclass(frozen=True)
 class AblatedLayer:
-    """One layer's direction on the test texts, with the empathic ones as they are and with words replaced.
+    """One layer's direction on the test texts, before and after the replacement of empathy words.
 
-    The direction and `threshold_train` are the same in both: only the empathic test texts changed.
+    Only the empathic test texts change; the direction and `threshold_train` stay the same.
     """
 
     before: LayerValidation
@@ -66,10 +65,10 @@ class AblatedLayer:
 
 @dataclass(frozen=True)
 class LexicalAblation:
-    """Does the direction read more than empathy words? The empathic test texts, those words replaced by others."""
+    """Tests whether the direction reads more than empathy words: they are replaced in the empathic test texts."""
 
     keywords: int
-    """Size of the word list, each keyword counted once however many forms it has."""
+    """Size of the word list; each keyword counts once, regardless of its number of forms."""
     replacements: tuple[int, ...]
     """Words replaced in each empathic test text, in the order of the test pairs."""
     layers: dict[int, AblatedLayer]
@@ -78,31 +77,34 @@ class LexicalAblation:
 
 @dataclass(frozen=True)
 class Validation:
-    """What `validation.json` holds. `layers`, `methods`, `random_baseline` and `ablation` go by the direction's layer
-    and use the study's own pooling."""
+    """Content of `validation.json`.
+
+    `layers`, `methods`, `random_baseline` and `ablation` are keyed by the direction's layer and use the study's own
+    pooling.
+    """
 
     layers: dict[int, LayerValidation]
-    """Layer -> its mean-difference direction on the test texts."""
+    """Layer -> validation of its mean-difference direction."""
     best_layer: int
     mean_residual_norms: dict[int, float]
-    """Layer -> what a study's α in `residual_norm` is a multiple of: the mean residual norm at the output of that
-    block, in units of the residual stream."""
+    """Layer -> mean residual norm at the output of that block, in units of the residual stream. A study's α in
+    `residual_norm` is a multiple of it."""
     skip_first: int
     """The study's own pooling, a key of `pooling`."""
     methods: dict[int, dict[DirectionMethod, MethodValidation]]
-    """Layer -> method -> how its direction does."""
+    """Layer -> method -> validation of its direction."""
     pooling: dict[int, PoolingValidation]
-    """`skip_first` -> the same validation of every block read under that pooling."""
+    """`skip_first` -> validation of every block read under that pooling."""
     random_baseline: dict[int, RandomBaseline]
-    """Layer -> what directions drawn at random reach there."""
+    """Layer -> AUROCs of random directions there."""
     ablation: LexicalAblation | None
-    """None when the study leaves it out."""
+    """None when the study does not run it."""
     extra: dict[str, Any]
-    """Facts for the reader that nothing is computed from: counts, cut length, offset."""
+    """Facts for the reader that no computation uses: counts, cut length, offset."""
 
     @property
     def sweep(self) -> dict[int, LayerValidation]:
-        """Every block read under the study's own pooling; all of the model's with `validation.all_layers`."""
+        """Every block read under the study's own pooling; all blocks of the model with `validation.all_layers`."""
         return self.pooling[self.skip_first].blocks
 
 
@@ -110,10 +112,12 @@ _TYPED_FIELDS = tuple(field.name for field in fields(Validation) if field.name !
 
 
 def write_validation(path: Path, validation: Validation) -> None:
-    """Write the fields as one JSON object, atomically; those of `extra` stand beside the others.
+    """Write the fields as one JSON object, atomically.
 
-    Numbers that are keys become strings. Raises ValidationError when `extra` uses another field's name or something
-    is not what JSON can hold.
+    The entries of `extra` become fields of the same object. Numeric keys become strings.
+
+    Raises:
+        ValidationError: `extra` uses another field's name, or a value has no JSON form.
     """
     if clash := sorted({*_TYPED_FIELDS, "extra"} & set(validation.extra)):
         raise ValidationError(f"The extra fields {clash} are reserved; give them another name.")
@@ -129,8 +133,11 @@ def write_validation(path: Path, validation: Validation) -> None:
 
 
 def read_validation(path: Path) -> Validation:
-    """Read what `write_validation` wrote. Raises ValidationError, naming the file, when it is absent or not of that
-    form, as the files of earlier versions are."""
+    """Read a file of `write_validation`.
+
+    Raises:
+        ValidationError: the file is absent, malformed or of an earlier version; the message names it.
+    """
     if not path.exists():
         raise ValidationError(f"There is no validation file {path}; run the study's validation first.")
     document = read_json(path, advice="write it again by running the validation", error=ValidationError)

@@ -1,7 +1,7 @@
-"""A client for the chat route that OpenAI-compatible servers share: `POST <base url>/chat/completions`.
+"""A client for the chat route of OpenAI-compatible servers: `POST <base url>/chat/completions`.
 
-Waits and tries again where waiting can help (no connection, 408, 429, 5xx), and asks in another form where the endpoint
-does not take this one (`chat_dialect`); everything else ends at once in an EndpointError that says what to change. The
+Waits and retries where waiting can help (no connection, 408, 429, 5xx), and rewrites the request where the endpoint
+does not accept its form (`dialect`). Any other failure raises at once an EndpointError that says what to change. The
 API key is read from an environment variable when the client is made, and appears in no message, record or
 representation.
 """
@@ -29,26 +29,26 @@ from vllm_steer.errors import SteerError
 TIMEOUT_SECONDS = 120.0
 MAX_ATTEMPTS = 5
 BACKOFF_SECONDS = 1.0
-"""Wait before the second attempt; each further one doubles it."""
+"""Wait before the second attempt; it doubles for each further attempt."""
 LONGEST_WAIT_SECONDS = 120.0
-"""A server that asks for a longer wait than this is left alone."""
+"""A server that asks for a longer wait than this gets no further attempt."""
 _REQUEST_STATUSES = (400, 413, 422)
-"""The request itself is at fault; another one may pass."""
+"""The request itself is at fault; another request may succeed."""
 _PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
 _SHOWN_CHARACTERS = 200
 NO_UTF8_FORM = "has no UTF-8 form (half of a surrogate pair)"
-"""What is wrong with a text that can be neither stored nor sent."""
+"""The fault of a text that can be neither stored nor sent."""
 
 
 class EndpointError(SteerError):
-    """A chat endpoint cannot be reached, refuses us, or answers something that is no chat completion."""
+    """A chat endpoint cannot be reached, refuses the client, or answers with something other than a chat completion."""
 
     status = 502
 
 
 class RequestRefused(EndpointError):
-    """The endpoint turned this one request down (400, 413, 422): too long, filtered, an option it lacks. Others may
-    pass."""
+    """The endpoint refused this request (400, 413, 422), for its length, its content or an option. Others may
+    succeed."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,22 @@ class Endpoint:
     """One model at one OpenAI-compatible server."""
 
     base_url: str
-    """Up to and including `/v1`."""
+    """The URL up to and including `/v1`."""
     model: str
     api_key_variable: str | None = None
     """Name of the environment variable that holds the API key; None sends none."""
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """`MODEL@URL` or `MODEL@URL#VARIABLE`, e.g. `gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY`. Raises
-        EndpointError for anything else."""
+        """Parse `MODEL@URL` or `MODEL@URL#VARIABLE`, e.g. `gpt-4o@https://api.openai.com/v1#OPENAI_API_KEY`.
+
+        Raises:
+            EndpointError: `text` has another form.
+        """
         scheme = max(text.find("@http://"), text.find("@https://"))
         model, url = text[:scheme], text[scheme + 1 :]
         url, _, variable = url.partition("#")
-        # a key pasted in place of the variable's name must not be echoed, nor passwords inside the URL
+        # never echo a key pasted in place of the variable's name, nor a password inside the URL
         if scheme < 1 or (variable and not variable.isidentifier()) or "@" in url or not has_utf8_form(text):
             raise EndpointError(
                 "An endpoint is written MODEL@URL or MODEL@URL#VARIABLE, e.g. "
@@ -80,20 +83,20 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What the model answered."""
+    """One reply of the model."""
 
     text: str
     """The answer, stripped, without the model's thought; empty when there is none."""
     finish_reason: str | None
-    """`stop`, `length`, `content_filter` or what else the server says."""
+    """`stop`, `length`, `content_filter` or another reason that the server gives."""
     refusal: str | None = None
-    """The refusal, where the server reports it apart from the text."""
+    """The refusal, if the server reports it apart from the text."""
     fault: str | None = None
-    """Why there is no answer although the model wrote something: OPEN_THOUGHT or NO_UTF8_FORM."""
+    """Why there is no answer although the model wrote text: OPEN_THOUGHT or NO_UTF8_FORM."""
 
 
 class ChatClient:
-    """Calls one endpoint. May be used from several threads; close it, or use it as a context manager."""
+    """A thread-safe client of one endpoint. Close it, or use it as a context manager."""
 
     def __init__(
         self,
@@ -104,10 +107,17 @@ class ChatClient:
         sleep: Callable[[float], None] = time.sleep,
         warn: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
     ) -> None:
-        """`timeout_seconds`: for connecting and for each pause in the answer. `sleep`: what waits between attempts.
-        `warn`: is told of a wish that the endpoint does not take, once.
+        """Read the API key and set up the HTTP client; connects to nothing.
 
-        Raises EndpointError when the endpoint's environment variable is not set.
+        Args:
+            endpoint: the model and its server.
+            timeout_seconds: limit for connecting and for each pause in the answer.
+            max_attempts: most attempts of one request.
+            sleep: called with the seconds to wait between attempts.
+            warn: called once for each option that the endpoint does not accept.
+
+        Raises:
+            EndpointError: the endpoint's environment variable is not set.
         """
         self.endpoint = endpoint
         self._max_attempts = max_attempts
@@ -144,12 +154,14 @@ class ChatClient:
         max_tokens: int,
         seed: int | None = None,
     ) -> ChatReply:
-        """The model's answer to `messages`, each `{"role": …, "content": …}`.
+        """Ask for the model's answer to `messages`, each `{"role": …, "content": …}`.
 
-        `max_tokens` bounds all that the model writes, its thought included. `temperature` and `seed` are wishes: an
-        endpoint that does not take one is asked without it, and the user is told. Raises RequestRefused when only this
-        request is at fault, and EndpointError for everything else, after `max_attempts` where waiting could have
-        helped.
+        `max_tokens` limits the whole reply, thought included. `temperature` and `seed` are optional for the endpoint:
+        one that does not accept them gets the request without them, and the user is warned.
+
+        Raises:
+            RequestRefused: only this request is at fault.
+            EndpointError: any other failure, after `max_attempts` where waiting could have helped.
         """
         fields: dict[str, Any] = {
             "model": self.endpoint.model,
@@ -172,18 +184,18 @@ class ChatClient:
             dialect = other
 
     def _learn(self, dialect: ChatDialect) -> None:
-        """Keep a form that was accepted. Threads may learn the same thing at once; only the first one tells."""
+        """Keep a dialect that was accepted. Several threads may learn the same at once; only the first one warns."""
         with self._learning:
             news = dialect.left_out - self._dialect.left_out
             self._dialect = replace(dialect, left_out=dialect.left_out | self._dialect.left_out)
         for name in sorted(news):
-            self._warn(f"{self._name} does not take {name}; it goes by its own default.")
+            self._warn(f"{self._name} does not accept {name} and uses its own default.")
 
     def _post(self, body: Mapping[str, Any]) -> httpx.Response:
-        """The response, accepted or refused for a fault of this very request; raises EndpointError for any other."""
+        """Return a response that is 200 or refuses this very request; raise EndpointError for any other."""
         url = f"{self.endpoint.base_url}/chat/completions"
         for attempt in range(1, self._max_attempts + 1):
-            wait = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # not all threads at once
+            wait = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # spreads retries of threads
             try:
                 response = self._http.post(url, json=body)
             except httpx.InvalidURL as error:
@@ -204,8 +216,8 @@ class ChatClient:
             if attempt < self._max_attempts:
                 self._sleep(wait)
         raise EndpointError(
-            f"{self._name} did not answer in {self._max_attempts} attempts; the last one ended in {trouble}. See that "
-            "the server runs, then run the same command again."
+            f"{self._name} did not answer in {self._max_attempts} attempts; the last one ended in {trouble}. Check "
+            "that the server runs, then run the same command again."
         )
 
     def _refusal(self, response: httpx.Response) -> EndpointError:
@@ -231,7 +243,7 @@ class ChatClient:
             message = choice["message"]
             content, refusal = message.get("content"), message.get("refusal")
             finish_reason = choice.get("finish_reason")
-            # where a server splits the thought off itself, it is in one of these, and the content is the answer alone
+            # servers that split off the thought put it in one of these; the content is then the answer alone
             apart = message.get("reasoning_content") or message.get("reasoning")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EndpointError(
@@ -263,7 +275,7 @@ class ChatClient:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds the server asks to wait (RFC 9110: a number or a date); 0 where it does not say."""
+    """Seconds that the server asks to wait (RFC 9110: a number or a date); 0 if it does not say."""
     asked = response.headers.get("Retry-After", "").strip()
     try:
         return max(float(asked), 0.0)

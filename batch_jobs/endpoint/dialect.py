@@ -1,7 +1,7 @@
-"""What an endpoint takes in the body of a chat request, learned from what it refuses.
+"""The fields that an endpoint accepts in a chat request, learned from its refusals.
 
 OpenAI's newer models refuse `max_tokens` in favour of `max_completion_tokens`, and any temperature but their own; other
-servers know the older name only. So a request goes out in the older form first.
+servers know only the older name. The client therefore sends the older form first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _UNSUPPORTED: Final = re.compile(
     r"|unknown|unexpected|deprecated",
     re.IGNORECASE,
 )
-# such a request is too long, under whatever name it says so
+# a refusal with these words means that the request is too long, whichever field it names
 _TOO_MANY_TOKENS: Final = re.compile(
     r"too (?:large|long|many|big)|context (?:length|window)|at most|exceed", re.IGNORECASE
 )
@@ -24,29 +24,29 @@ _TOO_MANY_TOKENS: Final = re.compile(
 
 @dataclass(frozen=True)
 class ChatDialect:
-    """How one endpoint wants its requests."""
+    """The request format of one endpoint."""
 
     token_limit: str = "max_tokens"
-    """The name of the field that bounds the reply."""
+    """Name of the field that limits the reply's tokens."""
     left_out: frozenset[str] = frozenset()
-    """Fields that it does not take; it goes by its own default."""
+    """Fields that the endpoint does not accept; it uses its own defaults for them."""
 
     def body(self, fields: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
-        """A request's body: `fields` without those that the endpoint does not take, and the bound."""
+        """A request's body: `fields` without those in `left_out`, and the token limit."""
         return {name: value for name, value in fields.items() if name not in self.left_out} | {
             self.token_limit: max_tokens
         }
 
     def after_refusal(self, message: str, body: Mapping[str, Any]) -> ChatDialect:
-        """The dialect to try next, after `body` was refused with `message`; this one where the refusal is about
-        something else."""
+        """The dialect to try next, after the endpoint refused `body` with `message`; `self` if no other one can
+        help."""
         if (
             "max_tokens" in body
             and ("max_tokens" in message or "max_completion_tokens" in message)
             and not _TOO_MANY_TOKENS.search(message)
         ):
             return replace(self, token_limit="max_completion_tokens")
-        # a wrong value is the caller's fault; only a field that cannot be given at all may be left out
+        # a wrong value is the caller's fault; only a field that the endpoint never accepts may be left out
         if _UNSUPPORTED.search(message):
             for name in ("temperature", "seed"):
                 if name in body and re.search(rf"\b{name}\b", message):

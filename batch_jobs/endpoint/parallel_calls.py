@@ -1,4 +1,4 @@
-"""Slow calls over a bounded number of threads, each result handed out as soon as it is there."""
+"""Runs slow calls in a bounded number of threads and yields each result as soon as it is ready."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 def parallel_calls(
     call: Callable[[Item], Result], items: Iterable[Item], *, workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, call(item)) in order of completion, with `workers` calls under way at a time.
+    """Yield (item, call(item)) in order of completion, with `workers` calls in flight at a time.
 
-    Items are taken as threads get free, so a million of them take no memory. When a call raises, no further one is
-    begun, the results of those under way are still handed out (they may have been paid for), and then it is raised.
+    Items are taken as threads become free, so a long iterable takes no memory. After a call raises, no new one starts,
+    the results of those in flight are still yielded (they may have been paid for), and then the first error is raised.
     """
     source = iter(items)
     failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""A set of CPU cores for each engine on a machine, so that engines beside each other do not fight for the same ones."""
+"""Gives each engine on a machine its own set of CPU cores, so that engines do not compete for the same cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def default_folder() -> Path:
-    """Where the locks of this user's engines lie on this machine."""
+    """Folder of the core locks of this user's engines on this machine."""
     return Path(tempfile.gettempdir()) / f"vllm-steer-cores-{os.getuid()}"
 
 
@@ -19,11 +19,12 @@ RETRY_SECONDS = 0.5
 
 
 def claim_cores(count: int, folder: Path | None = None, *, patience: float = PATIENCE_SECONDS) -> frozenset[int]:
-    """Bind this process to `count` cores that no other live claimant has, and return them; empty, with nothing bound,
-    when fewer become free within `patience` seconds (an engine that is being replaced takes its time to go).
+    """Bind this process to `count` cores that no other live process has claimed, and return them.
 
-    A claim is a lock on a file of the core's number, held open until the process ends, however it ends: the kernel
-    drops it after a kill -9 as well. Threads started later inherit the binding, so call it before torch is imported.
+    Returns an empty set and binds nothing if fewer cores become free within `patience` seconds (an engine that is being
+    replaced needs time to exit). A claim is a lock on a file named after the core. The kernel releases it when the
+    process ends, even after a kill -9. Sets OMP_NUM_THREADS to `count`. Threads started later inherit the binding, so
+    call this before torch is imported.
     """
     folder = folder or default_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ def claim_cores(count: int, folder: Path | None = None, *, patience: float = PAT
 
 
 def _lock(count: int, folder: Path) -> dict[int, int]:
-    """Core -> the open file that locks it, for `count` cores; empty, and nothing locked, when fewer are free."""
+    """Core -> descriptor of its locked file, for `count` cores; empty, with nothing locked, if fewer are free."""
     held: dict[int, int] = {}
     for core in sorted(os.sched_getaffinity(0)):
         if len(held) == count:

@@ -1,4 +1,4 @@
-"""The in-process engine of a study: what the jobs need of it, how it is started, and what it loads."""
+"""The in-process engine of a study: its interface, how it is started, and which model it loads."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Mapping[str, Any]], sampling_params: Sequence[Any], *, use_tqdm: bool
-    ) -> Sequence[Any]: ...
+    ) -> Sequence[Any]:
+        """Run all prompts, each with its own SamplingParams; one RequestOutput per prompt, in their order."""
+        ...
 
-    def get_tokenizer(self) -> Any: ...
+    def get_tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
+        ...
 
-    def get_metrics(self) -> Sequence[Any]: ...
+    def get_metrics(self) -> Sequence[Any]:
+        """vLLM's metrics of this process, with running totals."""
+        ...
 
 
 def model_location(model: str) -> str:
-    """What the engine loads for a study's `model`: the demo model's folder, a local path, or a hub id as it
-    is.
+    """What the engine loads for a study's `model`: the demo model's folder, or the local path or hub id as given.
 
     Making the demo model the first time takes a minute and a download.
+
+    Raises:
+        DemoModelError: the demo model cannot be made.
     """
     if model != DEMO_MODEL:
         return model
@@ -42,8 +50,8 @@ def model_location(model: str) -> str:
 
 
 def model_revision(location: str, engine: Engine) -> str | None:
-    """What tells two models of one name apart: the hub commit, or for a folder a digest of its config and
-    weight sizes."""
+    """The revision that distinguishes two models of one name: the hub commit, or for a folder a digest of its config
+    and file sizes. None if the hub commit is unknown."""
     folder = Path(location)
     if folder.is_dir():
         digest = hashlib.sha256()
@@ -59,9 +67,10 @@ def model_revision(location: str, engine: Engine) -> str | None:
 
 
 def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
-    """How many decoder blocks a model has, from its config alone: no weight is read.
+    """Number of decoder blocks of a model, from its config alone: no weights are read.
 
-    Raises StudyError when there is no such model or its config does not say.
+    Raises:
+        StudyError: there is no such model, or its config does not give the number.
     """
     if (location.startswith(("/", ".", "~")) or location.count("/") > 1) and not Path(location).is_dir():
         raise StudyError(f"There is no model folder {location}; give a folder, a hub id (owner/name) or {DEMO_MODEL}.")
@@ -70,7 +79,7 @@ def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        # transformers' messages are paragraphs; the first line says what is wrong
+        # transformers' messages are paragraphs; the first line names the fault
         first_line = str(error).strip().splitlines()[0]
         raise StudyError(
             f"The config of {location} cannot be read ({first_line}); give a model folder, a hub id that this machine "
@@ -83,12 +92,12 @@ def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
 
 
 def set_engine_environment() -> None:
-    """Set three environment variables, unless set already; to be called before vLLM is imported.
+    """Set three environment variables unless they are set already. Call it before vLLM is imported.
 
     VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps the engine in this process (it starts in a third of the time and
-    readouts need no transfer between processes), VLLM_LOGGING_LEVEL=ERROR keeps the log out of the
-    progress bars, and OMP_WAIT_POLICY=PASSIVE lets torch's threads sleep where they would spin for each other:
-    on a CPU that something else uses too, spinning makes a step several times slower.
+    readouts need no transfer between processes). VLLM_LOGGING_LEVEL=ERROR keeps the log out of the
+    progress bars. OMP_WAIT_POLICY=PASSIVE lets torch's threads sleep instead of spin while they wait for each other:
+    on a shared CPU, spinning makes a step several times slower.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -99,8 +108,11 @@ def start_engine(study: Study, location: str) -> Engine:
     """Load the model with hooks on the study's layers; returns a `vllm.LLM`, in this process unless the environment
     says otherwise.
 
-    Statistics are on: progress and row times come from them. Raises SteerError when the model's family is not
-    supported, StudyError when there is no such model or it lacks a layer.
+    vLLM's statistics are on, since progress and row times come from them.
+
+    Raises:
+        SteerError: the model's family is not supported.
+        StudyError: there is no such model, or it lacks a layer.
     """
     set_engine_environment()
     layers = study.hooked_layers(decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code))
@@ -120,17 +132,17 @@ def start_engine(study: Study, location: str) -> Engine:
 
 
 class LazyEngine:
-    """The engine, started when first asked for: a resumed study with nothing left to run never starts one."""
+    """An engine that starts on first use: a resumed study with nothing left to run never starts one."""
 
     def __init__(self, study: Study, location: str, console: Console) -> None:
         self._study = study
         self.location = location
-        """What was, or will be, loaded."""
+        """The model to load; see `model_location`."""
         self._console = console
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine; the first use starts it, which takes from half a minute to minutes."""
+        """The engine; the first use starts it, which takes between half a minute and several minutes."""
         began = time.monotonic()
         with self._console.status(f"Starting the engine on {self.location} …"):
             engine = start_engine(self._study, self.location)
@@ -145,9 +157,9 @@ class LazyEngine:
 
             close_llm(engine)
             del engine
-            gc.collect()  # now, and not when another engine runs
+            gc.collect()  # frees its memory now, not while another engine runs
 
     @cached_property
     def revision(self) -> str | None:
-        """See `model_revision`."""
+        """See `model_revision`; starts the engine."""
         return model_revision(self.location, self.engine)

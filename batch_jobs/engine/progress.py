@@ -1,8 +1,8 @@
-"""Progress of a blocking `LLM.generate`: rows done, tokens a second and time left, on a terminal or as plain
+"""Progress of a blocking `LLM.generate`: rows done, tokens per second and time left, on a terminal or as plain
 log lines.
 
-vLLM reports a request when it has ended. In one mixed batch most rows end together, so a bar fed by that
-stands still and then jumps; the token counters among the engine's statistics move at every step.
+vLLM reports a request only when it has ended. In one mixed batch most rows end together, so a bar of finished rows
+stands still and then jumps. The token counters in the engine's statistics move at every step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from batch_jobs.engine.engine import Engine
 
 
 class Progress(Protocol):
-    """Where a job says how far it is."""
+    """Receives a job's progress and warnings."""
 
     def watch(self, engine: Engine, title: str, work: Work) -> AbstractContextManager[None]:
-        """Show the engine's progress while the body blocks in `generate`."""
+        """Context manager that shows the engine's progress while its body blocks in `generate`."""
         ...
 
     def warn(self, message: str) -> None:
-        """Tell the user something that does not stop the job."""
+        """Show the user a message that does not stop the job."""
         ...
 
 
@@ -39,7 +39,7 @@ LOG_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch will do."""
+    """The amount of work in a batch."""
 
     rows: int
     prompt_tokens: int
@@ -48,13 +48,13 @@ class Work:
 
     @property
     def prefill_only(self) -> bool:
+        """Whether each row generates one token only, so that prompt tokens measure the progress."""
         return self.max_new_tokens == 1
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Running totals of the engine. They count from the process's start, so progress is a difference of
-    two."""
+    """Running totals of the engine since the process started; progress is the difference of two."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -77,7 +77,7 @@ class Counters:
         )
 
     def since(self, start: Counters) -> Counters:
-        """What was added after `start`."""
+        """The increase since `start`."""
         return Counters(
             self.prompt_tokens - start.prompt_tokens,
             self.generated_tokens - start.generated_tokens,
@@ -87,8 +87,11 @@ class Counters:
 
 
 def tokens_done_and_due(done: Counters, work: Work) -> tuple[int, int]:
-    """Tokens worked off and tokens expected in all; the latter assumes that every unfinished row runs to its
-    limit, so it falls as rows end early and the time left is an upper bound."""
+    """Tokens done and tokens expected in total.
+
+    The total assumes that every unfinished row runs to its limit. It falls as rows end early, so the time left is an
+    upper bound.
+    """
     if work.prefill_only:
         return min(done.prompt_tokens, work.prompt_tokens), work.prompt_tokens
     unfinished = max(work.rows - done.finished_rows, 0)
@@ -102,19 +105,21 @@ class ConsoleProgress:
 
     console: Console
     quiet: bool = False
-    """No progress at all, for logs; warnings still show."""
+    """Show no progress, for logs; warnings still show."""
 
     def watch(self, engine: Engine, title: str, work: Work) -> AbstractContextManager[None]:
+        """See `Progress.watch`; `engine_progress` unless `quiet`."""
         return nullcontext() if self.quiet else engine_progress(engine, self.console, title, work)
 
     def warn(self, message: str) -> None:
+        """Print the message in yellow, also if `quiet`."""
         self.console.print(message, style="yellow", markup=False, highlight=False)
 
 
 @contextmanager
 def engine_progress(engine: Engine, console: Console, title: str, work: Work) -> Iterator[None]:
-    """Show progress of the engine while the body blocks in `generate`. Not a terminal: a line every 15 s, and
-    one at the end."""
+    """Show the engine's progress while the body blocks in `generate`: a bar on a terminal, elsewhere a line every 15 s
+    and one at the end."""
     start, began = Counters.of(engine), time.monotonic()
     ended = threading.Event()
     bar = Bar(

@@ -1,4 +1,4 @@
-"""Write a text file so that a reader sees either the old content or the whole new one, never a part."""
+"""Writes a text file so that a reader sees either the old content or the whole new content, never a part."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by UTF-8 `text`; the folder is made if absent.
+    """Replace the content of `path` with `text` in UTF-8; makes the folder if it is absent.
 
-    The text goes to a temporary file in the same folder (a rename is only atomic within one file system), is
-    synced, and then takes the name. Raises OSError when the folder cannot be written; `path` is then
-    unchanged.
+    The text goes to a temporary file in the same folder (a rename is only atomic within one file system), which is
+    synced and then renamed to `path`.
+
+    Raises:
+        OSError: the folder cannot be written; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -22,8 +24,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a report is meant to be read by whoever may read the folder
+        # mkstemp makes private files; everyone who may read the folder should be able to read the result
         part.chmod(0o644)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)  # gone already, unless something failed on the way
+        part.unlink(missing_ok=True)  # already renamed, unless a step failed

@@ -1,6 +1,6 @@
-"""Files that people give or a run wrote, read as text, JSON, JSON lines or YAML.
+"""Reads files, given by a user or written by a run, as text, JSON, JSON lines or YAML.
 
-Every fault is one line that names the file and the place in it. Every text that is returned has a UTF-8 form: JSON and
+Every error message is one line that names the file and the place in it. Every returned text has a UTF-8 form: JSON and
 YAML can spell half of a surrogate pair (`"\\ud800"`), which Python holds as a character, but no tokenizer, Parquet file
 or HTTP request can.
 """
@@ -30,14 +30,15 @@ class JsonLine(NamedTuple):
     """One object of a file of JSON lines."""
 
     number: int
-    """Of the line, from 1; blank lines count."""
+    """Line number, from 1; blank lines count."""
     where: str
     """File and line, for messages."""
     entry: dict[str, Any]
+    """The object on the line."""
 
 
 def has_utf8_form(text: str) -> bool:
-    """Whether `text` can be stored and sent: no character of it is half of a surrogate pair."""
+    """Whether `text` can be stored and sent: none of its characters is half of a surrogate pair."""
     return _fault_at(text) is None
 
 
@@ -47,29 +48,44 @@ def printable(text: str) -> str:
 
 
 def read_text(place: Place, *, advice: str, error: type[SteerError] = StudyError) -> str:
-    """The text of a UTF-8 file. Raises `error`, which ends in `advice`, when it cannot be read."""
+    """The text of a UTF-8 file.
+
+    Raises:
+        error: the file cannot be read; the message ends in `advice`.
+    """
     return _decoded(_read_bytes(place, advice, error), f"{place}", advice, error)
 
 
 def read_json(place: Place, *, advice: str, error: type[SteerError] = StudyError) -> Any:
-    """The document in a JSON file. Raises `error`, which ends in `advice`, when it cannot be read, is no JSON in UTF-8
-    or holds text without a UTF-8 form."""
+    """The document in a JSON file.
+
+    Raises:
+        error: the file cannot be read, is not JSON in UTF-8, or holds text without a UTF-8 form; the message ends in
+            `advice`.
+    """
     return _parsed(_read_bytes(place, advice, error), f"{place}", advice, error)
 
 
 def read_json_lines(place: Place, *, advice: str, error: type[SteerError] = StudyError) -> Iterator[JsonLine]:
-    """The objects in a file of JSON lines. Raises as `json_lines`, and `error` when the file cannot be read."""
+    """Yield the objects in a file of JSON lines; see `json_lines`.
+
+    Raises:
+        error: as `json_lines`, and if the file cannot be read.
+    """
     return json_lines(_read_bytes(place, advice, error), place, advice=advice, error=error)
 
 
 def json_lines(
     content: bytes, place: Place, *, advice: str, error: type[SteerError] = StudyError
 ) -> Iterator[JsonLine]:
-    """The objects in the content of a file of JSON lines; blank lines are left out.
+    """Yield the objects in the content of a file of JSON lines; skips blank lines.
 
-    A line ends at "\\n" alone, with or without "\\r" before it: the other characters at which `str.splitlines` splits
-    may stand inside a JSON string. Raises `error`, which names file and line and ends in `advice`, for a line that is
-    no JSON object in UTF-8 or holds text without a UTF-8 form.
+    A line ends only at "\\n", with or without "\\r" before it: the other characters at which `str.splitlines` splits
+    may stand inside a JSON string.
+
+    Raises:
+        error: a line is not a JSON object in UTF-8 or holds text without a UTF-8 form; the message names file and line
+            and ends in `advice`.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
@@ -82,12 +98,15 @@ def json_lines(
 
 
 def read_yaml(place: Place, *, advice: str, error: type[SteerError] = StudyError) -> Any:
-    """The document in a YAML file. Raises `error` when it cannot be read, is no YAML in UTF-8 or holds text without a
-    UTF-8 form; `advice` ends the message."""
+    """The document in a YAML file.
+
+    Raises:
+        error: the file cannot be read, is not YAML in UTF-8, or holds text without a UTF-8 form.
+    """
     text = read_text(place, advice=advice, error=error)
     try:
         document = yaml.safe_load(text)
-    # ValueError: a date that is none, a character beyond Unicode
+    # ValueError: an invalid date, or a character beyond Unicode
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise error(f"{place}: not valid YAML: {' '.join(printable(str(fault)).split())}.") from fault
     refuse_half_pairs(document, f"{place}", advice=advice, error=error)
@@ -95,9 +114,12 @@ def read_yaml(place: Place, *, advice: str, error: type[SteerError] = StudyError
 
 
 def refuse_half_pairs(document: Any, where: str, *, advice: str, error: type[SteerError] = StudyError) -> None:
-    """Raise `error` when a text in nested mappings and lists has no UTF-8 form. The message names `where`, the field
-    or entry and the text, and ends in `advice`. Paths count as text."""
-    # with a stack: what nests deeply must not end in a RecursionError; YAML's aliases can also make a circle
+    """Check that every text in nested mappings and lists has a UTF-8 form. Paths count as text.
+
+    Raises:
+        error: a text has none; the message names `where`, the field or entry and the text, and ends in `advice`.
+    """
+    # a stack, since recursion over deep nesting would raise RecursionError; YAML's aliases can also form a cycle
     pending: list[tuple[str, Any]] = [("", document)]
     seen: set[int] = set()
     while pending:
@@ -156,8 +178,8 @@ def _parsed(content: bytes, where: str, advice: str, error: type[SteerError]) ->
         column = f"column {fault.colno}"
         at = f"line {fault.lineno}, {column}" if "\n" in text else column
         raise error(f"{where}: not JSON ({fault.msg.removesuffix(' at')} at {at}); {advice}.") from fault
-    except (ValueError, RecursionError) as fault:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as fault:  # thousands of digits in a number, or thousands of brackets
         raise error(f"{where}: not JSON that can be read ({fault}); {advice}.") from fault
-    if _HALF_PAIR_ESCAPE.search(text):  # UTF-8 itself holds none
+    if _HALF_PAIR_ESCAPE.search(text):  # UTF-8 itself cannot encode one
         refuse_half_pairs(document, where, advice=advice, error=error)
     return document

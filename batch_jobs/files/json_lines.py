@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows, and that a crash in the middle of a line does not spoil."""
+"""An append-only file of JSON lines that survives a crash in the middle of a line."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from typing import Any, Self
 from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import json_lines
 
-# JSON leaves these alone and our own reader does too; other readers split lines by str.splitlines
+# JSON and `json_lines` allow these inside a line; readers that use str.splitlines would split there
 _ESCAPED_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of the file; none when there is no file. A last line torn by a crash is left out.
+    """All records of the file; none if there is no file. Leaves out a last line that a crash cut short.
 
-    Raises StudyError, naming file and line, for any other line that is no JSON object in UTF-8, and for text without
-    a UTF-8 form.
+    Raises:
+        StudyError: any other line is not a JSON object in UTF-8 or holds text without a UTF-8 form, or the file cannot
+            be read; the message names the file.
     """
     whole, tail = _split(path)
     return [line.entry for line in json_lines(whole + tail, path, advice="mend or delete that line")]
 
 
 class RecordWriter:
-    """Appends records to the file, as a context manager. Not for two writers at once."""
+    """Context manager that appends records to the file. Only one writer at a time may use a file."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is touched before the context is entered."""
+        """The file is opened, and made, only on entering the context."""
         self._path = path
 
     def __enter__(self) -> Self:
@@ -38,7 +39,7 @@ class RecordWriter:
         whole, tail = _split(self._path)
         self._file = self._path.open("ab")
         self._file.truncate(len(whole))
-        if tail:  # a whole record that lacks its line end only
+        if tail:  # a whole record that lacks only its line end
             self._file.write(tail + b"\n")
         return self
 
@@ -48,9 +49,12 @@ class RecordWriter:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line; it is on disk when this returns. Raises OSError when the disk does.
+        """Add one line; it is on disk when this returns.
 
         Every text in `record` must have a UTF-8 form.
+
+        Raises:
+            OSError: the line cannot be written.
         """
         line = json.dumps(dict(record), ensure_ascii=False).translate(_ESCAPED_LINE_ENDS)
         self._file.write(line.encode() + b"\n")
@@ -59,7 +63,7 @@ class RecordWriter:
 
 
 def _split(path: Path) -> tuple[bytes, bytes]:
-    """What ends in a line end, and the last line where it has none; that is empty when torn."""
+    """The part that ends in a line end, and the last line if it has none; empty if that line is cut short."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

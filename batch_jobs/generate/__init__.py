@@ -1,1 +1,1 @@
-"""Running the rows of a grid: shards, executors, what is stored."""
+"""Runs the rows of a grid: shards, executors, progress."""

@@ -1,4 +1,4 @@
-"""Run rows of a grid through one engine, all conditions mixed in one batch."""
+"""Runs rows of a grid through one engine, all conditions mixed in one batch."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vllm_steer.errors import ReadoutUnavailable
 
 @dataclass(frozen=True)
 class SteeringPrompts:
-    """The prompts of a grid by scenario id, and how far along each layer's direction they lie by
-    themselves."""
+    """The steering prompts of a grid, and their unsteered projections onto each layer's direction."""
 
     prompts: dict[str, Prompt]
+    """Scenario id -> prompt."""
     projections: dict[str, dict[tuple[str, int], float]]
     """Scenario id -> (direction, steered layer) -> projection of the unsteered prompt's readout."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a completion came from, beyond its row."""
+    """The model revision and direction hashes that a completion is recorded with."""
 
     model_revision: str | None
     direction_hashes: Mapping[tuple[str, int], str]
@@ -44,8 +44,11 @@ def prepare_prompts(
 ) -> SteeringPrompts:
     """Tokenise each scenario's steering prompt and read it once, unsteered, at the steered layers.
 
-    The directions must be registered. Warns when the chat template opens a thought. Raises StudyError when the template
-    is absent or refuses the study's variables, and when a prompt and its completion cannot fit max_model_len.
+    The directions must be registered. Warns when the chat template opens a thought.
+
+    Raises:
+        StudyError: the chat template is absent or refuses the study's variables, a prompt and its completion do not
+            fit max_model_len, or the engine returned no readout for a prompt.
     """
     from vllm_steer import Readout, collect_readouts, steered
 
@@ -104,10 +107,10 @@ def generate_rows(
 ) -> list[Generation]:
     """Generate all rows as one batch, whatever their layers and strengths, and return them in the same order.
 
-    Every row asks for a readout of its generated span at its own layer, projected on its direction; only that
+    Every row asks for a readout of its generated span at its own layer, projected onto its direction; only that
     scalar leaves the device. With `study.likelihood` the unsteered model then reads all completions once more. A row
-    the engine failed on comes back with its `error`, the others are unaffected. Should a step of the engine raise, the
-    exception passes through, and the engine is left without unfinished requests.
+    that the engine failed on is returned with its `error`; the others are unaffected. If a step of the engine raises,
+    the exception propagates and no unfinished request stays in the engine.
     """
     from vllm_steer import abandon_requests, collect_readouts
 
@@ -120,7 +123,7 @@ def generate_rows(
         try:
             readouts = collect_readouts(engine, outputs)
         except ReadoutUnavailable as error:
-            # The completions stand without it: those rows get no projection, and the user is told.
+            # The completions stay valid: the rows concerned get no projection, and the user is warned.
             progress.warn(str(error))
             readouts = error.results
         finished = [
@@ -134,7 +137,7 @@ def generate_rows(
         ]
         rereads = reread(engine, finished, max_model_len=study.max_model_len, progress=progress)
     finally:
-        # after a step that raised, what was left in the engine would be run, and returned, with the next batch
+        # after a step that raised, the next batch would run, and return, the requests left in the engine
         abandon_requests(engine)
     return [
         _generation(row, output, samples[0], again, prompts, origin, attempts, began)
@@ -143,8 +146,8 @@ def generate_rows(
 
 
 def row_params(row: Row, study: Study) -> Any:
-    """The row's SamplingParams. The baseline carries no steering entry at all: it is a plain request of stock
-    vLLM plus a readout, not a steering of strength 0."""
+    """The row's SamplingParams. The baseline has no steering entry, not one of strength 0: it is a plain vLLM request
+    plus a readout."""
     from vllm_steer import Readout, Steering, steered
 
     cell = row.condition
@@ -157,7 +160,7 @@ def row_params(row: Row, study: Study) -> Any:
 
 
 def failed_generation(row: Row, prompts: SteeringPrompts, origin: Origin, attempts: int, error: str) -> Generation:
-    """The record of a row that has no completion, and why."""
+    """The record of a row without a completion; `error` says why it has none."""
     return _record(row, prompts, origin, attempts, started_at=datetime.now(UTC), error=error)
 
 
@@ -179,12 +182,12 @@ def _generation(
         error = f"the engine ended the row with finish_reason {completion.finish_reason!r}{reason}"
         return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
     if not has_utf8_form(completion.text):
-        # vLLM detokenises with the Rust tokenizers, whose strings are UTF-8; a tokenizer written in Python may do else
+        # vLLM detokenises with the Rust tokenizers, whose strings are UTF-8; a tokenizer written in Python may not
         error = "the tokenizer made text without a UTF-8 form (half of a surrogate pair)"
         return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
     parts = split_thought(completion.text, opened=prompts.prompts[cell.scenario_id].opens_thought)
     projection = None
-    # a completion of one token fed none back, so its generated span is empty
+    # the token of a one-token completion is never fed back, so its generated span is empty
     if readout is not None and readout.num_tokens > 0:
         projection = float(readout.projections[cell.direction][cell.layer])
     return _record(

@@ -22,12 +22,12 @@ class LocalExecutor:
         self._progress = progress
 
     def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
-        """See `probes.make_probes`."""
+        """Extract and validate the directions; see `probes.make_probes`."""
         blocks = decoder_blocks(self._engine.location, trust_remote_code=study.engine.trust_remote_code)
         make_probes(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
-        """Run all shards, one after another; returns what they came to in all."""
+        """Run all shards, one after another; returns the sum of their outcomes."""
         engine = self._engine.engine
         runner = ShardRunner(engine, job, model_revision=self._engine.revision, progress=self._progress)
         total = ShardOutcome(0, 0, 0, 0.0)

@@ -1,4 +1,4 @@
-"""How many engines a Ray run uses, and what each gets."""
+"""The pool of engines that a Ray run uses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pool:
-    """How many engines, and what each gets."""
+    """Number of engines, and the resources of each."""
 
     workers: int = 1
     gpus_per_worker: float | None = None
-    """None: as many as tensor_parallel_size where the cluster has GPUs, else none."""
+    """None: tensor_parallel_size if the cluster has GPUs, else 0."""
     cpus_per_worker: int | None = None
-    """None: on a Ray started here the machine's cores shared out evenly; on a cluster 1."""
+    """None: an even share of the machine's cores if Ray is started here; 1 on a running cluster."""
     address: str | None = None
-    """Of a running cluster, as `ray.init` takes it (`auto`, `ray://host:10001`). None starts Ray on this machine."""
+    """A running cluster, as `ray.init` takes it (`auto`, `ray://host:10001`). None starts Ray on this machine."""

@@ -1,4 +1,4 @@
-"""Progress of many engines: each worker writes its state on a board, the driver reads it and shows a line a worker."""
+"""Progress of many engines: each worker reports to a board; the driver reads it and shows a line per worker."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from batch_jobs.generate.shard_runner import ShardOutcome
 
 REPORT_SECONDS = 1.0
 STALE_SECONDS = 30.0
-"""A worker that has not reported for this long is dead or starting anew, and counts for nothing."""
+"""A worker that has not reported for this long is dead or restarting, so its state is ignored."""
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What one worker is doing."""
+    """State of one worker."""
 
     worker: str
     stage: str
     rows: int
-    """In its batch."""
+    """Rows of the current batch."""
     finished_rows: int
-    """Generated, of the batch that is being worked on; not stored yet."""
+    """Rows of the current batch that are generated but not stored yet."""
     tokens_per_second: float
-    """Generated, over all batches of this worker so far, the time between them left out."""
+    """Generation speed over all batches of this worker so far, without the time between them."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Snapshot:
     """The board at one moment."""
 
     states: tuple[WorkerState, ...]
-    """Of the workers that reported lately."""
+    """States of the workers that reported recently."""
     warnings: tuple[str, ...]
-    """Those not handed out before."""
+    """Warnings that no earlier snapshot holds."""
 
 
 class ProgressBoard:
-    """The board; runs as a Ray actor of its own."""
+    """Collects the states and warnings of all workers; runs as its own Ray actor."""
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[float, WorkerState]] = {}
@@ -64,14 +64,14 @@ class ProgressBoard:
         self._warnings.append(message)
 
     def read(self) -> Snapshot:
-        """The states as they are, and the warnings since the last call."""
+        """The recent states, and the warnings since the last call."""
         warnings, self._warnings = tuple(self._warnings), []
         now = time.monotonic()
         return Snapshot(tuple(state for at, state in self._states.values() if now - at < STALE_SECONDS), warnings)
 
 
 class BoardProgress:
-    """A worker's `Progress`: reports to the board. `board` is the Ray actor's handle."""
+    """A worker's `Progress`, which reports to the board. `board` is the Ray actor's handle."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
@@ -117,7 +117,7 @@ class BoardProgress:
 
 
 class PoolView:
-    """The driver's view of a pool of workers: rows done, tokens/s and time left, in all and per worker."""
+    """The driver's view of a pool of workers: rows done, tokens/s and time left, in total and per worker."""
 
     def __init__(self, read_board: Any, console: Console, rows: int, *, quiet: bool) -> None:
         """`read_board` returns the board's Snapshot, or None when it cannot be reached."""
@@ -157,7 +157,7 @@ class PoolView:
         self._bar.stop()
 
     def stored(self, outcome: ShardOutcome) -> None:
-        """A shard is on disk."""
+        """Count a shard that is now on disk."""
         self._stored += outcome
 
     def _watch(self) -> None:
@@ -183,8 +183,11 @@ class PoolView:
 
 
 def pool_line(states: tuple[WorkerState, ...], stored: int, rows: int, elapsed: float) -> str:
-    """All workers in one line. The time left takes the rows that running batches have finished for done, and the pace
-    so far, start-up of the engines included, for the pace to come."""
+    """The progress of all workers in one line.
+
+    The time left counts rows finished in running batches as done and assumes the average pace so far, engine start-up
+    included.
+    """
     done = min(stored + sum(state.finished_rows for state in states), rows)
     left = f"{(rows - done) * elapsed / done:.0f} s left" if done else "time left unknown"
     speed = sum(state.tokens_per_second for state in states)

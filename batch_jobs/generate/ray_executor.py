@@ -1,8 +1,7 @@
-"""Runs a study's shards on a pool of engines with Ray: one actor an engine, each with its own GPUs or CPU cores.
+"""Runs a study's shards on a pool of engines with Ray: one actor per engine, each with its own GPUs or CPU cores.
 
-Ray Data hands out the shards, starts the actors, and starts a dead one anew and gives it its shard again; nothing of
-that is done here. Actors write their parts themselves, so the run directory must be one that all machines see, and
-only counts travel to the driver.
+Ray Data starts the actors, hands out the shards, restarts a dead actor and gives it its shard again. Actors write their
+parts themselves, so all machines must see the run directory, and only counts travel to the driver.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from batch_jobs.texts.contrastive import Split
 from vllm_steer.errors import SteerError
 
 OBJECT_STORE_BYTES = 200 * 2**20
-"""Of a Ray started here. Row ids and counts are all that passes through it."""
+"""Size of the object store of a Ray started here. Only row ids and counts pass through it."""
 READ_BOARD_SECONDS = 5.0
 MAX_REASON_CHARACTERS = 600
 
@@ -47,7 +46,10 @@ class ShardWorker:
         self._runner = ShardRunner(engine, job, model_revision=model_revision(location, engine), progress=progress)
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
-        """Run the shard of the given row ids; returns the fields of its ShardOutcome."""
+        """Run one shard and return the fields of its ShardOutcome, each in a list of one.
+
+        `batch`: "row_ids" -> one string of row ids joined by commas.
+        """
         (row_ids,) = batch["row_ids"]
         outcome = self._runner.run(Shard(tuple(self._rows[row_id] for row_id in row_ids.split(","))))
         return {
@@ -71,14 +73,17 @@ class RayExecutor:
             gpus = study.engine.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
         self._cpus = pool.cpus_per_worker or (1 if pool.address else _cores_each(pool.workers))
         self._resources = {"num_cpus": self._cpus, "num_gpus": gpus}
-        # an engine on a GPU is not bound to cores: its host threads do little, and other actors' do too
+        # engines on GPUs are not bound to cores: their host threads do little
         self._cores = None if gpus else self._cpus
         self._refuse_too_small(gpus)
         self._board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
     def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
-        """Extract and validate the directions in a worker process of their own, which ends afterwards and gives its
-        memory back."""
+        """Extract and validate the directions in a separate process, which then ends and frees its memory.
+
+        Raises:
+            StudyError: the extraction fails, or Ray itself does.
+        """
         task = ray.remote(max_calls=1, **self._resources)(_make_probes)
         if not self._quiet:
             self._console.print("Extracting directions on a Ray worker", highlight=False)
@@ -86,18 +91,19 @@ class RayExecutor:
             ray.get(task.remote(study, split, run, self._location, self._cores, self._board))
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
-        """Run all shards; returns what they came to in all.
+        """Run all shards; returns the sum of their outcomes.
 
-        Raises StudyError when a worker cannot start or Ray itself fails; what is stored stays.
+        Raises:
+            StudyError: a worker cannot start, or Ray itself fails. Stored rows stay.
         """
         ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its bars; ours say it shorter
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # no plan and bars: PoolView shows progress
         items = [{"row_ids": ",".join(row.row_id for row in shard.rows)} for shard in shards]
         workers = min(self._pool.workers, len(shards))
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardWorker,
             fn_constructor_args=(job, self._location, self._cores, self._board),
-            # one at a time: a shard that waits behind another in a slow actor would idle in a free one's stead
+            # one shard per actor: a second one would wait for a slow actor while another actor is free
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             batch_size=1,
             **self._resources,
@@ -117,7 +123,7 @@ class RayExecutor:
         try:
             snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=READ_BOARD_SECONDS)
         except RayError:
-            return None  # progress is not worth stopping for; if Ray is gone, the rows' own loop says so
+            return None  # not worth stopping for; if Ray is gone, the loop over the rows raises
         return snapshot
 
     def _refuse_too_small(self, gpus: float) -> None:
@@ -126,15 +132,19 @@ class RayExecutor:
             if wanted > there.get(resource, 0):
                 raise StudyError(
                     f"{self._pool.workers} workers need {wanted:g} {resource} in all and the Ray cluster has "
-                    f"{there.get(resource, 0):g}; lower --workers or what each is given."
+                    f"{there.get(resource, 0):g}; lower --workers or the resources of each."
                 )
 
 
 @contextmanager
 def ray_session(pool: Pool, study: Study, location: str, console: Console, *, quiet: bool) -> Iterator[RayExecutor]:
-    """Connect to the pool's cluster, or start Ray on this machine and stop it afterwards."""
+    """Connect to the pool's cluster, or start Ray on this machine and stop it afterwards.
+
+    Raises:
+        StudyError: Ray cannot be used, or the cluster is too small for the pool.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's core prints warnings about Ray Data's own actors; what a user should know comes as an exception
+    # Ray's core prints warnings about Ray Data's own actors; errors that matter to the user are raised
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if pool.address is None:
@@ -172,7 +182,7 @@ def _cores_each(workers: int) -> int:
 
 @contextmanager
 def _ray_errors(what: str) -> Iterator[None]:
-    """A worker's own clear error as it is; anything else of Ray's as one that says how to go on."""
+    """Turn a RayError into a StudyError, with the message of the worker's own SteerError or with advice."""
     try:
         yield
     except RayError as error:
@@ -186,7 +196,7 @@ def _ray_errors(what: str) -> Iterator[None]:
 
 
 def _own_error(error: BaseException | None) -> SteerError | None:
-    """The error of ours that Ray and Ray Data wrapped, each in its own way; None where there is none."""
+    """The SteerError that Ray and Ray Data wrapped, each in its own way; None if there is none."""
     while error is not None:
         if isinstance(error, SteerError):
             return error

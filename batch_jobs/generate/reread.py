@@ -1,9 +1,9 @@
-"""The unsteered model reads finished completions once more: how likely it finds them, and where they lie along a
+"""Reads finished completions again with the unsteered model, for their log-likelihood and their projection onto a
 direction.
 
-Steering moves the stream it is measured in, so neither number can come from the pass that wrote the completion. Here
-the same weights read prompt + completion without any steering, one prefill a row. Text that falls apart under a strong
-α shows as a low log-likelihood, whatever words it holds.
+Steering changes the residual stream in which both are measured, so neither number can come from the pass that generated
+the completion. Here the same weights read prompt + completion without steering, one prefill per row. Text that falls
+apart under a strong α has a low log-likelihood, whatever words it holds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from vllm_steer.errors import ReadoutUnavailable
 
 @dataclass(frozen=True)
 class FinishedRow:
-    """A completion as the token ids that were generated, never as text: tokenising text anew may split it another
-    way."""
+    """A completion as its generated token ids, never as text: tokenising the text again may split it differently."""
 
     prompt_ids: Sequence[int]
     """At least one."""
     completion_ids: Sequence[int]
-    """All generated ids, special ones included: an end-of-sequence token that was generated is a token like any
-    other, here and in both means below."""
+    """All generated ids, special ones included: a generated end-of-sequence token counts like any other, also in both
+    means of `Reread`."""
     layer: int
     direction: str
     """Name of a registered direction at `layer`."""
@@ -36,24 +35,26 @@ class FinishedRow:
 
 @dataclass(frozen=True)
 class Reread:
-    """What the unsteered pass says about one completion. Both None: there was no token to read, or the engine ended
-    the row early."""
+    """Result of the unsteered pass for one completion. Both fields are None if there was no token to read or the engine
+    ended the row early."""
 
     log_likelihood: float | None
     """Mean over the completion's tokens of ln p(token | prompt, tokens before it); <= 0. Perplexity is exp of its
-    negative. Temperature and top_p of the study do not enter."""
+    negative. The study's temperature and top_p do not affect it."""
     projection: float | None
     """Projection onto the row's direction of the mean, over the completion's tokens, of the residual stream at the
-    output of the row's layer. None as well where the engine could not give the readout."""
+    output of the row's layer. Also None if the engine could not give the readout."""
 
 
 def reread(engine: Engine, rows: Sequence[FinishedRow], *, max_model_len: int, progress: Progress) -> list[Reread]:
     """Read every row's prompt + completion without steering, all in one batch; results in the order of `rows`.
 
     The engine generates at least one token, so it reads at most `max_model_len` - 1: a longer row loses the end of its
-    completion, and its two means are over what is left. Unlike a readout of the generated span, the mean holds the
-    completion's last token too. The directions must be registered at their layers, which must be hooked; SteerError
-    otherwise.
+    completion, and its two means are over the rest. Unlike a readout of the generated span, the mean includes the
+    completion's last token.
+
+    Raises:
+        SteerError: a direction is not registered at its layer, or the layer is not hooked.
     """
     from vllm_steer import collect_readouts
 
@@ -70,7 +71,7 @@ def reread(engine: Engine, rows: Sequence[FinishedRow], *, max_model_len: int, p
     try:
         readouts = collect_readouts(engine, outputs)
     except ReadoutUnavailable as error:
-        # The log-likelihoods stand without it: those rows get no projection, and the user is told.
+        # The log-likelihoods stay valid: the rows concerned get no projection, and the user is warned.
         progress.warn(str(error))
         readouts = error.results
     for index, output, samples in zip(readable, outputs, readouts, strict=True):
@@ -84,11 +85,11 @@ def _params(row: FinishedRow) -> Any:
     reading = {
         "max_tokens": 1,
         "temperature": 0.0,
-        "prompt_logprobs": 0,  # of the prompt's own tokens, and no alternatives
-        "flat_logprobs": True,  # lists of numbers instead of an object and a dict for every token
-        "detokenize": False,  # nobody reads the text: it is known already
+        "prompt_logprobs": 0,  # for the prompt's own tokens, without alternatives
+        "flat_logprobs": True,  # lists of numbers instead of an object and a dict per token
+        "detokenize": False,  # the text is not used
     }
-    # The whole sequence is the engine's prompt; what the row calls its prompt is skipped.
+    # The whole sequence is the engine's prompt; skip_first leaves out the row's own prompt.
     readout = Readout(
         layers=(row.layer,), span="prompt", project=(row.direction,), vectors=False, skip_first=len(row.prompt_ids)
     )

@@ -1,8 +1,8 @@
-"""Runs shards in one engine, stores what comes out, and keeps a row that breaks the engine from taking others along.
+"""Runs shards in one engine, stores the results, and isolates rows that break the engine.
 
-Two ways of breaking are told apart. A step that *raises* leaves a usable engine: the shard is halved until the row
+A row can break the engine in two ways. A step that *raises* leaves a usable engine: the shard is halved until the row
 stands alone, and that row's error is stored after `max_attempts` tries. A row that *kills the process* is found
-the same way, but across processes: the attempt log says how often a shard was begun and never ended.
+the same way, but across processes: the attempt log counts how often a shard was begun and never ended.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from batch_jobs.texts.contrastive import Scenario
 from vllm_steer.errors import SteerError
 
 ROW_ERRORS = (SteerError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
-"""What vLLM and torch raise for work they cannot do. A dead engine, a full disk, an interrupt or memory exhausted on
-the host is no row's fault: those end the worker, and its shard is run again."""
+"""Errors that vLLM and torch raise for work they cannot do. A dead engine, a full disk, an interrupt or exhausted host
+memory is not the fault of a row: it ends the worker, and the shard is run again."""
 
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """What running a shard came to."""
+    """Counts and time of a shard that was run; outcomes can be added."""
 
     rows: int
     failed: int
     tokens: int
-    """Generated."""
+    """Generated tokens."""
     seconds: float
+    """Wall-clock time of generation."""
 
     def __add__(self, other: ShardOutcome) -> ShardOutcome:
         return ShardOutcome(
@@ -49,7 +50,7 @@ class ShardOutcome:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs beside its engine; can be sent to another process."""
+    """Everything a worker needs besides its engine; can be sent to another process."""
 
     study: Study
     scenarios: Mapping[str, Scenario]
@@ -59,12 +60,14 @@ class ShardJob:
 
 
 class ShardRunner:
-    """One engine at work on a study's rows."""
+    """Runs shards of a study in one engine."""
 
     def __init__(self, engine: Engine, job: ShardJob, *, model_revision: str | None, progress: Progress) -> None:
         """Register the directions that steer and read every scenario's prompt once.
 
-        Raises SteerError when the engine refuses a direction, StudyError when a prompt does not fit.
+        Raises:
+            SteerError: the engine refuses a direction.
+            StudyError: a prompt cannot be prepared; see `prepare_prompts`.
         """
         from vllm_steer import register_directions
 
@@ -84,14 +87,14 @@ class ShardRunner:
         self._prompts: SteeringPrompts = prepare_prompts(engine, study, job.scenarios, progress=progress)
 
     def run(self, shard: Shard) -> ShardOutcome:
-        """Generate and store a shard. Rows that stay without a completion are stored with their error."""
+        """Generate and store a shard. Rows that get no completion are stored with their error."""
         return self._run(shard, crashes_allowed=self._job.study.max_attempts, tried=0)
 
     def _run(self, shard: Shard, *, crashes_allowed: int, tried: int) -> ShardOutcome:
         if has_rows(
             self._job.run.generations, [(row.condition.model, row.condition.layer, row.row_id) for row in shard.rows]
         ):
-            # a worker stored it and died before it could say so
+            # an earlier worker stored it and died before it could report
             return ShardOutcome(len(shard.rows), 0, 0, 0.0)
         crashes = self._attempts.begin(shard.key)
         if crashes >= crashes_allowed:
@@ -114,7 +117,7 @@ class ShardRunner:
         return self._store(generations, time.monotonic() - began)
 
     def _isolate(self, shard: Shard, *, tried: int, reason: str) -> ShardOutcome:
-        """Halve a shard under suspicion; where it is one row already, store the reason in its place."""
+        """Run the halves of a failing shard apart; for a single row, store `reason` as its error."""
         if len(shard.rows) == 1:
             row = shard.rows[0]
             return self._store([failed_generation(row, self._prompts, self._origin, tried, reason)], 0.0)
@@ -123,7 +126,7 @@ class ShardRunner:
         return self._run(first, crashes_allowed=1, tried=tried) + self._run(second, crashes_allowed=1, tried=tried)
 
     def _generate(self, shard: Shard, attempt: int) -> list[Generation]:
-        """One batch, then again, by themselves, the rows that the engine gave up on."""
+        """Run one batch, then retry the rows that the engine failed on, without the others."""
         generations = self._batch(shard, attempt)
         while attempt < self._job.study.max_attempts:
             again = [index for index, generation in enumerate(generations) if generation.error is not None]

@@ -1,1 +1,1 @@
-"""Contrastive pairs written by models, and what they give away."""
+"""Contrastive pairs: models write them, and a check looks for defects and confounds."""

@@ -1,8 +1,8 @@
-"""What may be wrong with a set of contrastive pairs, before any model reads them.
+"""Check a set of contrastive pairs before any model reads them.
 
-Two kinds of findings. A *problem* is a defect of the set (a text twice, a pair without contrast): held-out pairs then
-are not held out, or a pair says nothing. A *warning* is a confound of the contrast: something other than the concept
-by which the two sides can be told apart, so that a direction made from them may be about that instead.
+There are two kinds of findings. A *problem* is a defect of the set: a duplicate text, so that held-out pairs are not
+really held out, or a pair without contrast. A *warning* is a confound: a property other than the concept separates the
+two sides, so a direction made from them may encode that property instead.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, TASK_KEYWORDS
 from batch_jobs.texts.contrastive import Pair
 
 NEAR_DUPLICATE_SIMILARITY = 0.8
-"""Cosine of two texts' character n-grams from which they count as near duplicates. Independent texts that one model
-wrote about one scenario reach 0.65 (the paper's pairs); a copy with another last sentence stays at 0.87 and above."""
+"""Two texts are near duplicates from this cosine of character n-grams on. Independent texts of one model on one
+scenario reach 0.65 (the paper's pairs); a copy with another last sentence stays at 0.87 and above."""
 LEAKAGE_AUROC = 0.9
-"""From here on a surface feature counts as telling the sides apart by itself."""
+"""A surface feature separates the sides by itself from this AUROC on."""
 LENGTH_P_VALUE = 0.01
 LENGTH_RATIO = 1.25
-"""Ratio of the sides' mean lengths (either way) that is worth a warning when it is also significant."""
+"""Ratio of the sides' mean lengths (either way) that gives a warning when it is also significant."""
 BALANCE_RATIO = 2.0
-"""Largest over smallest number of pairs in a scenario that is worth a warning."""
+"""A larger ratio of the most to the fewest pairs per scenario gives a warning."""
 CROSS_VALIDATION_FOLDS = 5
 TELLING_WORDS = 10
+"""Words reported per side."""
 
 Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Two texts that are too much alike, each named `pair_id/side`."""
+    """Two texts that are too similar, each named `pair_id/side`."""
 
     first: str
     second: str
@@ -51,57 +52,60 @@ class Likeness:
 
     @property
     def exact(self) -> bool:
+        """Whether the texts are equal up to case and spacing."""
         return self.similarity == 1.0
 
 
 @dataclass(frozen=True)
 class LengthBalance:
-    """Lengths of the two sides in words, which stand for tokens (no tokenizer is needed, and the ratio is the same)."""
+    """Lengths of the two sides in words, a proxy for tokens that has the same ratio and needs no tokenizer."""
 
     mean_empathic: float
     mean_non_empathic: float
     p_value: float
-    """Wilcoxon signed-rank test of the lengths within pairs, two-sided."""
+    """Two-sided Wilcoxon signed-rank test of the lengths within pairs."""
     auroc: float
-    """How well the length alone tells the sides apart; below 0.5 the empathic texts are the shorter ones."""
+    """How well length alone separates the sides; below 0.5 the empathic texts are shorter."""
 
     @property
     def ratio(self) -> float:
-        """Empathic over non-empathic."""
+        """Mean length of the empathic texts over that of the others."""
         return self.mean_empathic / self.mean_non_empathic
 
 
 @dataclass(frozen=True)
 class LexicalLeakage:
-    """How far words alone tell the sides apart, as AUROC with the empathic side as the positive class."""
+    """How well words alone separate the sides, as AUROC with the empathic side as the positive class."""
 
     empathy_keyword_auroc: float
-    """By the number of empathy keywords of the `paper` metric in a text."""
+    """Score: the number of the `paper` metric's empathy keywords in a text."""
     task_keyword_auroc: float
-    """By minus the number of task keywords."""
+    """Score: minus the number of task keywords."""
     lexical_baseline_auroc: float
-    """By a bag-of-words logistic regression, cross-validated with both texts of a pair in the same fold. What a
-    direction has to be held against: its own AUROC means little where words do as well."""
+    """Score: a bag-of-words logistic regression, cross-validated with both texts of a pair in the same fold. The
+    baseline for a direction: its AUROC means little where words do equally well."""
     empathic_words: tuple[str, ...]
-    """Most telling first."""
+    """Words that most indicate the empathic side, strongest first."""
     non_empathic_words: tuple[str, ...]
+    """Words that most indicate the other side, strongest first."""
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """All that `check_pairs` found."""
+    """Findings of `check_pairs`."""
 
     pairs_by_scenario: dict[str, int]
+    """Scenario id -> number of pairs."""
     duplicates: tuple[Likeness, ...]
-    """Texts of different pairs, most alike first."""
+    """Similar texts of different pairs, most similar first."""
     weak_contrasts: tuple[Likeness, ...]
-    """The two sides of one pair, where too much alike."""
+    """Pairs whose two sides are too similar, most similar first."""
     length: LengthBalance
     leakage: LexicalLeakage
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Defects of the set, a sentence each."""
+        """Defects of the set, one sentence each."""
         found = []
         for kind, likenesses in (("Duplicate", self.duplicates), ("Pair without contrast", self.weak_contrasts)):
             for likeness in likenesses:
@@ -111,7 +115,7 @@ class PairReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Confounds of the contrast, a sentence each."""
+        """Confounds of the contrast, one sentence each."""
         found = []
         length, leakage = self.length, self.leakage
         uneven = max(length.ratio, 1 / length.ratio)
@@ -141,8 +145,13 @@ class PairReport:
 
 
 def check_pairs(pairs: Sequence[Pair]) -> PairReport:
-    """Check the texts of `pairs`, at least two. Deterministic; time and memory grow with the square of their number
-    (1000 pairs: seconds). Raises StudyError for fewer than two."""
+    """Check the texts of at least two pairs.
+
+    Deterministic. Time and memory grow with the square of the number of pairs (1000 pairs: seconds).
+
+    Raises:
+        StudyError: fewer than two pairs.
+    """
     if len(pairs) < 2:
         raise StudyError(f"Got {len(pairs)} pairs; a check compares pairs with each other, so give at least 2.")
     texts = [text for pair in pairs for text in (pair.empathic, pair.non_empathic)]
@@ -160,14 +169,14 @@ def check_pairs(pairs: Sequence[Pair]) -> PairReport:
 def _likenesses(pairs: Sequence[Pair], texts: Sequence[str]) -> tuple[tuple[Likeness, ...], tuple[Likeness, ...]]:
     """Likenesses between pairs, and those within a pair."""
     names = [f"{pair.pair_id}/{side}" for pair in pairs for side in ("empathic", "non_empathic")]
-    # spacing and case are no difference; they also must not make one by way of an n-gram
+    # spacing and case do not count as differences, so they must not enter the n-grams
     plain = [" ".join(text.casefold().split()) for text in texts]
     grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(plain)
     similarity = np.triu((grams @ grams.T).toarray(), k=1)
     between: list[Likeness] = []
     within: list[Likeness] = []
     for first, second in np.argwhere(similarity >= NEAR_DUPLICATE_SIMILARITY):
-        # rounding leaves equal texts a hair off 1, and different ones must not reach it
+        # rounding keeps equal texts just off 1; different texts must not reach 1
         degree = 1.0 if plain[first] == plain[second] else min(float(similarity[first, second]), 0.9999)
         same_pair = first // 2 == second // 2
         (within if same_pair else between).append(Likeness(names[first], names[second], degree))
@@ -192,7 +201,7 @@ def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
     def keywords(words: Sequence[str]) -> list[int]:
         return [sum(text.lower().count(word) for word in words) for text in texts]
 
-    # punctuation counts as words: exclamation marks on one side only are leakage too
+    # punctuation marks count as words: exclamation marks on only one side are leakage too
     words = CountVectorizer(token_pattern=r"\w+(?:['’]\w+)*|[^\w\s]", binary=True)
     classifier = make_pipeline(words, LogisticRegression(max_iter=1000))
     pair_of_text = np.arange(len(texts)) // 2

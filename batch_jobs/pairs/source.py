@@ -1,7 +1,7 @@
-"""Contrastive pairs written by models: one scenario under two system prompts, several models in rotation.
+"""Generate contrastive pairs: models answer one scenario under two system prompts, several models in rotation.
 
-The output is a JSONL file that `load_split` reads. It grows by whole, synced lines, and pairs that it holds are never
-asked for again: a run that was cut short goes on where it stopped, and a finished one makes no call.
+The output is a JSONL file that `load_split` reads. It grows by whole, synced lines, and stored pairs are never
+requested again: an interrupted call resumes where it stopped, and a finished one makes no request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from batch_jobs.texts.contrastive import Scenario, steering_prompt
 from batch_jobs.texts.thought import OPEN_THOUGHT
 
 MIN_WORDS = 40
-"""A text of fewer words says too little; the bundled prompts ask for 80 to 100."""
+"""Shorter texts are unusable; the bundled prompts ask for 80 to 100 words."""
 _SIDES = ("empathic", "non_empathic")
 _REFUSAL_START: Final = re.compile(
     r"\W*(?:i['’]?m sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but\W+)?(?:"
@@ -38,7 +38,7 @@ _REFUSAL_START: Final = re.compile(
 
 @dataclass(frozen=True)
 class SystemPrompts:
-    """The two instructions that set the sides of a pair apart."""
+    """The two system prompts that make the contrast of a pair."""
 
     empathic: str
     non_empathic: str
@@ -51,16 +51,16 @@ class GivenUp:
     pair_id: str
     source_model: str
     complaint: str
-    """What was wrong with the last attempt."""
+    """Why the last attempt was unusable."""
 
 
 @dataclass(frozen=True)
 class PairGeneration:
-    """What a call of `generate_pairs` did."""
+    """Result of a call of `generate_pairs`."""
 
     written: int
     reused: int
-    """Pairs that the file held before."""
+    """Pairs that were already in the file."""
     given_up: tuple[GivenUp, ...]
 
 
@@ -73,9 +73,10 @@ class _Job:
 
 
 def load_system_prompts(source: Path | None) -> SystemPrompts:
-    """System prompts from a JSON object with the texts `empathic` and `non_empathic`; None means the bundled ones.
+    """Read system prompts from a JSON object with the texts `empathic` and `non_empathic`. None: the bundled prompts.
 
-    Raises StudyError when the file is absent or malformed, or holds text without a UTF-8 form.
+    Raises:
+        StudyError: the file is absent or malformed, its texts are equal, or a text has no UTF-8 form.
     """
     place = resources.files("batch_jobs") / "data" / "system_prompts.json" if source is None else source
     match read_json(place, advice="give a JSON file with the two system prompts"):
@@ -84,7 +85,7 @@ def load_system_prompts(source: Path | None) -> SystemPrompts:
         case _:
             raise StudyError(f'{place}: must be an object of two texts, "empathic" and "non_empathic".')
     if empathic == other:
-        raise StudyError(f"{place}: both system prompts are the same, so the sides of a pair would differ in nothing.")
+        raise StudyError(f"{place}: both system prompts are the same; give two prompts that differ.")
     return SystemPrompts(empathic, other)
 
 
@@ -99,17 +100,27 @@ def generate_pairs(
     max_attempts: int,
     console: Console,
 ) -> PairGeneration:
-    """Write `runs` pairs for each scenario into `out`, those that it lacks.
+    """Write the missing pairs to `out`, so that it has `runs` pairs for each scenario.
 
-    Both sides of a pair come from one model, one scenario prompt and one seed; only the system prompt differs. The
-    writer of run r of scenario number s is number (s + r) modulo their count, so every scenario hears all of them
-    equally often. A pair with an unusable side is drawn again as a whole with another seed, `max_attempts` times in
-    all, and then left out and reported; the next call tries it again. Unusable is a text that is empty, refused or too
-    short, that ended inside the model's thought or has no UTF-8 form, and a pair of equal texts. One that the token
-    limit cut off is kept; the record's `cut_off` names its side.
+    Both sides of a pair come from the same model, scenario prompt and seed; only the system prompt differs. Run r of
+    scenario number s uses writer (s + r) modulo the number of writers, so all writers serve each scenario equally
+    often. A text is unusable when it is empty, a refusal or too short, ended inside the model's thought or has no UTF-8
+    form; a pair also when its texts are equal. An unusable pair is generated again, both sides with another seed, up to
+    `max_attempts` times in all. Then it is left out and reported, and the next call tries again. A text cut off by the
+    token limit is kept; the record's `cut_off` names its side.
 
-    `runs`, `max_attempts` >= 1; `writers` and `scenarios` not empty. Raises StudyError for a file that holds something
-    else, and what a writer raises, after everything finished has been stored.
+    Args:
+        out: JSONL file to append to.
+        writers: the models, at least one.
+        scenarios: id -> scenario, at least one.
+        prompts: system prompts of the two sides.
+        runs: pairs per scenario, >= 1.
+        seed: base of the request seeds.
+        max_attempts: attempts per pair, >= 1.
+        console: gets one line per attempt.
+
+    Raises:
+        StudyError: `out` holds something else. Errors of a writer pass through; finished pairs stay stored.
     """
     held = _held_pair_ids(out)
     jobs = [
@@ -150,7 +161,7 @@ def _held_pair_ids(out: Path) -> frozenset[str]:
 def _draw(
     jobs: Sequence[_Job], prompts: SystemPrompts, seed: int, attempt: int
 ) -> Iterator[tuple[_Job, tuple[Draft, Draft], int]]:
-    """Each job with its two drafts (empathic, non-empathic) and their seed, as soon as both are there."""
+    """Yield each job with its two drafts (empathic, non-empathic) and their seed as soon as both are finished."""
     for writer in dict.fromkeys(job.writer for job in jobs):
         asked: dict[TextRequest, tuple[_Job, int]] = {}
         for job in jobs:
@@ -173,7 +184,7 @@ def _request_seed(seed: int, job: _Job, attempt: int) -> int:
 
 
 def _complaint(drafts: tuple[Draft, Draft]) -> str | None:
-    """Why the pair cannot be used; None when it can."""
+    """Why the pair is unusable; None when it is usable."""
     for side, draft in zip(_SIDES, drafts, strict=True):
         words = len(draft.text.split())
         if draft.refusal is not None:

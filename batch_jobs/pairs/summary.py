@@ -1,4 +1,4 @@
-"""What `pairs check` prints."""
+"""Output of `pairs check`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batch_jobs.pairs.check import PairReport
 
 
 def print_pair_report(report: PairReport, console: Console) -> None:
-    """Print the figures as a table, then problems and warnings, a line each."""
+    """Print the figures as a table, then problems and warnings, one line each."""
     length, leakage = report.length, report.leakage
     table = Table(show_header=False)
     table.add_column()

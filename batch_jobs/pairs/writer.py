@@ -1,4 +1,4 @@
-"""Models that write contrastive texts: at an OpenAI-compatible endpoint, or in an engine of this process."""
+"""Models that write contrastive texts, at an OpenAI-compatible endpoint or in an engine in this process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from batch_jobs.texts.prompts import Prompt, chat_prompt
 from batch_jobs.texts.thought import OPEN_THOUGHT, split_thought
 
 PROMPT_TOKENS = 1024
-"""Room for a system prompt and a scenario in the local engine's context."""
+"""Tokens of the local engine's context reserved for a system prompt and a scenario."""
 LOCAL_ENGINE = EngineOptions(enforce_eager=True, kv_cache_gib=4)
-"""A quick start counts for more than quick steps: there is one batch."""
+"""Eager mode: with a single batch, a fast start matters more than fast steps."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a model wrote, usable or not."""
+    """A model's text, usable or not."""
 
     text: str
     """Stripped, without the model's thought."""
     cut_off: bool = False
-    """The model was stopped by the token limit."""
+    """Whether the token limit ended the text."""
     refusal: str | None = None
-    """Why there is no text, where the model or its server says so."""
+    """Reason that the model or its server gave for writing no text."""
     fault: str | None = None
-    """What makes the text unusable, as the end of a sentence about it: OPEN_THOUGHT or NO_UTF8_FORM."""
+    """Why the text is unusable, OPEN_THOUGHT or NO_UTF8_FORM; completes a sentence that begins "the text"."""
 
 
 class TextWriter(Protocol):
-    """A model that writes."""
+    """A model that writes texts."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class TextWriter(Protocol):
         ...
 
     def write(self, requests: Sequence[TextRequest]) -> Iterator[tuple[TextRequest, Draft]]:
-        """Each request with its draft, as soon as it is there, in any order."""
+        """Yield each request with its draft as soon as it is finished, in any order."""
         ...
 
 
@@ -65,6 +65,7 @@ class EndpointWriter:
     """Writes through a chat endpoint, several requests at a time."""
 
     def __init__(self, client: ChatClient, *, temperature: float, max_tokens: int, concurrency: int) -> None:
+        """`max_tokens`: per text, thought included. `concurrency`: requests at a time."""
         self._client = client
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -72,11 +73,15 @@ class EndpointWriter:
 
     @property
     def name(self) -> str:
+        """See TextWriter."""
         return self._client.endpoint.model
 
     def write(self, requests: Sequence[TextRequest]) -> Iterator[tuple[TextRequest, Draft]]:
-        """See TextWriter. Raises EndpointError when the endpoint cannot be used at all; a refused request is a
-        refused draft."""
+        """See TextWriter. A refused request becomes a draft with a refusal.
+
+        Raises:
+            EndpointError: the endpoint cannot be used at all.
+        """
         return parallel_calls(self._draft, requests, workers=self._concurrency)
 
     def _draft(self, request: TextRequest) -> Draft:
@@ -103,8 +108,15 @@ class EngineWriter:
         template_variables: Mapping[str, JsonValue] | None = None,
         options: EngineOptions = LOCAL_ENGINE,
     ) -> None:
-        """`model`: hub id, local path, or `demo-model`. `max_tokens`: of a text, its thought included.
-        `template_variables`: go to the model's chat template, e.g. `{"enable_thinking": False}`."""
+        """Keep the settings; no engine is started yet.
+
+        Args:
+            model: hub id, local path, or `demo-model`.
+            temperature: sampling temperature.
+            max_tokens: per text, thought included.
+            template_variables: passed to the model's chat template, e.g. `{"enable_thinking": False}`.
+            options: options of the engine.
+        """
         self._model = model
         self._template_variables = template_variables or {}
         self._temperature = temperature
@@ -113,10 +125,15 @@ class EngineWriter:
 
     @property
     def name(self) -> str:
+        """See TextWriter."""
         return self._model
 
     def write(self, requests: Sequence[TextRequest]) -> Iterator[tuple[TextRequest, Draft]]:
-        """See TextWriter. Raises StudyError when the model's chat template takes no system prompt."""
+        """See TextWriter.
+
+        Raises:
+            StudyError: the model's chat template takes no system prompt.
+        """
         from vllm_steer import steered
 
         sampling = {"temperature": self._temperature, "max_tokens": self._max_tokens}
@@ -141,7 +158,7 @@ class EngineWriter:
         set_engine_environment()
         from vllm_steer import load_llm
 
-        # one hook is the least the plugin takes; nothing is steered or read
+        # the plugin needs at least one hook; nothing is steered or read
         engine: Engine = load_llm(
             model_location(self._model),
             layers=[0],
@@ -161,11 +178,19 @@ def open_writers(
     concurrency: int,
     template_variables: Mapping[str, JsonValue] | None = None,
 ) -> Iterator[list[TextWriter]]:
-    """Writers for endpoints, as `Endpoint.parse` reads them, and for one local model, in this order.
+    """Open writers for the endpoints, then for the local model. No model is called or loaded before it writes.
 
-    `concurrency`: requests at a time to an endpoint. `template_variables`: go to the local model's chat template.
-    Raises StudyError when neither is given, and EndpointError for an endpoint that is malformed or lacks its key. No
-    model is called or loaded before it writes.
+    Args:
+        endpoints: endpoints in the form that `Endpoint.parse` reads.
+        local_model: hub id, local path, or `demo-model`; None for no local model.
+        temperature: sampling temperature.
+        max_tokens: per text, thought included.
+        concurrency: requests at a time per endpoint.
+        template_variables: passed to the local model's chat template.
+
+    Raises:
+        StudyError: there is neither an endpoint nor a local model.
+        EndpointError: an endpoint is malformed or lacks its key.
     """
     if not endpoints and local_model is None:
         raise StudyError("There is no model to write pairs with; give an endpoint (MODEL@URL) or a local model.")

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page, its tables and figures."""
+"""Write the report of a run: one HTML page with tables and figures."""

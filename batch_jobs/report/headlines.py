@@ -1,4 +1,4 @@
-"""The few numbers at the top of a report."""
+"""The key numbers at the top of a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batch_jobs.scoring.scores import Scores
 
 @dataclass(frozen=True)
 class Headline:
-    """One number, what it is, and what to know before quoting it."""
+    """One number with its label and a note on how to read it."""
 
     label: str
     value: str
@@ -21,7 +21,8 @@ class Headline:
 
 
 def headlines(results: RunResults) -> list[Headline]:
-    """Detection, steering by both rules, dose response, behaviour, coherence, sample count; those the run has."""
+    """Detection, steering by both rules, dose response, behaviour, coherence and sample count, as far as the run has
+    them."""
     validation, scores = results.validation, results.scores
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"

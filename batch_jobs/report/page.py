@@ -1,7 +1,8 @@
-"""The report of a run: one HTML file that needs nothing but itself, made from the run directory alone.
+"""The report of a run: one self-contained HTML file, made from the run directory alone.
 
-Every number on it is one of the run's files', or of the paper's for comparison; nothing is computed anew. The page is
-`templates/report.html.j2` and the sections it includes; the figures are `figures`', the tables' rows `report_tables`'.
+Every number on the page comes from the run's files, or from the paper for comparison; nothing is recomputed. The page
+is rendered from `templates/report.html.j2` and the sections it includes. `figures` draws the figures, and `tables`
+makes the rows of the tables.
 """
 
 from __future__ import annotations
@@ -28,22 +29,25 @@ from batch_jobs.scoring.scores import ConditionScore
 from batch_jobs.scoring.setting import Setting
 
 SHOWN_PER_CONDITION = 10
-"""Texts shown of each condition; all of them are in the Parquet files."""
+"""Texts shown per condition; the Parquet files hold all."""
 MAX_SHOWN_SAMPLES = 2000
-"""Texts shown in all: at some 1.5 kB each the page stays below about 5 MB."""
+"""Texts shown in total. At about 1.5 kB each, the page stays below about 5 MB."""
 MAX_SHOWN_CONDITIONS = 1000
 MAX_BEHAVIOUR_COLUMNS = 6
 PIXELS_PER_POINT = 1.5
-"""Size of an inlined figure: its 8 point text reads as 12 pixels."""
+"""Scale of an inlined figure: 8 point text becomes 12 pixels."""
 _MAX_PLACES = 4
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path; the figures also go to `run_dir/figures` as SVG and PNG.
+    """Write `run_dir/report.html` and return its path. The figures also go to `run_dir/figures` as SVG and PNG.
 
-    The page is self-contained: styles, figures and the script of the sample filter are inline, and its
-    content security policy forbids it to load anything. All text from the run is escaped. Raises ReportError
-    when the directory, `provenance.json` or the scores are unusable, and the readers' own errors for the other parts.
+    The page is self-contained: styles, figures and the script of the sample filter are inline, and its content security
+    policy forbids loading anything. All text from the run is escaped.
+
+    Raises:
+        ReportError: the directory, `provenance.json` or the scores are unusable.
+        SteerError: another part is unusable; each reader raises its own subclass.
     """
     run_dir = Path(run_dir)
     results = read_run(run_dir, per_condition=SHOWN_PER_CONDITION, max_samples=MAX_SHOWN_SAMPLES)
@@ -55,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def report_page(results: RunResults, figures: dict[str, PaperFigure]) -> str:
-    """The page's HTML. `figures`: what `draw_figures` made of the results."""
+    """Render the page as HTML. `figures`: the result of `draw_figures`."""
     return _environment().get_template("report.html.j2").render(_context(results, figures))
 
 
@@ -109,7 +113,7 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
 
 
 def _inline(figure: PaperFigure) -> Markup:
-    assert figure.drawing is not None  # the template asks only for figures that are drawn
+    assert figure.drawing is not None  # the template inlines only figures that have a drawing
     return Markup(inline_svg(figure.drawing, figure.stem, figure.title))
 
 
@@ -123,7 +127,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _places(values: Iterable[float | None]) -> int:
-    """Fewest decimal places that show every value to within half a percent, so that a column lines up."""
+    """Fewest decimal places (up to _MAX_PLACES) that show every value to within half a percent."""
     known = [value for value in values if value is not None]
     fits = (
         places

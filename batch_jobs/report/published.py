@@ -1,7 +1,7 @@
-"""The figures the original study printed or shipped (arXiv 2511.16699), to stand beside a run's own.
+"""Numbers that the original study published (arXiv 2511.16699), for comparison with a run's own.
 
-They are facts, kept as `data/published.json`; each carries its source: a table or figure of the paper, a data file
-of its authors. Where the two disagree both values are kept.
+They are stored in `data/published.json`, each with its source: a table or figure of the paper, or a data file of its
+authors. Where the two disagree, both values are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 REFERENCE_LAYER = 16
-"""The published layer that stands in where a run's own was not published: the paper's best for steering."""
+"""The published layer shown where a run's own layer was not published: the paper's best layer for steering."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -23,8 +23,10 @@ class _Fact(BaseModel):
 
 
 class PublishedLayer(_Fact):
-    """Validation of one published direction. `layer` is the original's own number: it read hidden state number
-    `layer`, which is the output of block `layer` - 1."""
+    """Validation of one published direction.
+
+    `layer` is the original's number: it read hidden state number `layer`, the output of block `layer` - 1.
+    """
 
     model: str
     layer: int
@@ -37,7 +39,7 @@ class PublishedLayer(_Fact):
 
 
 class PublishedBest(_Fact):
-    """A row of Table 2. Two layers where the paper names both as best."""
+    """A row of Table 2. It has two layers where the paper names both as best."""
 
     model: str
     layers: tuple[int, ...]
@@ -46,12 +48,14 @@ class PublishedBest(_Fact):
 
 
 class PublishedBests(_Fact):
+    """Table 2: best layers by model."""
+
     source: str
     rows: tuple[PublishedBest, ...]
 
 
 class PublishedRandomBaseline(_Fact):
-    """AUROC of the published direction against random unit vectors'."""
+    """AUROC of the published direction and of random unit vectors."""
 
     source: str
     model: str
@@ -65,13 +69,15 @@ class PublishedRandomBaseline(_Fact):
 
 
 class PublishedAblationSide(_Fact):
+    """The direction on one version of the test texts."""
+
     auroc: Share
     accuracy: Share
     separation: float
 
 
 class PublishedAblation(_Fact):
-    """The direction on the test texts before and after the empathy words were replaced."""
+    """The direction on the test texts before and after the replacement of empathy words."""
 
     source: str
     model: str
@@ -79,11 +85,13 @@ class PublishedAblation(_Fact):
     num_keywords: int
     replacements_per_text: float
     before: PublishedAblationSide
-    """Its accuracy is the data file's, 0.933; Table 1 prints 1.000 for the same direction and texts."""
+    """The accuracy is from the data file, 0.933; Table 1 prints 1.000 for the same direction and texts."""
     after: PublishedAblationSide
 
 
 class PublishedPoint(_Fact):
+    """Projection and behaviour grade of one completion."""
+
     projection: float
     grade: int = Field(ge=0, le=2)
 
@@ -127,11 +135,11 @@ class PublishedSteering(_Fact):
     success_rate: Share
     coherence_rate: Share
     coherence_rate_in_data: Share | None
-    """What the paper's own metric gives over the nonzero α of the authors' generations, where those are public."""
+    """Result of the paper's own metric over the nonzero α of the authors' generations, where those are public."""
     baseline_empathy_rate: Share | None
     num_alphas: int | None
     positive_alphas_only: bool
-    """Dolphin's success rates count α > 0 only; its coherence counts all."""
+    """Whether the success rate counts α > 0 only, as for Dolphin. Its coherence rate counts all α."""
     source: str
 
 
@@ -147,14 +155,16 @@ class PublishedCurve(_Fact):
 
 
 class PublishedCurves(_Fact):
+    """Dose-response curves of one source."""
+
     source: str
     samples: int
-    """Samples behind each rate."""
+    """Samples per rate."""
     curves: tuple[PublishedCurve, ...]
 
 
 class Published(_Fact):
-    """All of `data/published.json`."""
+    """Content of `data/published.json`."""
 
     paper: str
     layers: tuple[PublishedLayer, ...]
@@ -170,12 +180,15 @@ class Published(_Fact):
         return tuple(dict.fromkeys(row.model for row in self.layers))
 
     def layers_of(self, model: str) -> dict[int, PublishedLayer]:
+        """Layer -> validation of the model's published direction; empty for an unknown model."""
         return {row.layer: row for row in self.layers if row.model == model}
 
 
 def published_model(model: str) -> str | None:
-    """The paper's name of the model that a run calls `model` (a hub id or path), or None for one that the paper
-    did not use. Compared by the last part of the name, case aside."""
+    """The paper's name for a run's `model` (a hub id or path); None for a model that the paper did not use.
+
+    Compares the last part of the name, ignoring case.
+    """
     name = model.rstrip("/").rsplit("/", 1)[-1].lower()
     if "dolphin" in name and "llama" in name and "8b" in name:
         return "Dolphin-Llama-3.1-8B"
@@ -184,5 +197,5 @@ def published_model(model: str) -> str | None:
 
 @cache
 def read_published() -> Published:
-    """The facts, read from the package."""
+    """Read the published numbers from the package."""
     return Published.model_validate_json((files("batch_jobs") / "data" / "published.json").read_bytes())

@@ -1,4 +1,4 @@
-"""All that a run directory says about a run, read for its report."""
+"""Read a run directory for its report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_steer.errors import SteerError
 
 
 class ReportError(SteerError):
-    """The run directory lacks something the report needs; the message names it and how to get it."""
+    """The run directory lacks something that the report needs; the message says what, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunResults:
     findings: Findings | None
     """None where the run directory has no `findings.json`."""
     behaviours: tuple[DirectionBehaviour, ...]
-    """Those with completions that were read again; none where it has no `behaviour.json`."""
+    """Entries with completions that were read again; empty where there is no `behaviour.json`."""
     generations: Generations
     provenance: dict[str, Any]
 
@@ -43,15 +43,17 @@ class RunResults:
 
     @cached_property
     def setting_names(self) -> SettingNames:
+        """Short names for `settings`."""
         return SettingNames.for_settings(self.settings)
 
     @cached_property
     def models(self) -> tuple[str, ...]:
+        """Names of the models in the scores, sorted."""
         return tuple(sorted({row.model for row in self.scores.conditions}))
 
     @cached_property
     def extract_offset(self) -> int | None:
-        """How far below the steered block a direction's texts were read; None where the run does not record it."""
+        """Block at which a direction was read minus its layer; None where the run does not record it."""
         for document in (self.validation.extra, self.provenance):
             offset = _find(document, "extract_offset")
             if isinstance(offset, int):
@@ -60,16 +62,19 @@ class RunResults:
 
     @cached_property
     def best_steering_layer(self) -> int | None:
-        """The first comparison's, i.e. that of the first model and direction."""
+        """The best steering layer of the first comparison, which is that of the first model and direction."""
         comparisons = self.findings.layers if self.findings is not None else ()
         return comparisons[0].best_steering_layer if comparisons else None
 
 
 def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResults:
-    """Read a run directory; at most `per_condition` texts a condition and `max_samples` in all.
+    """Read a run directory, with at most `per_condition` texts per condition and `max_samples` in total.
 
-    Raises ReportError when the directory, `provenance.json` or the scores are unusable, and the readers' own errors
-    for the other parts. `findings.json` and `behaviour.json` may be absent.
+    `findings.json` and `behaviour.json` may be absent.
+
+    Raises:
+        ReportError: the directory, `provenance.json` or the scores are unusable.
+        SteerError: another part is unusable; each reader raises its own subclass.
     """
     if not run_dir.is_dir():
         raise ReportError(f"{run_dir} is not a directory; give the directory that a study run wrote.")
@@ -100,7 +105,7 @@ def _read_provenance(path: Path) -> dict[str, Any]:
 
 
 def _find(document: Any, key: str) -> Any:
-    """The value of `key` nearest the top of nested mappings, or None."""
+    """The value of `key` at the shallowest level of nested mappings that has it, or None."""
     level: list[Any] = [document]
     while level:
         mappings = [item for item in level if isinstance(item, Mapping)]

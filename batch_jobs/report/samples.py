@@ -1,4 +1,4 @@
-"""The generated texts of a run as the report shows them: a bounded number a condition, each judged."""
+"""The generated texts that a report shows: a bounded number per condition, each scored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood", "thought")
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated text and how it scores."""
+    """One generated text and its scores."""
 
     sample: int
     seed: int
@@ -46,19 +46,19 @@ class Sample:
     empathetic: bool
     coherent: bool
     signatures: tuple[Signature, ...]
-    """Ways in which the text fails as text; none for most."""
+    """Ways in which the text fails as text; empty for most."""
     completion_tokens: int
     finish_reason: str
     projection_generated: float | None
     projection_unsteered: float | None
     log_likelihood: float | None
     thought: str | None
-    """None where the model wrote none."""
+    """None where the model wrote no thought."""
 
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """The texts kept of one condition, in order of `sample`."""
+    """The texts kept from one condition, in order of `sample`."""
 
     model: str
     layer: int
@@ -72,15 +72,16 @@ class SampleGroup:
 
     @property
     def setting(self) -> Setting:
+        """The setting of the condition."""
         return Setting.of(self)
 
 
 @dataclass(frozen=True)
 class Generations:
-    """What the report takes from a run's Parquet files."""
+    """Content of a run's Parquet files that the report uses."""
 
     num_rows: int
-    """All rows, failed ones included."""
+    """All rows, including failed ones."""
     errors: dict[str, int]
     """Error message -> number of failed rows, most frequent first."""
     unfinished_thoughts: int
@@ -92,22 +93,26 @@ class Generations:
 
     @property
     def num_failed(self) -> int:
+        """Number of failed rows."""
         return sum(self.errors.values())
 
     @property
     def num_shown(self) -> int:
+        """Number of texts kept."""
         return sum(len(group.samples) for group in self.groups)
 
 
 def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> Generations:
-    """Read every `*.parquet` under `folder`; keep the texts whose sample number is below `per_condition`, fewer where
-    that makes more than `max_samples` in all.
+    """Read every `*.parquet` under `folder`, and keep the texts whose sample number is below `per_condition`.
 
-    The rest is only counted, so a grid of a million rows costs no more memory than what is kept. Folder names
-    are not read: every column is inside the files; `projection_unsteered`, `log_likelihood` and `thought` may be
-    missing. Raises ScoreError, naming the folder, when it has no Parquet file or lacks another column.
+    Fewer are kept where that would exceed `max_samples` in total. The other rows are only counted, so memory depends on
+    the kept texts, not on the size of the grid. Folder names are not used: the files hold every column. The columns
+    `projection_unsteered`, `log_likelihood` and `thought` may be missing.
+
+    Raises:
+        ScoreError: the folder has no Parquet files, or they lack another column; the message names the folder.
     """
-    # a name with a leading dot is a part that is still being written
+    # a file name with a leading dot is a part that is still being written
     files = sorted(str(path) for path in Path(folder).glob("**/*.parquet") if not path.name.startswith("."))
     if not files:
         raise ScoreError(f"There are no Parquet files under {folder}; generate samples first.")
@@ -133,7 +138,7 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
 
 def _kept_rows(dataset: ds.Dataset, per_condition: int, max_samples: int) -> list[dict[str, Any]]:
     usable = pc.is_null(pc.field("error")) & pc.is_valid(pc.field("completion"))
-    # sample numbers are narrow; how many texts each bound would keep is known before any text is read
+    # the narrow column of sample numbers gives the largest bound that fits before any text is read
     numbers = dataset.to_table(columns=["sample"], filter=usable & (pc.field("sample") < per_condition))["sample"]
     counts = Counter(numbers.to_pylist())
     bound, total = 0, 0

@@ -1,4 +1,4 @@
-"""The rows of the report's tables that hold more than the run's own fields: published values, chosen examples."""
+"""Rows of the report's tables that add published values or chosen examples to the run's own fields."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class LayerRow:
     ours: LayerValidation
     read_block: int
     published: PublishedLayer | None
-    """The published direction of the same layer number, which was read one block lower than that number."""
+    """The published direction with the same layer number, which was read at the block one below that number."""
 
     @property
     def published_block(self) -> int | None:
+        """Block at which the published direction was read; None without one."""
         return None if self.published is None else self.published.layer + ORIGINAL_EXTRACT_OFFSET
 
 
@@ -49,20 +50,20 @@ class SuccessRow:
     setting: Setting
     published: PublishedSteering | None
     same: bool
-    """The published row is of this very model and layer; else it is another model's, for reference."""
+    """Whether the published row has the same model and layer. Otherwise it is the row of REFERENCE_LAYER."""
     read_block: int
     num_unmoved: int
-    """Negative α, free to fall, at which nothing changed: successes by the paper's rule."""
+    """Negative α at which the rate could fall but did not change. The paper's rule counts them as successes."""
 
     @property
     def num_decided(self) -> int:
-        """Nonzero α whose verdict the unsteered rate fixes before anything is generated."""
+        """Number of nonzero α whose success under the paper's rule follows from the unsteered rate alone."""
         return self.ours.num_alphas - self.ours.num_decidable
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """Table 3: one metric, a value a layer and direction, and the paper's."""
+    """Table 3: one metric, with one value per layer and direction, and the paper's value."""
 
     name: str
     ours: tuple[float | int | None, ...]
@@ -79,7 +80,7 @@ class Example:
 
 
 def layer_rows(results: RunResults, published: Published) -> tuple[str, list[LayerRow]]:
-    """The rows of Table 1 and the published model beside them: the run's own where the paper has it, else Phi-3."""
+    """The published model of Table 1 and its rows. The model is the run's own if the paper used it, else Phi-3."""
     model = published_model(results.models[0]) or published.random_baseline.model
     known = published.layers_of(model)
     offset = results.extract_offset or 0
@@ -112,7 +113,7 @@ def success_rows(results: RunResults, published: Published) -> list[SuccessRow]:
 
 
 def metric_rows(detections: Sequence[Detection], published: PublishedBinary) -> list[MetricRow]:
-    """The rows of Table 3: scores in 0..1, then the confusion matrix."""
+    """The rows of Table 3: the number of points, scores in 0..1, then the confusion matrix."""
 
     def row(name: str, ours: str, theirs: float | int, places: int = 2) -> MetricRow:
         return MetricRow(name, tuple(getattr(detection, ours) for detection in detections), theirs, places)
@@ -132,11 +133,11 @@ def metric_rows(detections: Sequence[Detection], published: PublishedBinary) -> 
 
 
 def examples(results: RunResults) -> list[Example]:
-    """Texts at -α, 0 and +α of one scenario: The Protector as in the paper, else the first; at the best steering layer
-    where one is known.
+    """Choose texts at -α, 0 and +α of one scenario, at the best steering layer where one is known.
 
-    α is the largest strength at which most texts of both signs are coherent, so that the pair shows the direction and
-    not the collapse; the smallest where none is. Of each condition the first coherent text is taken, else the first.
+    The scenario is The Protector, as in the paper, else the first. α is the largest strength at which both signs have a
+    coherence rate of at least MIN_EXAMPLE_COHERENCE, so that the texts show the direction and not a collapse; if there
+    is none, the smallest strength with both signs. Each condition gives its first coherent text, else its first text.
     """
     scenarios = [group.scenario for group in results.generations.groups]
     scenario = EXAMPLE_SCENARIO if EXAMPLE_SCENARIO in scenarios else scenarios[0] if scenarios else ""
@@ -155,7 +156,7 @@ def examples(results: RunResults) -> list[Example]:
             (
                 group
                 for group in results.generations.groups
-                # α = 0 is stored once a layer, whatever the direction
+                # α = 0 is stored once per layer, under one direction
                 if group.scenario == scenario
                 and group.alpha == alpha
                 and (group.setting == setting or (alpha == 0.0 and group.layer == rates[0].layer))

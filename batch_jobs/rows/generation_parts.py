@@ -1,4 +1,4 @@
-"""The columns of stored generations that scoring reads, checked, from a table or from the parts of a folder."""
+"""Reads and checks the columns of stored generations that scoring needs, from a table or from the parts of a folder."""
 
 from __future__ import annotations
 
@@ -37,18 +37,25 @@ class ScoreError(SteerError):
 
 
 def part_paths(folder: Path) -> list[Path]:
-    """The parts that the generations' store has written under `folder`, in a fixed order."""
+    """Paths of the parts that `store.write_rows` has written under `folder`, sorted."""
     return sorted(Path(folder).rglob("part-*.parquet"))
 
 
 def count_rows(part: Path) -> int:
-    """Rows of a part, from its footer. Raises ScoreError, naming it, when it cannot be read."""
+    """Number of rows in a part, from its footer.
+
+    Raises:
+        ScoreError: the part cannot be read; the message names it.
+    """
     return int(_open(part).metadata.num_rows)
 
 
 def read_part(part: Path) -> Iterator[pa.Table]:
-    """The part in tables of at most 1024 rows, each as `scoring_columns` gives it. Raises ScoreError, naming the
-    part, when it cannot be read or a table is refused."""
+    """Yield the part in tables of at most 1024 rows, each as `scoring_columns` returns it.
+
+    Raises:
+        ScoreError: the part cannot be read, or `scoring_columns` refuses a table; the message names the part.
+    """
     file = _open(part)
     present = [name for name in COLUMN_TYPES if name in file.schema_arrow.names]
     try:
@@ -61,7 +68,7 @@ def read_part(part: Path) -> Iterator[pa.Table]:
 
 
 def split_table(table: pa.Table) -> Iterator[pa.Table]:
-    """`scoring_columns` of a table, in tables of at most 1024 rows; none for a table without rows."""
+    """Yield `scoring_columns` of a table in tables of at most 1024 rows; none for an empty table."""
     for batch in scoring_columns(table).to_batches(_BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
@@ -69,9 +76,12 @@ def split_table(table: pa.Table) -> Iterator[pa.Table]:
 def scoring_columns(table: pa.Table) -> pa.Table:
     """The columns of COLUMN_TYPES, in these types: dictionary-encoded ones decoded, -0.0 made 0.0.
 
-    Columns that older tables lack (`row_id`, `projection_unsteered`, `log_likelihood`, `thought`) come out null. Raises
-    ScoreError when another column is missing, or holds a null or an α that it must not, and for a row without
-    completion, error and thought.
+    Columns that older tables lack (`row_id`, `projection_unsteered`, `log_likelihood`, `thought`) are null in the
+    result.
+
+    Raises:
+        ScoreError: another column is missing, a group column or α holds a null, an α is not finite, or a row has
+            neither completion, error nor thought.
     """
     if missing := [name for name in COLUMN_TYPES if name not in {*table.column_names, *_OPTIONAL_COLUMNS}]:
         needed = [name for name in COLUMN_TYPES if name not in _OPTIONAL_COLUMNS]
@@ -80,7 +90,7 @@ def scoring_columns(table: pa.Table) -> pa.Table:
         name: table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
         for name, kind in COLUMN_TYPES.items()
     }
-    # adding 0.0 turns -0.0 into 0.0, which would otherwise be a group of its own
+    # adding 0.0 turns -0.0 into 0.0, so that it is no group of its own
     columns |= {name: pc.add(column, 0.0) for name, column in columns.items() if pa.types.is_floating(column.type)}
     table = pa.table(columns)
     for name in (*GROUP_COLUMNS, "alpha"):
@@ -94,7 +104,7 @@ def scoring_columns(table: pa.Table) -> pa.Table:
 
 
 def in_thought(table: pa.Table) -> pa.ChunkedArray:
-    """Whether each row of `scoring_columns` ended inside a thought: it has neither a completion nor an error."""
+    """Boolean for each row of `scoring_columns`: it ended inside a thought, with neither a completion nor an error."""
     return pc.and_(pc.is_null(table["completion"]), pc.is_null(table["error"]))
 
 

@@ -1,5 +1,5 @@
-"""The grid of a study: conditions (scenario × layer × α) and their rows (one a sample), with ids and seeds
-that are stable."""
+"""The grid of a study: conditions (scenario × layer × α) and their rows (one per sample), with stable ids and
+seeds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from batch_jobs.config.study import Study
 
 @dataclass(frozen=True)
 class Condition:
-    """One cell of the grid. Its samples differ by seed only."""
+    """One cell of the grid. Its samples differ only in the seed."""
 
     model: str
-    """As the study names it, not the path it was found at, so that ids agree between machines."""
+    """The name in the study, not the path of the files, so that ids agree between machines."""
     layer: int
     direction: str
     alpha: float
@@ -25,7 +25,7 @@ class Condition:
     alpha_residual_norm: float
     """The same strength in multiples of the layer's mean residual norm."""
     alpha_unit: Literal["raw", "residual_norm"]
-    """Which of the two the study states; the other one was worked out from the measured norm."""
+    """Which of the two the study states; the other one is computed from the measured norm."""
     scenario_id: str
     op: Literal["add", "ablate", "set"]
     span: Literal["prompt", "generated", "all"]
@@ -37,8 +37,8 @@ class Condition:
 
     @property
     def canonical_json(self) -> str:
-        """What makes the condition itself. α enters as stated: the derived one moves with the last bits of a
-        measured norm."""
+        """The fields that identify the condition, as JSON. α enters as stated: the derived one changes with the last
+        bits of a measured norm."""
         stated = self.alpha if self.alpha_unit == "raw" else self.alpha_residual_norm
         return json.dumps(
             {
@@ -72,29 +72,32 @@ def row_id(condition: Condition, sample: int) -> str:
 
 
 def sample_seed(study_seed: int, scenario_id: str, sample: int) -> int:
-    """Sampling seed in 0 .. 2**31 - 1.
+    """Sampling seed in 0 .. 2**31 - 1, independent of α and layer.
 
-    α and layer are left out on purpose: sample k of a scenario meets the same random numbers under every
-    strength, so differences between strengths are paired and less noisy than with independent draws, and the
-    baselines of two layers must be identical, which makes a leak between requests visible.
+    Sample k of a scenario gets the same random numbers at every strength, so differences between strengths are
+    paired and less noisy than with independent draws. The baselines of two layers must then be identical, which
+    makes a leak between requests visible.
     """
     digest = hashlib.sha256(f"{study_seed}/{scenario_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def conditions(study: Study, mean_residual_norms: Mapping[int, float]) -> Iterator[Condition]:
-    """All conditions: layers, then scenarios, then α ascending, then directions. α = 0 appears once for each layer
-    and scenario, under the first direction: without steering it makes no difference which one is left out.
+    """Yield all conditions in nested order: layers, scenarios, α ascending, directions.
 
-    `mean_residual_norms`: layer -> mean residual norm, > 0, for every steered layer.
+    α = 0 appears once per layer and scenario, under the first direction: the unsteered baseline of all directions is
+    the same.
+
+    Args:
+        study: gives the grid.
+        mean_residual_norms: layer -> mean residual norm, > 0, for every steered layer.
     """
     grid = study.steer
     for layer in grid.layers:
         norm = mean_residual_norms[layer]
         for scenario_id in grid.scenarios:
             for stated in sorted(grid.alphas):
-                # + 0.0 turns a -0.0 of the config into 0.0, which would otherwise be a second spelling of the
-                # baseline
+                # + 0.0 turns a -0.0 of the config into 0.0, so that the baseline has one spelling
                 alpha = stated + 0.0
                 raw = alpha if grid.alpha_unit == "raw" else alpha * norm
                 for method in grid.directions if alpha else grid.directions[:1]:
@@ -112,7 +115,7 @@ def conditions(study: Study, mean_residual_norms: Mapping[int, float]) -> Iterat
 
 
 def rows(study: Study, cells: Iterable[Condition]) -> list[Row]:
-    """The rows of the given conditions, `study.steer.samples` each."""
+    """Rows of the given conditions in their order, `study.steer.samples` for each."""
     return [
         Row(row_id(cell, sample), cell, sample, sample_seed(study.seed, cell.scenario_id, sample))
         for cell in cells

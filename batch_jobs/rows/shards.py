@@ -1,4 +1,4 @@
-"""How a grid is cut into shards: the rows that one engine runs as one batch and stores as one part."""
+"""Cuts a grid into shards: the rows that one engine runs as one batch and stores as one part."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from batch_jobs.rows.store import rows_digest
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that are generated as one mixed batch."""
+    """Rows that one engine generates as one mixed batch."""
 
     rows: tuple[Row, ...]
 
     @property
     def key(self) -> str:
-        """Stands for exactly these rows; the same in every session."""
+        """Digest of exactly these rows; the same in every session."""
         return rows_digest(row.row_id for row in self.rows)
 
     def halves(self) -> tuple[Shard, Shard]:
-        """The two halves of a shard of more than one row."""
+        """Split a shard of at least two rows into its two halves."""
         middle = len(self.rows) // 2
         return Shard(self.rows[:middle]), Shard(self.rows[middle:])
 
 
 def make_shards(rows: Sequence[Row], done: Collection[str], *, rows_per_part: int, workers: int) -> list[Shard]:
-    """Cut the grid into shards of `rows_per_part` rows, fewer where that would leave a worker without any, and leave
-    out what is done.
+    """Cut the grid into shards of `rows_per_part` rows and leave out the rows in `done`.
 
-    The cuts depend on the whole grid and not on what is done, so that a shard cut short in one session is the same
-    shard in the next. Neighbours in the grid stay together: samples of a condition share their prompt's KV blocks.
+    Shards are smaller where a worker would otherwise get none. The cuts depend on the whole grid and not on `done`, so
+    an interrupted shard is the same shard in the next session. Neighbours in the grid stay together: samples of a
+    condition share their prompt's KV blocks.
+
+    Args:
+        rows: the whole grid.
+        done: ids of the rows to leave out.
+        rows_per_part: most rows in a shard.
+        workers: number of engines that share the shards.
     """
     size = max(1, min(rows_per_part, -(-len(rows) // workers)))
     blocks = (rows[start : start + size] for start in range(0, len(rows), size))

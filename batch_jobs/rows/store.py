@@ -1,10 +1,10 @@
-"""Generations on disk: one Parquet row a sample, in parts that appear whole or not at all.
+"""Generations on disk: one Parquet row per sample, in parts that appear whole or not at all.
 
 Layout: `<generations>/model_key=<slug>/layer_key=<layer>/part-<digest>.parquet`. The partition keys repeat
 the columns `model` and `layer` under other names, for two reasons: a model's name holds slashes, which a
 folder name cannot, and a reader that infers partition types (pandas, `pyarrow.parquet.read_table`) makes them
-dictionaries, which clash with a column of the same name. So every column keeps its type in every reader, and
-the folders still prune.
+dictionaries, which clash with a column of the same name. Under other names, every column keeps its type in
+every reader, and readers can still skip folders.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ SCHEMA = pa.schema(
 )
 
 _LATER_COLUMNS = ("thought",)
-"""What parts of earlier versions lack."""
+"""Columns that parts of earlier versions lack."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One row of SCHEMA, field for column. Either `completion` or `error` is set, or neither where the generation ended
-    inside a thought: then `thought` is, and there is no answer to score."""
+    """One row of SCHEMA, one field per column. Either `completion` or `error` is set. Neither is set if the generation
+    ended inside a thought: then `thought` is set, and there is no answer to score."""
 
     row_id: str
     model: str
     model_revision: str | None
     direction: str
-    """Name of the direction; at α = 0 the one that was left out."""
+    """Name of the direction; at α = 0 it is not applied."""
     direction_hash: str
     layer: int
     op: str
@@ -82,43 +82,40 @@ class Generation:
     prompt: str
     """The exact text the model read, chat template included."""
     completion: str | None
-    """The answer: what was generated, without its thought. An empty text is an answer too; None: there is none."""
+    """The answer: the generated text without its thought. An empty text is an answer too; None means no answer."""
     finish_reason: str | None
     """`stop` (the model ended) or `length`."""
     prompt_tokens: int
     completion_tokens: int | None
     """Tokens of the whole generation, thought included."""
     projection_prompt: float | None
-    """Projection of the prompt's readout at `layer` in an *unsteered* pass: where the scenario stands before
-    steering. The same in all rows of a scenario and layer."""
+    """Projection of the prompt's readout at `layer` in an *unsteered* pass: where the scenario lies before
+    steering. The same in all rows of a scenario, layer and direction."""
     projection_generated: float | None
-    """Projection of the generated span's readout at `layer`, taken *after* this row's steering at that layer,
-    so with op add and a span that covers it α itself is part of it. The span is the whole generation, thought included.
-    None for a completion of one token: none was fed back."""
+    """Projection of the generated span's readout at `layer`, taken *after* this row's steering at that layer:
+    with op add and a steered span that covers it, it contains α itself. The span is the whole generation, thought
+    included. None for a completion of one token, which was never fed back."""
     projection_unsteered: float | None
-    """Projection of the generated tokens, those of a thought included, when the *unsteered* model reads prompt and
-    generation: what the text itself says, without the α that steering put into the stream. None where it was not
-    read."""
+    """Projection of the generated tokens, thought included, when the *unsteered* model reads prompt and generation: it
+    measures the text alone, without the α that steering added to the residual stream. None if it was not read."""
     log_likelihood: float | None
-    """Mean natural-log probability of a generated token, those of a thought included, under the unsteered model, given
-    the prompt; near the entropy of its sampling for text of its own, far below it for text it would not have
-    written."""
+    """Mean natural-log probability of a generated token, thought included, under the unsteered model, given the prompt;
+    near minus the entropy of its sampling for the model's own text, far below that for text it would not write."""
     attempts: int
-    """How often the row was tried, this time included."""
+    """Number of times the row was tried, this time included."""
     started_at: datetime
     """When the engine received the request, UTC."""
     seconds: float | None
-    """From first scheduling to last token; rows share the batch, so these overlap and do not add up."""
+    """From first scheduling to last token. Rows of a batch overlap in time, so their seconds do not add up."""
     error: str | None
     """Why the engine gave no completion; None when it gave one."""
     thought: str | None = None
-    """What the model wrote between `<think>` and `</think>`, stripped; None where it wrote no thought. Rows of earlier
-    versions have none: their completion is the whole text."""
+    """The text between `<think>` and `</think>`, stripped; None if there is no thought. Rows of earlier versions have
+    none: their completion is the whole text."""
 
 
 def model_slug(model: str) -> str:
-    """A folder name for a model name. Two names that differ only in the replaced characters get different
-    slugs."""
+    """Folder name for a model name. Names that differ only in the replaced characters get different slugs."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-80:]
     return plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
@@ -128,8 +125,10 @@ def write_rows(folder: Path, rows: Sequence[Generation], metadata: Mapping[str, 
 
     `metadata` goes into each file's key-value metadata (versions, config hash, commit ...). A part's name is
     a digest of its row ids: writing the same rows again replaces the part instead of doubling the rows. Each
-    part is written to a hidden file beside its place, synced, and renamed; a crash leaves no readable half.
-    Raises OSError when the disk does.
+    part is written to a hidden file in the same folder, synced, and renamed, so a crash leaves no half-written part.
+
+    Raises:
+        OSError: a part cannot be written.
     """
     groups: dict[tuple[str, int], list[Generation]] = {}
     for row in rows:
@@ -143,17 +142,17 @@ def write_rows(folder: Path, rows: Sequence[Generation], metadata: Mapping[str, 
 
 
 def rows_digest(row_ids: Iterable[str]) -> str:
-    """16 hex digits that stand for a set of rows, whatever their order."""
+    """Digest of a set of row ids in 16 hex digits, independent of their order."""
     return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
 
 
 def part_path(folder: Path, model: str, layer: int, row_ids: Iterable[str]) -> Path:
-    """Where the part that holds exactly these rows of one model and layer lies."""
+    """Path of the part that holds exactly these rows of one model and layer."""
     return folder / f"model_key={model_slug(model)}" / f"layer_key={layer}" / f"part-{rows_digest(row_ids)}.parquet"
 
 
 def has_rows(folder: Path, rows: Iterable[tuple[str, int, str]]) -> bool:
-    """Whether `write_rows` has stored exactly these rows, given as (model, layer, row id), as parts of their own."""
+    """Whether `write_rows` has stored exactly these rows, each (model, layer, row id), in parts of their own."""
     groups: dict[tuple[str, int], list[str]] = {}
     for model, layer, row_id in rows:
         groups.setdefault((model, layer), []).append(row_id)
@@ -169,8 +168,10 @@ def to_table(rows: Sequence[Generation]) -> pa.Table:
 def read_rows(folder: Path) -> pa.Table:
     """All rows under `folder`, columns and types of SCHEMA, ordered by model, layer, scenario, α, sample.
 
-    No folder or no part gives an empty table. Columns that parts of earlier versions lack are null. Raises StudyError,
-    naming the file, for a part that is not such a table.
+    No folder or no part gives an empty table. Columns that parts of earlier versions lack are null.
+
+    Raises:
+        StudyError: a part is not such a table; the message names the file.
     """
     parts = _parts(folder)
     if not parts:
@@ -183,19 +184,21 @@ def read_rows(folder: Path) -> pa.Table:
 
 @dataclass(frozen=True)
 class RowIndex:
-    """What is stored, without the texts."""
+    """Ids and states of the stored rows."""
 
     done: frozenset[str]
-    """Ids of the rows that the engine completed, those that ended inside a thought included."""
+    """Ids of the rows that the engine completed, including those that ended inside a thought."""
     failed: frozenset[str]
-    """Ids of the rows with an error in its place."""
+    """Ids of the rows stored with an error instead."""
     direction_hashes: frozenset[str]
+    """Distinct content hashes of the rows' directions."""
 
 
 def read_index(folder: Path) -> RowIndex:
     """Ids and states of all rows under `folder`, from three narrow columns.
 
-    Raises StudyError, naming the file, for a part that is not a table of SCHEMA, and when a row is there twice.
+    Raises:
+        StudyError: a part is not a table of SCHEMA, or a row appears twice; the message names the file.
     """
     done: set[str] = set()
     failed: set[str] = set()
@@ -219,7 +222,7 @@ def read_index(folder: Path) -> RowIndex:
 
 
 def count_unfinished_thoughts(folder: Path) -> int:
-    """How many rows under `folder` ended inside a thought: they have neither a completion nor an error."""
+    """Number of rows under `folder` that ended inside a thought: they have neither a completion nor an error."""
     parts = _parts(folder)
     if not parts:
         return 0
@@ -228,9 +231,14 @@ def count_unfinished_thoughts(folder: Path) -> int:
 
 
 def drop_failed_rows(folder: Path) -> int:
-    """Take the rows with an error out of their parts, so that running them again does not leave two rows of
-    one id; return how many. Each part is replaced atomically and keeps its name, which then stands for more rows than
-    are left in it."""
+    """Remove the rows with an error from their parts and return their number, so that running them again leaves one
+    row per id.
+
+    Each part is replaced atomically and keeps its name, so its name is then the digest of more rows than it holds.
+
+    Raises:
+        StudyError: a part is not a table of SCHEMA; the message names the file.
+    """
     dropped = 0
     for part in _parts(folder):
         _check_part(part)
@@ -275,7 +283,7 @@ def _check_part(part: Path) -> None:
 
 def _write_part(part: Path, table: pa.Table) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and without the .parquet ending: neither a dataset scan nor a glob takes it for a part. The
+    # Hidden and without the .parquet suffix, so that neither a dataset scan nor a glob takes it for a part. The
     # process id keeps two writers of the same part apart.
     unfinished = part.with_name(f".{part.stem}.{os.getpid()}.tmp")
     try:

@@ -1,1 +1,1 @@
-"""The directory of a run, and where its results come from."""
+"""The directory of a run, and the provenance of its results."""

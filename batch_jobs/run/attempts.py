@@ -1,8 +1,7 @@
-"""How often work was begun and never ended, kept on disk because what has to be counted is the death of the process
-that counts.
+"""Counts how often work was begun and never ended. The counts are on disk, since the counting process itself may die.
 
-A row that kills its engine (a fault in a kernel, memory exhausted) would otherwise be handed to the next worker, and
-the next, for ever.
+Without them, a row that kills its engine (a fault in a kernel, exhausted memory) would go to one worker after another
+forever.
 """
 
 from __future__ import annotations
@@ -15,18 +14,22 @@ from batch_jobs.files.atomic import write_atomically
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """One small file a piece of work that is under way or was cut short; none for work that ended."""
+    """One small file for each piece of running or interrupted work; none for work that ended.
+
+    Attributes:
+        folder: holds the files; made when needed.
+    """
 
     folder: Path
 
     def begin(self, key: str) -> int:
-        """Note that `key` is begun; returns how often it was begun before without an `end`."""
+        """Record that `key` begins; returns how often it began before without an `end`. `key` names a file."""
         earlier = self._read(key)
         write_atomically(self.folder / key, str(earlier + 1))
         return earlier
 
     def end(self, key: str) -> None:
-        """Forget `key`: it ended, well or with an error that was dealt with."""
+        """Forget `key`: it ended, either well or with an error that was handled."""
         (self.folder / key).unlink(missing_ok=True)
 
     def _read(self, key: str) -> int:

@@ -1,4 +1,4 @@
-"""The run directory: where each result of a study lies, and whose results those are."""
+"""The run directory: the path of each result of a study, and the study that the results belong to."""
 
 from __future__ import annotations
 
@@ -23,63 +23,77 @@ class RunDirectory:
 
     @classmethod
     def for_config(cls, config: Path, out: Path | None) -> RunDirectory:
-        """`out` where given, else `runs/<config file's stem>` under the current folder."""
+        """The run at `out` if given, else at `runs/<config file's stem>` under the current folder."""
         return cls(out if out is not None else Path("runs") / config.stem)
 
     @property
     def directions(self) -> Path:
+        """The directions."""
         return self.path / "directions.safetensors"
 
     @property
     def validation(self) -> Path:
+        """Results of the directions on held-out pairs."""
         return self.path / "validation.json"
 
     @property
     def generations(self) -> Path:
+        """Folder of the generated rows; see `rows.store`."""
         return self.path / "generations"
 
     @property
     def scenarios(self) -> Path:
+        """The scenarios of the run."""
         return self.path / "scenarios.json"
 
     @property
     def readouts(self) -> Path:
+        """Readouts of the contrastive texts."""
         return self.path / "readouts.safetensors"
 
     @property
     def attempts(self) -> Path:
+        """Folder of the attempt log; see `AttemptLog`."""
         return self.path / "attempts"
 
     @property
     def judgements(self) -> Path:
+        """The judge's grades."""
         return self.path / "judgements.jsonl"
 
     @property
     def findings(self) -> Path:
+        """Asymmetries, failure signatures, and steering against detection by layer."""
         return self.path / "findings.json"
 
     @property
     def behaviour(self) -> Path:
+        """Correlation of projection and behaviour."""
         return self.path / "behaviour.json"
 
     @property
     def figures(self) -> Path:
+        """Folder of the report's figures."""
         return self.path / "figures"
 
     @property
     def scores(self) -> Path:
+        """Scores, one row per condition."""
         return self.path / "scores.csv"
 
     @property
     def success(self) -> Path:
+        """Success rates, one row per group of conditions that differ only in α."""
         return self.path / "scores_success.csv"
 
     @property
     def report(self) -> Path:
+        """The report."""
         return self.path / "report.html"
 
     @property
     def provenance(self) -> Path:
+        """The origin of the results; see `StudyRecord`."""
         return self.path / "provenance.json"
 
     @property
@@ -101,12 +115,17 @@ class RunDirectory:
         )
 
     def claim(self, run_key: str, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make sure that results in here, if any, belong to `run_key`, so that resuming never mixes two
+        """Check that the results in the directory, if any, belong to `run_key`, so that resuming never mixes two
         studies.
 
-        `identity` is the config's part of the key, `overwrite` deletes what a run writes (and nothing else in the
-        directory) first. Raises StudyError, with the fields that differ, when the directory holds another run's
-        results, or results whose provenance is gone.
+        Args:
+            run_key: digest of the config and of the content of its texts.
+            identity: the config's part of the key.
+            overwrite: delete the files that a run writes (and nothing else in the directory) instead of checking.
+
+        Raises:
+            StudyError: the path is a file, or the directory holds another run's results, or results whose provenance
+                is gone; the message names the fields that differ.
         """
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{self.path} is a file; give --out a directory.")
@@ -130,8 +149,11 @@ class RunDirectory:
         write_atomically(self.provenance, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
     def read_provenance(self) -> dict[str, Any]:
-        """What `write_provenance` wrote, or an empty mapping when there is no such file. Raises StudyError if
-        malformed."""
+        """The document that `write_provenance` wrote, or an empty mapping if there is no such file.
+
+        Raises:
+            StudyError: the file is not a JSON object or cannot be read.
+        """
         if not self.provenance.exists():
             return {}
         document = read_json(self.provenance, advice="use --overwrite to start anew")

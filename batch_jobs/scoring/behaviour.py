@@ -1,4 +1,4 @@
-"""Projection and behaviour of every completion, side by side: the points of the behavioural correlation."""
+"""Projection and grade of every completion: the points of the behavioural correlation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from batch_jobs.scoring.paper_metric import keyword_grade
 
 Floats = npt.NDArray[np.float64]
 Strings = npt.NDArray[np.object_]
-"""str in each entry."""
+"""Array of str."""
 _COLUMNS = [*GROUP_COLUMNS, "alpha", "projection_unsteered", "projection_generated"]
 
 
 @dataclass(frozen=True)
 class BehaviourPoints:
-    """One entry a completion, N of them, in the order of the parts. Rows with an error, and those that ended inside a
-    thought, are left out."""
+    """Arrays (N,) with one entry per completion, in the order of the parts.
+
+    Rows that failed or ended inside a thought are left out.
+    """
 
     model: Strings
     layer: npt.NDArray[np.int32]
@@ -35,18 +37,21 @@ class BehaviourPoints:
     """Projection when the unsteered model reads the completion, in units of the residual stream; NaN where it was not
     computed."""
     projection_generated: Floats
-    """Projection during generation, after steering; NaN where none was read."""
+    """Projection during generation, after steering, in the same units; NaN where none was read."""
     grade: npt.NDArray[np.int8]
-    """0, 1 or 2. The judge's where it has one, else by keywords: 0 more task words, 1 a tie, 2 more empathy words."""
+    """0, 1 or 2. The judge's grade where there is one, else by keywords: 0 more task words, 1 a tie, 2 more empathy
+    words."""
     judged: npt.NDArray[np.bool_]
-    """Whether the grade is the judge's."""
+    """Whether the judge gave the grade."""
 
 
 def behaviour_points(folder: Path, grades: Mapping[str, int] | None = None) -> BehaviourPoints:
-    """The points of all completions under a folder of generations, one part's texts in memory at a time.
+    """Collect the points of all completions under a folder of generations, with one part's texts in memory at a time.
 
-    `grades`: row id -> a judge's 0, 1 or 2. Raises ScoreError, naming the part, when one cannot be read or lacks a
-    column.
+    `grades`: row id -> a judge's 0, 1 or 2.
+
+    Raises:
+        ScoreError: a part cannot be read or lacks a column; the message names it.
     """
     grades = grades or {}
     numbers: list[pa.Table] = []

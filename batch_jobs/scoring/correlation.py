@@ -1,5 +1,4 @@
-"""Does the projection of a text go with how empathically it acts? Correlation with grades, and detection of the
-extremes.
+"""Correlate the projections of texts with behaviour grades, and detect grade 2 against grade 0 from the projection.
 
 Grades are 0 (non-empathic), 1 (moderate), 2 (empathic), as in the paper's section on behavioural correlation. Needs
 numpy, scipy and scikit-learn only.
@@ -25,7 +24,7 @@ NON_EMPATHIC, MODERATE, EMPATHIC = GRADES = (0, 1, 2)
 
 
 class CorrelationError(SteerError):
-    """Projections and grades that do not fit together; the message says which and why."""
+    """Projections and grades do not fit together; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,22 @@ class Correlation:
     n: int
     pearson_r: float | None
     pearson_p: float | None
-    """Of the exact distribution of r under bivariate normality, as scipy's `pearsonr` gives it."""
+    """From the exact distribution of r under bivariate normality, as in scipy's `pearsonr`."""
     spearman_rho: float | None
     spearman_p: float | None
-    """Of the t approximation, as scipy's `spearmanr` gives it; rough below about ten points."""
+    """From the t approximation, as in scipy's `spearmanr`; rough below about ten points."""
     undefined: str | None
-    """Why the four are None; None when they are numbers."""
+    """Why the four values are None; None when they are numbers."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """The binary question: grade 2 (positive) against grade 0, from the projection alone. Grade 1 is left out."""
+    """Detection of grade 2 (positive) against grade 0 from the projection alone. Grade 1 is left out."""
 
     n: int
     threshold: float | None
-    """Midpoint of the two class means, in the units of the residual stream; at or above it reads as empathic. It is
-    fitted on the very points it is judged on, so what follows from it is optimistic. `auroc` needs no threshold."""
+    """Midpoint of the two class means, in units of the residual stream. A projection at or above it counts as empathic.
+    It is fitted on the evaluated points, so the metrics that use it are optimistic. `auroc` needs no threshold."""
     accuracy: float | None
     precision: float | None
     recall: float | None
@@ -62,12 +61,12 @@ class Detection:
     tn: int
     fn: int
     undefined: str | None
-    """Why the numbers are None and the four counts 0; None when they are not."""
+    """Why the numbers are None and the four counts are 0; None when detection is defined."""
 
 
 @dataclass(frozen=True)
 class BehaviouralCorrelation:
-    """Both views of the same points."""
+    """Correlation and detection of the same points."""
 
     correlation: Correlation
     """Over all grades."""
@@ -75,11 +74,17 @@ class BehaviouralCorrelation:
 
 
 def behavioural_correlation(projections: npt.ArrayLike, grades: npt.ArrayLike) -> BehaviouralCorrelation:
-    """Correlate projections with grades, and tell grade 2 from grade 0 by the projection.
+    """Correlate projections with grades, and detect grade 2 against grade 0 from the projection.
 
-    `projections`: (N,) finite, units of the residual stream. `grades`: (N,) of 0, 1, 2. Method: paper, section on
-    behavioural correlation (its binary numbers leave the moderate grade out: 10 of its 12 points). Raises
-    CorrelationError for shapes that differ, a projection that is not finite, or another grade.
+    Method: paper, section on behavioural correlation. Its binary numbers use 10 of its 12 points, without the moderate
+    grade.
+
+    Args:
+        projections: (N,) finite, in units of the residual stream.
+        grades: (N,) of 0, 1, 2.
+
+    Raises:
+        CorrelationError: the shapes differ, a projection is not finite, or there is another grade.
     """
     projections, grades = _paired(projections, grades)
     if stray := sorted(set(grades.tolist()) - set(GRADES)):
@@ -90,14 +95,21 @@ def behavioural_correlation(projections: npt.ArrayLike, grades: npt.ArrayLike) -
 def condition_correlation(
     projections: npt.ArrayLike, grades: npt.ArrayLike, conditions: Sequence[Hashable]
 ) -> Correlation:
-    """Correlate each condition's mean projection with its mean grade: one point a condition.
+    """Correlate mean projection with mean grade, one point per condition.
 
-    Samples of one condition share prompt and α, so treating them as independent points overstates n; this does not.
-    `conditions`: (N,) keys, equal for samples of one condition. Raises CorrelationError as `behavioural_correlation`.
+    Samples of one condition share prompt and α. Counting them as independent points would overstate n.
+
+    Args:
+        projections: (N,) finite, in units of the residual stream.
+        grades: (N,) finite.
+        conditions: (N,) keys, equal for samples of one condition.
+
+    Raises:
+        CorrelationError: the lengths differ, or a value is not finite.
     """
     projections, grades = _paired(projections, grades)
     if len(conditions) != len(projections):
-        raise CorrelationError(f"Got {len(conditions)} conditions for {len(projections)} points; give one a point.")
+        raise CorrelationError(f"Got {len(conditions)} conditions for {len(projections)} points; give one per point.")
     number = {key: index for index, key in enumerate(dict.fromkeys(conditions))}
     condition_of_point = np.array([number[key] for key in conditions], dtype=np.intp)
     counts = np.bincount(condition_of_point, minlength=len(number))
@@ -106,8 +118,11 @@ def condition_correlation(
 
 
 def correlate(first: npt.ArrayLike, second: npt.ArrayLike) -> Correlation:
-    """Both coefficients of two (N,) finite series. Undefined, with a reason, for N < 3 or a constant series. Raises
-    CorrelationError for shapes that differ or a value that is not finite."""
+    """Pearson's r and Spearman's ρ of two (N,) finite series. Undefined for N < 3 or a constant series.
+
+    Raises:
+        CorrelationError: the shapes differ, or a value is not finite.
+    """
     first, second = _paired(first, second)
     reason = None
     if len(first) < 3:
@@ -141,7 +156,7 @@ def _detect(projections: Floats, grades: Floats) -> Detection:
     threshold = float(scores[empathic].mean() + scores[~empathic].mean()) / 2
     read_as_empathic = scores >= threshold
     tn, fp, fn, tp = (int(count) for count in confusion_matrix(empathic, read_as_empathic).ravel())
-    # the largest projection always reaches the threshold, so precision has no zero to divide by
+    # the largest projection always reaches the threshold, so precision never divides by zero
     precision, recall, f1, _ = precision_recall_fscore_support(
         empathic, read_as_empathic, average="binary", zero_division=np.nan
     )
@@ -163,7 +178,7 @@ def _detect(projections: Floats, grades: Floats) -> Detection:
 
 
 def _constant(values: Floats) -> bool:
-    # relative: float noise around one value is a constant too, and scipy would warn about it
+    # relative tolerance: float noise around one value is a constant too, and scipy would warn about it
     return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
 
 

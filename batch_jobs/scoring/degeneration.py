@@ -1,6 +1,6 @@
-"""How a completion fails as text: empty, stuck in a loop, or turned into code. Pure Python and zlib on one string.
+"""Detect how a completion fails as text: empty, stuck in a loop, or turned into code. Pure Python and zlib.
 
-These are signs, not a judgement of quality: they say of a text at a glance what a reader would say first.
+These signs flag obvious failures. They do not judge quality.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Final, NamedTuple
 from batch_jobs.scoring.word_counts import WordCounts, count_words
 
 LOOP_REPETITION: Final = 0.5
-"""A text is a loop from this repetition share on, be it of the whole text or of its last 4-grams."""
+"""A text is a loop from this repetition share on, over the whole text or over its last 4-grams."""
 LOOP_TAIL_GRAMS: Final = 40
-"""How many last 4-grams are asked on their own, for a text that begins well."""
+"""Number of last 4-grams checked on their own, for a text that begins well."""
 LOOP_COMPRESSION_RATIO: Final = 0.2
-"""A text that zlib makes smaller than this share is a loop even where words cannot show it ("hahaha...", no spaces).
-English of 900 characters comes to 0.45 .. 0.7."""
+"""A text that zlib compresses below this ratio is a loop, even where words cannot show it ("hahaha...", no spaces).
+English of 900 characters has a ratio of 0.45 to 0.7."""
 MIN_COMPRESSIBLE_BYTES: Final = 100
-"""Below this the compression ratio says more of zlib's own overhead than of the text, so it decides nothing."""
+"""For shorter texts the compression ratio is not used: zlib's own overhead dominates it."""
 MIN_GRAM_WORDS: Final = 8
-"""With fewer words the share of repeated 4-grams says nothing; such a text is a loop when all its words are one."""
+"""With fewer words the share of repeated 4-grams is not used; such a text is a loop when all its words are equal."""
 MIN_LOOP_WORDS: Final = 3
+"""A text of fewer words is never a loop by its words."""
 WORDS_PER_CODE_SIGN: Final = 10
-"""A text with a sign of code for every ten words or fewer is code-like. Prose that names an action has one in a
-hundred."""
+"""A text with a sign of code for every ten words or fewer is code-like. Prose that names an action has one sign in a
+hundred words."""
 
-# What prose has no use for. Fenced blocks alone are no sign: chat models put letters and maps into them. Each pattern
-# stands beside characters that every match begins with: finding out that a text lacks them costs a tenth of the search.
+# Signs of code that prose does not contain. Fenced blocks are no sign: chat models put letters and maps into them. Each
+# pattern comes with the characters that every match begins with; testing for them costs a tenth of the regex search.
 _CODE_SIGNS = tuple(
     (start, re.compile(pattern))
     for start, pattern in (
@@ -43,24 +44,26 @@ _CODE_SIGNS = tuple(
 
 
 class Degeneration(NamedTuple):
-    """What is wrong with one text."""
+    """Failure signatures of one text."""
 
     empty: bool
-    """Nothing but white space."""
+    """The text is nothing but white space."""
     loop: bool
-    """Repeats itself: words, a phrase, or characters."""
+    """The text repeats words, a phrase or characters."""
     code_like: bool
     """At least one sign of code (braces, equals signs, calls, `Output: 'open_door'`) for every ten words."""
     repetition: float
-    """1 - distinct 4-grams / 4-grams over the words as written, in 0..1; 0.0 below four words."""
+    """1 - distinct 4-grams / 4-grams over the words as written, in 0..1; 0.0 for fewer than four words."""
     compression_ratio: float | None
-    """zlib level 1 bytes over UTF-8 bytes, > 0. Short texts do not compress: below about 100 bytes it nears and passes
-    1. None for an empty text."""
+    """zlib level 1 bytes over UTF-8 bytes, > 0; None for an empty text. Short texts do not compress: below about 100
+    bytes the ratio approaches and exceeds 1."""
 
 
 def degeneration(text: str, counts: WordCounts | None = None) -> Degeneration:
-    """The failure signatures of `text`; `counts` are those of `count_words(text)`, for a caller that has them. An empty
-    text is neither a loop nor code."""
+    """Detect the failure signatures of `text`. An empty text is neither a loop nor code-like.
+
+    `counts`: `count_words(text)`, where the caller already has it.
+    """
     if counts is None:
         counts = count_words(text)
     if not counts.words:
@@ -82,7 +85,7 @@ def _is_loop(text: str, counts: WordCounts) -> bool:
         return counts.words >= MIN_LOOP_WORDS and counts.distinct == 1
     if counts.repeated_grams >= LOOP_REPETITION * counts.grams:
         return True
-    # most texts repeat less in all than the tail alone would have to
+    # shortcut: most texts repeat less as a whole than a looping tail alone would
     if counts.grams <= LOOP_TAIL_GRAMS or counts.repeated_grams < LOOP_REPETITION * LOOP_TAIL_GRAMS:
         return False
     tail = count_words(" ".join(text.split()[-LOOP_TAIL_GRAMS - 3 :]))

@@ -1,8 +1,8 @@
-"""How a run's projections go with behaviour, by layer and direction, and the file `behaviour.json` that says it.
+"""Correlate a run's projections with behaviour by layer and direction, and store the result in `behaviour.json`.
 
-The projection is that of the unsteered model reading the completion (`projection_unsteered`). The generated span's own
-projection will not do where α is not 0: it is taken after steering, so α itself is part of it, and it would go with
-any effect of α whether or not the text shows one.
+The projection is that of the unsteered model reading the completion (`projection_unsteered`). The projection of the
+generated span is not usable where α is not 0: it is read after steering and contains α itself, so it would correlate
+with any effect of α, whether or not the text shows one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from batch_jobs.scoring.correlation import (
 )
 
 MAX_POINTS = 400
-"""Points kept of each layer and direction for the scatter plot; the coefficients rest on all of them."""
+"""Points kept per layer and direction for the scatter plot. The coefficients use all points."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,32 @@ class BehaviourPoint:
 
 @dataclass(frozen=True)
 class DirectionBehaviour:
-    """How the projections on one direction, at one layer, go with the grades of the texts."""
+    """Correlation of the projections on one direction at one layer with the grades of the texts."""
 
     layer: int
     direction: str
     graded_by: Literal["judge", "keywords", "both"]
-    """`both`: the judge's grade where it gave one, the keywords' elsewhere."""
+    """`both`: the judge's grade where there is one, the keywords' grade elsewhere."""
     left_out: int
-    """Completions without a projection: empty ones, and all of them where the run did not read completions again."""
+    """Completions without a projection: empty ones, or all where the run did not read its completions again."""
     samples: BehaviouralCorrelation
-    """One point a completion, all α together. Completions of one condition are not independent, so p is too small."""
+    """One point per completion, over all α. Completions of one condition are not independent, so p is too small."""
     unsteered_samples: BehaviouralCorrelation
-    """As `samples`, α = 0 only: no steered, possibly broken text among them."""
+    """As `samples`, but α = 0 only, which excludes steered and possibly broken text."""
     conditions: Correlation
-    """One point a condition: mean projection against mean grade."""
+    """One point per condition: mean projection against mean grade."""
     points: tuple[BehaviourPoint, ...]
-    """At most MAX_POINTS of the completions, drawn at random and kept in the run's order."""
+    """At most MAX_POINTS of the completions, drawn at random, in the run's order."""
 
 
 def direction_behaviours(points: BehaviourPoints, *, seed: int = 0) -> tuple[DirectionBehaviour, ...]:
-    """Correlate by layer and direction, ordered by both. `points` are one model's; `seed` draws those that are kept.
-    Raises CorrelationError for a grade other than 0, 1, 2."""
+    """Correlate by layer and direction; the results are ordered by both.
+
+    `points`: of one model. `seed`: draws the points that are kept.
+
+    Raises:
+        CorrelationError: there is a grade other than 0, 1, 2.
+    """
     keys = sorted(set(zip(points.layer.tolist(), points.direction.tolist(), strict=True)))
     return tuple(
         _direction_behaviour(points, layer, name, (points.layer == layer) & (points.direction == name), seed)
@@ -78,8 +83,11 @@ def write_behaviour(path: Path, behaviours: Sequence[DirectionBehaviour]) -> Non
 
 
 def read_behaviour(path: Path) -> tuple[DirectionBehaviour, ...]:
-    """Read what `write_behaviour` wrote. Raises CorrelationError, naming the file, when it is absent or not of that
-    form."""
+    """Read a file of `write_behaviour`.
+
+    Raises:
+        CorrelationError: the file is absent or malformed; the message names it.
+    """
     if not path.exists():
         raise CorrelationError(f"There is no behaviour file {path}; score the run's generations first.")
     document = read_json(path, advice="score the run's generations again", error=CorrelationError)

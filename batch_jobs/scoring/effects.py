@@ -1,8 +1,8 @@
-"""What the counts of empathetic samples say of steering: intervals, exact tests, dose response, asymmetry.
+"""Statistics on counts of empathetic samples: intervals, exact tests, dose response, asymmetry.
 
-The `paper` metric asks for the sign of an effect only. Here the same counts are asked how sure that sign is, and the
-α whose direction the unsteered rate makes impossible are told apart from those that failed. All functions take plain
-numbers or arrays; which rows belong together is decided in `batch_jobs.scoring.scores`.
+The `paper` metric uses only the sign of an effect. These functions measure how certain that sign is. All take plain
+numbers or arrays; `batch_jobs.scoring.scores` groups the rows, and separates α that failed from α whose effect the
+unsteered rate rules out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import hypergeom
 
 Z_95_PERCENT: Final = 1.959963984540054
 PERMUTATIONS: Final = 9999
-"""Shufflings behind each trend's p, so the smallest p that can come out is 1e-4."""
+"""Permutations for each trend's p. The smallest possible p is 1e-4."""
 _PERMUTATION_SEED = 20251116  # any constant: the same counts must give the same p in every run
 
 Integers = npt.NDArray[np.integer[Any]]
@@ -27,31 +27,42 @@ Floats = npt.NDArray[np.float64]
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (Wilson 1927). Raises ValueError unless 0 <= successes <= trials,
-    trials > 0."""
+    """95 % Wilson score interval of a share (Wilson 1927).
+
+    Raises:
+        ValueError: unless 0 <= successes <= trials and trials > 0.
+    """
     if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} of {trials} is no share; give 0 <= successes <= trials with trials >= 1.")
+        raise ValueError(f"{successes} of {trials} is not a share; give 0 <= successes <= trials with trials >= 1.")
     share, z2 = successes / trials, Z_95_PERCENT**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95_PERCENT / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    # at 0 and 1 the bound equals the share exactly; rounding must not push it past
+    # at a share of 0 or 1 the bound equals the share exactly; rounding must not push it past
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def directional_p(
     signs: Integers, successes: Integers, trials: Integers, baseline_successes: Integers, baseline_trials: Integers
 ) -> Floats:
-    """Fisher's exact one-sided p of each condition against its baseline, in the direction that α asks for.
+    """Fisher's exact one-sided p of each condition against its baseline, in the direction given by the sign of α.
 
-    All arguments are (N,) integers, one entry a condition; `signs` is +1 or -1, the sign of α, and the trials are
-    >= 1. Returns (N,) float64 in (0, 1]: the chance, both margins held, of at least as many successes (sign +1) or
-    at most as many (sign -1) as were seen, were steering without effect. Samples count as independent; seeds shared
-    between strengths make them alike, which errs towards larger p.
+    Samples count as independent. Seeds shared between strengths make samples similar, which errs towards larger p.
+
+    Args:
+        signs: (N,) sign of α, +1 or -1; one entry per condition, as in all arguments.
+        successes: (N,) empathetic samples.
+        trials: (N,) samples, >= 1.
+        baseline_successes: (N,) empathetic unsteered samples.
+        baseline_trials: (N,) unsteered samples, >= 1.
+
+    Returns:
+        (N,) float64 in (0, 1]: the chance, under no effect and with both margins fixed, of at least as many successes
+        (sign +1) or at most as many (sign -1) as observed.
     """
     if len(signs) == 0:
         return np.empty(0)
     cells = np.stack([signs, successes, trials, baseline_successes, baseline_trials], axis=1)
-    # a grid has few distinct tables of counts, however many conditions
+    # even a grid of many conditions has few distinct tables of counts
     distinct, place = np.unique(cells, axis=0, return_inverse=True)
     sign, hits, tries, base_hits, base_tries = distinct.T
     law = hypergeom(tries + base_tries, hits + base_hits, tries)
@@ -61,7 +72,7 @@ def directional_p(
 
 @dataclass(frozen=True)
 class Trend:
-    """Does the empathetic rate rise with α? Over single samples, α = 0 among them."""
+    """Whether the empathetic rate rises with α, over single samples, including α = 0."""
 
     rho: float
     """Spearman correlation of α with empathetic (0/1), in -1..1."""
@@ -70,11 +81,18 @@ class Trend:
 
 
 def trend(alphas: Sequence[float], successes: Sequence[int], trials: Sequence[int]) -> Trend | None:
-    """Dose response of one group: entry i says that `successes[i]` of `trials[i]` samples at `alphas[i]` were
-    empathetic. The α are distinct, trials >= 1.
+    """Dose response of one group.
 
-    p comes from 9999 seeded shufflings of the outcomes over the samples (so from the multivariate hypergeometric law of
-    the counts), with the observed order counted in. None where nothing varies: one α, or all outcomes alike.
+    p comes from 9999 seeded permutations of the outcomes over the samples, drawn as counts from the multivariate
+    hypergeometric distribution. The observed order counts as one more.
+
+    Args:
+        alphas: distinct strengths.
+        successes: empathetic samples at each strength.
+        trials: samples at each strength, >= 1.
+
+    Returns:
+        None where nothing varies: a single α, or equal outcomes.
     """
     order = np.argsort(alphas)
     hits, sizes = np.asarray(successes)[order], np.asarray(trials)[order]
@@ -89,19 +107,19 @@ def trend(alphas: Sequence[float], successes: Sequence[int], trials: Sequence[in
     ranks, rate = doubled / 2, total / samples
     centred = ranks - (samples + 1) / 2
     spread = math.sqrt(float(sizes @ centred**2) * samples * rate * (1 - rate))
-    # Pearson's correlation of ranks and outcomes; the ranks of a two-valued series are its values, scaled
+    # Spearman's ρ: Pearson's correlation of ranks and outcomes, since the ranks of a 0/1 series are its values, scaled
     return Trend(rho=float(hits @ centred) / spread, p=(1 + as_large) / (1 + len(null)))
 
 
 def _doubled_ranks(sizes: Integers) -> Integers:
-    """Twice the mean rank of each group's samples, in integers, which compare exactly; groups come in ascending α."""
+    """Twice the mean rank of each group's samples, as integers, which compare exactly. Groups are in ascending α."""
     ends = np.cumsum(sizes)
     return np.asarray(2 * ends - sizes + 1)
 
 
 @lru_cache(maxsize=256)
 def _null_rank_sums(sizes: tuple[int, ...], total: int) -> Integers:
-    """Sorted rank sums of shuffled outcomes. Groups of one grid share sizes: most calls are answered from memory."""
+    """Sorted rank sums of shuffled outcomes. Groups of one grid share sizes, so most calls hit the cache."""
     draws = np.random.default_rng(_PERMUTATION_SEED).multivariate_hypergeometric(
         sizes, total, size=PERMUTATIONS, method="marginals"
     )
@@ -110,7 +128,7 @@ def _null_rank_sums(sizes: tuple[int, ...], total: int) -> Integers:
 
 @dataclass(frozen=True)
 class Balance:
-    """What +α and -α do, over the |α| that were run with both signs."""
+    """Effects of +α and -α, over the |α| that were run with both signs."""
 
     gain: float
     """Mean of rate(+|α|) - rate(0), in -1..1."""
@@ -118,13 +136,15 @@ class Balance:
     """Mean of rate(0) - rate(-|α|), in -1..1."""
     index: float | None
     """(gain - loss) / (|gain| + |loss|), in -1..1: 1 when only +α moves the rate (or when both signs raise it), -1 when
-    only -α does (or both lower it), 0 when the two mirror each other. None when neither moves it, and when the baseline
-    is 0 or 1, since then one sign has nowhere to go."""
+    only -α moves it (or both lower it), 0 when the effects mirror each other. None when neither sign moves the rate, or
+    the baseline is 0 or 1, where one sign cannot have an effect."""
 
 
 def balance(rates: Mapping[float, float], baseline: float) -> Balance | None:
-    """The two signs of α against each other. `rates`: α -> empathetic rate, nonzero α; `baseline`: rate at α = 0.
-    None when no |α| was run with both signs."""
+    """Compare the two signs of α. None when no |α| was run with both signs.
+
+    `rates`: nonzero α -> empathetic rate. `baseline`: rate at α = 0.
+    """
     paired = [alpha for alpha in rates if alpha > 0 and -alpha in rates]
     if not paired:
         return None

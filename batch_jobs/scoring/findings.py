@@ -1,7 +1,6 @@
-"""What a study's scores say beyond rates: which sign of α works, how it fails, and whether the layer that detects best
-also steers best. Kept as `findings.json`.
+"""Findings beyond rates: which sign of α works, how texts fail, and whether the best detection layer also steers best.
 
-Everything here follows from the scores and the validation; no text is read again.
+Everything is computed from the scores and the validation, without the texts, and stored as `findings.json`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SIGNS: Final[tuple[Sign, ...]] = ("negative", "zero", "positive")
 
 @dataclass(frozen=True)
 class Asymmetry:
-    """+α against -α in one (model, layer, scenario, direction, span), op `add`, over the |α| run with both signs."""
+    """+α against -α for one (model, layer, scenario, direction, span), op `add`, over the |α| run with both signs."""
 
     model: str
     layer: int
@@ -39,19 +38,21 @@ class Asymmetry:
     loss: float
     """Mean fall of the empathetic rate at -α, in -1..1."""
     index: float | None
-    """(gain - loss) / (|gain| + |loss|), in -1..1; None when neither sign moves the rate or the baseline leaves one of
-    them no room."""
+    """(gain - loss) / (|gain| + |loss|), in -1..1; None when neither sign moves the rate, or the baseline is 0 or
+    1."""
     coherence_positive: float
     """Mean coherence rate at +α."""
     coherence_negative: float
     coherence_asymmetry: float
-    """`coherence_positive - coherence_negative`, in -1..1: above 0 when -α breaks the text more than +α."""
+    """`coherence_positive - coherence_negative`, in -1..1; above 0 when -α breaks the text more than +α."""
 
 
 @dataclass(frozen=True)
 class FailureSignature:
-    """How texts of one (model, layer, direction, span), op `add`, fail at one sign of α, over all scenarios and
-    strengths. Rates are shares of the samples."""
+    """How texts of one (model, layer, direction, span), op `add`, fail at one sign of α.
+
+    Covers all scenarios and strengths. Rates are shares of the samples.
+    """
 
     model: str
     layer: int
@@ -59,7 +60,7 @@ class FailureSignature:
     op: str
     span: str
     sign: Sign
-    """`zero` are the unsteered rows of the model and layer, whatever their direction."""
+    """`zero`: the unsteered rows of the model and layer, of any direction."""
     samples: int
     coherence_rate: float
     empty_rate: float
@@ -67,7 +68,7 @@ class FailureSignature:
     code_like_rate: float
     mean_repetition: float
     mean_log_likelihood: float | None
-    """Mean over the conditions that have one, in nats a token."""
+    """Mean over the conditions that have one, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class LayerMerit:
     corrected_success_rate: float | None
     """Mean over the scenarios that have one."""
     steering_success_rate: float
-    """The paper's, mean over scenarios."""
+    """By the paper's rule, mean over scenarios."""
     trend: float | None
     """Mean over the scenarios that have one."""
     auroc: float | None
-    """Of detection at this layer, by its mean-difference direction; None where it was not validated."""
+    """Detection AUROC of the layer's mean-difference direction; None where it was not validated."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,15 @@ class LayerComparison:
     layers: tuple[LayerMerit, ...]
     """Steered layers, ascending."""
     best_steering_layer: int | None
-    """Highest corrected success rate, ties to the larger trend, then to the lower layer; None where no scenario
-    decides."""
+    """Layer with the highest corrected success rate. Ties go to the larger trend, then to the lower layer. None where
+    no scenario has a corrected rate."""
     best_detection_layer: int | None
-    """The validation's best layer, which need not be one that was steered; None without a validation."""
+    """The validation's best layer, which may be one that was not steered; None without a validation."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it, ordered as the scores are."""
+    """Findings of one study, in the order of its scores."""
 
     asymmetries: tuple[Asymmetry, ...]
     failures: tuple[FailureSignature, ...]
@@ -111,7 +112,7 @@ class Findings:
 
 
 def make_findings(scores: Scores, validation: Validation | None = None) -> Findings:
-    """Findings from scores, and from a validation of the same directions where there is one."""
+    """Compute findings from scores, and from a validation of the same directions where there is one."""
     groups: dict[GroupKey, list[ConditionScore]] = {}
     for row in scores.conditions:
         if row.success is not None:
@@ -125,12 +126,16 @@ def make_findings(scores: Scores, validation: Validation | None = None) -> Findi
 
 
 def write_findings(path: Path, findings: Findings) -> None:
-    """Write as JSON, atomically; `read_findings` gives it back unchanged."""
+    """Write the findings as JSON, atomically. `read_findings` returns them unchanged."""
     write_atomically(Path(path), _JSON.dump_json(findings, indent=1).decode() + "\n")
 
 
 def read_findings(path: Path) -> Findings:
-    """Raises ScoreError, naming the file, when it is absent or not what `write_findings` writes."""
+    """Read a file of `write_findings`.
+
+    Raises:
+        ScoreError: the file is absent or malformed; the message names it.
+    """
     try:
         return _JSON.validate_json(Path(path).read_bytes())
     except FileNotFoundError as error:
@@ -218,7 +223,7 @@ def _merit(layer: int, rates: list[SuccessRate], validation: Validation | None) 
 
 
 def _rank(merit: LayerMerit) -> tuple[float, float, int]:
-    # an undefined trend (all outcomes alike) ranks as none
+    # an undefined trend (all outcomes equal) ranks as 0
     return merit.corrected_success_rate or 0.0, merit.trend or 0.0, -merit.layer
 
 

@@ -1,7 +1,7 @@
 """An optional second opinion on completions: a chat model grades each 0, 1 or 2 by its scenario's rubric.
 
-The paper's scorer counts words; a judge reads. It is a model too, so grades are stored with its name and with a hash of
-exactly what it was asked, and nothing else of a study depends on them.
+The paper's scorer counts words; a judge reads the text. The judge is a model too, so each grade is stored with the
+model's name and a hash of the exact question, and nothing else in a study depends on the grades.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from batch_jobs.texts.contrastive import Scenario
 
 GRADES = {"0": 0, "1": 1, "2": 2}
 MAX_REPLY_TOKENS = 1024
-"""Room for a thought before the digit. A model that does not think ends after the digit by itself."""
+"""Allows a thought before the digit. A model that does not think stops after the digit."""
 REFUSED_AT_START = 8
-"""So many refused requests before the first accepted one mean that the endpoint refuses them all."""
+"""Judging stops after this many refused requests before the first accepted one: the endpoint refuses all of them."""
 
-# why a row has no grade
+# reasons for a row without a grade
 OUT_OF_TOKENS = "cut off by the token limit before a grade"
 NO_DIGIT = "answered with something else than one digit"
 FILTERED = "stopped by a content filter"
@@ -64,26 +64,26 @@ class Ungraded:
     """Why a row has no grade."""
 
     reason: str
-    """One of a few, so that rows can be counted by it."""
+    """One of a few fixed reasons, so that rows can be counted by reason."""
     detail: str
-    """What the model or its server said."""
+    """The reply of the model or its server."""
 
 
 @dataclass(frozen=True)
 class JudgeSummary:
-    """What a call of `judge_rows` did, in rows."""
+    """Result of a call of `judge_rows`, in numbers of rows."""
 
     graded: int
     reused: int
-    """Graded by an earlier call: same model, same question."""
+    """Rows that an earlier call graded with the same model and question."""
     ungraded: dict[str, Ungraded]
-    """Row id -> why this call got no grade for it. The next call asks again."""
+    """Row id -> why this call got no grade. The next call asks again."""
     without_rubric: dict[str, int]
-    """Scenario -> rows that could not be judged, because it has no rubric or is not known."""
+    """Scenario -> rows that could not be judged because the scenario is unknown or has no rubric."""
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Reason -> rows without a grade, most frequent first."""
+        """Reason -> number of rows without a grade, most frequent first."""
         return dict(Counter(failure.reason for failure in self.ungraded.values()).most_common())
 
 
@@ -107,15 +107,25 @@ def judge_rows(
     console: Console,
     max_tokens: int = MAX_REPLY_TOKENS,
 ) -> JudgeSummary:
-    """Grade the completions of the Parquet parts under `generations` into `out`, a JSONL file, a line a row.
+    """Grade completions with a chat model at temperature 0.
 
-    Asked at temperature 0, `concurrency` rows at a time; a reply may take `max_tokens` tokens, its thought included.
-    Only a bare digit after the thought counts; anything else is asked about once more and then recorded without a
-    grade, with the reason. Rows that the file has a grade of for the same model and question are not asked again, so a
-    call that was cut short goes on where it stopped; rows without a grade are. Rows without a completion are left out.
+    Only a bare digit after the thought counts as a grade. After any other reply the judge is asked once more; then the
+    row is recorded without a grade, with the reason. A row whose grade for the same model and question is in `out` is
+    not asked again, so an interrupted call resumes where it stopped. Rows without a grade are asked again. Rows without
+    a completion are skipped.
 
-    Raises StudyError when there is nothing to judge, or `out` holds another model's grades, and EndpointError when the
-    endpoint cannot be used; what was graded until then is stored.
+    Args:
+        generations: folder of Parquet parts.
+        scenarios: id -> scenario, whose rubric the judge applies.
+        client: the judge.
+        out: JSONL file to append to, one line per row.
+        concurrency: requests at a time.
+        console: shows the progress.
+        max_tokens: tokens per reply, thought included.
+
+    Raises:
+        StudyError: there is nothing to judge, or `out` holds another model's grades.
+        EndpointError: the endpoint cannot be used. Earlier grades stay stored.
     """
     model = client.endpoint.model
     settled = _settled(out, model)
@@ -134,9 +144,9 @@ def judge_rows(
                 file.append(record | {"grade": verdict})
                 continue
             ungraded[question.row_id] = verdict
-            # recorded too: a grade that an earlier question got must not stand for this one
+            # recorded too, so that the grade of an earlier question does not count for this one
             file.append(record | {"reason": verdict.reason, "reply": verdict.detail})
-            # a file with grades shows that the endpoint can be used: what is left may be the few rows it always refuses
+            # grades in the file prove that the endpoint works; the pending rows may be the few it always refuses
             only_refusals = not settled and not graded and {one.reason for one in ungraded.values()} == {REFUSED}
             if only_refusals and len(ungraded) == REFUSED_AT_START:
                 raise RequestRefused(f"{verdict.detail} So were the first {REFUSED_AT_START}; nothing was graded.")
@@ -144,9 +154,12 @@ def judge_rows(
 
 
 def read_grades(path: Path) -> dict[str, int]:
-    """Grades 0, 1, 2 by row id; rows that were recorded without one are absent. The last line of a row counts.
+    """Read a file of `judge_rows`: row id -> grade 0, 1 or 2. The last line of a row counts.
 
-    Raises StudyError when the file is absent or holds something else.
+    Rows recorded without a grade are absent.
+
+    Raises:
+        StudyError: the file is absent or holds something else.
     """
     if not path.is_file():
         raise StudyError(f"There are no judgements at {path}; make them first, or give the file's path.")
@@ -154,7 +167,9 @@ def read_grades(path: Path) -> dict[str, int]:
     for record in read_records(path):
         row_id, grade = record.get("row_id"), record.get("grade")
         if not isinstance(row_id, str) or grade not in (None, *GRADES.values()) or isinstance(grade, bool):
-            raise StudyError(f"{path}: {record!r} is no judgement; it needs a row_id and a grade of 0, 1, 2 or null.")
+            raise StudyError(
+                f"{path}: {record!r} is not a judgement; it needs a row_id and a grade of 0, 1, 2 or null."
+            )
         if grade is None:
             grades.pop(row_id, None)
         else:
@@ -163,11 +178,11 @@ def read_grades(path: Path) -> dict[str, int]:
 
 
 def _settled(out: Path, model: str) -> dict[str, str]:
-    """Row id -> hash of the question that its last record grades; a row whose last record has no grade is absent."""
+    """Row id -> question hash of its last record. A row whose last record has no grade is absent."""
     records = read_records(out)
     if others := {str(record.get("model")) for record in records if record.get("grade") is not None} - {model}:
         raise StudyError(
-            f"{out} holds grades of {', '.join(sorted(others))}, which are no measure for those of {model}; give "
+            f"{out} holds grades of {', '.join(sorted(others))}, which must not be mixed with those of {model}; give "
             "another output file."
         )
     last = {str(record.get("row_id")): record for record in records}

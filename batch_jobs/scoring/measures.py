@@ -1,7 +1,7 @@
-"""The numbers that scoring needs of each row, taken from the texts once, so that no table of them is ever held.
+"""Measure the texts row by row: the numbers that scoring needs, so that no table of all texts is held in memory.
 
-What asks for words is answered for a thousand texts at once; zlib takes two fifths of what is left. A large folder
-is measured by a process a core, each taking whole parts.
+Word counts and keyword searches run on a thousand texts at once. zlib takes two fifths of the remaining time. A large
+folder is measured by one process per core; each process takes whole parts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Markers = Mapping[str, Sequence[str]]
 """Scenario id -> its context markers."""
 
 PARALLEL_ROWS = 20_000
-"""Folders of fewer rows are measured in this process: starting others would take longer."""
-_PARTS_A_TASK = 8  # parts are often small; sending them one by one would make the processes wait
+"""Folders with fewer rows are measured in this process, since starting others would take longer."""
+_PARTS_A_TASK = 8  # parts are often small; sent one by one, they would keep the processes waiting
 
 _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
     "repetition": pa.float64(),
@@ -45,18 +45,26 @@ _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
 
 
 def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
-    """The measures of each row of generations: the columns of COLUMN_TYPES without the texts, `failed` (it has an
-    error), `in_thought` (it ended inside a thought), and `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
-    `code_like`, `repetition`, `compression_ratio`, null where there is no answer. Raises ScoreError as
-    `scoring_columns` does."""
+    """Measure each row of a table of generations.
+
+    Returns:
+        The columns of COLUMN_TYPES without the texts; `failed` (the row has an error); `in_thought` (it ended inside a
+        thought); and, null for rows without an answer, `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
+        `code_like`, `repetition` and `compression_ratio`. `in_context` is also null where the scenario has no markers.
+
+    Raises:
+        ScoreError: as for `scoring_columns`.
+    """
     return _measure_all(split_table(table), markers)
 
 
 def measure_generations(folder: Path, markers: Markers, processes: int | None = None) -> pa.Table:
-    """`measure_table` of all parts under `folder`, in the order of their paths.
+    """Run `measure_table` on all parts under `folder`, in the order of their paths.
 
-    `processes`: how many measure side by side; None takes one a core for 20,000 rows and more. What is kept is
-    about 200 bytes a row. Raises ScoreError as `read_part` does, and when there is no row.
+    The result takes about 200 bytes per row. `processes`: None means one per core from 20,000 rows on, else one.
+
+    Raises:
+        ScoreError: there are no rows, or as for `read_part`.
     """
     parts = part_paths(folder)
     rows = sum(map(count_rows, parts))
@@ -67,7 +75,7 @@ def measure_generations(folder: Path, markers: Markers, processes: int | None = 
     measure = partial(_measure_part, markers=markers)
     if processes == 1:
         return pa.concat_tables([measure(part) for part in parts])
-    # spawned, not forked: the caller may hold an engine's threads and a device, which a fork would tear
+    # spawned, not forked: the caller may hold an engine's threads and a device, which do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(parts)), mp_context=context) as pool:
         chunk = max(1, min(_PARTS_A_TASK, len(parts) // processes))

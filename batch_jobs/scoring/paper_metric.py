@@ -1,8 +1,7 @@
-"""What the `paper` metric says of one text: empathetic, coherent, in context. Pure Python on strings.
+"""The `paper` metric for one text: empathetic, coherent, in context. Pure Python on strings.
 
-Words and thresholds are those of the original study's scorer (arXiv 2511.16699), so that its published rates
-come out exactly. It counts words, no more: "I do not care" is empathetic by it, and "help" is found in
-"helpless".
+Words and thresholds are those of the original study's scorer (arXiv 2511.16699), so its published rates are reproduced
+exactly. The metric only counts words: "I do not care" is empathetic, and "help" is found in "helpless".
 """
 
 from __future__ import annotations
@@ -45,8 +44,11 @@ MIN_CONTEXT_MARKERS = 2
 
 
 def keyword_grade(text: str) -> int:
-    """2 when `text` holds more distinct empathy keywords than task keywords, 1 when as many, 0 when fewer (case
-    ignored, matched as substrings): the metric's answer on the scale of the 0/1/2 rubric. An empty text is a tie."""
+    """Grade `text` on the scale of the 0/1/2 rubric by its keywords.
+
+    2 when `text` holds more distinct empathy keywords than task keywords, 1 when as many, 0 when fewer. Keywords match
+    as substrings in any case. An empty text is a tie.
+    """
     lowered = text.lower()
     empathy = sum(map(lowered.__contains__, EMPATHY_KEYWORDS))
     task = sum(map(lowered.__contains__, TASK_KEYWORDS))
@@ -54,13 +56,15 @@ def keyword_grade(text: str) -> int:
 
 
 def is_empathetic(text: str) -> bool:
-    """More distinct empathy keywords than task keywords. An empty text is not empathetic."""
+    """Whether `text` holds more distinct empathy keywords than task keywords. An empty text is not empathetic."""
     return keyword_grade(text) == 2
 
 
 def is_coherent(text: str, counts: WordCounts | None = None) -> bool:
-    """At least 50 characters and 10 words, of which at least 30 % are distinct: neither empty nor a loop. `counts` are
-    those of `count_words(text)`, for a caller that has them."""
+    """Whether `text` has at least 50 characters and 10 words, with at least 30 % of the words distinct.
+
+    `counts`: `count_words(text)`, where the caller already has it.
+    """
     if counts is None:
         counts = count_words(text)
     return (
@@ -71,5 +75,5 @@ def is_coherent(text: str, counts: WordCounts | None = None) -> bool:
 
 
 def has_context(text: str, markers: Iterable[str]) -> bool:
-    """At least two distinct markers of the scenario occur in the text (case ignored)."""
+    """Whether at least two distinct markers of the scenario occur in the text, in any case."""
     return sum(map(text.lower().__contains__, {marker.lower() for marker in markers})) >= MIN_CONTEXT_MARKERS

@@ -1,7 +1,7 @@
-"""The original study's raw files of steered generations: into a table that scoring takes, and into a CSV of rates.
+"""Convert the original study's raw files of steered generations into a table for scoring, and into a CSV of rates.
 
-Shape of a file: `layer_results` -> `experiments` (one a scenario) -> `conditions` (one an α) -> `samples`. Files of
-several models have that object one level deeper, under `models`: a list of them, or a mapping from the model's key.
+Structure of a file: `layer_results` -> `experiments` (one per scenario) -> `conditions` (one per α) -> `samples`. Files
+with several models have this object one level deeper, under `models`: as a list, or as a mapping from the model's key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batch_jobs.rows.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, ScoreE
 from batch_jobs.scoring.score import score_table
 from batch_jobs.scoring.scores import Scores, SuccessRate, csv_text, group_key
 
-# What the files do not say, from the method: one direction, added to every token.
+# not in the files, but known from the method: one direction, added to every token
 DIRECTION: Final = "empathy"
 OP: Final = "add"
 SPAN: Final = "all"
@@ -33,7 +33,7 @@ PUBLISHED_COLUMNS: Final = (
     "baseline_empathy_rate",
     "num_alphas",
 )
-"""The columns of the original success CSV; those that are ours follow."""
+"""The columns of the original success CSV. The additional columns follow them."""
 _OWN_RATES = tuple(
     field.name for field in fields(SuccessRate) if field.name not in {*PUBLISHED_COLUMNS, *GROUP_COLUMNS}
 )
@@ -61,13 +61,14 @@ class _ModelResult(BaseModel):
 
 
 def read_published_generations(raw: Path) -> pa.Table:
-    """The samples of a raw file as rows that `score_table` takes, in the file's order.
+    """Read the samples of a raw file as rows for `score_table`, in the file's order.
 
-    `model` is the file's `model_key`. A null sample is an empty completion, as the original counts it; a condition
-    without samples has no row. What the file does not hold (token counts, projections, norms) is null.
+    `model` is the file's `model_key`. A null sample is an empty completion, as in the original's counts. A condition
+    without samples has no row. Columns that the file does not hold (token counts, projections, norms) are null.
 
-    Raises ScoreError, in one line that names the file and the place in it, when it is absent, no JSON, of another
-    shape, holds text without a UTF-8 form, or holds no sample.
+    Raises:
+        ScoreError: the file is absent, not JSON, of another structure, holds text without a UTF-8 form, or has no
+            samples. The message is one line and names the file and the place in it.
     """
     rows = [
         {
@@ -92,11 +93,14 @@ def read_published_generations(raw: Path) -> pa.Table:
 
 
 def score_raw(raw: Path, out: Path) -> Path:
-    """Score a raw file and write one row a (model, layer, scenario) to `out`, in the file's order; return `out`.
+    """Score a raw file and write one row per (model, layer, scenario) to `out`, in the file's order; return `out`.
 
     Columns: the original CSV's `model, layer, scenario, steering_success_rate, baseline_empathy_rate, num_alphas`, then
     the other fields of SuccessRate, then the shares of empty, looping and code-like samples over the nonzero α. Cells
-    are as `write_scores` writes them. Raises ScoreError as `read_published_generations` and `score_table` do.
+    have the format of `write_scores`.
+
+    Raises:
+        ScoreError: as for `read_published_generations` and `score_table`.
     """
     table = read_published_generations(raw)
     try:
@@ -126,13 +130,13 @@ def _models(raw: Path) -> list[_ModelResult]:
         first = error.errors(include_url=False)[0]
         index, *place = first["loc"]
         raise ScoreError(
-            f"{raw}: model {index}, {'.'.join(map(str, place)) or 'the whole'}: {first['msg']}; expected "
+            f"{raw}: model {index}, {'.'.join(map(str, place)) or 'the whole object'}: {first['msg']}; expected "
             "layer_results -> experiments -> conditions -> samples, at the top or under models."
         ) from error
 
 
 def _model_objects(document: Any) -> Iterator[Any]:
-    """The per-model objects, each with a `model_key`: its own, else its key in the mapping, else its full name."""
+    """Yield the per-model objects, each with a `model_key`: its own, else its mapping key, else its full name."""
     nested = isinstance(document, dict) and "models" in document
     models = document["models"] if nested else document
     if nested and isinstance(models, dict) and "layer_results" not in models:

@@ -1,15 +1,15 @@
-"""Offline scoring of steered generations, from their Parquet alone: the `paper` metric, and a corrected one beside it.
+"""Offline scoring of steered generations from their Parquet files: the `paper` metric and a corrected one.
 
-A sample is *empathetic* when it holds more distinct empathy keywords than task keywords (case ignored,
-matched as substrings, so "help" is found in "helpless"). Per condition the rate is the share of empathetic
-samples, and effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
+A sample is *empathetic* when it holds more distinct empathy keywords than task keywords. Keywords match as substrings
+in any case, so "help" is found in "helpless". A condition's rate is its share of empathetic samples, and
+effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
 
-That success rule has a flaw, kept because published numbers rest on it: no effect at all counts as a success
-at negative α and as a failure at positive α. Where every unsteered sample is empathetic already
-(`cannot_rise`), no effect can be positive, so the success rate is the share of negative α in the grid,
-0.5 for a symmetric one, whatever the model did. `cannot_fall` marks the mirror case: no effect can be
-negative and every negative α succeeds for free. The corrected rate asks for a directional effect above 0 at both
-signs, of the α alone whose direction the baseline leaves room for, and each effect has an exact p.
+That success rule has a flaw, kept because the published numbers depend on it: an effect of 0 counts as a success at
+negative α and as a failure at positive α. Where every unsteered sample is already empathetic (`cannot_rise`), no effect
+can be positive, so the success rate is the share of negative α in the grid (0.5 for a symmetric grid), whatever the
+model did. `cannot_fall` marks the mirror case: no effect can be negative, so every negative α succeeds. The corrected
+rate counts a success only for a directional effect above 0, at both signs, and uses only α whose direction the baseline
+allows. Each effect has an exact p.
 
 Needs numpy, scipy and pyarrow only. The cost is one pass over the texts (`batch_jobs.scoring.measures`) plus one hash
 grouping of numbers.
@@ -73,25 +73,32 @@ _Counts = tuple[int, int]  # empathetic samples, samples
 def score_generations(
     folder: Path, markers: Markers | None = None, grades: Mapping[str, int] | None = None, processes: int | None = None
 ) -> Scores:
-    """Score all parts under a folder of generations, as `score_table` does, without holding their texts.
+    """Score all parts under a folder of generations as `score_table` does, without holding their texts in memory.
 
-    `processes`: see `batch_jobs.scoring.measures.measure_generations`. Raises ScoreError as `score_table` does, naming
-    the part where one is at fault.
+    `processes`: see `batch_jobs.scoring.measures.measure_generations`.
+
+    Raises:
+        ScoreError: as for `score_table`; the message names the faulty part, where there is one.
     """
     return _score(measure_generations(Path(folder), markers or {}, processes), grades)
 
 
 def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping[str, int] | None = None) -> Scores:
-    """Score generations, one row a sample, columns as in the generations' Parquet schema.
+    """Score a table of generations.
 
-    `markers`: scenario id -> its context markers; a scenario without any gets `context_rate` None. `grades`: row id ->
-    a judge's 0, 1 or 2; rows it does not name have no grade. Rows with an `error`, and rows that ended inside a thought
-    (neither `error` nor `completion`, but a `thought`), are left out of every rate and mean and counted in `failed` and
-    `unfinished_thoughts`; a condition without any other row has no score and is left out. Rows at α = 0 are unsteered
-    whatever their op, so they are pooled over direction, op and span into the scenario's baseline.
+    Rates and means leave out rows with an `error`, counted in `failed`, and rows that ended inside a thought (no
+    `error`, no `completion`, but a `thought`), counted in `unfinished_thoughts`. A condition without other rows has no
+    score. Rows at α = 0 are unsteered regardless of their op, so they are pooled over direction, op and span into the
+    scenario's baseline.
 
-    Raises ScoreError when the table has no rows, lacks a column or holds a null it must not, when α is not finite, when
-    a grade is another number, or when a (model, layer, scenario) has no usable row at α = 0.
+    Args:
+        table: one row per sample, with the columns of the generations' Parquet schema.
+        markers: scenario id -> its context markers. A scenario without markers gets `context_rate` None.
+        grades: row id -> a judge's 0, 1 or 2. Other rows have no grade.
+
+    Raises:
+        ScoreError: the table has no rows, lacks a column or holds a null where none may be; α is not finite; a grade is
+            not 0, 1 or 2; or a (model, layer, scenario) has no usable row at α = 0.
     """
     measures = measure_table(table, markers or {})
     if measures.num_rows == 0:
@@ -103,13 +110,13 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
     measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
-        # one thread: sums of floats depend on their order, and the same rows must give the same last digit
+        # one thread: float sums depend on the order, and the same rows must give bit-identical scores
         measures.filter(pc.invert(pc.or_(measures["failed"], measures["in_thought"])))
         .group_by(list(_KEYS), use_threads=False)
         .aggregate(
             [
                 ([], "count_all"),
-                # one value a condition: min is exact where a mean would round
+                # all rows of a condition have the same value; min is exact, a mean would round
                 ("alpha_residual_norm", "min"),
                 *((name, "sum") for name in _SUMS),
                 *((name, "mean") for name in _MEANS),
@@ -128,7 +135,7 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
 
 
 def _counts(measures: pa.Table, flag: str) -> dict[_Key, int]:
-    """How many rows of each condition have the flag; conditions without any are absent."""
+    """Condition -> number of its rows with the flag; conditions without such rows are absent."""
     rows = measures.filter(measures[flag]).group_by(list(_KEYS)).aggregate([([], "count_all")]).to_pylist()
     return {_key(row): row["count_all"] for row in rows}
 

@@ -1,4 +1,4 @@
-"""What scoring yields: one row a condition, one success rate a group of conditions, and their CSV form."""
+"""Results of scoring: one score per condition, one success rate per group of conditions, and their CSV files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.files.atomic import write_atomically
-from batch_jobs.rows.generation_parts import ScoreError as ScoreError  # what reading and writing scores raises
+from batch_jobs.rows.generation_parts import ScoreError as ScoreError  # re-exported: reading scores raises it
 from batch_jobs.scoring.effects import balance, trend
 
 GroupKey = tuple[str, int, str, str, str, str]
@@ -18,8 +18,10 @@ GroupKey = tuple[str, int, str, str, str, str]
 
 @dataclass(frozen=True)
 class ConditionScore:
-    """One condition: all samples of one (model, layer, scenario, direction, op, span, α). Rates are shares in
-    0..1."""
+    """Scores of one condition: all samples of one (model, layer, scenario, direction, op, span, α).
+
+    Rates are shares in 0..1.
+    """
 
     model: str
     layer: int
@@ -31,50 +33,50 @@ class ConditionScore:
     alpha_residual_norm: float | None
     """α over the layer's mean residual norm; None where the table does not have it."""
     samples: int
-    """Rows scored. Failed rows (with an error) and rows that ended inside a thought are not among them."""
+    """Rows scored, without failed rows (with an error) and rows that ended inside a thought."""
     failed: int
+    """Rows with an error."""
     empathy_rate: float
     empathy_low: float
-    """95 % Wilson interval of `empathy_rate`; with 5 samples it is wide, and should be shown."""
+    """Lower end of the 95 % Wilson interval of `empathy_rate`. Show the interval: with 5 samples it is wide."""
     empathy_high: float
     baseline_empathy_rate: float
     """`empathy_rate` of the unsteered rows (α = 0) of the same model, layer and scenario."""
     baseline_samples: int
-    """How many rows that baseline is the rate of."""
+    """Rows that the baseline rate is computed from."""
     effect: float
     """`empathy_rate - baseline_empathy_rate`, in -1..1."""
     directional_effect: float | None
-    """`effect` times the sign of α: above 0 when steering did what its sign asks for. None at α = 0, and for any op
-    but `add`, where the sign of α does not say which way to expect the effect."""
+    """`effect` times the sign of α: above 0 when the effect has the expected direction. None at α = 0 and for ops other
+    than `add`, where the sign of α does not determine the expected direction."""
     effect_p: float | None
-    """Fisher's exact one-sided p that the directional effect is above 0; None where that is."""
+    """Fisher's exact one-sided p that the directional effect is above 0; None where `directional_effect` is None."""
     success: bool | None
-    """The paper's rule, (α > 0) == (effect > 0); None where `directional_effect` is."""
+    """The paper's rule, (α > 0) == (effect > 0); None where `directional_effect` is None."""
     cannot_rise: bool
     """The baseline is 1.0: no effect can be above 0."""
     cannot_fall: bool
     """The baseline is 0.0: no effect can be below 0."""
     coherence_rate: float
     context_rate: float | None
-    """None where no markers are known for the scenario."""
+    """Share of samples in context; None where the scenario has no markers."""
     empty_rate: float
     loop_rate: float
     code_like_rate: float
     mean_repetition: float
     """Mean share of repeated 4-grams, in 0..1."""
     mean_compression_ratio: float | None
-    """Mean of zlib bytes over bytes; None when every sample is empty."""
+    """Mean of zlib bytes over UTF-8 bytes; None when every sample is empty."""
     mean_log_likelihood: float | None
-    """Mean over samples of the completion's natural-log probability a token under the unsteered model; None where it
+    """Mean over samples of the completion's log probability per token under the unsteered model, in nats; None where it
     was not computed."""
     mean_projection_unsteered: float | None
     """Mean over samples of the completion's projection when the unsteered model reads it; None where it was not
     computed."""
     mean_projection_generated: float | None
-    """Mean over samples of the generated span's projection at the layer, after steering; None where none was
-    read."""
+    """Mean over samples of the generated span's projection at the layer, after steering; None where none was read."""
     mean_completion_tokens: float | None
-    """Tokens generated, those of thoughts included; None where the table does not count them."""
+    """Mean number of generated tokens, thoughts included; None where the table does not count them."""
     mean_grade: float | None
     """Mean of the judge's grades, in 0..2, over the samples that have one; None without a judge."""
     unfinished_thoughts: int = 0
@@ -82,13 +84,13 @@ class ConditionScore:
 
     @property
     def decidable(self) -> bool:
-        """Whether an effect in the direction of α was possible at all: α is judged, and the baseline leaves room."""
+        """Whether the condition has a `success` and the baseline allows an effect in the direction of α."""
         return self.success is not None and not (self.cannot_rise if self.alpha > 0 else self.cannot_fall)
 
 
 @dataclass(frozen=True)
 class SuccessRate:
-    """The paper's headline number for one (model, layer, scenario, direction, op, span), and what corrects it."""
+    """The paper's headline number for one (model, layer, scenario, direction, op, span), and its corrections."""
 
     model: str
     layer: int
@@ -97,27 +99,27 @@ class SuccessRate:
     op: str
     span: str
     steering_success_rate: float
-    """Share of the nonzero α that succeed by the paper's rule. Read it together with the two flags."""
+    """Share of the nonzero α that succeed by the paper's rule. Interpret it together with the two flags."""
     baseline_empathy_rate: float
     num_alphas: int
-    """Nonzero α counted."""
+    """Number of nonzero α."""
     coherence_rate: float
-    """Share of coherent samples over those nonzero α."""
+    """Share of coherent samples over these nonzero α."""
     cannot_rise: bool
-    """Every unsteered sample is empathetic: the paper's rate is the share of negative α, whatever the model did."""
+    """Every unsteered sample is empathetic, so the paper's rate is the share of negative α, whatever the model did."""
     cannot_fall: bool
-    """No unsteered sample is empathetic: every negative α counts as a success, whatever the model did."""
+    """No unsteered sample is empathetic, so every negative α counts as a success, whatever the model did."""
     corrected_success_rate: float | None
     """Share of the decidable α whose directional effect is above 0; None when no α is decidable."""
     num_decidable: int
-    """Nonzero α whose direction the baseline leaves room for; the others are left out, not counted either way."""
+    """Number of nonzero α whose direction the baseline allows. The corrected rate ignores the others."""
     trend: float | None
-    """Spearman correlation of α and empathetic over all samples, the baseline's among them, in -1..1; None when they
-    are all alike."""
+    """Spearman correlation of α and empathetic (0/1) over all samples, baseline included, in -1..1; None when all
+    samples are alike."""
     trend_p: float | None
     """One-sided permutation p that the trend is above 0."""
     asymmetry: float | None
-    """(gain at +α - loss at -α) / (|gain| + |loss|), in -1..1, see `batch_jobs.scoring.effects.Balance`."""
+    """(gain at +α - loss at -α) / (|gain| + |loss|), in -1..1; see `batch_jobs.scoring.effects.Balance`."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def group_key(row: ConditionScore | SuccessRate) -> GroupKey:
 
 
 def success_rates(conditions: Iterable[ConditionScore]) -> tuple[SuccessRate, ...]:
-    """Success rates of the groups of conditions that differ in α only. A group with nothing to judge has no
-    row."""
+    """Success rates, one per group of conditions that differ only in α. A group without a nonzero α of op `add` has no
+    rate."""
     groups: dict[GroupKey, list[ConditionScore]] = {}
     for row in conditions:
         if row.success is not None:
@@ -147,7 +149,7 @@ def _success_rate(key: GroupKey, rows: Sequence[ConditionScore]) -> SuccessRate:
     first = rows[0]
     baseline = first.baseline_empathy_rate
     decidable = [row for row in rows if row.decidable]
-    # counts come back from their rates exactly: k / n times n is within an ulp of k
+    # rounding recovers the counts exactly: k / n times n is within an ulp of k
     dose_response = trend(
         [0.0, *(row.alpha for row in rows)],
         [round(baseline * first.baseline_samples), *(round(row.empathy_rate * row.samples) for row in rows)],
@@ -173,12 +175,14 @@ def _success_rate(key: GroupKey, rows: Sequence[ConditionScore]) -> SuccessRate:
 
 
 def write_scores(path: Path, scores: Scores) -> Path:
-    """Write the conditions to `path` as CSV and the success rates to `<stem>_success.csv` beside it; return
-    the latter.
+    """Write the conditions to `path` as CSV and the success rates to `<stem>_success.csv` next to it.
 
-    Columns are the fields of ConditionScore and SuccessRate; `path` also repeats `steering_success_rate`, so
-    that it can be read alone. None is an empty cell, a boolean `true` or `false`, a float its shortest exact
-    form. Each write is atomic.
+    Columns are the fields of ConditionScore and SuccessRate. `path` also has a column `steering_success_rate`, so that
+    it can be used alone. Cells: empty for None, `true` or `false`, and the shortest exact form of a float. Each write
+    is atomic.
+
+    Returns:
+        The path of the success rates.
     """
     path = Path(path)
     rates = {group_key(row): row.steering_success_rate for row in scores.success}
@@ -198,9 +202,13 @@ def write_scores(path: Path, scores: Scores) -> Path:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read what `write_scores` wrote; success rates are worked out again from the conditions. A column that files of
-    earlier versions lack has its default. Raises ScoreError, naming the file, when it is absent, lacks another column
-    or holds a cell of the wrong type."""
+    """Read a file of `write_scores`. Success rates are recomputed from the conditions.
+
+    Columns that files of earlier versions lack get their defaults.
+
+    Raises:
+        ScoreError: the file is absent, lacks another column or holds a cell of the wrong type; the message names it.
+    """
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -226,7 +234,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def csv_text(names: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """The named fields of `rows` under a header, in the cells that `write_scores` describes."""
+    """CSV with a header of `names` and these fields of each row, with cells as in `write_scores`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)

@@ -1,4 +1,4 @@
-"""A setting: what is held fixed while scenario and α vary. One row of dose-response panels, one filter choice."""
+"""A setting: the fields held fixed while scenario and α vary. One row of dose-response panels, one filter choice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Condition(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """Model, layer and how the direction acts there."""
+    """Model, layer, direction, op and span."""
 
     model: str
     layer: int
@@ -32,13 +32,13 @@ class Setting:
 
     @classmethod
     def of(cls, row: _Condition) -> Setting:
-        """The setting of anything that has these five fields: a condition's scores, a success rate, its samples."""
+        """The setting of any object with these five fields: a condition's scores, a success rate, a sample group."""
         return cls(row.model, row.layer, row.direction, row.op, row.span)
 
 
 @dataclass(frozen=True)
 class SettingNames:
-    """Names that say no more than it takes to tell a run's settings apart."""
+    """Names settings with the fewest fields that distinguish the settings of a run."""
 
     show_model: bool
     show_direction: bool
@@ -46,6 +46,7 @@ class SettingNames:
 
     @classmethod
     def for_settings(cls, settings: Iterable[Setting]) -> SettingNames:
+        """Show model, direction, or op and span only where `settings` differ in them."""
         settings = list(settings)
         return cls(
             show_model=len({setting.model for setting in settings}) > 1,
@@ -54,7 +55,7 @@ class SettingNames:
         )
 
     def __call__(self, setting: Setting) -> str:
-        """`layer 16`, or as much longer as needed: `layer 16, demo-model, empathy-pca (set, generated)`."""
+        """The name: `layer 16`, or as long as needed: `layer 16, demo-model, empathy-pca (set, generated)`."""
         parts = [f"layer {setting.layer}"]
         if self.show_model:
             parts.append(setting.model)

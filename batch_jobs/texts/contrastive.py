@@ -1,4 +1,4 @@
-"""Scenarios, and pairs of texts that differ in the concept only: the material directions are made from.
+"""Scenarios, and pairs of texts that differ only in the concept: directions are made from the pairs.
 
 Sources: the bundled set, a file of pairs in the same form, or a folder with the paper's own train_pairs.jsonl
 and test_pairs.jsonl.
@@ -25,7 +25,7 @@ QUESTION = "What do you do?"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts about one scenario, alike but for the concept."""
+    """Two texts about one scenario that differ only in the concept."""
 
     pair_id: str
     scenario_id: str
@@ -35,22 +35,21 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A situation that sets an objective against somebody's distress."""
+    """A situation in which an objective conflicts with somebody's distress."""
 
     id: str
     title: str
     objective: str
     empathy_pressure: str
     markers: tuple[str, ...]
-    """Lower-case words by which a completion shows that it is about this scenario; empty when none are
-    known."""
+    """Lower-case words that show that a completion is about this scenario; empty if none are known."""
     rubric: tuple[str, str, str] | None = None
-    """What earns a completion grade 0, 1 and 2 (none, some, full empathy in what is done); None when none is known."""
+    """Criteria for grades 0, 1 and 2 (no, some, full empathy in the actions); None if none are known."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pairs that make the directions, and pairs held out to validate them."""
+    """Pairs from which the directions are made, and held-out pairs to validate them."""
 
     train: tuple[Pair, ...]
     test: tuple[Pair, ...]
@@ -63,17 +62,19 @@ class Split:
 
 
 def steering_prompt(scenario: Scenario) -> str:
-    """What the model is asked: objective, pressure, question, a blank line apart (the paper's prompt)."""
+    """The paper's prompt: objective, pressure and question, separated by blank lines."""
     return f"{scenario.objective}\n\n{scenario.empathy_pressure}\n\n{QUESTION}"
 
 
 def split_pairs(pairs: Sequence[Pair], *, train: int, seed: int) -> Split:
-    """Split stratified by scenario: each scenario gives the same share of its pairs to `train`, the rest to
-    `test`.
+    """Split the pairs, stratified by scenario: each scenario gives the same share of its pairs to the train side.
 
     Deterministic: depends on the pairs' ids and the seed, not on their order, and one scenario's draw does
-    not depend on another's pairs. Shares that do not come out even are rounded by largest remainder, so
-    `train` is met exactly. Raises StudyError unless 0 < train < len(pairs).
+    not depend on another's pairs. Uneven shares are rounded by largest remainder, so exactly `train` pairs are on the
+    train side.
+
+    Raises:
+        StudyError: not 0 < train < len(pairs).
     """
     if not 0 < train < len(pairs):
         raise StudyError(f"Cannot train on {train} of {len(pairs)} pairs; leave at least one pair on each side.")
@@ -97,11 +98,15 @@ def split_pairs(pairs: Sequence[Pair], *, train: int, seed: int) -> Split:
 
 
 def load_split(source: Path | None, sizes: SplitSizes) -> Split:
-    """The pairs of a study, split. None: bundled; a file: its pairs, split by `sizes`; a folder: its two
-    files, as split there.
+    """The pairs of a study, split.
 
-    Raises StudyError when a file is absent or malformed or holds text without a UTF-8 form, ids repeat, or `sizes` do
-    not add up to the number of pairs.
+    Args:
+        source: None for the bundled pairs, a file of pairs, or a folder with train_pairs.jsonl and test_pairs.jsonl.
+        sizes: how to split the pairs of one file, or the bundled ones; ignored for a folder.
+
+    Raises:
+        StudyError: a file is absent or malformed or holds text without a UTF-8 form, ids repeat, or `sizes` do not add
+            up to the number of pairs.
     """
     if source is not None and source.is_dir():
         split = Split(
@@ -120,7 +125,11 @@ def load_split(source: Path | None, sizes: SplitSizes) -> Split:
 
 
 def load_pairs(source: Path | None) -> tuple[Pair, ...]:
-    """The same pairs unsplit, in the order of their files. Raises StudyError as `load_split` does."""
+    """The pairs of `source`, as for `load_split`, unsplit and in the order of their files.
+
+    Raises:
+        StudyError: a file is absent or malformed or holds text without a UTF-8 form, or ids repeat.
+    """
     if source is not None and source.is_dir():
         split = load_split(source, SplitSizes())
         return (*split.train, *split.test)
@@ -133,10 +142,12 @@ def load_pairs(source: Path | None) -> tuple[Pair, ...]:
 def load_scenarios(source: Path | None) -> dict[str, Scenario]:
     """Scenarios by id, from a JSON list of objects; None means the bundled ones.
 
-    Fields beyond those of Scenario are left alone (the paper's file has more). A scenario without `markers` or
+    Fields other than those of Scenario are ignored (the paper's file has more). A scenario without `markers` or
     without a `rubric` takes that of the bundled scenario of the same id, or none. A rubric is a list of three texts,
-    or an object with the keys "0", "1" and "2". Raises StudyError when the file is absent or malformed, or holds text
-    without a UTF-8 form.
+    or an object with the keys "0", "1" and "2".
+
+    Raises:
+        StudyError: the file is absent or malformed, or holds text without a UTF-8 form.
     """
     bundled = _read_scenarios(_bundled("scenarios.json"), {})
     if source is None:
@@ -187,7 +198,7 @@ def _read_pairs(place: Place, prefix: str) -> list[Pair]:
         scenario_id, empathic, non_empathic = (
             _text(entry, field, where) for field in ("scenario_id", "empathic_text", "non_empathic_text")
         )
-        # The paper's files have no ids; the line number is one, and keeps the two files apart by its prefix.
+        # The paper's files have no ids; the line number serves as id, with a prefix for each of the two files.
         pair_id = _text(entry, "pair_id", where) if "pair_id" in entry else f"{prefix}-{number:03d}"
         pairs.append(Pair(pair_id, scenario_id, empathic, non_empathic))
     if not pairs:

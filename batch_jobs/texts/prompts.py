@@ -1,4 +1,4 @@
-"""Prompts as token ids, made here rather than by the engine, so that what was run can be stored exactly."""
+"""Prompts as token ids, tokenised here rather than in the engine, so that the exact prompts can be stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batch_jobs.texts.thought import ends_in_thought
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt and the text it stands for."""
+    """A tokenised prompt and its text."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -23,15 +23,15 @@ class Prompt:
 
     @property
     def request(self) -> dict[str, list[int]]:
-        """The form `LLM.generate` takes."""
+        """The prompt in the form that `LLM.generate` takes."""
         return {"prompt_token_ids": list(self.token_ids)}
 
 
 def text_prompt(tokenizer: Any, text: str, *, max_tokens: int | None = None) -> Prompt:
-    """The text alone, with the special tokens the tokenizer itself adds, cut to `max_tokens` ids (special
-    ones included).
+    """The text alone, with the special tokens that the tokenizer itself adds, cut to `max_tokens` ids (special
+    ones included). The prompt's `text` is never cut.
 
-    `tokenizer`: a Hugging Face tokenizer. `.text` stays the whole text.
+    `tokenizer`: a Hugging Face tokenizer.
     """
     if max_tokens is None:
         return Prompt(text, tuple(tokenizer(text)["input_ids"]))
@@ -43,8 +43,14 @@ def chat_prompt(
 ) -> Prompt:
     """The messages under the model's chat template, plus the assistant's opening.
 
-    `tokenizer`: a Hugging Face tokenizer. `variables`: go to the template. `model`: for messages. Raises StudyError
-    when there is no chat template, or it refuses the messages or variables.
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: each `{"role": …, "content": …}`; at least one.
+        variables: passed to the template.
+        model: named in error messages.
+
+    Raises:
+        StudyError: there is no chat template, or it refuses the messages or variables.
     """
     import jinja2
 
@@ -61,9 +67,9 @@ def chat_prompt(
             f"The chat template of {model} refuses {' and '.join(message['role'] for message in messages)} messages"
             f"{f' with {dict(variables)!r}' if variables else ''} ({error}); use a model whose template takes them."
         ) from error
-    # what follows the last message is the template's own; a message may speak of thoughts
+    # look only at the template's text after the last message: a message may itself hold thought markers
     opening = rendered.rpartition(messages[-1]["content"].strip())[2]
-    # the template has written the special tokens already
+    # the template has already added the special tokens
     ids = tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     return Prompt(rendered, ids, ends_in_thought(opening))
 
@@ -79,7 +85,10 @@ def steering_prompt_ids(
     """A steering prompt: one user turn of the chat template plus the assistant's opening (`chat`), or the
     text (`raw`).
 
-    `variables`: go to the chat template. Raises StudyError as `chat_prompt` does.
+    `variables`: passed to the chat template.
+
+    Raises:
+        StudyError: as `chat_prompt`.
     """
     if prompt_format == "raw":
         return text_prompt(tokenizer, text)

@@ -1,4 +1,4 @@
-"""What a model that reasons writes before its answer, told apart from the answer by its markers."""
+"""Separates the thought of a reasoning model from its answer, by the markers around the thought."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from typing import Final, NamedTuple
 OPENING: Final = "<think>"
 CLOSING: Final = "</think>"
 OPEN_THOUGHT: Final = "ended inside its thought"
-"""What is wrong with a text whose thought never closed."""
+"""The fault of a text whose thought never closed."""
 
 _MARKER = re.compile(f"({re.escape(OPENING)}|{re.escape(CLOSING)})")
 
 
 class SplitThought(NamedTuple):
-    """A generated text in its two parts."""
+    """A generated text, split into thought and answer."""
 
     thought: str | None
-    """Stripped; None where there is none. Several thoughts stand a blank line apart."""
+    """Stripped; None if there is none. Several thoughts are joined by blank lines."""
     answer: str
-    """The text itself, unchanged, where there is no thought; else the rest, stripped, and empty while a thought is
-    open."""
+    """The unchanged text if there is no thought; else the rest, stripped; empty if a thought is open."""
     is_open: bool
-    """The text ends inside a thought, so the answer was never begun."""
+    """The text ends inside a thought, so it has no answer."""
 
 
 def split_thought(text: str, *, opened: bool = False) -> SplitThought:
-    """Split what a model generated into thought and answer.
+    """Split generated text into thought and answer.
 
-    A thought is what stands between `<think>` and `</think>`. `opened`: the prompt ended in `<think>`, so the text
-    begins inside the thought. A `</think>` without a `<think>` before it says the same of a text whose prompt is not
-    known. A text that ends inside a thought has no answer, whatever stands before the thought.
+    A thought is the text between `<think>` and `</think>`. `opened`: the prompt ended in `<think>`, so the text begins
+    inside the thought. A `</think>` without a `<think>` before it means the same for a text whose prompt is unknown. A
+    text that ends inside a thought has no answer, even if text stands before the thought.
     """
     if not opened and not _MARKER.search(text):
         return SplitThought(None, text, False)
@@ -54,5 +53,5 @@ def split_thought(text: str, *, opened: bool = False) -> SplitThought:
 
 
 def ends_in_thought(text: str) -> bool:
-    """Whether `text`, the end of a prompt, has opened a thought that it does not close."""
+    """Whether `text`, the end of a prompt, opens a thought that it does not close."""
     return text.rfind(OPENING) > text.rfind(CLOSING)

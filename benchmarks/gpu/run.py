@@ -1,11 +1,11 @@
-"""All that wants an NVIDIA GPU, in one command: kernels, the custom op, the full engine, and hooks on the same weights.
+"""All checks that need an NVIDIA GPU, in one command: kernels, custom op, full engine, and hooks on the same weights.
 
     python -m benchmarks.gpu.run [--out benchmarks/results/gpu] [--shape qwen2.5-7b] [--steps NAME ...]
 
 Needs no network and no model: the engine runs on random weights in the shape of Qwen2.5-7B, which stay in build/gpu
-(15 GB; 80 GB of GPU memory are enough, with more of it an engine with every layer hooked is measured too). A step that
-fails is recorded, and the next one runs all the same. Each step leaves its own record in the folder; gpu.json holds the
-machine, the commands, how each ended and its last output. With --steps, what an earlier run left of the others stays.
+(15 GB; 80 GB of GPU memory are enough; with more, an engine with every layer hooked is measured too). A step that fails
+is recorded, and the next one still runs. Each step writes its own record to the folder; gpu.json holds the machine, the
+commands, their exit codes and their last output. With --steps, the results of the other steps from earlier runs stay.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from benchmarks.harness.random_checkpoint import SHAPES
 WEIGHTS = Path("build/gpu")
 STEP_SECONDS = 3600
 ENGINE_GIB = 24
-"""What an engine of the benchmarks takes of the GPU's memory, with room to start the next one beside it."""
+"""GPU memory of one benchmark engine, with room to start the next one beside it."""
 WAYS = ["absent", "installed", "idle", "steered", "stacked", "prompt read", "read"]
 ALL_LAYERS = ["idle, all layers", "read, all layers"]
-"""The ways of ``overhead.bench`` that three engines do, and those that a fourth one does."""
+"""The ways of ``overhead.bench`` that need a fourth engine; WAYS need three."""
 TAIL_CHARACTERS = 6000
 STEPS = ("kernels", "parity", "op", "weights", "hooks", "overhead")
 _PACKAGES = ("vllm", "torch", "triton", "transformers", "vllm-steer")
@@ -44,8 +44,8 @@ class Step:
     """One command of the run, and how it ended.
 
     Attributes:
-        exit_code: None where it was ended for taking more than an hour.
-        output: the end of what it printed.
+        exit_code: None if it was ended after an hour.
+        output: the end of its output.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Step:
 
 
 def main() -> None:
+    """Run the chosen steps; the exit code is 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder for the records")
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-7b", help="of the random weights")
@@ -73,12 +74,12 @@ def main() -> None:
         steps[name] = step = run(name, [sys.executable, "-m", *commands[name]])
         print(step.output)
         print(f"{name}: exit code {step.exit_code} after {step.seconds:.0f} s\n", flush=True)
-        write(document, steps.values())  # after each step: what there is, is kept
+        write(document, steps.values())  # after each step, so that a stopped run keeps its results
     sys.exit(any(steps[name].exit_code != 0 for name in arguments.steps))
 
 
 def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str, list[str]]:
-    """What each step runs: a module and its arguments."""
+    """Step -> the module that it runs, and its arguments."""
     tests = ["pytest", *(["-p", vllm_024.__name__] if vllm_024.is_here() else []), "-q", "-m", "gpu"]
     small = ["--small"] if is_small else []
     memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -97,8 +98,8 @@ def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str,
             "--out",
             str(out / "hf-hooks.json"),
         ],
-        # Random weights of the engine's own are as good as those on disk here, and are there sooner. Calls are long
-        # enough for a hundredth of them to show.
+        # vLLM's own random weights serve as well as those on disk, and load faster. Calls are long enough to show a
+        # difference of 1 %.
         "overhead": [
             "benchmarks.overhead.bench",
             *small,
@@ -131,7 +132,7 @@ def commands_of(model: Path, shape: str, out: Path, is_small: bool) -> dict[str,
 
 
 def steps_of(document: Path) -> dict[str, Step]:
-    """What an earlier run has left, by name."""
+    """Name -> step of an earlier run, from its gpu.json."""
     if not document.exists():
         return {}
     steps = json.loads(document.read_text(encoding="utf-8"))["steps"]
@@ -139,7 +140,7 @@ def steps_of(document: Path) -> dict[str, Step]:
 
 
 def run(name: str, command: list[str]) -> Step:
-    """Run a step to its end, or for an hour."""
+    """Run a step for at most an hour."""
     began = time.monotonic()
     try:
         ran = subprocess.run(
@@ -159,7 +160,7 @@ def run(name: str, command: list[str]) -> Step:
 
 
 def write(path: Path, steps: Iterable[Step]) -> None:
-    """The machine, the versions and the steps so far."""
+    """Write the machine, the versions and the steps so far to `path`."""
     device = torch.cuda.get_device_properties(0)
     setup = {
         "gpu": device.name,

@@ -1,9 +1,9 @@
-"""Lets the benchmarks steer beside vLLM 0.24, the newest release that is built for PyTorch 2.11, where no other runs.
+"""Lets the benchmarks steer on vLLM 0.24, the newest release built for PyTorch 2.11, on machines where no other runs.
 
-The plugin refuses this release, rightly for its users: no test runs on it, and its server knows no endpoint plugins, so
-it would steer nothing. What the offline API takes of later releases and this one lacks is put there before the plugin
-is loaded: enough for an engine within its process, on the classic runner. What it computes is compared with hooks by
-``hooks.bench`` before that measures, and ``overhead.bench`` ends where steering changes no token.
+The plugin rightly refuses this release: no test runs on it, and its server has no endpoint plugins, so it would steer
+nothing. This module adds, before the plugin is loaded, the names of later releases that the offline API needs: enough
+for an in-process engine on the classic runner. ``hooks.bench`` compares its results with hooks before it measures, and
+``overhead.bench`` stops if steering changes no token.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from vllm_steer.engine import supported
 
 RELEASE = "0.24"
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-"""For engines beside that release, those without the plugin too: the same runner for all."""
+"""For all engines on that release, also those without the plugin, so that all use the same runner."""
 
 
 def is_here() -> bool:
-    """Whether that is the vLLM which is installed."""
+    """Whether vLLM 0.24 is installed."""
     return supported.minor(supported.vllm_version()) == RELEASE
 
 
 def install() -> None:
-    """Put there what is missing, beside that release only. Call it once, before an engine starts."""
+    """Add the missing names, on vLLM 0.24 only. Call it once, before an engine starts."""
     if not is_here():
         return
     from vllm import exceptions
@@ -56,5 +56,5 @@ def _update_states(original: Any) -> Any:
 
 
 def pytest_configure() -> None:
-    """As a plugin of pytest (``-p benchmarks.gpu.vllm_024``): the tests' engines steer beside that release too."""
+    """Hook of the pytest plugin (``-p benchmarks.gpu.vllm_024``): lets the tests' engines steer on that release."""
     install()

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, and what it is asked to do."""
+"""An engine in its own process, and the work that it is given."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from benchmarks.harness.line_process import LineProcess, Turns, side_by_side
 
 COMPILED_WITH: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 256}
-"""Engine arguments that the compiled graph depends on: with the same ones, a benchmark finds the graph that another has
-compiled."""
+"""Engine arguments that the compiled graph depends on. Benchmarks with the same ones share a compiled graph."""
 PLUGIN = "vllm_steer"
 
 
 @dataclass(frozen=True)
 class Work:
-    """Requests that are handed to an engine all at once.
+    """Requests that an engine gets all at once.
 
     Attributes:
-        kind: what each asks: "plain", "steered", "stacked", "prompt read" or "read" (see ``overhead_engine``).
-        requests: how many.
-        prompt_tokens, max_tokens: of each; as many as ``max_tokens`` are generated.
-        pauses: whether it pauses before every step of the engine. Such pauses count nowhere.
+        kind: kind of each request: "plain", "steered", "stacked", "prompt read" or "read" (see ``overhead.engine``).
+        requests: number of requests.
+        prompt_tokens: tokens of each prompt.
+        max_tokens: tokens that each request generates, neither more nor fewer.
+        pauses: whether to pause before every step of the engine. Pauses are not timed.
     """
 
     kind: str
@@ -36,18 +36,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Took:
-    """What a piece of work took.
+    """Time and memory of a piece of work.
 
     Attributes:
-        laps: seconds from pause to pause, from before the requests were built until all outputs and readouts were
-            there; where it pauses at every step, the first one is admission, and the last one has the readouts'
-            collection in it.
-        first_token: seconds from a request's arrival to its first token, the median over the requests.
-        inter_token: seconds from one of its tokens to the next, the mean of a request, the median over the requests;
-            0.0 where one token was generated.
+        laps: seconds from pause to pause, from before the requests are built until all outputs and readouts are
+            collected. With a pause at every step, the first lap is admission, and the last one includes collecting the
+            readouts.
+        first_token: seconds from a request's arrival to its first token, median over the requests.
+        inter_token: seconds between a request's tokens, mean of a request, median over the requests; 0.0 if one token
+            was generated.
         tokens: digest of all generated tokens.
-        memory_gib: of the process since it started; "resident" (now), "peak", and on a GPU the peaks of what PyTorch
-            had "allocated" and "reserved" there.
+        memory_gib: memory of the process: "resident" (now), "peak" (since its start), and on a GPU the peaks of the
+            memory that PyTorch "allocated" and "reserved" there.
     """
 
     laps: list[float]
@@ -58,41 +58,43 @@ class Took:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of all laps."""
         return sum(self.laps)
 
 
 class EngineProcess:
-    """An engine that waits for work; it is ready for it behind ``wait``. All raise ``ProcessDied`` where it ended.
+    """An engine in its own process, which waits for work. It is ready after ``wait``.
+
+    ``wait``, ``do`` and ``turns`` raise ``ProcessDied`` if the process has ended.
 
     Args:
         layers: decoder blocks to hook; None leaves steering unconfigured.
         plugin: whether vLLM loads the plugin.
         engine_args: passed to ``vllm.LLM``.
-        log: all that the process prints goes there.
+        log: file for the output of the process.
     """
 
     def __init__(self, layers: Sequence[int] | None, plugin: bool, engine_args: Mapping[str, Any], log: Path) -> None:
         settings = json.dumps({"layers": layers, "engine_args": dict(engine_args)})
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": PLUGIN if plugin else ""}
-        self._process = LineProcess("overhead_engine", settings, environment, log)
+        self._process = LineProcess("benchmarks.overhead.engine", settings, environment, log)
 
     @property
     def start_seconds(self) -> float:
-        """From the start of the process until the engine was ready."""
+        """Seconds from the start of the process until the engine was ready."""
         return self._process.start_seconds
 
     def wait(self) -> EngineProcess:
-        """Give the engine once it is ready."""
+        """Return this engine once it is ready."""
         self._process.wait()
         return self
 
     def do(self, work: Work) -> Took:
-        """Give it work, and wait for the end of it."""
+        """Do the work to its end, through all pauses."""
         return side_by_side({"": self.turns(work)})[""]
 
     def turns(self, work: Work) -> Turns[Took]:
-        """Give it work, with the pauses that are asked for."""
+        """Do the work, yielding at every pause; see ``side_by_side``."""
         answer = yield from self._process.turns(json.dumps(asdict(work)))
         return Took(**json.loads(answer))
 

@@ -1,7 +1,7 @@
-"""A process that answers every line on its stdin with a line on its stdout, and does nothing in between.
+"""A process that answers every line on its stdin with a line on its stdout, and is idle in between.
 
-Engines that were started differently live in such processes, so that they can take turns: one does its work while the
-others wait, or all of them pause in theirs, many times a second, to let the next one go on.
+Engines with different settings live in such processes so that they can take turns: either one does all its work while
+the others wait, or all of them pause many times a second to let the next one go on.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 Turns = Generator[None, None, Answer]
-"""Work that yields wherever it pauses, and returns its answer."""
+"""Work that yields at every pause and returns its answer."""
 Pause = Callable[[], None]
-"""Returns when it is this process's turn again."""
+"""Gives up this process's turn; returns when its next turn begins."""
 _READY, _PAUSED = "ready", "paused"
 _SETTLING_SECONDS = 0.005
-"""Before a process goes on: for as long, threads of the one before it may still be looking for work."""
+"""Wait before a process goes on: threads of the process before it may spin for this long."""
 
 ENGINE_ENVIRONMENT = {
-    # The engine shares its process with nothing but the work: nothing else is timed.
+    # The engine runs in the process that does the work, so that nothing else is timed.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # On a CPU vLLM 0.32 saves ahead-of-time compiled graphs that it cannot load (``compilation/decorators.py`` asks for
+    # On a CPU vLLM 0.32 saves ahead-of-time compiled graphs that it cannot load (``compilation/decorators.py`` needs
     # ``finalize_loading``, which only graphs of its own backend have), so it compiles at every start. Without them
-    # PyTorch's own cache serves: the same graph is compiled once.
+    # PyTorch's own cache is used, and the same graph is compiled once.
     "VLLM_USE_AOT_COMPILE": "0",
-    # Which pages of 4 KiB a process happens to get decides for as long as it lives how well its weights go through the
-    # caches: the next one of its kind can be 2 % slower. Pages of 2 MiB leave less to that.
+    # The 4 KiB pages that a process happens to get decide for its whole life how well its weights fit the caches: two
+    # processes of a kind can differ in speed by 2 %. Pages of 2 MiB reduce this effect.
     "THP_MEM_ALLOC_ENABLE": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 
 class ProcessDied(Exception):
-    """The process ended before it had answered; the message is all that it had printed."""
+    """The process ended before it answered; the message is its output."""
 
 
 class LineProcess:
-    """A module of this package in a process of its own.
+    """A module of this package in its own process.
 
     Args:
-        module: run as ``python -m benchmarks.MODULE``; it calls ``serve``.
-        argument: handed to it.
-        environment: added to this process's own.
-        log: all that it prints goes there.
+        module: run as ``python -m MODULE``; it calls ``serve``.
+        argument: its one command-line argument.
+        environment: variables added to those of this process.
+        log: file for its output.
 
     Attributes:
-        start_seconds: from its start until it was ready.
+        start_seconds: seconds from its start until it was ready; set by ``wait``.
     """
 
     start_seconds: float
@@ -61,7 +61,7 @@ class LineProcess:
         self._began = time.perf_counter()
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"benchmarks.{module}", argument],
+                [sys.executable, "-m", module, argument],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -70,20 +70,20 @@ class LineProcess:
             )
 
     def wait(self) -> None:
-        """Return once it is ready.
+        """Return once the process is ready.
 
         Raises:
-            ProcessDied: it did not start.
+            ProcessDied: it ended before it was ready.
         """
-        while self._answer() != _READY:  # before it: what libraries print while they are imported
+        while self._answer() != _READY:  # skips what libraries print on import
             pass
         self.start_seconds = time.perf_counter() - self._began
 
     def turns(self, line: str = "") -> Turns[str]:
-        """Its answer to a line, with the pauses that it makes on the way.
+        """Send a line, yield at every pause of the process, and return its answer.
 
         Raises:
-            ProcessDied: while at it.
+            ProcessDied: the process ended before it answered.
         """
         assert self._process.stdin is not None
         while True:
@@ -97,7 +97,7 @@ class LineProcess:
             line = ""
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; kill it if it takes more than 60 s."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -116,7 +116,7 @@ class LineProcess:
 
 
 def side_by_side(work: Mapping[str, Turns[Answer]]) -> dict[str, Answer]:
-    """Let all go on in turn, from pause to pause, in this order; the answers."""
+    """Run all works in turn, from pause to pause, in the order of the mapping; return their answers."""
     answers: dict[str, Answer] = {}
     while len(answers) < len(work):
         for name, turns in work.items():
@@ -130,9 +130,12 @@ def side_by_side(work: Mapping[str, Turns[Answer]]) -> dict[str, Answer]:
 
 
 def serve(start: Callable[[Pause], Callable[[str], str]]) -> None:
-    """The other side: start something that answers lines, say that it is ready, and answer until stdin ends."""
+    """The side of the started process: call ``start``, report that it is ready, and answer lines until stdin ends.
+
+    ``start`` gets the function to pause with, and returns the one that answers a line.
+    """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the output of libraries is no answer
 
     def pause() -> None:
         print(_PAUSED, file=answers, flush=True)

@@ -1,8 +1,8 @@
-"""Checkpoints of random weights, for engine and hooks to load the very same ones where no real model is at hand.
+"""Checkpoints of random weights, so that engine and hooks can load the same weights without a real model.
 
     python -m benchmarks.harness.random_checkpoint FOLDER --shape qwen2.5-7b
 
-Weights are drawn on the GPU where there is one; the same at every call on the same kind of device.
+Weights are drawn on the GPU if there is one. They are the same at every call on the same kind of device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
     },
-    # As small as an engine takes it; the vocabulary is the demo model's, so that its tokenizer fits.
+    # As small as an engine accepts; the vocabulary size is the demo model's, so that its tokenizer fits.
     "tiny": {
         "hidden_size": 128,
         "num_hidden_layers": 4,
@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def save_random_checkpoint(folder: Path, shape: str, tokenizer: Path | None = None) -> Path:
     """Write a bf16 Qwen2 of random weights in `shape`, a key of SHAPES, to `folder` and return it.
 
-    tokenizer: a checkpoint whose tokenizer is copied; None leaves the checkpoint without one.
+    `tokenizer`: folder of a checkpoint whose tokenizer is copied; None leaves the checkpoint without one.
     """
     config = Qwen2Config(**SHAPES[shape], bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, dtype="bfloat16")
     torch.manual_seed(0)
@@ -57,6 +57,7 @@ def save_random_checkpoint(folder: Path, shape: str, tokenizer: Path | None = No
 
 
 def main() -> None:
+    """Write the checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)

@@ -1,4 +1,4 @@
-"""A recorded run: what was measured, with the machine, the versions and the command that measured it, as JSON."""
+"""Records of benchmark runs as JSON: the measurements, with the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _PACKAGES = ("torch", "triton", "transformers", "ray", "numpy", "pyarrow", "vllm
 
 
 def write(path: Path, measured: Mapping[str, Any], **arguments: Any) -> None:
-    """Write `measured` to `path` behind its setup, of which `arguments` become a part; parent folders are made."""
+    """Write `setup(**arguments)` and then `measured` to `path`, making its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"setup": setup(**arguments), **measured}, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record as `write` left it: "setup" and what was measured."""
+    """A record that `write` wrote: "setup" and the measurements."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
 
 
 def setup(**arguments: Any) -> dict[str, Any]:
-    """The machine, the versions and the command of this process, and the arguments of the run."""
+    """The command and date of this process, `arguments`, the machine and the versions."""
     script = getattr(sys.modules["__main__"], "__spec__", None)
     command = ["python", "-m", script.name, *sys.argv[1:]] if script is not None else ["python", *sys.argv]
     return {
@@ -52,7 +52,7 @@ def setup(**arguments: Any) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """The CPU's name with the number of its cores, and before it the GPU's with its memory where there is one."""
+    """Name and core count of the CPU, after name and memory of the GPU if there is one."""
     cores = f"{os.cpu_count()} cores of {_cpu_name()}"
     if not torch.cuda.is_available():
         return cores

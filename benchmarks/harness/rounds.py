@@ -1,8 +1,8 @@
-"""Several ways of doing the same work, each in turn, and how they compare.
+"""Measures several ways of doing the same work in turn, and compares them.
 
-A machine's speed drifts, and neighbours take their share. So every round does all ways one after the other, each time
-beginning with another way and every second time in the opposite order, and ways are compared within a round only. What
-is quoted is the median over the rounds.
+A machine's speed drifts, and its other users take their share. Every round therefore runs all ways one after the other,
+each time beginning with another way and every second time in the opposite order. Ways are compared only within a round.
+The figure to quote is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 
 Measured = TypeVar("Measured")
 Round = dict[str, float]
-"""What each way measured in one round."""
+"""Way -> its measurement in one round."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One way over all rounds, beside the way that it is compared with.
+    """One way over all rounds, compared with a baseline.
 
     Attributes:
-        median: of what was measured, in its own unit.
-        ratio: median over the rounds of measured / measured of the other way in the same round.
-        ratio_low, ratio_high: lowest and highest of these.
-        ratios: all of them, in the order of the rounds; or one for each start (see ``figures_of_starts``).
+        median: median measurement, in its own unit.
+        ratio: median over the rounds of the measurement divided by the baseline's in the same round.
+        ratio_low, ratio_high: lowest and highest of these ratios.
+        ratios: all of them, in the order of the rounds; or one per start (see ``figures_of_starts``).
     """
 
     median: float
@@ -38,7 +38,7 @@ class Figure:
 
 
 def in_turn(ways: Mapping[str, Callable[[], Measured]], num_rounds: int) -> list[dict[str, Measured]]:
-    """Measure all ways, `num_rounds` times. Warm up before: the first round counts."""
+    """Measure all ways `num_rounds` times. Warm up before the call, since the first round counts."""
     rounds = []
     for number in range(num_rounds):
         first = number // 2 % len(ways)
@@ -53,10 +53,10 @@ def figures(rounds: Sequence[Round], baseline: str) -> dict[str, Figure]:
 
 
 def figures_of_starts(starts: Sequence[Sequence[Round]], baseline: str) -> dict[str, Figure]:
-    """``figures``, where the processes that were measured were started anew before each of these series of rounds.
+    """``figures`` of several series of rounds, with all measured processes restarted before each series.
 
-    One process can be slower than the next one of its kind from its start to its end, so behind several starts each
-    counts as one pair: ``ratios`` are the medians over the rounds of each.
+    A process can be slower than the next one of its kind for its whole life, so each of several starts counts as one
+    ratio: ``ratios`` holds, for each start, the median over its rounds.
     """
     if len(starts) == 1:
         return figures(starts[0], baseline)
@@ -80,7 +80,7 @@ def _figure(rounds: Sequence[Round], name: str, baseline: str) -> Figure:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Where the median of `ratios` lies with 95 % confidence, by 10,000 bootstrap samples; the same at every call."""
+    """The 95 % confidence interval of the median of `ratios`, by 10,000 bootstrap samples; the same at every call."""
     samples = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.percentile(np.median(samples, axis=1), (2.5, 97.5))
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""The time that a piece of work takes, where it pauses in between."""
+"""The time that a piece of work takes, without its pauses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from benchmarks.harness.line_process import Pause
 
 
 class WorkingTime:
-    """Counts the seconds since it was made, without the pauses.
+    """A stopwatch that starts when it is made.
 
     Args:
-        now: the clock; its readings are the moments that ``at`` takes.
+        now: the clock; ``at`` takes its readings.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -23,26 +23,26 @@ class WorkingTime:
         self._began = now()
 
     def stop(self) -> None:
-        """Count no further until ``go_on``."""
+        """Stop counting until ``go_on``."""
         self._laps.append((self._began, self._now()))
 
     def go_on(self) -> None:
-        """Count again."""
+        """Count on."""
         self._began = self._now()
 
     @property
     def laps(self) -> list[float]:
-        """The seconds from each start to the stop behind it."""
+        """The seconds from each start to the next stop."""
         return [end - began for began, end in self._laps]
 
     def at(self, moment: float) -> float:
-        """What it had counted at a moment, by the time that it stopped for the last time."""
+        """The seconds counted up to `moment`; time since the last stop is left out."""
         return sum(min(end, moment) - began for began, end in self._laps if began < moment)
 
 
 @contextmanager
 def pausing(llm: Any, clock: WorkingTime, pause: Pause) -> Iterator[None]:
-    """Let what a ``vllm.LLM`` does pause before every step of its engine, which is in this process."""
+    """Make an in-process ``vllm.LLM`` pause before every engine step in the block; `clock` stops during pauses."""
     engine = llm.llm_engine
 
     def step() -> Any:

@@ -1,4 +1,4 @@
-"""The paper's grid and its extraction: with Hugging Face hooks in three ways, and with vLLM.
+"""The paper's grid and extraction, with Hugging Face hooks in three ways and with vLLM.
 
     python -m benchmarks.hooks.bench [--small] [--out FILE] [--model FOLDER --device cuda]
 
@@ -7,9 +7,9 @@
 - batched: hooks with the cache, rows of different α in one batch; texts in padded batches, hooks at the layers read.
 - ours: all rows, or all texts, in one call of a compiled engine in this process.
 
-The hooks' dtype and batch sizes are the fastest of those tried first, on the same work; batches are tried in the dtype
-that the paper's way is fastest in, being bound by the same arithmetic. What goes one at a time is timed on a stated
-sample of the rows and texts. Rates are tokens generated a second and texts read a second.
+The hooks' dtype and batch sizes are the fastest of several, tried first on the same work. Batches are tried only in the
+dtype in which the paper's way is fastest, since the same arithmetic bounds both. Ways that go one at a time are timed
+on a stated sample of the rows and texts. Rates are tokens generated per second and texts read per second.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 from benchmarks.harness.engine_process import COMPILED_WITH, PLUGIN
 from benchmarks.harness.line_process import ENGINE_ENVIRONMENT
 
-# In this process, as the hooks are: the two share threads and cores, and only one of them works at a time.
+# The engine runs in this process, as the hooks do: they share threads and cores, and only one works at a time.
 os.environ |= ENGINE_ENVIRONMENT
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_PLUGINS", PLUGIN)  # no other one takes part
+os.environ.setdefault("VLLM_PLUGINS", PLUGIN)  # no other plugin
 
 import numpy as np
 import torch
@@ -46,20 +46,22 @@ from vllm_steer import Direction, Readout, Steering, collect_readouts, load_llm,
 LAYERS = (8, 12, 16, 20, 24)
 STEERED_LAYER = 16
 WORSE = 2.0
-"""So many times as far from float32 as hooks in bfloat16 are may ours be: both round as often, in other places. A wrong
-layer or token, or an α that is not applied, is ten times as far and more."""
+"""Ours may differ from float32 by at most this many times the difference of hooks in bfloat16: both round equally
+often, in different places. A wrong layer or token, or an α that is not applied, differs at least ten times as much."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is done.
+    """The size of the benchmark.
 
     Attributes:
-        num_tokens: generated for each row.
-        texts: read by the ways that take many at once.
-        rows_alone, texts_alone: how many the ways that go one at a time do in a round.
-        batch_sizes: tried for batched hooks; rows and texts alike.
-        trial_tokens: generated for each row while trying.
+        num_tokens: tokens generated for each row.
+        rows_alone: rows in a round of the ways that go one at a time.
+        texts: texts read by the ways that take many at once.
+        texts_alone: texts in a round of the ways that go one at a time.
+        rounds: number of rounds.
+        batch_sizes: sizes tried for batched hooks, for rows and for texts.
+        trial_tokens: tokens generated for each row while trying.
     """
 
     num_tokens: int
@@ -77,16 +79,17 @@ FULL = Form(
 SMALL = Form(num_tokens=16, rows_alone=1, texts=12, texts_alone=3, rounds=5, batch_sizes=(75,), trial_tokens=6)
 
 Way = Callable[[HookedModel, int], float]
-"""Does a piece of work with a model and a batch size; gives its rate."""
+"""Does a piece of work with a model and a batch size; returns its rate."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest of what was tried.
+    """The fastest of the settings that were tried.
 
     Attributes:
-        dtype, size: of the model and of a batch.
-        tried: rate of each "dtype, size".
+        dtype: of the model.
+        size: of a batch.
+        tried: "dtype, size" -> its rate; empty if there was only one setting.
     """
 
     dtype: str
@@ -95,6 +98,7 @@ class Choice:
 
 
 def main() -> None:
+    """Check that hooks and engine agree, measure both parts, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="fewer tokens, rows, texts and rounds")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
@@ -109,7 +113,7 @@ def main() -> None:
     vllm_024.install()
     llm = start_engine(model, arguments.device, arguments.max_num_batched_tokens)
     register_directions(llm, [Direction("paper", STEERED_LAYER, work.direction_D)])
-    # float32 is the faster one on CPUs without bf16 instructions, and never on a GPU.
+    # float32 is faster on CPUs without bf16 instructions, and never on a GPU.
     dtypes = ["bfloat16"] if arguments.device == "cuda" else ["bfloat16", "float32"]
     models = {dtype: HookedModel(model, getattr(torch, dtype), arguments.device) for dtype in dtypes}
 
@@ -133,8 +137,8 @@ def main() -> None:
 
 
 def grid(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: Form) -> dict[str, Any]:
-    """Tokens a second of each way on the grid."""
-    # One row a scenario, α in the middle: the sample of the ways that go one at a time.
+    """Tokens per second of each way on the grid."""
+    # The sample of the ways that go one at a time: one row per scenario, with the middle α.
     sample = [work.rows[index] for index in (12, 37, 62)[: form.rows_alone]]
 
     def trying(rows: Sequence[Row], *, use_cache: bool = True) -> Way:
@@ -157,7 +161,7 @@ def grid(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: Form) 
 
 
 def extraction(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: Form) -> dict[str, Any]:
-    """Texts a second of each way of reading."""
+    """Texts per second of each way of reading."""
     texts, sample = work.texts[: form.texts], work.texts[: form.texts_alone]
     sizes = [size for size in (2, 4, *form.batch_sizes) if size <= len(texts)]
     paper = fastest(lambda hooked, _: hooks_read_alone(hooked, sample[:4]), models, [1])
@@ -177,7 +181,7 @@ def extraction(llm: Any, models: dict[str, HookedModel], work: PaperWork, form: 
 
 
 def fastest(way: Way, models: dict[str, HookedModel], sizes: Sequence[int]) -> Choice:
-    """Warm up, and try every model with every batch size; where there is but one of each, there is nothing to try."""
+    """Warm up, then try every model with every batch size; with only one of each, nothing is tried."""
     for hooked in models.values():
         way(hooked, min(sizes))
     candidates = [(dtype, size) for dtype in models for size in sizes]
@@ -192,7 +196,7 @@ def fastest(way: Way, models: dict[str, HookedModel], sizes: Sequence[int]) -> C
 def compared(
     title: str, ways: dict[str, Callable[[], float]], choices: dict[str, Choice], num_rounds: int
 ) -> dict[str, Any]:
-    """Measure all ways in turn; the record of it, which is printed too."""
+    """Measure all ways in turn and print their figures; this part of the record."""
     rounds = in_turn(ways, num_rounds)
     to_paper, to_batched = figures(rounds, "paper"), figures(rounds, "batched")
     print(f"\n{title:24} {'median':>10} {'to paper':>10} {'to batched':>11}   hooks")
@@ -211,7 +215,7 @@ def compared(
 def hooks_generate(
     hooked: HookedModel, rows: Sequence[Row], size: int, work: PaperWork, num_tokens: int, use_cache: bool
 ) -> float:
-    """Tokens a second, the rows in batches of `size`."""
+    """Tokens per second of hooks, with the rows in batches of `size`."""
 
     def generate_all() -> int:
         return sum(
@@ -230,29 +234,30 @@ def hooks_generate(
 
 
 def hooks_read(hooked: HookedModel, texts: Sequence[Sequence[int]], size: int) -> float:
-    """Texts a second, in batches of `size`, texts of like length together."""
+    """Texts per second of hooks, in batches of `size`, with texts of similar length together."""
     by_length = sorted(texts, key=len)
     return rate_of(lambda: sum(len(hooked.read_batch(batch, LAYERS)) for batch in batches(by_length, size)))
 
 
 def hooks_read_alone(hooked: HookedModel, texts: Sequence[Sequence[int]]) -> float:
-    """Texts a second, one at a time."""
+    """Texts per second of hooks, one text at a time."""
     return rate_of(lambda: len([hooked.read_alone(text, LAYERS) for text in texts]))
 
 
 def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Cut `items` into batches of `size`; the last may be smaller."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def rate_of(work: Callable[[], int]) -> float:
-    """What `work` has done a second, by its own count."""
+    """The count that `work` returns, per second of its run."""
     start = time.perf_counter()
     count = work()
     return count / (time.perf_counter() - start)
 
 
 def start_engine(model: str, device: str, max_num_batched_tokens: int | None) -> Any:
-    """A compiled engine in bf16 with room for the whole grid at once, beside the hooks' model on the same device."""
+    """A compiled bf16 engine with room for the whole grid at once, next to the hooks' model on the same device."""
     optional: dict[str, Any] = (
         {} if max_num_batched_tokens is None else {"max_num_batched_tokens": max_num_batched_tokens}
     )
@@ -269,7 +274,7 @@ def start_engine(model: str, device: str, max_num_batched_tokens: int | None) ->
 
 
 def generate(llm: Any, rows: Sequence[Row], num_tokens: int) -> float:
-    """Tokens a second, for all rows in one call, nothing of them in the prefix cache."""
+    """Tokens per second of the engine, with all rows in one call and an empty prefix cache."""
     params = [
         steered(
             {"temperature": 0.7, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False},
@@ -287,15 +292,18 @@ def generate(llm: Any, rows: Sequence[Row], num_tokens: int) -> float:
 def read(
     llm: Any, texts: Sequence[Sequence[int]], layers: Sequence[int] = LAYERS, steering: Sequence[Steering] = ()
 ) -> list[Means]:
-    """Means over all tokens of every text, from one call."""
+    """Means over all tokens of every text, from one call of the engine."""
     params = steered({"max_tokens": 1, "temperature": 0.0, "detokenize": False}, steering, Readout(layers))
     outputs = llm.generate([{"prompt_token_ids": list(text)} for text in texts], params, use_tqdm=False)
     return [result.mean for (result,) in collect_readouts(llm, outputs) if result is not None]
 
 
 def compare(llm: Any, hooked: HookedModel, work: PaperWork) -> dict[str, dict[str, float]]:
-    """How far ours and hooks in bfloat16 are from hooks in float32, at most, relatively: in the means of some texts at
-    every layer, and in what steering at one layer does to the means at that layer and those after it."""
+    """The largest relative differences of ours, and of hooks in bfloat16, from hooks in float32.
+
+    "means" compares the means of some texts at every layer; "shifts" compares the change of these means under steering
+    at one layer, at that layer and those after it.
+    """
     texts, direction_D = work.texts[:4], work.direction_D
 
     def by_hooks(alpha: float) -> list[Means]:
@@ -304,7 +312,7 @@ def compare(llm: Any, hooked: HookedModel, work: PaperWork) -> dict[str, dict[st
 
     with hooked.in_float32():
         exact = by_hooks(0.0)
-        alpha = float(np.linalg.norm(exact[0][STEERED_LAYER]))  # as much as the stream itself
+        alpha = float(np.linalg.norm(exact[0][STEERED_LAYER]))  # as large as the residual stream itself
         exact_steered = by_hooks(alpha)
     plain = {"ours": read(llm, texts), "hooks": by_hooks(0.0)}
     steering = [Steering("paper", alpha, layer=STEERED_LAYER)]
@@ -331,6 +339,7 @@ def compare(llm: Any, hooked: HookedModel, work: PaperWork) -> dict[str, dict[st
 
 
 def relative(vector_D: Any, reference_D: Any) -> float:
+    """Distance of two (D,) vectors, relative to the norm of the reference."""
     return float(np.linalg.norm(vector_D - reference_D) / np.linalg.norm(reference_D))
 
 

@@ -1,7 +1,7 @@
-"""Steering and reading with Hugging Face `transformers` and forward hooks, as research code does it, written with care.
+"""Steering and reading with Hugging Face `transformers` and forward hooks, as in research code, written with care.
 
-`torch.inference_mode`, no copies, no Python per token beyond what `generate` itself needs, the model's own (fused)
-attention. What is left out is `torch.compile`: hooks break its graphs, and the code we compare with does without.
+Uses `torch.inference_mode` and the model's own (fused) attention, without copies and without Python per token beyond
+that of `generate`. It does not use `torch.compile`: hooks break its graphs, and the research code does without it.
 
 Shape suffixes: B rows of a batch, T tokens, D hidden size.
 """
@@ -23,12 +23,18 @@ Means = Mapping[int, npt.NDArray[np.float32]]
 
 
 class HookedModel:
-    """A causal language model of Hugging Face whose decoder blocks can be steered and read by hooks."""
+    """A Hugging Face causal language model whose decoder blocks hooks can steer and read.
+
+    Args:
+        model: folder of a checkpoint.
+        dtype: of its weights and arithmetic.
+        device: "cpu" or "cuda".
+    """
 
     def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device).eval()
         self._body = self._model.get_decoder()
-        # vLLM gives some of transformers' classes, once it has loaded, a __call__ that asks for this.
+        # Once loaded, vLLM gives some transformers classes a __call__ that reads this attribute.
         self._body.do_not_compile = True
         self._device = device
 
@@ -43,10 +49,10 @@ class HookedModel:
         num_tokens: int,
         use_cache: bool = True,
     ) -> int:
-        """Sample `num_tokens` tokens for each prompt, all as one batch, its own α·direction added to every token at the
-        output of block `layer`; returns how many tokens that were.
+        """Sample `num_tokens` tokens for each prompt, all as one batch; returns the number of new tokens.
 
-        Rows of one batch may differ in α; prompts of different lengths are padded on the left.
+        Each row's α·direction is added to every token at the output of block `layer`. Rows of one batch may differ in
+        α; prompts of different lengths are padded on the left.
         """
         tokens_BT, mask_BT = self._padded(prompts, on_the_left=True)
         with self._steered(alphas, direction_D, layer):
@@ -62,15 +68,15 @@ class HookedModel:
                 use_cache=use_cache,
                 pad_token_id=0,
             )
-        num_new: int = output_BT.cpu()[:, tokens_BT.shape[1] :].numel()  # on the host: the device has finished
+        num_new: int = output_BT.cpu()[:, tokens_BT.shape[1] :].numel()  # the copy to the host waits for the device
         return num_new
 
     @torch.inference_mode()
     def read_alone(self, prompt: Sequence[int], layers: Sequence[int]) -> Means:
-        """The paper's way to read: the whole model over one text, all hidden states kept, the mean taken afterwards."""
+        """Read one text the paper's way: run the whole model, keep all hidden states, and take the means afterwards."""
         tokens_BT = torch.tensor([list(prompt)], device=self._device)
         states = self._model(input_ids=tokens_BT, output_hidden_states=True).hidden_states
-        # hidden_states[k] is the output of block k-1, save that the last one has been through the final norm.
+        # hidden_states[k] is the output of block k-1, except that the last one has passed the final norm.
         return {layer: states[layer + 1][0].float().mean(dim=0).cpu().numpy() for layer in layers}
 
     @torch.inference_mode()
@@ -83,9 +89,9 @@ class HookedModel:
         direction_D: npt.NDArray[np.float32] | None = None,
         steered_layer: int = 0,
     ) -> list[Means]:
-        """Hooks that keep masked means of the blocks asked for; neither language model head nor cache is computed.
+        """Read texts as one padded batch: hooks keep the masked means at `layers`, without head and KV cache.
 
-        With a direction the stream is steered at the output of block `steered_layer`, and read after it.
+        With a direction, α·direction is added at the output of block `steered_layer`, and reading comes after it.
         """
         tokens_BT, mask_BT = self._padded(prompts, on_the_left=False)
         weights_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True)
@@ -97,7 +103,7 @@ class HookedModel:
 
             return read
 
-        with self._steered(alphas, direction_D, steered_layer):  # first: hooks run in the order they were added
+        with self._steered(alphas, direction_D, steered_layer):  # first, since hooks run in the order of registration
             handles = [self._body.layers[layer].register_forward_hook(reader(layer)) for layer in layers]
             try:
                 self._body(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
@@ -108,13 +114,13 @@ class HookedModel:
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Compute in float32 meanwhile, with the same weights."""
+        """Compute in float32 inside the block, with the same weights."""
         own = self._model.dtype
         self._model.float()
         try:
             yield
         finally:
-            self._model.to(own)  # bit for bit what they were
+            self._model.to(own)  # restores the same bits
 
     @contextmanager
     def _steered(

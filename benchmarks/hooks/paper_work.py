@@ -1,7 +1,6 @@
-"""The paper's work, in our own texts: its smallest grid (75 rows) and its extraction (100 texts).
+"""The paper's work with the bundled texts: its smallest grid (75 rows) and its extraction (100 texts).
 
-A model without a tokenizer gets random token ids of the same lengths instead; nothing measured here depends on which
-tokens they are.
+A model without a tokenizer gets random token ids of the same lengths; no measurement depends on the tokens themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ ALPHAS = (0.0, 1.0, 3.0, 5.0, 10.0)
 SAMPLES = 5
 WORDS_A_TEXT = 300
 MAX_TEXT_TOKENS = 512
-_PROMPT_TOKENS = (110, 139, 164)  # of our prompts in the demo model's tokenizer, and of our texts in the mean
+_PROMPT_TOKENS = (110, 139, 164)  # of the prompts in the demo model's tokenizer; below, the mean of the texts
 _TEXT_TOKENS = 368
 
 
@@ -37,12 +36,12 @@ class Row:
 
 @dataclass(frozen=True)
 class PaperWork:
-    """What is to be generated and read, as token ids.
+    """The rows to generate and the texts to read, as token ids.
 
     Attributes:
-        rows: 3 scenarios × 5 α × 5 samples, samples of one condition side by side.
+        rows: 3 scenarios × 5 α × 5 samples, with the samples of a condition next to each other.
         texts: 100 texts to read.
-        direction_D: unit vector.
+        direction_D: unit vector (D,) to steer along.
     """
 
     rows: tuple[Row, ...]
@@ -51,7 +50,7 @@ class PaperWork:
 
 
 def has_tokenizer(model: str) -> bool:
-    """Whether the checkpoint in folder `model` comes with a tokenizer."""
+    """Whether the checkpoint in folder `model` has a tokenizer."""
     return (Path(model) / "tokenizer_config.json").exists()
 
 
@@ -79,6 +78,6 @@ def _tokenised(model: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
     for side in ([pair.empathic for pair in pairs], [pair.non_empathic for pair in pairs]):
         words = " ".join(side).split()
         step = len(words) // len(side)
-        # Our own texts are a third as long as the paper's: each goes on into its neighbours.
+        # The bundled texts are a third as long as the paper's, so each is extended with the next ones.
         texts += [" ".join((words * 2)[start * step : start * step + WORDS_A_TEXT]) for start in range(len(side))]
     return prompts, [text_prompt(tokenizer, text, max_tokens=MAX_TEXT_TOKENS).token_ids for text in texts]

@@ -1,17 +1,17 @@
-"""What the plugin costs: plain vLLM beside engines that have it, idle, steering and reading; ratios to plain vLLM.
+"""The cost of the plugin: engines that have it, idle, steering and reading, against plain vLLM.
 
     python -m benchmarks.overhead.bench [--small] [--out FILE]
 
-Every engine runs in a process of its own, and only one works at a time. A round compares each way with plain vLLM: both
-get the same prompts and go on in turn, step by step of their engines, so that what slows the machine down for a second
-slows both. With --turns call each does all of it in one turn: for a GPU, which works on while its process pauses. Since
-an engine can be slower than the next one of its kind for as long as it lives, all are started --starts times.
+Every engine runs in its own process, and only one works at a time. A round compares each way with plain vLLM: both get
+the same prompts and take turns, one engine step at a time, so that a slow second of the machine slows both. With
+--turns call each does all its work in one turn: use it on a GPU, which works on while its process pauses. An engine can
+be slower than the next one of its kind for its whole life, so all engines are started --starts times.
 
-Throughput counts generated tokens and the time of the whole call: building the requests, their prompts' prefill,
-decoding, and collecting the readouts. Prefill throughput counts the prompts' tokens of requests that generate one.
+Throughput counts generated tokens over the time of the whole call: building the requests, prefill, decoding, and
+collecting the readouts. Prefill throughput counts the prompt tokens of requests that generate one token.
 
 Prefix caching is off for all: a way that repeats its prompts would measure the cache, which readouts may not read. The
-way "absent again", another plain engine, shows what the machine's noise makes of no difference at all.
+way "absent again", another plain engine, shows the machine's noise where there is no difference.
 
 On a GPU, several engines share its memory: choose the ways, and so the engines, with --ways, and the KV memory of each
 with --kv-gib.
@@ -39,7 +39,7 @@ from benchmarks.harness.rounds import Figure, figures, figures_of_starts, interv
 
 @dataclass(frozen=True)
 class Way:
-    """A kind of work (see ``overhead_engine``), and the name of the engine that does it."""
+    """A kind of work (see ``overhead.engine``), and the name of the engine that does it."""
 
     engine: str
     kind: str
@@ -70,10 +70,11 @@ SMALL = {
 }
 MAX_TOKENS = (8, 64)
 SAME_GRAPH = ("absent again", "installed")
-"""Engines that run what the engine "absent" has compiled."""
+"""Engines that use the graph that the engine "absent" has compiled."""
 
 
 def parse() -> argparse.Namespace:
+    """The command line's arguments, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="fewer ways, batches and rounds")
     parser.add_argument("--model", type=Path, default=None, help="folder of a checkpoint; default: the demo model")
@@ -90,8 +91,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--prefill-tokens", type=int, default=256, help="of a prompt where prefill is measured")
     parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of each engine")
-    parser.add_argument("--starts", type=int, default=8, help="of all engines; the last ones are timed")
-    parser.add_argument("--fill-cache", action="store_true", help="start all once more before, for their graphs")
+    parser.add_argument("--starts", type=int, default=8, help="starts of all engines; the last start-up is timed")
+    parser.add_argument("--fill-cache", action="store_true", help="start all once beforehand, to compile their graphs")
     parser.add_argument("--together", action="store_true", help="start engines at once; the starts are not timed")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
@@ -107,12 +108,12 @@ def parse() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Task:
-    """What is compared, in how many rounds after each start.
+    """Work that is compared after each start.
 
     Attributes:
-        section: of the record; "generated" or "prefill".
-        work: but for its kind.
-        rounds: that count; one before them warms up.
+        section: section of the record; "generated" or "prefill".
+        work: the work, without its kind.
+        rounds: number of rounds that count; one more before them warms up.
     """
 
     section: str
@@ -120,7 +121,7 @@ class Task:
     rounds: int
 
     def rate(self, took: Took) -> float:
-        """The section's tokens a second."""
+        """Tokens per second: generated ones, or those of the prompts in the section "prefill"."""
         work = self.work
         return work.requests * (work.max_tokens if self.section == "generated" else work.prompt_tokens) / took.seconds
 
@@ -132,6 +133,7 @@ class Task:
 
 
 def main() -> None:
+    """Measure all tasks after every start, print the figures and write the record after each task."""
     arguments = parse()
     model = arguments.model or demo_model_path()
     ways = {name: way for name, way in WAYS.items() if name in arguments.ways}
@@ -142,13 +144,13 @@ def main() -> None:
         with running(model, names, arguments, together=True):
             pass
     for start in range(arguments.starts):
-        together = arguments.together or start < arguments.starts - 1  # the last one is timed, one by one
+        together = arguments.together or start < arguments.starts - 1  # at the last start each engine is timed alone
         with running(model, names, arguments, together) as engines:
             for task, starts in took.items():
                 starts.append(rounds_of(engines, ways, task))
                 check_that_steering_steers(starts[-1][0])
                 show(task, throughput(starts[-1:], task))
-                # Written at once: a full run takes long, and may be stopped.
+                # Written at once, since a full run takes long and may be stopped.
                 measured = {**measured_of(took), "engines": standing(engines, arguments)}
                 if arguments.out is not None:
                     about = {name: value for name, value in vars(arguments).items() if name not in ("out", "small")}
@@ -162,7 +164,7 @@ def main() -> None:
 
 
 def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
-    """All that is measured after each start."""
+    """Yield all tasks that are measured after each start."""
     pauses = arguments.turns == "step"
     for batch, rounds in zip(arguments.batches, arguments.rounds, strict=True):
         max_tokens = min(max(arguments.tokens // batch, MAX_TOKENS[0]), MAX_TOKENS[1])
@@ -172,7 +174,7 @@ def tasks(arguments: argparse.Namespace) -> Iterator[Task]:
 
 
 def measured_of(took: Mapping[Task, list[Rounds]]) -> dict[str, Any]:
-    """The record of what there is so far."""
+    """The record of all measurements so far."""
     measured: dict[str, Any] = {"generated": {}, "prefill": {}}
     for task, starts in took.items():
         if not starts:
@@ -187,7 +189,7 @@ def measured_of(took: Mapping[Task, list[Rounds]]) -> dict[str, Any]:
 
 
 def standing(engines: Mapping[str, EngineProcess], arguments: argparse.Namespace) -> dict[str, Any]:
-    """How long the engines took to start, and what they hold now."""
+    """Start-up time and current memory of each engine."""
     last = Work("plain", 1, arguments.prompt_tokens, 1)
     return {
         name: {
@@ -202,8 +204,10 @@ def standing(engines: Mapping[str, EngineProcess], arguments: argparse.Namespace
 def running(
     model: Path, names: Collection[str], arguments: argparse.Namespace, together: bool
 ) -> Iterator[dict[str, EngineProcess]]:
-    """The engines of these names, all waiting; started one after the other, or together, which leaves their times
-    without meaning."""
+    """Start the engines of these names and yield them ready for work; close them at the end.
+
+    `together` starts them at once, which makes their start-up times meaningless.
+    """
     num_layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     layers = {"hooked": arguments.layers, "all hooked": list(range(num_layers))}
     engine_args = {
@@ -216,9 +220,9 @@ def running(
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": int(arguments.kv_gib * 2**30),
         "seed": 0,
-        # What vLLM looks for free before it starts, although the KV memory is given: leave the others theirs.
+        # vLLM checks before it starts that this share of memory is free, even with a fixed KV size; share it out.
         "gpu_memory_utilization": 0.9 / len(names),
-        "disable_log_stats": False,  # the clocks of a request
+        "disable_log_stats": False,  # for the requests' timestamps
     }
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ExitStack() as started:
         engines: dict[str, EngineProcess] = {}
@@ -237,24 +241,24 @@ def running(
 
 
 def started_at_once(names: Collection[str]) -> list[list[str]]:
-    """Engines that each compile a graph of their own; behind them those that find theirs."""
+    """Two groups of engines: first those that compile their own graph, then those that reuse one."""
     return [[name for name in names if (name in SAME_GRAPH) == last] for last in (False, True)]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a way took, and plain vLLM in turn with it."""
+    """Measurements of a way and of plain vLLM, taken in turn."""
 
     way: Took
     plain: Took
 
 
 Rounds = list[dict[str, Pair]]
-"""Of each round, what each way took."""
+"""For each round, way -> its pair."""
 
 
 def rounds_of(engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], task: Task) -> Rounds:
-    """What each way took in each round, warmed up."""
+    """Measure every way against plain vLLM for `task.rounds` rounds, after one warm-up round."""
 
     def pair(name: str, is_first: bool) -> Pair:
         names = (name, BASELINE) if is_first else (BASELINE, name)
@@ -269,20 +273,26 @@ def rounds_of(engines: Mapping[str, EngineProcess], ways: Mapping[str, Way], tas
 
 
 def check_that_steering_steers(took: Mapping[str, Pair]) -> None:
-    """End the run where steered requests got the tokens of unsteered ones, which would make it measure nothing."""
+    """Check that steered requests got other tokens than unsteered ones.
+
+    Raises:
+        SystemExit: they got the same tokens, so the benchmark would measure nothing.
+    """
     for name in ("steered", "stacked"):
         if name in took and took[name].way.tokens == took[name].plain.tokens:
             raise SystemExit(f"the requests of {name!r} got the tokens of unsteered ones; raise LARGEST_ALPHA.")
 
 
 def throughput(starts: Sequence[Rounds], task: Task) -> dict[str, dict[str, Any]]:
-    """``compared``, by the typical call after each start; after a single one by its rounds, which show the spread."""
+    """``compared`` on the typical round of each start; with a single start on its rounds, which show the spread."""
     return compared(starts if len(starts) == 1 else [[typical(rounds)] for rounds in starts], task.rate)
 
 
 def typical(rounds: Rounds) -> dict[str, Pair]:
-    """A round that did not happen: every step takes as long as it did in the median over these rounds, in which it did
-    the same. So a burst of the machine's other work that hit one of two engines in one step does not count."""
+    """A synthetic round in which every step takes its median time over these rounds, which all do the same work.
+
+    A burst of other load that hits one of two engines in one step then does not count.
+    """
 
     def call(took: Sequence[Took]) -> Took:
         return replace(took[0], laps=[statistics.median(lap) for lap in zip(*(one.laps for one in took), strict=True)])
@@ -294,7 +304,7 @@ def typical(rounds: Rounds) -> dict[str, Pair]:
 
 
 def compared(starts: Sequence[Rounds], measure: Callable[[Took], float]) -> dict[str, dict[str, Any]]:
-    """A figure for each way, compared with plain vLLM. That one's own is over all that was compared with it."""
+    """A figure for each way, compared with plain vLLM. Plain vLLM's own figure is over all pairs."""
     all_pairs = [pair for rounds in starts for round_ in rounds for pair in round_.values()]
     found = figures([{BASELINE: measure(pair.plain)} for pair in all_pairs], BASELINE)
     for name in starts[0][0]:
@@ -307,6 +317,7 @@ def compared(starts: Sequence[Rounds], measure: Callable[[Took], float]) -> dict
 
 
 def show(task: Task, throughput: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the throughput of every way."""
     print(task)
     for name, values in throughput.items():
         figure = Figure(**values)

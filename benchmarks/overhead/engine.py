@@ -1,8 +1,8 @@
-"""The process of an ``EngineProcess``: takes a piece of work a line on stdin, answers with a line on stdout.
+"""The process of an ``EngineProcess``: reads one piece of work per line on stdin and answers with a line on stdout.
 
-What it reads of vLLM's own clocks (``v1/metrics/stats.py`` and ``outputs.py``, ``RequestOutput.metrics``, vLLM 0.32):
-the wall-clock time at which a request arrived in the front end, and the monotonic times at which the engine core made
-its first and last token.
+It reads vLLM's own timestamps (``v1/metrics/stats.py`` and ``outputs.py``, ``RequestOutput.metrics``, vLLM 0.32): the
+wall-clock time at which a request arrived in the front end, and the monotonic times at which the engine core made its
+first and last token.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from benchmarks.harness.working_time import WorkingTime, pausing
 
 NUM_DIRECTIONS = 8
 LARGEST_ALPHA = 60.0
-FIRST_WORD = 100  # ids below it are special in the tokenizers at hand
+FIRST_WORD = 100  # lower ids are special in the tokenizers used here
 
 
 class OverheadEngine:
     """An engine and the requests it is measured with.
 
     Args:
-        layers: hooked ones; None leaves steering unconfigured.
+        layers: layers to hook; None leaves steering unconfigured.
         engine_args: passed to ``vllm.LLM``.
-        pause: called before every step of the engine, where the work asks for it.
+        pause: called before every step of the engine if the work has pauses.
     """
 
     def __init__(self, layers: Sequence[int] | None, engine_args: dict[str, Any], pause: Pause) -> None:
@@ -49,7 +49,7 @@ class OverheadEngine:
             self._llm = LLM(**engine_args)
             assert (PLUGIN in sys.modules) == (os.environ["VLLM_PLUGINS"] == PLUGIN)
         else:
-            # Imported where it is used: the engine that is measured without the plugin is without its code.
+            # Imported here, so that an engine without the plugin does not load its code.
             from vllm_steer import Direction, load_llm, register_directions
 
             self._llm = load_llm(layers=layers, **engine_args)
@@ -65,7 +65,7 @@ class OverheadEngine:
             )
 
     def do(self, work: Work) -> Took:
-        """Work, readouts collected. The prompts are random words, the same at every call."""
+        """Do the work and collect its readouts. The prompts are random tokens, the same at every call."""
         words = self._llm.llm_engine.model_config.get_vocab_size()
         shape = (work.requests, work.prompt_tokens)
         ids = np.random.default_rng(0).integers(FIRST_WORD, words, shape).tolist()
@@ -98,7 +98,7 @@ class OverheadEngine:
         )
 
     def _params(self, work: Work) -> list[SamplingParams]:
-        """One for each request; α goes from −60 to 60, and no two requests share one."""
+        """One SamplingParams per request. Steered requests get distinct α, evenly spaced from −60 to 60."""
         plain = [
             SamplingParams(temperature=0, max_tokens=work.max_tokens, ignore_eos=True) for _ in range(work.requests)
         ]
@@ -149,7 +149,7 @@ def _memory_gib() -> dict[str, float]:
 
 def _engine(pause: Pause) -> Callable[[str], str]:
     if os.environ["VLLM_PLUGINS"] == PLUGIN:
-        from benchmarks.gpu import vllm_024  # imports the plugin, which the engine that is without it is without
+        from benchmarks.gpu import vllm_024  # imports the plugin, so only for engines with it
 
         vllm_024.install()
     engine = OverheadEngine(**json.loads(sys.argv[1]), pause=pause)

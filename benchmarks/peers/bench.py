@@ -1,12 +1,12 @@
-"""Other projects that steer inside vLLM: which of them installs beside this vLLM, which one runs, and how fast.
+"""Other projects that steer inside vLLM: which of them install beside this vLLM, which run, and how fast.
 
     python -m benchmarks.peers.bench [--rounds 9] [--out FILE]
 
-For each peer: does pip find a set of packages with it and the vLLM that is here (a dry run, nothing is changed); if
-put into a folder of its own without regard to what it asks for, does it import; and if it does, the same requests on
-plain vLLM, on the peer and on vllm-steer, each in a process of its own, started as its documentation says. The three
-go on in turn, step by step of their engines. One that gives the tokens of plain vLLM has not steered: that is said.
-Needs a package registry; without one every peer's line says so.
+Each peer is tried in three steps. Can pip resolve it together with the installed vLLM (a dry run that changes nothing)?
+Can it be imported from its own folder, installed without its dependencies? If so, the same requests run on plain vLLM,
+on the peer and on vllm-steer, each in its own process, started as its documentation says. The three engines take turns,
+step by step. A peer that gives the tokens of plain vLLM has not steered and is reported as such. Needs a package
+registry; without one every peer's line says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OURS, PLAIN = "vllm-steer", "plain"
 
 
 class NotSteered(Exception):
-    """What was to be steered was not."""
+    """Requests that should have been steered were not."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Peer:
     """A project that steers inside vLLM.
 
     Attributes:
-        name: its name; that of its distribution where it has one.
-        requirement: what pip is given; None where there is nothing to give.
-        module: what is imported to see whether it can be.
-        needs: packages that it needs besides, which this project's environment may lack.
-        plugin: its name among vLLM's plugins; None where it is none.
-        remark: why it cannot be tried, or with what.
+        name: name of its distribution, or of the project if it has none.
+        requirement: the requirement for pip; None if pip cannot install it.
+        module: module to import as a test.
+        needs: other packages that it needs and this project's environment may lack.
+        plugin: its name among vLLM's plugins; None if it is no plugin.
+        remark: a note for the record, such as why it cannot be tried.
     """
 
     name: str
@@ -76,11 +76,11 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a peer.
+    """The result of trying a peer.
 
     Attributes:
-        resolves, imports, runs: "yes", or why not; "" where it did not get that far.
-        figures: tokens/s and ratios to plain vLLM of plain, peer and vllm-steer, where it ran.
+        resolves, imports, runs: "yes", or why not; "" if it did not get that far.
+        figures: tokens/s and ratios to plain vLLM of plain, peer and vllm-steer; None if it did not run.
     """
 
     peer: str
@@ -93,6 +93,7 @@ class Outcome:
 
 
 def main() -> None:
+    """Try all peers, print the outcomes, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
@@ -111,17 +112,17 @@ def main() -> None:
 
 
 def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
-    """Go as far with a peer as it goes; packages and logs are left in `folder`."""
+    """Try a peer step by step until one fails; packages and logs stay in `folder`."""
     outcome = Outcome(peer.name, peer.requirement, peer.remark)
     if peer.requirement is None:
         return outcome
     folder.mkdir()
-    # The CPU build is a distribution of another name, so a peer that asks for vLLM is asked for the same release of it.
+    # The CPU build has another distribution name, so peers that need vLLM are bound to the same release of `vllm`.
     constraints = folder / "constraints.txt"
     constraints.write_text(f"vllm=={vllm_version()}\n", encoding="utf-8")
     outcome = replace(outcome, resolves=resolved(peer.requirement, constraints))
     site = folder / "site"
-    # Anyway, then: what it says about Python and vLLM may be more careful than it has to be.
+    # Install it in any case: its requirements for Python and vLLM may be stricter than necessary.
     unpacked = answer_of(
         *PIP,
         "install",
@@ -138,7 +139,7 @@ def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
     environment = {
         "PYTHONPATH": str(site),
         "HOTWIRE_VECTORS": str(folder / "vector.pt"),
-        "HOTWIRE_SLOTS": "256",  # it needs one for each α
+        "HOTWIRE_SLOTS": "256",  # one per α
     }
     outcome = replace(outcome, imports=answer_of(sys.executable, "-c", f"import {peer.module}", **environment))
     if outcome.imports != "yes" or peer.plugin is None:
@@ -151,7 +152,7 @@ def tried(peer: Peer, folder: Path, num_rounds: int) -> Outcome:
 
 
 def resolved(requirement: str, constraints: Path) -> str:
-    """What pip says of a dry run; where it minds the Python that is here, what it would say otherwise too."""
+    """The answer of a pip dry run; if it refuses this Python version, also the answer without that check."""
     command = (*PIP, "install", "--dry-run", "--constraint", str(constraints), requirement)
     answer = answer_of(*command)
     if "Requires-Python" in answer:
@@ -160,16 +161,21 @@ def resolved(requirement: str, constraints: Path) -> str:
 
 
 def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_rounds: int) -> dict[str, Any]:
-    """Tokens a second of plain vLLM, the peer and vllm-steer in turn. Raises ProcessDied, NotSteered."""
+    """Figures of the tokens per second of plain vLLM, the peer and vllm-steer, measured in turn.
+
+    Raises:
+        ProcessDied: an engine did not start, or ended early.
+        NotSteered: the peer or vllm-steer gave the tokens of plain vLLM.
+    """
     engines: dict[str, LineProcess] = {}
     try:
-        # The peer first: where it does not start, the others need not.
+        # The peer first: if it does not start, the others need not start.
         for kind, its in (
             (peer.name, environment),
             (PLAIN, {"VLLM_PLUGINS": ""}),
             (OURS, {"VLLM_PLUGINS": "vllm_steer"}),
         ):
-            engines[kind] = LineProcess("peer_engine", kind, its, folder / f"{kind}.log")
+            engines[kind] = LineProcess("benchmarks.peers.engine", kind, its, folder / f"{kind}.log")
             engines[kind].wait()
         rounds = [one_round(engines, number % 2 == 1) for number in range(num_rounds)]
     finally:
@@ -179,7 +185,7 @@ def compared(peer: Peer, environment: Mapping[str, str], folder: Path, num_round
 
 
 def one_round(engines: Mapping[str, LineProcess], is_reversed: bool) -> Round:
-    """Tokens a second of each engine, all of them side by side.
+    """Tokens per second of each engine, with all engines taking turns.
 
     Raises:
         NotSteered: one of them gave the tokens of plain vLLM.
@@ -193,7 +199,7 @@ def one_round(engines: Mapping[str, LineProcess], is_reversed: bool) -> Round:
 
 
 def answer_of(*command: str, **environment: str) -> str:
-    """Run a command: "yes", or the error that it ended with."""
+    """Run a command and return "yes", or its last error."""
     try:
         ran = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=PIP_SECONDS, env={**os.environ, **environment}
@@ -204,9 +210,9 @@ def answer_of(*command: str, **environment: str) -> str:
 
 
 def last_error(output: str) -> str:
-    """The line of a pip or Python output that says what was wrong, shortened."""
+    """The line of pip's or Python's output that names the fault, shortened."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # What git and pip say, the more telling first; Python's own error is the last line.
+    # Lines of git and pip, the more specific first; Python's own error is the last line.
     for mark in ("fatal: ", " depends on ", "ERROR: "):
         for line in lines:
             if mark in line:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.engine KIND
 
-KIND is "plain", "vllm-steer" or a peer's name. The work is the same: requests that are steered at one layer along one
-direction, each with an α of its own, and for "plain" not at all. The answer is a JSON object: "rate" in tokens/s and
-"tokens", a digest of those that were generated, greedily.
+KIND is "plain", "vllm-steer" or a peer's name. All kinds run the same requests, steered at one layer along one
+direction, each with its own α; "plain" runs them unsteered. Decoding is greedy. The answer is a JSON object: "rate" in
+tokens/s and "tokens", a digest of the generated tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def engine(pause: Pause) -> Callable[[str], str]:
+    """Start the engine of the KIND in the arguments and warm it up; the function that answers a line."""
     draw = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": ids} for ids in draw.integers(100, 40_000, (NUM_REQUESTS, PROMPT_TOKENS)).tolist()]
     direction_D = draw.standard_normal(576).astype(np.float32)
@@ -52,7 +53,7 @@ def engine(pause: Pause) -> Callable[[str], str]:
 
 
 def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[SamplingParams]]:
-    """The engine, started as each one's own documentation says, and the requests' parameters."""
+    """Start the engine as the documentation of `kind` says; the engine and one SamplingParams per α."""
     engine: dict[str, Any] = {
         "model": str(demo_model_path()),
         "dtype": "bfloat16",
@@ -84,7 +85,7 @@ def start(kind: str, direction_D: Any, alphas: list[float]) -> tuple[LLM, list[S
             for alpha in alphas
         ]
     if kind == "hotwire-vllm":
-        torch.save(torch.as_tensor(direction_D), os.environ["HOTWIRE_VECTORS"])  # its file's name is the vector's
+        torch.save(torch.as_tensor(direction_D), os.environ["HOTWIRE_VECTORS"])  # the file's name names the vector
         return LLM(**engine), [
             SamplingParams(
                 **sampling, extra_args={"hotwire": json.dumps({"id": "vector", "layer": LAYER, "scale": alpha})}

@@ -1,4 +1,4 @@
-"""What the recorded figures have to reach, and whether they do."""
+"""The goals for the recorded figures, and whether they are met."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.harness.rounds import interval
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound of a ratio.
+    """A lower bound for a ratio.
 
     Attributes:
-        text: what is compared with what.
+        text: names the two ways that are compared.
         record: name of the record that holds the figure.
-        path: keys that lead to the figure in it, a ``rounds.Figure`` as a dict.
+        path: keys of the figure in the record, which is a ``rounds.Figure`` as a dict.
         bound: the least ratio.
     """
 
@@ -28,11 +28,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal beside what was measured.
+    """A goal and its measurement.
 
     Attributes:
-        ratio: the median; None if it was not measured.
-        low, high: where that median lies with 95 % confidence.
+        ratio: the median ratio; None if it was not measured.
+        low, high: 95 % confidence interval of that median.
     """
 
     goal: Goal
@@ -65,7 +65,7 @@ GOALS = (
 
 
 def verdicts(records: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
-    """A verdict on every goal, by the records there are (name to content)."""
+    """A verdict on every goal, from the existing records (name -> content)."""
     return [_verdict(goal, records.get(goal.record, {})) for goal in GOALS]
 
 

@@ -1,4 +1,4 @@
-"""How tables and pictures call what the records know by short names."""
+"""Labels of tables and plots for the short names in the records."""
 
 from __future__ import annotations
 

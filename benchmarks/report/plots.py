@@ -1,4 +1,4 @@
-"""A picture of the records: what the plugin costs, and how far hooks are behind."""
+"""A plot of the records: the cost of the plugin, and its speed against hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREY = "#666666"
 
 
 def draw(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write an SVG with a panel for each of the records that ``PANELS`` has one for, side by side."""
+    """Write an SVG to `path` with one panel per record that ``PANELS`` names, side by side."""
     panels = [(records[name], panel) for name, panel in PANELS.items() if name in records]
     matplotlib.rcParams["svg.hashsalt"] = "vllm-steer"  # the same records give the same file
     figure = Figure(figsize=(7.5 * len(panels), 4.8), facecolor="white", layout="constrained")
@@ -30,7 +30,7 @@ def draw(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def overhead(axes: Axes, measured: Mapping[str, Any]) -> None:
-    """Throughput of every way against plain vLLM, a colour for each batch."""
+    """Plot the throughput of every way against plain vLLM, one colour per batch size."""
     batches = {batch: measured["generated"][batch] for batch in sorted(measured["generated"], key=int)}
     names = [way for way in WAYS if way != "absent" and way in next(iter(batches.values()))["throughput"]]
     gap = 0.7 / len(batches)
@@ -62,7 +62,7 @@ def overhead(axes: Axes, measured: Mapping[str, Any]) -> None:
 
 
 def hooks(axes: Axes, measured: Mapping[str, Any]) -> None:
-    """Tokens a second of every way of running the grid, on a logarithmic scale."""
+    """Plot the tokens per second of every way of running the grid, on a logarithmic scale."""
     figures = measured["grid"]["figures"]
     names = [way for way in HOOKS if way in figures]
     medians = [figures[name]["median"] for name in names]

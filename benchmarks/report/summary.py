@@ -1,10 +1,9 @@
-"""Tables made from recorded runs, the goals last; and the performance page's sections.
+"""Tables of recorded runs, with the goals last, and the sections of the performance page.
 
     python -m benchmarks.report.summary DIR [--readme docs/performance.md]
 
-DIR holds the records (see ``benchmarks/README.md``); what is not there is said to be not measured. A picture of them is
-drawn beside them. ``--readme`` rewrites what stands there between the two markers that name DIR. All of it is Markdown,
-which a terminal shows as it is.
+DIR holds the records (see ``benchmarks/README.md``); goals without a record count as not measured. A plot of the
+records is written to DIR. ``--readme`` rewrites the text between the two markers that name DIR. The output is Markdown.
 """
 
 from __future__ import annotations
@@ -20,34 +19,36 @@ from benchmarks.report.plots import PANELS, draw
 from benchmarks.report.tables import TABLES, Record, table
 
 BEGIN, END = "<!-- measured on {}: begin, made by `make readme-performance` -->", "<!-- measured on {}: end -->"
-"""Markers, for the name of a folder of records."""
+"""Markers of a section; filled with the name of a folder of records."""
 PICTURE = "cost.svg"
 
 
 def records_in(folder: Path) -> dict[str, Record]:
-    """The records of a folder by their names."""
+    """File stem -> record, for all records in a folder."""
     return {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
 
 
 def section_of(folder: Path, readme: Path) -> str:
-    """What ``readme`` says of the records in ``folder``: the picture where there is one, and all tables."""
+    """The section of ``readme`` on the records in ``folder``: the plot if there is one, and all tables."""
     picture = folder / PICTURE
     shown = f"![What it costs]({os.path.relpath(picture, readme.parent)})\n\n" if picture.exists() else ""
     return shown + all_tables(records_in(folder))
 
 
 def all_tables(records: Mapping[str, Record]) -> str:
-    """All tables there are records for, then the goals."""
+    """The tables of all records, then the goals."""
     parts = [tables(records[name]) for name, tables in TABLES.items() if name in records]
     return "\n\n".join([*parts, goals(verdicts(records))])
 
 
 def goals(found: Iterable[Verdict]) -> str:
+    """The table of goals."""
     rows = [[one.state, one.goal.text, f"≥ {one.goal.bound:g}", reached(one)] for one in found]
     return table(["goal", "", "bound", "measured"], rows)
 
 
 def reached(verdict: Verdict) -> str:
+    """The measured ratio with its interval, or a dash."""
     if verdict.ratio is None:
         return "–"
     digits = 3 if verdict.goal.bound < 2 else 1
@@ -58,7 +59,7 @@ def rewritten(readme: str, name: str, text: str) -> str:
     """``readme`` with ``text`` between the markers of the records called ``name``.
 
     Raises:
-        ValueError: the markers are not there.
+        ValueError: ``readme`` lacks the markers.
     """
     begin, end = BEGIN.format(name), END.format(name)
     before, found_begin, rest = readme.partition(begin)
@@ -69,6 +70,7 @@ def rewritten(readme: str, name: str, text: str) -> str:
 
 
 def main() -> None:
+    """Print all tables, draw the plot, and rewrite the section of the page if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--readme", type=Path, default=None, help="rewrite the section of this file")

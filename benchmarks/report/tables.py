@@ -1,4 +1,4 @@
-"""A record as Markdown tables, a function for each kind of record."""
+"""Records as Markdown tables, with one function per kind of record."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from benchmarks.harness.rounds import interval
 from benchmarks.report.labels import HOOKS, WAYS
 
 Record = Mapping[str, Any]
-OP_DIMENSION = 3584  # Qwen2.5-7B's; both forms of the benchmark have it
+OP_DIMENSION = 3584  # Qwen2.5-7B's hidden size, which both forms of the benchmark measure
 
 
 def overhead(measured: Record) -> str:
+    """Throughput, latencies, start-up and memory, for ``overhead.json``."""
     setup, generated = measured["setup"], measured["generated"]
     names, ways = _ways(measured)
     largest = "64" if "64" in generated else max(generated, key=int)
@@ -34,10 +35,12 @@ def overhead(measured: Record) -> str:
 
 
 def overhead_one_start(measured: Record) -> str:
+    """Throughput and engines, for ``overhead-one-start.json``."""
     return _more_of_it("The same at other numbers of requests, in one life of each engine", measured)
 
 
 def overhead_before(measured: Record) -> str:
+    """Throughput and engines, for ``overhead-before.json``."""
     return _more_of_it(
         "The same before readouts were taken many at once and before the host left out launches that nothing asks for, "
         "at other numbers of requests too",
@@ -82,7 +85,7 @@ def _throughput(measured: Record) -> str:
 
 
 def _engines(measured: Record) -> str:
-    """How long each engine took to start, and what it holds."""
+    """Start-up time and memory of each engine."""
     names, _ = _ways(measured)
     engines = [
         [
@@ -97,7 +100,7 @@ def _engines(measured: Record) -> str:
 
 
 def _medians(measured: Record) -> str:
-    """Of what the medians are."""
+    """Says over what the medians are taken."""
     setup, (_, ways) = measured["setup"], _ways(measured)
     counts = " / ".join(str(len(figures[ways[0]]["ratios"])) for _, figures in _columns(measured))
     if setup["starts"] == 1:
@@ -109,6 +112,7 @@ def _medians(measured: Record) -> str:
 
 
 def hooks(measured: Record) -> str:
+    """Speed of the grid and of extraction against hooks, for ``hf-hooks.json``."""
     parts, form = [], measured["setup"]["form"]
     sizes = {
         "grid": f"grid: 15 conditions × 5 samples × {form['num_tokens']} tokens",
@@ -128,6 +132,7 @@ def hooks(measured: Record) -> str:
 
 
 def op(measured: Record) -> str:
+    """Time of one call of the op against a copy, for ``op.json``."""
     steps = [step for step in measured["steps"] if step["setting"]["dimension"] == OP_DIMENSION]
     ways = [way for way in steps[0]["figures"] if way != "copy"]
     rows = []
@@ -144,6 +149,7 @@ def op(measured: Record) -> str:
 
 
 def scale(measured: Record) -> str:
+    """Speed by number of α and of engines, and the driver's cost, for ``scale.json``."""
     alphas, actors = measured["alphas"]["figures"], measured["actors"]["figures"]
     driver = measured["driver"]
     rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in alphas.items()]
@@ -160,6 +166,7 @@ def scale(measured: Record) -> str:
 
 
 def peers(measured: Record) -> str:
+    """The fate and the throughput of every peer, for ``peers.json``."""
     rows = []
     for peer in measured["peers"]:
         figures = peer["figures"] or {}
@@ -180,16 +187,18 @@ def _came_of(peer: Mapping[str, Any]) -> str:
 
 
 def ratio(figure: Mapping[str, Any]) -> str:
+    """A figure's ratio with its 95 % interval."""
     low, high = interval(figure["ratios"])
     return f"{figure['ratio']:.3f} ({low:.2f} – {high:.2f})"
 
 
 def times(figure: Mapping[str, Any]) -> str:
+    """A figure's ratio as a factor."""
     return f"{figure['ratio']:.3g} ×"
 
 
 def source(measured: Record) -> str:
-    """On what, with which versions and by which command it was measured."""
+    """The machine, the versions, the date and the command of a record."""
     setup = measured["setup"]
     return (
         f"{setup['hardware']}, {setup['memory_gib']} GiB; vLLM {setup['vllm']}, torch {setup['torch']}, "
@@ -198,7 +207,7 @@ def source(measured: Record) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up."""
+    """A Markdown table with aligned columns."""
     cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]

@@ -1,7 +1,7 @@
-"""A stand-in for the engine that answers at once, so that what is left is what the batch jobs around it cost.
+"""A stand-in for the engine that answers at once, so that only the cost of the batch jobs around it remains.
 
-It is no model: every completion is the same text of 200 tokens. Building the requests is real (`vllm_steer.steered`);
-what would go to an engine is replaced.
+It has no model: every completion is the same text of 200 tokens. Building the requests is real (`vllm_steer.steered`);
+calls to an engine are replaced.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ NUM_LAYERS = 4
 
 
 class InstantEngine:
-    """As much of `vllm.LLM` as batch jobs call."""
+    """The part of `vllm.LLM` that batch jobs call; also its own tokenizer."""
 
     chat_template = None
 
     def get_tokenizer(self) -> InstantEngine:
+        """This object, which is a tokenizer too."""
         return self
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Token ids for `text`, one per four characters."""
         return {"input_ids": list(range(len(text) // 4))}
 
     def get_metrics(self) -> list[Any]:
+        """No metrics."""
         return []
 
     def generate(
         self, prompts: Sequence[Mapping[str, Any]], sampling_params: Sequence[Any], *, use_tqdm: bool
     ) -> list[Any]:
+        """The same completion for every prompt."""
         return [
             SimpleNamespace(
                 outputs=[SimpleNamespace(text=COMPLETION, token_ids=range(COMPLETION_TOKENS), finish_reason="length")],
@@ -50,7 +54,7 @@ class InstantEngine:
 
 @contextmanager
 def instant() -> Iterator[InstantEngine]:
-    """An InstantEngine behind the public names of vllm_steer that talk to an engine."""
+    """Yield an InstantEngine, and meanwhile replace the functions of vllm_steer that call an engine."""
     readout = ReadoutResult(
         mean={}, num_tokens=COMPLETION_TOKENS - 1, projections={CONCEPT: dict.fromkeys(range(NUM_LAYERS), 0.5)}
     )
@@ -64,7 +68,7 @@ def instant() -> Iterator[InstantEngine]:
 
 
 class InstantShardWorker(ray_executor.ShardWorker):
-    """The Ray actor of a study with an InstantEngine in it."""
+    """The Ray actor of a study, with an InstantEngine."""
 
     def __init__(self, *arguments: Any) -> None:
         self._for_life = ExitStack()

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server, in a process of its own, for as long as a block of code runs."""
+"""vLLM's OpenAI-compatible server, in its own process, while a block of code runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_SECONDS = 600.0
 
 
 class ServerDidNotStart(Exception):
-    """The server ended, or was not healthy in time; the message ends with the end of its log."""
+    """The server ended, or was not healthy in time; the message is the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ApiServer:
     """A running server.
 
     Attributes:
-        url: where it listens, without a path.
-        process: its first process.
+        url: its address, without a path.
+        process: its main process.
     """
 
     url: str
@@ -37,10 +37,13 @@ class ApiServer:
 
 @contextmanager
 def running(arguments: Sequence[str], log: Path, **environment: str) -> Iterator[ApiServer]:
-    """Start ``python`` with these arguments, which run a server, and give it when it is healthy; stop it at the end.
+    """Start a server as ``python ARGUMENTS``, yield it once it is healthy, and stop it at the end.
 
-    The host 127.0.0.1 and a free port are added to the arguments, ``environment`` to this process's. All that it
-    prints goes to ``log``. Raises ServerDidNotStart.
+    The arguments get the host 127.0.0.1 and a free port. ``environment`` is added to this process's variables. The
+    server's output goes to ``log``.
+
+    Raises:
+        ServerDidNotStart: it ended, or was not healthy within START_SECONDS.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +63,7 @@ def running(arguments: Sequence[str], log: Path, **environment: str) -> Iterator
         try:
             process.terminate()
             process.wait(60)
-        except psutil.NoSuchProcess:  # it has ended by itself
+        except psutil.NoSuchProcess:  # it has already ended
             process.wait()
         except psutil.TimeoutExpired:
             process.kill()
@@ -68,7 +71,7 @@ def running(arguments: Sequence[str], log: Path, **environment: str) -> Iterator
 
 
 def is_healthy(url: str) -> bool:
-    """Whether the server at ``url`` answers and says that its engine is well."""
+    """Whether the server at ``url`` answers and reports that its engine is healthy."""
     try:
         return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:

@@ -1,12 +1,12 @@
-"""A server under load: steered, unsteered and invalid requests mixed, against unsteered ones alone and a stock server.
+"""A server under a mix of steered, unsteered and invalid requests, against unsteered ones alone and a stock server.
 
     python -m benchmarks.server.bench [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
 
-Two servers of the same model, one after the other. The first is vLLM without the plugin: its replies are what unsteered
-requests have to equal. The second has the plugin; the requests are split over the rounds, and every round runs the mix
-and the same number of unsteered requests, in turn, so that a machine whose speed drifts slows both alike. Invalid
-requests come on top of the mix. The figure to quote is the median over the rounds of the ratio of throughputs, in
-generated tokens a second.
+Two servers of the same model run one after the other. The first is vLLM without the plugin; unsteered requests must get
+its replies. The second has the plugin. The requests are split over the rounds, and every round runs the mix and the
+same number of unsteered requests in turn, so that drift of the machine's speed affects both alike. Invalid requests
+come on top of the mix. The figure to quote is the median over the rounds of the ratio of throughputs, in generated
+tokens per second.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ INVALID = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one request."""
+    """The reply to one request; `text` is None unless the status is 200."""
 
     status: int
     text: str | None
 
 
 def main() -> None:
+    """Run both servers, print the figures, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000, help="in all mixes together")
     parser.add_argument("--clients", type=int, default=64)
@@ -118,16 +119,18 @@ def mixture(count: int, tokens: int) -> list[dict[str, Any]]:
 
 
 def unsteered(request: dict[str, Any]) -> bool:
+    """Whether the request has neither steering nor a readout."""
     return "steering" not in request and "readout" not in request
 
 
 def split(requests: Sequence[dict[str, Any]], parts: int) -> list[Sequence[dict[str, Any]]]:
+    """Cut the requests into at most `parts` parts of equal size; the last may be smaller."""
     size = -(-len(requests) // parts)
     return [requests[start : start + size] for start in range(0, len(requests), size)]
 
 
 def measure(url: str, mixed: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One round: the mix, and as many unsteered requests as it has valid ones."""
+    """Run one round: the mix, then its valid requests without steering and readouts."""
     began = time.perf_counter()
     answers = asyncio.run(send(url, mixed, arguments.clients))
     seconds_mix = time.perf_counter() - began
@@ -147,7 +150,7 @@ def measure(url: str, mixed: Sequence[dict[str, Any]], arguments: argparse.Names
 
 
 async def send(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
-    """All bodies, `clients` at a time; answers in their order."""
+    """Send all bodies, `clients` at a time; returns the answers in their order."""
     gate = asyncio.Semaphore(clients)
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -162,7 +165,7 @@ async def send(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list
 
 
 def command(model: Path, settings: dict[str, Any] | None) -> list[str]:
-    """vLLM's own server as "bench", with the plugin if there are settings for it."""
+    """Arguments of vLLM's own server of the model as "bench", with the plugin configured if `settings` are given."""
     arguments = [
         "-m",
         "vllm.entrypoints.openai.api_server",

@@ -1,15 +1,15 @@
-"""A soak of one engine: random requests of every kind come, finish and are aborted, round after round.
+"""A soak test of one engine: random requests of every kind arrive, finish and are aborted, round after round.
 
     python -m benchmarks.soak.engine [--requests 10000] [--out FILE]
 
-A round replaces the directions, feeds the engine requests at random (steered, each with an alpha of its own, with
-readouts, with traces, with two samples, in any mix, some of them aborted) and lets it come to rest. Then nothing may be
-left of them on the worker, and some of the answers are compared with those of the same requests run alone with an empty
-prefix cache. Memory has to be at the end what it was near the beginning. The exit code is 1 if a check fails.
+A round replaces the directions, sends random requests (steered, each with its own alpha, with readouts, with traces,
+with two samples, in any mix, some of them aborted) and waits until the engine is idle. Then the worker may hold nothing
+of them, and some answers are compared with those of the same requests run alone with an empty prefix cache. Memory at
+the end must be about what it was near the beginning. The exit code is 1 if a check fails.
 
-The model is that of ``soak_registry.py``: its wide stream makes a readout that is kept by mistake heavy. The KV space
-is small, so requests are preempted; the bank, the accumulators and the trace columns are few, so one that is lost in
-every round soon leaves none.
+The model is that of ``soak.registry``: its wide residual stream makes a leaked readout large. The KV cache is small, so
+requests are preempted. The bank, the accumulators and the trace columns are few, so a leak of one per round soon leaves
+none.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: its memory is all there is
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, whose memory is all that is measured
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other take longer than these small matrices
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small matrices, waiting threads cost more than they save
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
@@ -50,29 +50,29 @@ from vllm_steer import (
 from vllm_steer.engine.worker.worker_steering import steering_of
 
 LAYERS = (0, 1)
-NAMES = ("first", "second")  # one a layer
+NAMES = ("first", "second")  # one per layer
 ALPHA = 300.0  # of the order of the stream's norm, so that it changes most answers
-SLOTS = 2 * len(NAMES)  # those in use and those they replace
+SLOTS = 2 * len(NAMES)  # for the directions in use and those that they replace
 COLUMNS = len(NAMES)
 MAX_NUM_SEQS, IN_FLIGHT, KV_BLOCKS, BLOCK_TOKENS = 16, 24, 30, 32
 MAX_PROMPT, MAX_TOKENS = 60, 20
 ROUND, CHECKED = 100, 6
-WARM_REQUESTS = 1000  # by then every number of tokens in a step has come, for each of which PyTorch keeps something
-STORE_MIB = 8  # more than the readouts of one round take; full after a few rounds, which belongs to warming up
-# A request with a readout holds 64 KiB (sum and last row at two layers), and nearly half of all have one: kept by
-# mistake, that would make 25 MiB of the last 1,000 requests and 230 MiB of the 9,000 that the default measures; 2 KiB
-# of plans and ids kept of every request would make 18 MiB of these. Measured were 1.1 MiB of 1,000: the front end
-# remembers which requests asked for a readout, and allocators breathe.
+WARM_REQUESTS = 1000  # by then every step size has occurred; PyTorch keeps memory for each
+STORE_MIB = 8  # more than the readouts of one round; full after a few rounds, during warm-up
+# A request with a readout holds 64 KiB (sum and last row at two layers), and nearly half of all have one. A leak of it
+# would make 25 MiB in the last 1,000 requests and 230 MiB in the 9,000 that the default measures; a leak of 2 KiB of
+# plans and ids per request would make 18 MiB in these 9,000. Measured: 1.1 MiB in 1,000, since the front end remembers
+# which requests asked for a readout, and allocators fluctuate.
 GROWTH_LIMIT_MIB = 16.0
-# Whatever the batch, float32 rounds differently by 1e-6; one token too many in a mean of 100 errs by 1e-2.
+# Between batches, float32 rounding differs by 1e-6; one token too many in a mean of 100 makes an error of 1e-2.
 READOUT_TOLERANCE = 1e-4
-# Where another token came, the two were this close in log-probability: rounding decided.
+# Two different tokens this close in log-probability are a near tie that rounding decided.
 NEAR_TIE = 1e-3
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A request that was drawn at random."""
+    """A random request."""
 
     id: str
     prompt_ids: list[int]
@@ -82,7 +82,7 @@ class Drawn:
     max_tokens: int
 
     def params(self) -> SamplingParams:
-        """Greedy with one sample, random with more."""
+        """SamplingParams: greedy with one sample, random with more."""
         params = SamplingParams(
             n=self.samples, temperature=float(self.samples > 1), max_tokens=self.max_tokens, ignore_eos=True, logprobs=0
         )
@@ -90,6 +90,7 @@ class Drawn:
 
 
 def drawn(draw: random.Random, number: int, prompts: Sequence[list[int]]) -> Drawn:
+    """Draw request `number`, with one of the prompts."""
     steering = tuple(
         Steering(
             name,
@@ -119,17 +120,22 @@ def drawn(draw: random.Random, number: int, prompts: Sequence[list[int]]) -> Dra
 
 
 class Soak:
-    """One soak of an engine.
+    """One soak test of an engine.
 
     Args:
         llm: the engine, in this process.
+
+    Attributes:
+        counts: event -> number of times.
+        held: what the worker still held after rounds, summed over all rounds.
+        rss_mib: after each round, the requests so far and the resident memory.
     """
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.counts: Counter[str] = Counter()
         self.held: Counter[str] = Counter()
-        self.rss_mib: list[tuple[int, float]] = []  # requests so far, and memory then
+        self.rss_mib: list[tuple[int, float]] = []
         self._draw = random.Random(0)
         self._vectors = np.random.default_rng(0)
         self._prompts = [
@@ -137,6 +143,7 @@ class Soak:
         ]
 
     def run(self, requests: int) -> None:
+        """Run rounds until `requests` requests are done."""
         while self.counts["requests"] < requests:
             self._replace_directions()
             asked = [
@@ -152,13 +159,13 @@ class Soak:
             print(f"{self.counts['requests']} requests, {self.rss_mib[-1][1]:.1f} MiB", flush=True)
 
     def _replace_directions(self) -> None:
-        """New vectors under the old names: what is kept of the old ones, in the bank or in KV, would show."""
+        """Register new vectors under the old names, so that stale ones in the bank or in KV would show."""
         rows = self._vectors.standard_normal((len(NAMES), HIDDEN_SIZE), dtype=np.float32)
         pairs = zip(NAMES, LAYERS, rows, strict=True)
         register_directions(self.llm, [Direction(name, layer, row).normalised() for name, layer, row in pairs])
 
     def _round(self, asked: Sequence[Drawn]) -> dict[str, RequestOutput]:
-        """Feed the engine and step it until it rests; the outputs of what was not aborted, by id."""
+        """Feed the engine and step it until it is idle; id -> output of the requests that were not aborted."""
         engine, waiting = self.llm.llm_engine, list(asked)
         running: dict[str, Drawn] = {}
         outs: dict[str, RequestOutput] = {}
@@ -188,10 +195,10 @@ class Soak:
         self.counts["tokens"] += sum(len(sample.token_ids) for sample in output.outputs)
 
     def _collect(self, finished: Sequence[Drawn], outs: dict[str, RequestOutput]) -> dict[str, ReadoutResult | None]:
-        """The readouts of three quarters of the requests; some are never asked for.
+        """Collect the readouts of about three quarters of the requests; the others are never collected.
 
         Raises:
-            ReadoutUnavailable: one failed, which none may.
+            ReadoutUnavailable: a readout failed, which counts as a fault.
         """
         chosen = [one.id for one in finished if self._draw.random() < 0.75]
         reads = collect_readouts(self.llm, [outs[request_id] for request_id in chosen])
@@ -199,14 +206,14 @@ class Soak:
         return {request_id: samples[0] for request_id, samples in zip(chosen, reads, strict=True)}
 
     def _count_held(self) -> None:
-        """Note what the worker holds of requests once the engine rests."""
-        self.llm.llm_engine.step()  # vLLM tells the runner of a finished request with its next step
+        """Count what the worker still holds of requests when the engine is idle."""
+        self.llm.llm_engine.step()  # the runner learns of a finished request in the next step
         self.held.update(self.llm.collective_rpc(held_by)[0])
 
     def _compare(
         self, finished: Sequence[Drawn], outs: dict[str, RequestOutput], reads: dict[str, ReadoutResult | None]
     ) -> None:
-        """Run some requests again, each alone and with nothing cached, and count the answers that are other ones."""
+        """Run some requests again, each alone with an empty prefix cache, and count the answers that differ."""
         for one in self._draw.sample(finished, min(CHECKED, len(finished))):
             assert self.llm.reset_prefix_cache()
             (again,) = self.llm.generate([{"prompt_token_ids": one.prompt_ids}], one.params(), use_tqdm=False)
@@ -219,7 +226,7 @@ class Soak:
 
 
 def held_by(worker: Any) -> dict[str, int]:
-    """What a worker keeps of requests."""
+    """Numbers of plans, accumulators and trace columns that a worker holds for requests."""
     steering = steering_of(worker.model_runner)
     assert steering is not None
     planner = steering.planner
@@ -227,11 +234,12 @@ def held_by(worker: Any) -> dict[str, int]:
 
 
 def same_tokens(one: RequestOutput, other: RequestOutput) -> bool:
+    """Whether the first samples have the same tokens."""
     return list(one.outputs[0].token_ids) == list(other.outputs[0].token_ids)
 
 
 def is_near_tie(one: RequestOutput, other: RequestOutput) -> bool:
-    """Where two answers part, both had chosen tokens that are as good as each other."""
+    """Whether the first tokens that differ are within NEAR_TIE in log-probability."""
     for ours, theirs in zip(one.outputs[0].logprobs or (), other.outputs[0].logprobs or (), strict=True):
         (mine, mine_at), (its, its_at) = next(iter(ours.items())), next(iter(theirs.items()))
         if mine != its:
@@ -240,9 +248,10 @@ def is_near_tie(one: RequestOutput, other: RequestOutput) -> bool:
 
 
 def same_readout(one: ReadoutResult | None, other: ReadoutResult | None) -> bool:
+    """Whether two readouts agree within READOUT_TOLERANCE, or both are None."""
     if one is None or other is None:
         return one is other
-    # A trace's values round with the norm of the stream, which is much larger than they are.
+    # The rounding error of a trace's values is relative to the norm of the stream, which is much larger.
     norm = max(float(np.linalg.norm(mean)) for mean in other.mean.values()) * max(1, other.num_tokens) ** 0.5
     parts = [(one.mean[layer], other.mean[layer], float(np.linalg.norm(other.mean[layer]))) for layer in LAYERS]
     parts += [(one.trace[name], other.trace[name], norm) for name in one.trace]
@@ -252,14 +261,14 @@ def same_readout(one: ReadoutResult | None, other: ReadoutResult | None) -> bool
 
 
 def growth_mib(samples: Sequence[tuple[int, float]]) -> float:
-    """How much the line of least squares through the memory rises after warming up."""
+    """Rise in MiB of the least-squares line through the memory after warm-up."""
     kept = [one for one in samples if one[0] >= WARM_REQUESTS]
     requests, rss = zip(*kept, strict=True)
     return float(np.polyfit(requests, rss, 1)[0]) * (requests[-1] - requests[0])
 
 
 def check(soak: Soak, requests: int) -> dict[str, bool]:
-    """What a soak has to show, and whether it did."""
+    """Check -> whether it passed."""
     counts = soak.counts
     return {
         "every request finished or aborted": counts["finished"] + counts["aborted"] == counts["requests"] == requests,
@@ -271,13 +280,14 @@ def check(soak: Soak, requests: int) -> dict[str, bool]:
 
 
 def main() -> None:
+    """Run the soak test, print figures and checks, and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")
     arguments = parser.parse_args()
     least = WARM_REQUESTS + 5 * ROUND
     if arguments.requests < least:
-        parser.error(f"--requests is {arguments.requests}; a line through the memory takes {least} or more")
+        parser.error(f"--requests is {arguments.requests}; fitting a line to the memory takes {least} or more")
     with tempfile.TemporaryDirectory(prefix="soak-engine-") as folder:
         save_model(Path(folder))
         llm = load_llm(

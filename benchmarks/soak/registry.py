@@ -1,13 +1,13 @@
-"""A soak of a server's registry: directions come, are replaced and go in a loop, while steered requests run.
+"""A soak test of a server's registry: directions are added, replaced and deleted in a loop while steered requests run.
 
     python -m benchmarks.soak.registry [--cycles 5000] [--clients 4] [--out FILE]
 
 A cycle registers a new name, replaces its vector under If-Match and deletes it. Every few cycles another name, the
-standing one, gets the other of two contents, A or B; all the while clients ask for completions steered by it and for
-unsteered ones, and compare each with what the same request was answered before the soak. Memory, files and slots of the
-bank have to be at the end what they were near the beginning. The exit code is 1 if a check fails.
+standing one, switches between two contents, A and B. Meanwhile clients ask for completions steered by it and for
+unsteered ones, and compare each with the reply to the same request before the soak. Memory, files and bank slots at the
+end must be what they were near the beginning. The exit code is 1 if a check fails.
 
-The model is random: few layers and words make a cycle fast, and wide vectors make one that is kept by mistake heavy.
+The model is random: few layers and words make a cycle fast, and wide vectors make a leaked one large.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from benchmarks.harness import record
 from benchmarks.server.api_server import running
 
 HIDDEN_SIZE, NUM_LAYERS, WORDS = 4096, 3, 512
-LAYER = 1  # not the last one, so the KV of the layer above it depends on the content
-ALPHA = 400.0  # about the norm of the stream there
-PROMPTS, PROMPT_WORDS, BLOCK_TOKENS = 8, 72, 32  # two whole blocks of each prompt can come from the prefix cache
+LAYER = 1  # not the last layer, so that the KV of the layer above depends on the content
+ALPHA = 400.0  # about the norm of the residual stream there
+PROMPTS, PROMPT_WORDS, BLOCK_TOKENS = 8, 72, 32  # two full blocks of each prompt can come from the prefix cache
 MAX_TOKENS = 8
-SLOTS = 32  # few, so one that is lost in every cycle soon leaves none
+SLOTS = 32  # few, so that a leak of one per cycle soon leaves none
 ROUTE = "/v1/steering/directions/"
 STANDING, UNSTEERED = "standing", "unsteered"
 CONTENTS = ("A", "B")
@@ -54,8 +54,8 @@ COUNTED = ("steered", "one_content_possible", "unsteered", "stale", "foreign")
 REPLACE_EVERY = 5
 SAMPLE_EVERY = 50
 WARM_SHARE = 0.2
-# One copy of every vector that is sent, kept anywhere, would make 34 MiB of 1,000 cycles and 138 MiB of the 4,000 that
-# the default measures. Allocators breathe by a few MiB.
+# A leaked copy of every vector sent would make 34 MiB in 1,000 cycles and 138 MiB in the 4,000 that the default
+# measures. Allocators fluctuate by a few MiB.
 GROWTH_LIMIT_MIB = 30.0
 VECTOR_BYTES = 4 * HIDDEN_SIZE
 RELEASE_SECONDS = 10.0
@@ -67,9 +67,9 @@ class Sample:
     """The state between two cycles.
 
     Attributes:
-        cycle: cycles done.
-        rss_mib: resident memory of all processes of the server.
-        files, bytes: of the registry's folder.
+        cycle: number of cycles done.
+        rss_mib: resident memory of all server processes.
+        files, bytes: number and total size of the files in the registry's folder.
     """
 
     cycle: int
@@ -80,7 +80,10 @@ class Sample:
 
 @dataclass
 class Period:
-    """When requests could be admitted with one content: from its PUT to the answer of the next, by ``perf_counter``."""
+    """Time in which requests can be admitted with one content: from its PUT to the reply to the next PUT.
+
+    Times are those of ``perf_counter``.
+    """
 
     content: str
     since: float
@@ -91,32 +94,33 @@ class Standing:
     """The standing name's contents over time."""
 
     def __init__(self, content: str) -> None:
-        self._periods = deque([Period(content, -math.inf)], maxlen=100)  # far more than pass during one request
+        self._periods = deque([Period(content, -math.inf)], maxlen=100)  # far more than can pass during one request
 
     @property
     def content(self) -> str:
+        """The latest content."""
         return self._periods[-1].content
 
     @contextmanager
     def changing(self, content: str) -> Iterator[None]:
-        """Around the PUT of a content, which may take effect at any moment of it."""
+        """Context manager around the PUT of a content, which may take effect at any moment inside."""
         before = self._periods[-1]
         self._periods.append(Period(content, time.perf_counter()))
         yield
         before.until = time.perf_counter()
 
     def possible(self, sent: float, received: float) -> set[str]:
-        """The contents that a request which was sent and answered at these times may have been admitted with."""
+        """The contents with which a request sent and answered at these times may have been admitted."""
         return {one.content for one in self._periods if one.since <= received and sent <= one.until}
 
 
 class Soak:
-    """One soak of a running server.
+    """One soak test of a running server.
 
     Args:
-        url: where the server listens.
-        server: its first process.
-        registry: its registry's folder.
+        url: address of the server.
+        server: its main process.
+        registry: folder of its registry.
     """
 
     def __init__(self, url: str, server: psutil.Process, registry: Path) -> None:
@@ -131,11 +135,11 @@ class Soak:
         self._vectors = {name: self._vector() / math.sqrt(HIDDEN_SIZE) for name in CONTENTS}  # about unit
         words = random.Random(0)
         self._prompts = [" ".join(f"w{words.randrange(WORDS)}" for _ in range(PROMPT_WORDS)) for _ in range(PROMPTS)]
-        self._expected: dict[tuple[str, str], str] = {}  # by content, or UNSTEERED, and prompt
+        self._expected: dict[tuple[str, str], str] = {}  # (content or UNSTEERED, prompt) -> reply
         self._stop = asyncio.Event()
 
     async def run(self, cycles: int, clients: int) -> dict[str, Any]:
-        """Soak, and return the figures; ends early when a request is refused or not answered."""
+        """Run the soak and return its figures; ends early if a request is refused or not answered."""
         async with self.client:
             await self._learn()
             began = time.perf_counter()
@@ -154,7 +158,7 @@ class Soak:
         }
 
     async def _soak(self, cycles: int, clients: int) -> list[str]:
-        """Change and ask at once; returns what ended it early."""
+        """Change directions and ask for completions at once; returns the errors that ended it early."""
         standing = Standing(CONTENTS[-1])
         problems: list[str] = []
         try:
@@ -168,7 +172,7 @@ class Soak:
         return problems
 
     async def _learn(self) -> None:
-        """What every request is answered by each content, while nothing else runs and with a cold prefix cache."""
+        """Record the reply to every request under each content, with nothing else running and a cold prefix cache."""
         for content in CONTENTS:
             await self._put(STANDING, self._vectors[content])
             for prompt in self._prompts:
@@ -219,7 +223,7 @@ class Soak:
         print(self.samples[-1], flush=True)
 
     async def _bank_after(self) -> dict[str, int]:
-        """Use of the bank with no direction left: a request lets go of its slots a moment after its reply."""
+        """Use of the bank without directions; waits for requests, which free their slots just after their reply."""
         await self._send("DELETE", ROUTE + STANDING)
         deadline = time.perf_counter() + RELEASE_SECONDS
         while True:
@@ -245,9 +249,10 @@ class Soak:
         return str(reply.headers["ETag"])
 
     async def _send(self, method: str, path: str, **rest: Any) -> httpx.Response:
-        """
+        """Send a request, count its status, and return the reply.
+
         Raises:
-            httpx.HTTPError: no answer, or a refusal; nothing that is sent here deserves one.
+            httpx.HTTPError: no answer, or a refusal; every request sent here is valid.
         """
         reply = await self.client.request(method, path, **rest)
         self.statuses[f"{method} {reply.status_code}"] += 1
@@ -257,13 +262,14 @@ class Soak:
 
 
 def main() -> None:
+    """Run the soak test against a server of its own, and report; the exit code is 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=5000)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")
     arguments = parser.parse_args()
     if arguments.cycles < 20:
-        parser.error(f"--cycles is {arguments.cycles}; a line through the memory takes 20 or more")
+        parser.error(f"--cycles is {arguments.cycles}; fitting a line to the memory takes 20 or more")
     with tempfile.TemporaryDirectory(prefix="soak-registry-") as folder:
         save_model(Path(folder, "model"))
         environment = {"VLLM_PLUGINS": "vllm_steer", ADMIN_VARIABLE: ADMIN_KEY}
@@ -278,7 +284,7 @@ def main() -> None:
 
 
 def save_model(folder: Path) -> None:
-    """Write a random llama whose words are w0, w1, ...; the same at every call."""
+    """Write a random Llama with the words w0, w1, ... as vocabulary; the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN_SIZE,
@@ -302,7 +308,7 @@ def save_model(folder: Path) -> None:
 
 
 def command(folder: Path) -> list[str]:
-    """vLLM's own server of the model in the folder, as "soak", with the registry beside it."""
+    """Arguments of vLLM's own server of the model in `folder` as "soak", with its registry in the same folder."""
     settings = {"layers": [LAYER], "max_directions": SLOTS, "registry_dir": str(folder / "registry")}
     return [
         "-m",
@@ -318,7 +324,7 @@ def command(folder: Path) -> list[str]:
         "256",
         "--block-size",
         str(BLOCK_TOKENS),
-        # Memory of the cache counts when a block is first used; this much has been used up when measuring begins.
+        # Cache memory becomes resident when a block is first used; this much is used before measuring begins.
         "--kv-cache-memory-bytes",
         str(16 << 20),
         "--disable-uvicorn-access-log",
@@ -328,7 +334,7 @@ def command(folder: Path) -> list[str]:
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples after warming up, and the line of least squares through their memory; empty where there is none."""
+    """Figures of the samples after warm-up and the least-squares line through their memory; empty for too few."""
     kept = [one for one in samples if one.cycle >= WARM_SHARE * samples[-1].cycle]
     if len(kept) < 2:
         return {}
@@ -345,14 +351,14 @@ def growth(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def check(figures: dict[str, Any], cycles: int) -> dict[str, bool]:
-    """What a soak has to show, and whether it did."""
+    """Check -> whether it passed."""
     done = figures["cycles"] == cycles and not figures["problems"]
     return {
         "every cycle done, no request refused": done,
         "no reply stale or foreign": figures["stale"] == figures["foreign"] == 0 < figures["one_content_possible"],
         "memory flat": done and figures["growth_mib"] < GROWTH_LIMIT_MIB,
         "files flat": done and figures["files"][0] == figures["files"][1],
-        # The index names slots, of one digit or two.
+        # The index file holds slot numbers of one or two digits.
         "bytes flat": done and figures["bytes"][1] - figures["bytes"][0] < VECTOR_BYTES,
         "bank free": figures["bank_after"] == {"registered": 0, "held": 0, "free": SLOTS},
     }
@@ -361,6 +367,7 @@ def check(figures: dict[str, Any], cycles: int) -> dict[str, bool]:
 def report(
     figures: dict[str, Any], checks: dict[str, bool], samples: Sequence[Sample], arguments: argparse.Namespace
 ) -> None:
+    """Print figures and checks, and write the record if asked to."""
     for name, value in (*figures.items(), *checks.items()):
         print(f"{name:<38} {value}")
     if arguments.out is not None:

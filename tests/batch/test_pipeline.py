@@ -1,4 +1,4 @@
-"""The order of a study's steps and what a second run reuses, with an engine that answers from a formula."""
+"""The order of a study's steps, and their reuse by a second run, with an engine that answers from a formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOCKS = 6
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
     for module in ("engine.engine", "pipeline", "generate.local_executor"):
         monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: BLOCKS)
-    # drawing the figures takes longer than all else here; test_report.py and test_study_run.py see to the report
+    # drawing the figures takes longer than everything else here; tests/batch/report and test_study_run.py test them
     monkeypatch.setattr("batch_jobs.pipeline.write_report", lambda path: path)
     return install(monkeypatch)
 
@@ -68,7 +68,7 @@ def test_texts_are_read_in_one_batch_and_rows_in_batches_of_mixed_conditions(
 ) -> None:
     run(make_study(), tmp_path)
     texts, prompts, *_ = engine.batches
-    # every text under both poolings, and the 15 empathic test texts once more with their words replaced
+    # every text under both poolings, and the 15 empathic test texts again with their words replaced
     assert len(texts) == 2 * (100 + 15)
     assert {params.readout for params in texts} == {
         Readout(layers=(2, 3), span="prompt", skip_first=skip) for skip in (0, 1)

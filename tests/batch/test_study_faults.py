@@ -1,4 +1,4 @@
-"""Real engines on a tiny model, killed while they work: nothing is lost, nothing is done twice."""
+"""Real engines on a tiny model, killed while they work: no row is lost, and none is done twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of the study run in one engine that nobody disturbs."""
+    """The rows of the study, run in one engine without faults."""
     run = RunDirectory(tmp_path_factory.mktemp("local") / "run")
     result = run_study(load_study(config), run, RunOptions(), console=Console(quiet=True))
     assert (result.generated, result.failed) == (NUM_ROWS, 0)
@@ -62,7 +62,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], log: Path)
 
 @contextmanager
 def running(config: Path, out: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in the background; whatever it started is gone afterwards."""
+    """Run the command in the background; all its processes are gone afterwards."""
     started: list[psutil.Process] = []
     with log.open("w", encoding="utf-8") as sink:
         process = subprocess.Popen(
@@ -148,8 +148,8 @@ def test_a_row_that_breaks_a_step_of_the_engine_is_recorded_and_can_be_run_again
 
     study = load_study(config)
     bad = max(undisturbed, key=lambda row: row["row_id"])
-    # Greedy rows of a condition differ in nothing but their seed, and a scenario's layers and α share seeds: all of
-    # those are poisoned.
+    # Greedy rows of a condition differ only in their seed, and a scenario's layers and α share seeds: all rows with
+    # this seed are poisoned.
     poisoned = {row["row_id"] for row in undisturbed if row["seed"] == bad["seed"]}
     execute = CPUModelRunner.execute_model
 

@@ -71,7 +71,7 @@ def test_a_study_runs_from_texts_to_report_and_goes_on_where_it_stopped(tmp_path
         sum(row["projection_generated"] for row in rows if row["alpha_residual_norm"] == alpha) for alpha in ALPHAS
     ]
     assert by_alpha == sorted(by_alpha)
-    # Read by the unsteered model instead, the text's own log-probability is finite and below zero.
+    # The unsteered model's log-probability of the text is finite and below zero.
     assert all(row["log_likelihood"] < 0 and math.isfinite(row["projection_unsteered"]) for row in rows)
     for name in ("scores.csv", "findings.json", "behaviour.json", "report.html", "provenance.json"):
         assert (out / name).stat().st_size > 0

@@ -68,6 +68,6 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
     assert "0.975" in text
     assert "10 rows generated, 5 there before, 3 failed, 2 ended inside a thought" in text
     assert "chat_template_kwargs" in text
-    assert f"report       {path}/report.html\n" in text  # whole, on its own line
+    assert f"report       {path}/report.html\n" in text  # not shortened, on its own line
     for cell in ("-20.0", "+0.20", "0.8", "the_duel"):
         assert cell in text

@@ -54,7 +54,7 @@ def run(study: Study, folder: Path, log: io.StringIO | None = None, **options: A
 
 
 def think(engine: FormulaEngine, wrap: Callable[[str, int], str]) -> None:
-    """Make every generated text `wrap(answer, place in its batch)`."""
+    """Replace every generated text by `wrap(answer, place in its batch)`."""
     original = engine.generate
 
     def generate(prompts: Any, params: Any, *, use_tqdm: bool) -> list[Any]:
@@ -118,10 +118,10 @@ def test_a_thought_that_never_closed_is_no_answer_and_is_counted(engine: Formula
     assert (result.failed, result.unfinished_thoughts) == (0, 3)
     record = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert record["rows_unfinished_thoughts"] == 3
-    # it is what the model wrote: neither the next call nor --retry-failed generates it again
+    # a cut thought is a result: neither the next call nor --retry-failed generates it again
     assert len(read_index(tmp_path / "generations").done) == 12
     assert run(make_study(), tmp_path, retry_failed=True).generated == 0
-    # and no other reader takes it for an answer
+    # and no other reader takes it as an answer
     assert len(behaviour_points(tmp_path / "generations").grade) == 9
     shown = read_generations(tmp_path / "generations", per_condition=4, max_samples=100)
     assert (shown.num_rows, shown.num_shown, shown.num_failed, shown.unfinished_thoughts) == (12, 9, 0, 3)
@@ -140,7 +140,7 @@ def test_rows_that_ended_inside_a_thought_are_left_out_and_counted_apart() -> No
     rows = [scored(0.0, COLD * 2, thought=None), scored(1.0, KIND * 2, thought="Win."), scored(1.0, None, **unfinished)]
     rows += [scored(1.0, None, thought=None, error="engine died"), scored(2.0, None, **unfinished)]
     got = {row.alpha: row for row in score_table(pa.Table.from_pylist(rows)).conditions}
-    assert set(got) == {0.0, 1.0}  # nothing left of the last condition
+    assert set(got) == {0.0, 1.0}  # the last condition has no rows left
     one = got[1.0]
     assert (one.samples, one.failed, one.unfinished_thoughts, one.empathy_rate) == (1, 1, 1, 1.0)
     assert one.mean_projection_generated == 2.0

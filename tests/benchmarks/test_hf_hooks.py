@@ -1,4 +1,4 @@
-"""The hooks that benchmarks compare with: a batch gives what its texts give alone, or it would be another work."""
+"""The Hugging Face hooks that benchmarks compare with: a batch gives the same results as its texts one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.hooks.hf_hooks import HookedModel
 
 LAYERS = (0, 1, 2)
 TEXTS = ([5, 6, 7], [300, 301, 302, 303, 304, 305, 306], [9])
-# float32 sums in another order; a padding token in the mean, or a neighbour's α, changes it in its first digit.
+# float32 sums in another order. A padding token in the mean, or a neighbour's α, changes the first digit.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
 

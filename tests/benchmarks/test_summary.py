@@ -1,4 +1,4 @@
-"""The tables and verdicts that are made from recorded runs, and the performance page, which holds some of them."""
+"""Tables and verdicts made from recorded runs, and the performance page that holds some of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import PROJECT_ROOT
 
 
 def figure(*ratios: float) -> dict[str, Any]:
-    """One way that measured these ratios of another."""
+    """One way whose measured ratios to another are these."""
     return asdict(figures([{"it": ratio, "other": 1.0} for ratio in ratios], "other")["it"])
 
 

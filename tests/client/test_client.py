@@ -1,4 +1,4 @@
-"""The HTTP client against a transport in memory: what it sends, and what it makes of replies."""
+"""The HTTP client against a transport in memory: what it sends and how it reads replies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STREAM = [
 
 
 class Chunks(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A body that arrives in pieces of a few bytes, inside characters too."""
+    """A body that arrives a few bytes at a time, split inside characters too."""
 
     def __init__(self, content: bytes) -> None:
         self._parts = [content[start : start + 7] for start in range(0, len(content), 7)]

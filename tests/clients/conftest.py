@@ -1,8 +1,8 @@
-"""vLLM's server, run by the project's own environment, and what it answers to a plain HTTP client.
+"""vLLM's server, run in the project's own environment, and its answers to a plain HTTP client.
 
-The tests of this folder run in an environment of clients, without an engine (`make test-clients`). Each file is one
-client that people use; what a user of it has to write is what stands in the file. All of them ask the same question, so
-that one pair of texts, plain and steered, says whether a client's answer was steered.
+The tests of this folder run in an environment of clients, without an engine (`make test-clients`). Each file covers one
+client and shows the code that its users write. All tests ask the same question, so one pair of texts, plain and
+steered, tells whether a client's answer was steered.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Served:
 
     @property
     def base_url(self) -> str:
-        """What clients of OpenAI's API take for an address."""
+        """The address that clients of OpenAI's API expect."""
         return f"{self.url}/v1"
 
     def answers(self, path: str, status: int) -> int:
@@ -64,9 +64,10 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with a tiny model, run by the project's own environment until the tests end."""
     folder = tmp_path_factory.mktemp("server")
     command = (str(SERVER_PYTHON), "-m", "tests.clients.serve", str(folder), ALIAS, str(ALPHA))
-    # the child ends its server when its input ends, also when this process is killed
+    # The child stops its server when its stdin ends, also when this process is killed.
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -81,7 +82,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def ask(served: Served, path: str, **fields: Any) -> dict[str, Any]:
-    """The answer of a plain HTTP client to a greedy request of ``NUM_TOKENS`` tokens."""
+    """The server's answer to a plain HTTP client's greedy request of ``NUM_TOKENS`` tokens."""
     body = {"model": MODEL, "max_tokens": NUM_TOKENS, "temperature": 0, **fields}
     headers = {"Authorization": f"Bearer {API_KEY}"}
     reply = httpx.post(f"{served.url}{path}", json=body, headers=headers, timeout=60)
@@ -92,7 +93,7 @@ def ask(served: Served, path: str, **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the server answers to ``PROMPT``, as it is and steered by ``STEERING``."""
+    """The server's answers to ``PROMPT``, plain and steered by ``STEERING``."""
 
     plain: str
     steered: str
@@ -100,7 +101,7 @@ class Texts:
 
 @pytest.fixture(scope="session")
 def chat_texts(served: Served) -> Texts:
-    """To ``MESSAGES``, on the chat routes."""
+    """The answers to ``MESSAGES`` on the chat routes."""
     asked = (ask(served, "/v1/chat/completions", messages=MESSAGES, steering=spec) for spec in ([], STEERING))
     texts = Texts(*(answer["choices"][0]["message"]["content"] for answer in asked))
     assert texts.plain != texts.steered
@@ -109,7 +110,7 @@ def chat_texts(served: Served) -> Texts:
 
 @pytest.fixture(scope="session")
 def completion_texts(served: Served) -> Texts:
-    """To ``PROMPT``, on the route of bare texts."""
+    """The answers to ``PROMPT`` on the route of bare texts."""
     asked = (ask(served, "/v1/completions", prompt=PROMPT, steering=spec) for spec in ([], STEERING))
     texts = Texts(*(answer["choices"][0]["text"] for answer in asked))
     assert texts.plain != texts.steered

@@ -1,12 +1,12 @@
 // OpenAI's package for Node, driven by test_openai_node.py.
 //
-// In: {"baseURL", "apiKey", "calls": [[resource, body], ...]}. Out: what each call came to, in the same order: the reply,
+// In: {"baseURL", "apiKey", "calls": [[resource, body], ...]}. Out: the result of each call, in the same order: the reply,
 // the list of chunks where the body says "stream", or {"raised": class, ...} where the package raised one of its errors.
 import { readFileSync } from "node:fs";
 import OpenAI from "openai";
 
 const { baseURL, apiKey, calls } = JSON.parse(readFileSync(0, "utf8"));
-const client = new OpenAI({ baseURL, apiKey }); // retries as they come: twice
+const client = new OpenAI({ baseURL, apiKey }); // the default: two retries
 const resources = { chat: client.chat.completions, completions: client.completions, responses: client.responses };
 
 async function listed(items) {

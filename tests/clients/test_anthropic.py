@@ -1,11 +1,11 @@
-"""Anthropic's Python package: fields it does not know travel in ``extra_body`` and come back as attributes.
+"""Anthropic's Python package: unknown fields go into ``extra_body`` and come back as attributes.
 
-So does ``temperature``, which this version (2.14) has no parameter for. A readout is the attribute of a whole message;
-in a stream it is that of the event ``message_delta``. The stream helper does not copy it into its final message.
+``temperature`` goes there too, since this version (2.14) has no parameter for it. A readout is an attribute of a whole
+message; in a stream, of the event ``message_delta``. The stream helper does not copy it into its final message.
 
-The server knows a key only as ``Authorization: Bearer``, which is how this version sends ``api_key`` and
-``auth_token`` alike. What is refused is a ``BadRequestError`` with the message in ``api_message`` and the class of the
-error in ``type``, its code in ``error_code``.
+The server accepts a key only as ``Authorization: Bearer``; this version sends both ``api_key`` and ``auth_token`` that
+way. A refusal is a ``BadRequestError`` with the message in ``api_message``, the class of the error in ``type`` and its
+code in ``error_code``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATH = "/v1/messages"
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=served.url, api_key=API_KEY) as client:  # retries as they come: twice
+    with anthropic.Anthropic(base_url=served.url, api_key=API_KEY) as client:  # the default: two retries
         yield client
 
 

@@ -1,13 +1,13 @@
 """Inspect: ``extra_body`` of a ``GenerateConfig`` steers a model, an evaluation or a call.
 
-Of several the innermost counts whole, they are not merged: an ``extra_body`` that ``eval`` or a call is given takes the
-place of the model's own, steering and all.
+The innermost ``extra_body`` wins and is not merged with the others: one given to ``eval`` or to a call replaces the
+model's own, steering included.
 
-A readout is in the log of an evaluation, in the raw answer of each event of a model, ``event.call.response``. It is
-neither in the output of a model nor, where Inspect streams, anywhere.
+The log of an evaluation has the readout in the raw answer of each model event, ``event.call.response``. The output of a
+model does not have it. Where Inspect streams, it is nowhere.
 
-The provider "vllm" remembers a server by the model's name: a second address for that name is not used while a model of
-the first is open. It does not take ``stream=True``; a call with ``on_stream`` streams.
+The provider "vllm" remembers a server by the model's name: while a model of one address is open, a second address for
+that name is not used. It does not take ``stream=True``; a call with ``on_stream`` streams.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Inspect le
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inspect keeps its cache, its traces and its marks of running evaluations in the user's folders."""
+    """Keep Inspect's cache, traces and marks of running evaluations out of the user's folders."""
     for name in ("INSPECT_CACHE_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
 
 
 def config(steering: Steering | None = None, **extra_body: Any) -> GenerateConfig:
-    """A greedy one; with no ``extra_body`` if that would be empty."""
+    """A greedy config, without ``extra_body`` if that would be empty."""
     body = extra_body if steering is None else {"steering": steering, **extra_body}
     return GenerateConfig(max_tokens=NUM_TOKENS, temperature=0, extra_body=body or None)
 
 
 def model(served: Served, name: str, config: GenerateConfig, **args: Any) -> Model:
     access = {"base_url": served.base_url, "api_key": API_KEY, **args}
-    return get_model(name, config=config, memoize=False, **access)  # retries as they come
+    return get_model(name, config=config, memoize=False, **access)  # default retries
 
 
 def output(model: Model, **fields: Any) -> ModelOutput:

@@ -1,14 +1,16 @@
-"""LangChain's OpenAI package: ``extra_body`` of the model steers all its calls, a bound one those calls.
+"""LangChain's OpenAI package: a model's ``extra_body`` steers all its calls, a bound one the calls of that binding.
 
-An ``extra_body`` that is bound, or given to a call, takes the place of the model's own and is not merged with it: who
-binds a readout alone to a steered model has unsteered it.
+An ``extra_body`` that is bound or passed to a call replaces the model's own and is not merged with it: binding only a
+readout to a steered model removes the steering.
 
-LangChain drops the readout on every route. What is left to see is the header ``x-vllm-steer``, in
+LangChain drops the readout on every route. Only the header ``x-vllm-steer`` remains, in
 ``response_metadata["headers"]`` of a model made with ``include_response_headers=True``.
 
-A cache tells steered chats from plain ones. For bare texts it knows the model's own ``extra_body`` and not a bound one.
+A cache distinguishes steered chats from plain ones. For bare texts it considers the model's own ``extra_body``, but not
+a bound one.
 
-Models share their connections: who calls ``asyncio.run`` twice in a process needs an ``http_async_client`` for each.
+Models share their connections: code that calls ``asyncio.run`` twice in a process needs an ``http_async_client`` for
+each call.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ Steering = list[dict[str, Any]]
 
 @pytest.fixture
 def access(served: Served) -> dict[str, Any]:
-    """What a model is made with; retries as they come: twice."""
+    """The arguments of a model's constructor, with the default of two retries."""
     return {
         "model": MODEL,
         "base_url": served.base_url,
@@ -58,7 +60,7 @@ def steered(steering: Steering) -> dict[str, Any]:
 
 
 async def async_texts(fields: dict[str, Any], specs: list[Steering], stream: bool = False) -> list[str]:
-    """The answers of one model to calls with these steerings, all at once."""
+    """One model's answers to concurrent calls with these steerings."""
     async with openai.DefaultAsyncHttpxClient() as http_client:
         model = ChatOpenAI(**fields, http_async_client=http_client)
 

@@ -1,14 +1,14 @@
-"""LiteLLM's Python package: fields it does not know travel in ``extra_body``.
+"""LiteLLM's Python package: unknown fields go into ``extra_body``.
 
-A readout of a chat is ``choices[i].provider_specific_fields["readout"]``, that of a bare text ``choices[i].readout``.
-In a streamed chat it is ``choices[0].readout`` of the last chunk with text, one before the chunk with the finish
-reason. Where a stream ends in a token without text, such as the end of the text, LiteLLM drops the server's last chunk
-and the readout with it, and in a streamed bare text always: who needs the readout asks for a whole reply.
+A chat's readout is ``choices[i].provider_specific_fields["readout"]``, a bare text's is ``choices[i].readout``. In a
+streamed chat it is ``choices[0].readout`` of the last chunk with text, one before the chunk with the finish reason.
+Where a stream ends in a token without text, such as the end of the text, LiteLLM drops the server's last chunk and the
+readout with it; in a streamed bare text it always does. Ask for a whole reply to get the readout.
 
-The provider "openai" keeps the code of a refusal in ``code``; "hosted_vllm" has it in the message alone.
+The provider "openai" keeps a refusal's code in ``code``; "hosted_vllm" has it only in the message.
 
-In a Router's model list, ``steering`` belongs into a deployment's ``litellm_params`` itself. In ``extra_body`` there,
-it is lost to every request that brings an ``extra_body`` of its own.
+In a Router's model list, put ``steering`` directly into a deployment's ``litellm_params``. In an ``extra_body`` there
+it is lost for every request that brings an ``extra_body`` of its own.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ CHAT = "/v1/chat/completions"
 GREEDY = {"max_tokens": NUM_TOKENS, "temperature": 0}
 PROVIDERS = ["hosted_vllm", "openai"]
 
-# LiteLLM's own types, which pydantic is shown when they are first used.
+# pydantic warns of LiteLLM's own types when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.*using the `ReadOnly` qualifier:UserWarning")
 
 
 @pytest.fixture(params=PROVIDERS)
 def access(request: pytest.FixtureRequest, served: Served) -> dict[str, Any]:
-    """The model at the server, by one of LiteLLM's two providers for it; retries as they come."""
+    """Arguments that name the served model for one of LiteLLM's two providers, with default retries."""
     return {"model": f"{request.param}/{MODEL}", "api_base": served.base_url, "api_key": API_KEY}
 
 
@@ -118,7 +118,7 @@ def test_the_async_functions_are_steered_beside_plain_requests(access: dict[str,
 
 
 def test_a_router_keeps_a_deployment_that_refused(served: Served, chat_texts: Texts) -> None:
-    """A misspelt alias is a 404, for which a Router does lay a deployment to rest: the list that is looked at works."""
+    """A misspelt alias is a 404, for which a Router does cool a deployment down: so the test can see a cooldown."""
 
     def deployment(group: str, model: str, name: str, **params: Any) -> dict[str, Any]:
         access = {"model": model, "api_base": served.base_url, "api_key": API_KEY, **params}
@@ -136,7 +136,7 @@ def test_a_router_keeps_a_deployment_that_refused(served: Served, chat_texts: Te
     def ask(group: str, **extra_body: Any) -> Any:
         return router.completion(group, messages=MESSAGES, **GREEDY, extra_body=extra_body).choices[0].message.content
 
-    for _ in range(10):  # so one has five, from which on a Router minds the share that failed
+    for _ in range(10):  # one deployment gets five; from there on a Router considers its failure rate
         before = served.answers(CHAT, 400)
         with pytest.raises(litellm.BadRequestError, match="'nobody'"):
             ask("two", steering=REFUSED)
@@ -149,7 +149,7 @@ def test_a_router_keeps_a_deployment_that_refused(served: Served, chat_texts: Te
 
 
 def resting(router: litellm.Router) -> list[str]:
-    """The deployments that the router leaves alone for some seconds, once there are any."""
+    """Wait until the router cools some deployments down, and return them."""
     names = router.registry().names(kind="ids")
     deadline = time.monotonic() + 10
     while not (found := router.health().cooldowns.get_active_cooldowns(names, None)) and time.monotonic() < deadline:

@@ -1,18 +1,18 @@
-"""lm-eval: ``gen_kwargs`` travel in the body as they are and steer what a task generates; an alias steers all requests.
+"""lm-eval: ``gen_kwargs`` go into the body unchanged and steer what a task generates; an alias steers all requests.
 
-Log-likelihoods travel without ``gen_kwargs``: steering given there is lost without a word, an alias is not. They need a
-tokenizer, which is the server's with ``tokenizer_backend="remote"``, if that was started with
+Requests for log-likelihoods carry no ``gen_kwargs``: steering given there is lost without a warning, an alias still
+acts. They need a tokenizer; with ``tokenizer_backend="remote"`` it is the server's, if that was started with
 ``--enable-tokenizer-info-endpoint``.
 
 A readout is dropped. A refused request is sent ``max_retries`` times, three, as after any error, and then ends the
-evaluation. The exception has the status alone, what the server said is in the log.
+evaluation. The exception has only the status; the server's message is in the log.
 
-From Python, ``gen_kwargs`` as a string is no JSON (on the command line it is): lm-eval splits it at its commas, and the
-server refuses what becomes of it.
+From Python, a string of ``gen_kwargs`` is not read as JSON (on the command line it is): lm-eval splits it at its
+commas, and the server refuses the result.
 
-Two ways to a wrong evaluation, without a word from lm-eval:
+Two ways to a wrong evaluation, without a warning from lm-eval:
 a task that is a dict keeps the ``gen_kwargs`` of one evaluation for the next;
-``use_cache`` with one file for a model and its alias answers for both with the first.
+``use_cache`` with one file for a model and its alias answers for both with the first one's results.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tests.clients.conftest import (
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUM_DOCS, ENDS = 3, (" held", " rare loss")
-WAYS = [{}, {"num_concurrent": 3}]  # the second has code of its own in lm-eval
+WAYS = [{}, {"num_concurrent": 3}]  # lm-eval has separate code for the second
 Task = dict[str, Any]
 
 
@@ -58,7 +58,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def local_task(folder: Path, **fields: Any) -> Task:
-    """A task of ``NUM_DOCS`` times ``PROMPT``."""
+    """A task of ``NUM_DOCS`` documents, each of them ``PROMPT``."""
     docs = folder / "docs.json"
     docs.write_text((json.dumps({"text": PROMPT}) + "\n") * NUM_DOCS)
     data = {"data_files": {"test": str(docs)}, "cache_dir": str(folder / "datasets")}
@@ -68,7 +68,7 @@ def local_task(folder: Path, **fields: Any) -> Task:
 
 @pytest.fixture
 def generation(tmp_path: Path) -> Task:
-    limits = {"until": [], "max_gen_toks": NUM_TOKENS}  # greedy as it comes
+    limits = {"until": [], "max_gen_toks": NUM_TOKENS}  # greedy by default
     return local_task(tmp_path, output_type="generate_until", doc_to_target="", generation_kwargs=limits)
 
 
@@ -78,7 +78,7 @@ def choice(tmp_path: Path) -> Task:
 
 
 def evaluate(served: Served, task: Task, gen_kwargs: Any = None, route: str = COMPLETIONS, **fields: Any) -> Any:
-    """What came back for each document; fields that are not the evaluation's are its model's. There is no readout."""
+    """The answers for each document. ``limit`` and ``use_cache`` go to lm-eval, other fields to the model."""
     run = {name: fields.pop(name) for name in ("limit", "use_cache") if name in fields}
     results = lm_eval.simple_evaluate(
         "local-completions" if route == COMPLETIONS else "local-chat-completions",

@@ -1,4 +1,4 @@
-"""OpenAI's Python package: fields it does not know travel in ``extra_body`` and come back as attributes."""
+"""OpenAI's Python package: unknown fields go into ``extra_body`` and come back as attributes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=served.base_url, api_key=API_KEY) as client:  # retries as they come: twice
+    with openai.OpenAI(base_url=served.base_url, api_key=API_KEY) as client:  # the default: two retries
         yield client
 
 

@@ -1,7 +1,7 @@
-"""OpenAI's package for Node: fields it does not know stand in the body itself and come back as properties.
+"""OpenAI's package for Node: unknown fields go into the body itself and come back as properties.
 
-A readout is `choices[i].readout`, in a stream that of the chunk that ends the choice. The package's stream helper
-keeps the last value of a field: its final completion has the readout but, of a trace, the last piece only.
+A readout is `choices[i].readout`; in a stream, of the chunk that ends the choice. The package's stream helper keeps the
+last value of a field: its final completion has the readout, but only the last piece of a trace.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def chat(model: str = MODEL, **fields: Any) -> tuple[str, dict[str, Any]]:
 
 
 def node(served: Served, *calls: tuple[str, dict[str, Any]]) -> list[Any]:
-    """What the package makes of ``calls``, all of them at once."""
+    """The package's results for ``calls``, made concurrently."""
     asked = json.dumps({"baseURL": served.base_url, "apiKey": API_KEY, "calls": calls})
     ran = subprocess.run(["node", SCRIPT], input=asked, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr

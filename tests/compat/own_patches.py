@@ -29,18 +29,18 @@ Official extension points in use: `vllm.general_plugins`, `vllm.endpoint_plugins
 
 @cache
 def declared() -> tuple[tuple[Patch, ...], tuple[Attribute[Any], ...]]:
-    """All patches and attributes, by importing every module that may declare one."""
+    """Import every module that may declare one, and return all patches and attributes."""
     for file in engine_files():
         name = file.relative_to(PACKAGE.parent).with_suffix("")
         import_module(".".join(name.parts).removesuffix(".__init__"))
-    # in an order that does not hang on which module was imported first
+    # Sorted, so that the order of imports does not matter.
     patches = sorted(PATCHES, key=lambda one: (one.when, one.wrap.__module__, one.places))
     return tuple(patches), tuple(sorted(ATTRIBUTES, key=lambda one: (one.owner, one.name)))
 
 
 @cache
 def vllm_names() -> tuple[VllmName, ...]:
-    """Everything of vLLM's that the plugin relies on: what ``vllm_names.py`` lists, and what it patches."""
+    """Every vLLM name that the plugin relies on: those that ``vllm_names.py`` lists and those that it patches."""
     patched = (
         VllmName(module, name, one.takes, one.contains, is_patched=one.takes is not None, needed_by=_file(one))
         for one in declared()[0]

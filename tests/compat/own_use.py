@@ -1,8 +1,8 @@
 """What `vllm_steer/engine/` and `vllm_steer/server/` take from vLLM, read off their own source.
 
-In a strictly typed room an object of vLLM's enters a function as a parameter annotated `Any` or with a class imported
-from vLLM (or as Starlette's `State`, in which vLLM's server keeps what it serves with). So every attribute that is read
-off such a parameter, or off what was got from one, is a name that the room relies on.
+In strictly typed code a vLLM object enters a function as a parameter annotated `Any` or with a class imported from vLLM
+(or with Starlette's `State`, where vLLM's server keeps its objects). So every attribute that is read off such a
+parameter, or off a value obtained from one, is a name that the plugin relies on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Import:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Read:
-    """An attribute of an object of vLLM's, as in `scheduler_output.preempted_req_ids`; read, or written."""
+    """A read or written attribute of a vLLM object, as in `scheduler_output.preempted_req_ids`."""
 
     file: str
     attribute: str
@@ -44,7 +44,7 @@ def engine_files() -> list[Path]:
 
 
 def file_name(path: Path) -> str:
-    """A module's name as the list of foreign names has it: relative to `vllm_steer`."""
+    """A module's path relative to `vllm_steer`, as in the list of foreign names."""
     return str(path.relative_to(PACKAGE))
 
 
@@ -70,14 +70,14 @@ def hidden_writes(path: Path) -> list[int]:
 
 
 def foreign_reads(path: Path) -> Iterator[Read]:
-    """Every attribute of an object of vLLM's that a module reads or writes."""
+    """Every attribute of a vLLM object that a module reads or writes."""
     tree, file = ast.parse(path.read_text()), file_name(path)
     types = {one.name for one in vllm_imports(path)}
     yield from _reads(tree, file, types)
 
 
 def reads_in(source: str) -> list[Read]:
-    """The same of a text, for the tests of this reader."""
+    """The attributes that a source text reads or writes, for tests of this reader."""
     return list(_reads(ast.parse(source), "", set()))
 
 
@@ -101,7 +101,7 @@ def _functions(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | as
 
 
 def _kept(cls: ast.ClassDef, types: set[str]) -> set[str]:
-    """Attributes of a class of ours that hold an object of vLLM's: `self.engine = engine`."""
+    """Attributes of one of the plugin's classes that hold a vLLM object: `self.engine = engine`."""
     kept: set[str] = set()
     for function in _functions(cls):
         reader = _Reader("", types, set())
@@ -128,6 +128,7 @@ class _Reader:
         self._foreign: set[str] = set(types)
 
     def of(self, function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Module) -> Iterator[Read]:
+        """Yield the reads and writes of foreign attributes in a function."""
         for node in _in_order(function):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 args = node.args
@@ -143,6 +144,7 @@ class _Reader:
                 yield Read(self._file, node.attr, node.lineno, not isinstance(node.ctx, ast.Load))
 
     def is_foreign(self, node: ast.expr) -> bool:
+        """Whether an expression's value may be a vLLM object."""
         if isinstance(node, ast.Name):
             return node.id in self._foreign
         if isinstance(node, ast.Attribute):
@@ -179,7 +181,7 @@ class _Reader:
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """A tree's nodes as they stand in the text, comprehensions' loops before what they build."""
+    """A tree's nodes in the order of the text, but a comprehension's loops before its element."""
     yield node
     children = list(ast.iter_child_nodes(node))
     children.sort(key=lambda child: not isinstance(child, ast.comprehension))

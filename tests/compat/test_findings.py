@@ -1,4 +1,4 @@
-"""What has changed in a release is found: each verdict on a small tree that deserves it."""
+"""Changes in a release are found: each verdict is given on a small tree that deserves it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_way_around_a_patch_is_found(tmp_path: Path) -> None:
     assert (found.verdict, "vllm.fast:Faster" in found.says) == ("way around", True)
     found = judge(around, hasher)
     assert (found.verdict, "vllm.user" in found.says) == ("way around", True)
-    # On the list, or through the original, they are none.
+    # A name on the list, or an override that calls the original, is no way around.
     listed = VllmName("vllm.fast", "Faster.step", is_patched=True)
     assert judge(around, step, listed).verdict == "ok"
     assert judge(around, hasher, VllmName("vllm.user", "hasher", is_patched=True)).verdict == "ok"

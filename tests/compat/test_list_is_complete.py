@@ -1,4 +1,4 @@
-"""The list of foreign names, the register of patches and the room's own source tell the same."""
+"""The list of foreign names, the register of patches and the source of the packages that know vLLM agree."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from tests.compat.findings import needed_by
 from tests.compat.own_patches import PAGE, declared, page, vllm_names
 from tests.compat.own_use import PACKAGE, engine_files, file_name, foreign_reads, hidden_writes, reads_in, vllm_imports
 
-# Read off values that vLLM hands out, and not vLLM's to change.
+# Attributes of built-in types that vLLM hands out; vLLM cannot change them.
 BUILT_IN = {"__name__", "__new__", "args", "get", "items", "pop", "removeprefix", "startswith", "update", "values"}
 ASYNCIO_AND_ARGPARSE = {"add_subparsers", "call_soon_threadsafe", "get_loop", "is_closed", "parse_args", "put"}
 TORCH = {"get_state", "tolist", "type"}
 PLAIN = BUILT_IN | ASYNCIO_AND_ARGPARSE | TORCH
-OWN = "vllm_steer"  # what the plugin itself hangs on vLLM's objects begins with this
+OWN = "vllm_steer"  # prefix of the attributes that the plugin adds to vLLM's objects
 LISTED = {one.name.rpartition(".")[2] for one in vllm_names()}
 
 

@@ -1,4 +1,4 @@
-"""One release of vLLM as source text: looks names up without importing anything of it."""
+"""One release of vLLM as source text: names are looked up without importing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VllmSource:
 
     @cached_property
     def model_modules(self) -> dict[str, str]:
-        """Architecture -> the module that vLLM's registry loads it from, `transformers` for its backend."""
+        """Architecture -> the module that vLLM's registry loads it from; `transformers` for that backend."""
         modules: dict[str, str] = {}
         for table in ast.walk(self._tree("vllm.model_executor.models.registry")):
             for key, value in zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ():
@@ -72,7 +72,7 @@ class VllmSource:
         }
 
     def overrides(self, module: str, class_name: str, method: str) -> set[str]:
-        """`module:Class` of the class and of all subclasses that have a method of their own which leaves its out."""
+        """`module:Class` of the class and of all subclasses that override the method without calling the original."""
         found, pending = set(), [(module, class_name)]
         while pending:
             where, name = pending.pop()
@@ -85,7 +85,7 @@ class VllmSource:
         return found
 
     def _subclasses(self, module: str, name: str) -> Iterator[tuple[str, str]]:
-        # Parsing all of vLLM takes a minute; a base's name stands between the parentheses after `class`.
+        # Parsing all of vLLM takes a minute; so look for the base's name between the parentheses after `class` first.
         has_base = re.compile(rf"^\s*class\s+\w+\([^)]*\b{name}\b", re.MULTILINE)
         for where, text in self._texts.items():
             if name not in text or not has_base.search(text):

@@ -1,4 +1,4 @@
-"""How a step's tables get to a device: nothing for what it has already, else one copy, from memory that is free."""
+"""How a step's tables reach a device: no copy of what it already has, else one copy, from free host memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOTH = (Entry(0, 1, 2.0, 0.0), Entry(1, 0, 1.0, -1.0))
 
 
 class FakeEvent:
-    """A copy that is under way from ``record`` on until the test says that it is over."""
+    """A copy that is under way from ``record`` until the test ends it."""
 
     waited_for: ClassVar[list[FakeEvent]] = []
 
@@ -39,7 +39,7 @@ class FakeEvent:
 
 
 class CountingRing(StagingRing):
-    """The real ring, in front of a device whose memory is the host's."""
+    """The real ring, with host memory in place of the device's."""
 
     sizes: ClassVar[list[int]] = []
 
@@ -50,7 +50,7 @@ class CountingRing(StagingRing):
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many elements each copy had that was made so far."""
+    """The number of elements of each copy made so far."""
     sizes: list[int] = []
     monkeypatch.setattr(CountingRing, "sizes", sizes)
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def make_buffers(max_drafts: int = 0) -> SteerBuffers:
         device=torch.device("cpu"),
         max_drafts=max_drafts,
     )
-    buffers._image = buffers._image.copy()  # the device is not the host here, so nothing arrives but by a copy
+    buffers._image = buffers._image.copy()  # separate memory for the device, so data arrive only by a copy
     return buffers
 
 

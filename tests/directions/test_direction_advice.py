@@ -1,4 +1,4 @@
-"""Whoever does what a refusal of a direction advises is not refused again."""
+"""A direction that follows the advice of its refusal is not refused again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALUES = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
 
 
 def refused(call: Callable[[], Any], advice: str) -> str:
-    """The message of a refusal, which has to contain this advice and to fit one line."""
+    """The message of a refusal; it must contain ``advice`` and fit one line."""
     with pytest.raises(SteerError, match=re.escape(advice)) as refusal:
         call()
     assert "\n" not in str(refusal.value)
@@ -64,7 +64,7 @@ def test_a_quantised_control_vector_is_taken_dequantised(tmp_path: Path) -> None
     refused(lambda: load_directions(tmp_path / "d.gguf"), "gguf.quants.dequantize")
     (tensor,) = gguf.GGUFReader(tmp_path / "d.gguf").tensors
     vector = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    # As GGUF has it, in rows; what is said of the shape leads on.
+    # The vector has GGUF's shape, in rows; the next refusal advises on that.
     refused(lambda: Direction("kind", 1, vector), "Flatten it with reshape(-1)")
     save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, vector.reshape(-1))])
     assert load_directions(tmp_path / "d.safetensors")

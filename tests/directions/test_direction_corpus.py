@@ -1,4 +1,4 @@
-"""Broken direction files: each is refused in one line that names it, in memory that goes with the file's size."""
+"""Broken direction files: each is refused in one line that names it, in memory proportional to the file's size."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from vllm_steer.server.registry.upload import uploaded_directions
 
 pytestmark = pytest.mark.timeout(120)  # a reader that believes a count would loop for hours
 
-# A vector of bytes becomes float32 and, for its norm, float64: 12 times its size, the file itself once or twice more.
-# Counted are the allocations of Python and NumPy; safetensors' own are bounded by its limit on a header, 100 MB.
-# The constant is for NumPy's parser, which takes 2.5 MB for the worst header of the 10 kB that it lets through.
+# A vector of bytes becomes float32 and, for its norm, float64: 12 times its size, plus the file itself once or twice.
+# Only allocations of Python and NumPy count; safetensors' own are bounded by its limit on a header, 100 MB.
+# The constant is for NumPy's parser, which takes 2.5 MB for the worst header of the 10 kB that it accepts.
 MOST_MEMORY_A_BYTE, MEMORY_FOR_ANY_FILE = 20, 4 << 20
 LONGEST_MESSAGE = 1000
 
@@ -46,7 +46,7 @@ def load(path: Path) -> list[Direction]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _readers_are_imported() -> None:
-    """What their imports take is not to be counted."""
+    """Import the readers first, so that their imports are not counted."""
     import gguf as gguf_package
     import safetensors
 
@@ -56,14 +56,14 @@ def _readers_are_imported() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where files lie, and where a pickle would leave its mark."""
+    """The folder of the files, in which an executed pickle would leave its mark."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     assert not (tmp_path / "unpickled").exists(), "code of the file has run"
 
 
 def refusal(read: Callable[[], list[Direction]], size: int, named: str) -> SteerError | None:
-    """What a file of that size is refused with, or None if it is read. Any other error propagates."""
+    """The refusal of a file of ``size`` bytes, or None if it is read. Any other error propagates."""
     tracemalloc.start()
     try:
         read()
@@ -108,7 +108,7 @@ def test_an_upload_of_numbers_that_are_no_direction_is_refused(body: bytes) -> N
 
 @pytest.mark.parametrize("name", VALID)
 def test_the_builders_of_this_corpus_build_what_loads(folder: Path, name: str) -> None:
-    """Or every refusal above could be for a reason that nobody meant."""
+    """Otherwise every refusal above could have an unintended reason."""
     path = folder / name
     path.write_bytes(VALID[name])
     loaded = load(path)
@@ -129,7 +129,7 @@ def test_a_file_cut_at_any_byte_is_refused(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", VALID)
 def test_a_large_file_takes_a_small_multiple_of_its_size(folder: Path, name: str) -> None:
-    """Ten times the constant, so that the bound is one on the multiple; all of it is read before it is refused."""
+    """The file is ten times the constant, so the multiple decides; all of it is read before it is refused."""
     count = 10 * MEMORY_FOR_ANY_FILE
     floats, halves = (count // 4,), (count // 2,)
     content = {

@@ -37,7 +37,7 @@ def save_tensor(path: Path, tensor: torch.Tensor) -> None:
 
 
 def write_gguf(path: Path, packed: np.ndarray, kind: str, order: str = "LITTLE") -> None:
-    """A control vector with one tensor, whose bytes are given."""
+    """Write a control vector with one tensor of these bytes."""
     from gguf import GGMLQuantizationType, GGUFEndian, GGUFWriter
 
     writer = GGUFWriter(str(path), "controlvector", endianess=GGUFEndian[order])
@@ -114,7 +114,7 @@ def with_gradient(values: torch.Tensor) -> torch.Tensor:
 
 
 class OnAccelerator:
-    """Stands in for a tensor on another device: NumPy and Python's floats cannot have it before it was moved."""
+    """Stands in for a tensor on another device: NumPy and Python cannot convert it before it is moved."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values

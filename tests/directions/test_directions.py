@@ -23,7 +23,7 @@ AWKWARD = np.array([2.0**-149, 3.4028235e38, -0.0, 1 / 3, 2.0**-24, 65504.0], np
 
 
 def write(path: Path) -> Path:
-    """A file of the kind that the ending names."""
+    """Write a file of the format that the ending names."""
     if path.suffix == ".npy":
         np.save(path, VALUES[0])
     else:
@@ -76,7 +76,7 @@ def test_float16_files_give_exactly_their_values(tmp_path: Path, ending: str) ->
 
 
 def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A control vector as other tools write it: with no name in it."""
+    """Write a control vector as other tools do: without a name in it."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(str(path), "controlvector")
@@ -254,7 +254,7 @@ def test_is_unit_allows_for_float16_and_no_more() -> None:
     assert Direction("kind", 1, one.vector.astype(np.float16)).is_unit
     assert not Direction("kind", 1, one.vector * np.float32(1.02)).is_unit
     assert not Direction("kind", 1, VALUES[0]).is_unit
-    # normalising turns nothing: the cosine is 1 to float32 rounding
+    # normalising does not rotate: the cosine is 1 to float32 rounding
     assert float(one.vector @ VALUES[0]) == pytest.approx(float(np.linalg.norm(VALUES[0])), rel=1e-6)
 
 

@@ -21,7 +21,7 @@ RUNNABLE = ("python", "bash")
 SERVER_URL = "http://127.0.0.1:8000"
 _FENCE = re.compile(r"\s*```(\w*)")
 _MARKER = re.compile(r"<!-- not run: (\S.*) -->")
-# The commands of a set-up project, whatever is on the PATH here.
+# The commands of this project's environment, whatever is on the PATH.
 _PRELUDE = """
 python() { "$PYTHON" "$@"; }
 vllm-steer() { "$PYTHON" -c 'from batch_jobs.cli.command import main; main()' "$@"; }
@@ -36,7 +36,7 @@ class Block:
         page: the file, from the repository's root.
         line: number of the first line within the fence.
         language: as the fence names it.
-        source: what is between the fences.
+        source: the text between the fences.
         reason: why it is not run; None where it is to be run.
     """
 
@@ -48,14 +48,17 @@ class Block:
 
     @property
     def place(self) -> str:
+        """Page and line, as in an error message."""
         return f"{self.page}:{self.line}"
 
     @property
     def asks_server(self) -> bool:
+        """Whether the block names the pages' server."""
         return SERVER_URL in self.source
 
     @property
     def needs_engine(self) -> bool:
+        """Whether the block makes an engine."""
         return "LLM(" in self.source
 
 
@@ -66,7 +69,7 @@ def pages() -> list[str]:
 
 
 def blocks_in(page: str, text: str) -> list[Block]:
-    """All fenced blocks of a page."""
+    """All fenced blocks of a page, whose file holds ``text``."""
     found: list[Block] = []
     opened: tuple[int, str, str | None] | None = None
     before, inside = "", []
@@ -101,18 +104,18 @@ def is_server_page(page: str) -> bool:
 
 
 def asks_server(block: Block) -> bool:
-    """Whether a block is run beside a server, and not in the process of an engine."""
+    """Whether a block is run against a server and not in an engine's process."""
     return block.asks_server if block.page == "README.md" else is_server_page(block.page)
 
 
 def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    """Run a Python block in this process, with its place in tracebacks."""
+    """Run a Python block in this process; tracebacks show its page and line."""
     source = "\n" * (block.line - 1) + block.source
     exec(compile(source, str(ROOT / block.page), "exec"), namespace)
 
 
 def run_bash(block: Block, folder: Path, environment: dict[str, str] | None = None, url: str = SERVER_URL) -> str:
-    """Run a shell block in ``folder``; returns what it printed. ``url`` takes the place of the pages' server."""
+    """Run a shell block in ``folder``; returns what it printed. ``url`` replaces the URL of the pages' server."""
     return _finished(
         ["bash", "-euo", "pipefail", "-c", _PRELUDE + block.source.replace(SERVER_URL, url)],
         folder,

@@ -1,4 +1,4 @@
-"""The model that pages and examples are run on, and the engine that takes the place of the one they start."""
+"""The model on which pages and examples run, and the engine that replaces the one they start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_steer.settings import SteerSettings
 
 HOOKED = (12, 16)
 """The layers that pages and examples hook."""
-NUM_LAYERS = 17  # the least that has them
+NUM_LAYERS = 17  # the smallest number with both of them
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def engine(deep_model: Path) -> Iterator[LLM]:
 
 @pytest.fixture
 def started_engine(engine: LLM, deep_model: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """The engine in place of any that is started from here on, without directions."""
+    """Return this engine, without directions, wherever one is started from here on."""
 
     def start(model: str, *, additional_config: dict[str, Any], **_: Any) -> LLM:
         assert model == str(deep_model)

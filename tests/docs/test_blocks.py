@@ -1,4 +1,4 @@
-"""The code blocks of README and the pages run as written; those that talk to a server: test_server_blocks.py."""
+"""The code blocks of README and the pages run as written. Those that talk to a server: test_server_blocks.py."""
 
 from __future__ import annotations
 

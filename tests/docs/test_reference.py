@@ -104,7 +104,7 @@ def test_every_environment_variable_of_the_code_is_listed() -> None:
 
 
 def read_by_name() -> set[str]:
-    """The variables that the packages read or write under a name that stands in the code."""
+    """Environment variables whose names stand literally in the code that reads or writes them."""
     found = set()
     for path in files("vllm_steer/**/*.py", "batch_jobs/**/*.py", ".ci/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -19,7 +19,7 @@ from vllm_steer import steer_config
 
 OpenEngine = Callable[..., AbstractContextManager[LLM]]
 
-# The smallest block vLLM's CPU attention takes: prefix sharing and preemption happen at this grain.
+# The smallest block that vLLM's CPU attention takes; prefix sharing and preemption work in whole blocks.
 BLOCK_SIZE = 32
 KV_BYTES = 64 << 20
 
@@ -30,8 +30,10 @@ def open_engine(
 ) -> Iterator[LLM]:
     """An in-process float32 engine over `model`, torn down on exit so that the next one can start.
 
-    layers: the hooked ones, with any other settings of `steer_config` in `config`; None leaves the plugin
-    unconfigured. `engine_args` go to `vllm.LLM` over eager, small-memory defaults.
+    Args:
+        layers: the hooked layers; None leaves the plugin unconfigured.
+        config: other settings of `steer_config`.
+        engine_args: arguments of `vllm.LLM`, over eager defaults with little memory.
     """
     arguments: dict[str, Any] = {
         "dtype": "float32",
@@ -54,13 +56,13 @@ def open_engine(
             llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()  # also after a refused start, or the next engine finds the old process group
-        # What is left stays: the collections of the next engine's start need not go through half a million objects.
+        # Collections at the next engine's start need not go through the half a million objects that remain.
         gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _model_classes_looked_at_in_this_process() -> Iterator[None]:
-    """vLLM asks a process of its own what a model class can do, to leave CUDA alone: ten seconds a family."""
+    """vLLM inspects a model class in a separate process, to leave CUDA alone: ten seconds a family. Do it here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
         yield
@@ -68,6 +70,7 @@ def _model_classes_looked_at_in_this_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session", name="open_engine")
 def open_engine_fixture() -> OpenEngine:
+    """`open_engine`, for tests."""
     return open_engine
 
 

@@ -1,4 +1,4 @@
-"""The asynchronous engine with its core in a process of its own, as a server runs it: many requests, all exact."""
+"""The asynchronous engine with its core in a separate process, as a server runs it: many requests, all exact."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ABORTED = range(5, NUM_REQUESTS, 10)
 
 @dataclass
 class Answer:
-    """What came of one request; `out` has all tokens and log-probabilities, however they were delivered."""
+    """The result of one request; `out` has all tokens and log-probabilities, however they were delivered."""
 
     out: RequestOutput | None = None
     read: ReadoutResult | None = None
@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Bed:
-    """The engine and the event loop that it lives in, the mixed batch, and the reference with its answers."""
+    """The engine and its event loop, the mixed batch, and the reference with its answers."""
 
     engine: AsyncLLM
     loop: asyncio.Runner
@@ -97,7 +97,7 @@ class Bed:
         return answer
 
     async def held(self) -> dict[str, int]:
-        """What the worker and the front end still keep of requests."""
+        """Counts of what the worker and the front end still keep of requests."""
         (counts,) = await self.engine.collective_rpc(state_held)
         in_flight = admission_of(self.engine.input_processor).in_flight
         assert in_flight is not None
@@ -125,10 +125,10 @@ def bed(checkpoint: Path, reference: Reference, tmp_path_factory: pytest.TempPat
     )
     with pytest.MonkeyPatch.context() as environment, asyncio.Runner() as loop:
         environment.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads by now
-        environment.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function of the tests goes to the worker
+        environment.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send a test function to the worker
         engine = AsyncLLM.from_engine_args(arguments)
         try:
-            # What a server does with its engine when it starts.
+            # As a server does when it starts.
             loop.run(share_registry(admission_of(engine.input_processor), engine))
             async_generate.install()
             yield Bed(engine, loop, reference, vectors, requests, expected)
@@ -186,7 +186,7 @@ def test_two_hundred_interleaved_requests_are_exact_and_leave_nothing_behind(bed
     )
 
     async def idle() -> dict[str, int]:
-        for _ in range(200):  # the engine hears of an abort, and the front end that it has, a moment later
+        for _ in range(200):  # the engine hears of an abort a moment later, and the front end then hears of that
             counts = await bed.held()
             if not any(counts.values()):
                 break
@@ -225,7 +225,7 @@ def test_a_readout_up_to_a_stop_string_is_exact_or_says_how_far_the_engine_ran_o
         if answer.read_error is None:
             exact.append(place)
         else:
-            assert "tokens too many that can be taken back out" in answer.read_error
+            assert "tokens too many, which can be subtracted" in answer.read_error
     truths = [bed.expected[i].first(len(answers[i].out.outputs[0].token_ids)) for i in exact if answers[i].out]
     check(bed, [bed.requests[i] for i in exact], [answers[i] for i in exact], truths)
     open_ended = [i for i in exact if (bed.requests[i].readout or {"span": "prompt"})["span"] != "prompt"]

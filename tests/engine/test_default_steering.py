@@ -1,4 +1,4 @@
-"""``default_steering`` acts on whatever comes to the engine by whatever way, and an empty list switches it off."""
+"""``default_steering`` acts on every request, whichever way it comes in, and an empty list switches it off."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_a_readout_that_says_nothing_of_steering_reads_the_default(llm: LLM, ref
         ((read,),) = collect_readouts(llm, [out])
         assert read is not None
         truth = reference.generate(PROMPT, MAX_TOKENS, steering=expected).streams[2].mean(axis=0)
-        # float32 sums of some 50 rows in another order; a default more or less is off by far more
+        # float32 sums of some 50 rows in another order; one default entry more or less is off by far more
         np.testing.assert_allclose(read.mean[2], truth, rtol=1e-4, atol=1e-4)
 
 
 def test_every_call_of_vllms_own_is_steered(llm: LLM) -> None:
-    """Whatever a library calls that knows nothing of this plugin, as an evaluation harness does."""
+    """Also the calls of a library that knows nothing of this plugin, such as an evaluation harness."""
     said = llm.chat([{"role": "user", "content": "Tell me a story"}], SamplingParams(**FIELDS), use_tqdm=False)
     plain = llm.chat([{"role": "user", "content": "Tell me a story"}], steered(FIELDS, []), use_tqdm=False)
     assert said[0].outputs[0].token_ids != plain[0].outputs[0].token_ids
@@ -139,7 +139,7 @@ def test_a_request_made_by_hand_is_refused_because_nothing_has_steered_it(llm: L
 def test_a_request_is_refused_while_the_default_s_direction_is_not_registered(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rather than left unsteered."""
+    """It does not run unsteered."""
     registry = admission_of(llm.llm_engine.input_processor).registry
     monkeypatch.delitem(registry._by_name, "calm")
     with pytest.raises(errors.UnknownDirection, match="no direction is named 'calm'"):

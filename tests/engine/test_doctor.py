@@ -1,4 +1,4 @@
-"""The doctor says of a config alone what an engine's start would say, and never disagrees with it."""
+"""The doctor judges from the config alone as an engine's start would, and never disagrees with it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def directions(tmp_path: Path) -> Callable[..., Path]:
 
 
 def refusal_at_start(model: Path, **engine_args: Any) -> str | None:
-    """What vLLM's first step of an engine's start raises, of ours."""
+    """The plugin's refusal in vLLM's first step of an engine's start, or None."""
     try:
         EngineArgs(str(model), **engine_args).create_engine_config()
     except SteerError as refusal:
@@ -75,7 +75,7 @@ def test_a_diagnosis_names_classes_and_runner(folder: ConfigFolder) -> None:
     assert diagnosis.architecture == diagnosis.model_class == "LlamaForCausalLM"
     assert diagnosis.layer_class == "vllm.model_executor.models.llama.LlamaDecoderLayer"
     assert diagnosis.layers == tuple(range(NUM_LAYERS))
-    assert diagnosis.dtype == "bfloat16"  # what vLLM makes of float32 unless told otherwise
+    assert diagnosis.dtype == "bfloat16"  # vLLM's default for a float32 checkpoint
     assert diagnosis.runner == "classic"  # V2 needs Triton
     assert "a pooling model" in diagnosis.refused_features
 
@@ -190,7 +190,7 @@ def test_a_path_that_is_not_there_is_one_clear_error() -> None:
 class TestCommand:
     @pytest.fixture(autouse=True)
     def _environment_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which the command would set for the tests behind this one
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else the command would set it for later tests too
 
     def test_the_table_answers_each_question(self, folder: ConfigFolder, directions: Callable[..., Path]) -> None:
         result = CliRunner().invoke(app, ["doctor", str(folder("llama")), "--directions", str(directions(2))])

@@ -1,4 +1,4 @@
-"""Every way into the engine is steered exactly or refused by name, whatever ends or bends a sample."""
+"""Every way into the engine is steered exactly or refused by name, whatever parameters change or end a sample."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def vectors() -> Vectors:
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path, open_engine: OpenEngine, vectors: Vectors) -> Iterator[LLM]:
-    # With prompt embeddings switched on, the model is handed the embeddings of every prompt and not its token ids.
-    compact = {"backend": "xgrammar", "disable_any_whitespace": True}  # or JSON may begin with spaces without end
+    # With prompt embeddings enabled, the model gets the embeddings of every prompt instead of its token ids.
+    compact = {"backend": "xgrammar", "disable_any_whitespace": True}  # else JSON may begin with endless spaces
     with open_engine(checkpoint, layers=LAYERS, enable_prompt_embeds=True, structured_outputs_config=compact) as engine:
         register_directions(engine, as_directions(vectors))
         yield engine
@@ -73,7 +73,7 @@ def entry(vectors: Vectors) -> Callable[..., Entry]:
 
 @pytest.fixture(scope="module")
 def requests(entry: Callable[..., Entry]) -> list[Request]:
-    """Steered in different ways, and not, with readouts of all spans, and without."""
+    """Requests with different steering and with none, with readouts of all spans and with none."""
     prompts = random_prompts(VOCAB_SIZE, lengths=(9, 33, 70), seed=62)
     return [
         Request(prompts[0], [entry()], {"layers": LAYERS, "span": "all"}),
@@ -86,7 +86,7 @@ def requests(entry: Callable[..., Entry]) -> list[Request]:
 
 
 def check_replayed(reference: Reference, request: Request, out: RequestOutput, read: ReadoutResult | None) -> None:
-    """Assert that each chosen token's log-probability, before anything bent it, and the readout are the reference's."""
+    """Assert that the readout and each chosen token's log-probability, before any change to it, are the reference's."""
     truth = reference.replay(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
     assert is_same_output(out, truth, request.label)
     check_readout(read, request.readout, truth, request.label)
@@ -124,7 +124,7 @@ def test_tokens_that_were_computed_before_a_stop_string_was_found_are_taken_back
     llm: LLM, reference: Reference, requests: list[Request], too_many: int
 ) -> None:
     def late(count: int, **fields: Any) -> list[RequestOutput]:
-        """Outputs that end `count` tokens before the engine did: so they come from an engine in another process."""
+        """Outputs that end `count` tokens before the engine did, as those of an engine in another process."""
         outs = generate(llm, asked, [{"max_tokens": MAX_TOKENS} | fields] * len(asked))
         for out in outs:
             out.outputs[0].token_ids = out.outputs[0].token_ids[: MAX_TOKENS - count]
@@ -135,16 +135,17 @@ def test_tokens_that_were_computed_before_a_stop_string_was_found_are_taken_back
     expected = [truth.first(MAX_TOKENS - too_many) for truth in references(reference, asked, MAX_TOKENS)]
     for request, (read,), truth in zip(asked, collect_readouts(llm, outs), expected, strict=True):
         check_readout(read, request.readout, truth, request.label)
-    # More are too many, also where no stop string gives a reason to keep rows. A prompt's readout needs none.
+    # More tokens are too many, as are two where no stop string makes the engine keep rows. A prompt's readout needs
+    # no rows.
     for outs in (late(MAX_TOKENS_BACK + 1, stop=["nor this"]), late(2)):
-        with pytest.raises(ReadoutUnavailable, match="tokens too many that can be taken back out") as caught:
+        with pytest.raises(ReadoutUnavailable, match="tokens too many, which can be subtracted") as caught:
             collect_readouts(llm, outs)
         assert {i for i, _ in caught.value.reasons} == {
             i for i, request in enumerate(asked) if request.readout and request.readout["span"] != "prompt"
         }
 
 
-# What bends or ends sampling, and what it must have done to each sample's tokens.
+# Parameters that change or end sampling, and a check of their effect on each sample's tokens.
 BENT: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
     "one token": ({"max_tokens": 1}, lambda ids: len(ids) == 1),
     "stop token": ({"stop_token_ids": [7], "logit_bias": {7: 100.0}}, lambda ids: ids == [7]),
@@ -181,7 +182,7 @@ def test_words_that_are_forbidden_do_not_come_and_the_rest_stays_exact(
 ) -> None:
     tokenizer = llm.get_tokenizer()
     whole, _ = run(llm, requests, max_tokens=MAX_TOKENS)
-    # vLLM forbids the tokens that a word is encoded to, so it has to be one that is encoded as it came.
+    # vLLM forbids the tokens that a word encodes to, so take a word that encodes to its own token.
     texts = [[tokenizer.decode([token]) for token in out.outputs[0].token_ids] for out in whole]
     words = [next(one for one in text if len(tokenizer.encode(one)) == 1 and not one.startswith(" ")) for text in texts]
     outs = generate(llm, requests, [{"max_tokens": MAX_TOKENS, "bad_words": [word]} for word in words])
@@ -203,7 +204,7 @@ def test_log_probabilities_of_prompt_and_sample_are_those_of_the_steered_model(
     expected = references(reference, chosen, MAX_TOKENS)
     assert check_answers(reference, chosen, expected, outs, [read for (read,) in reads]) == 0
     for request, out, truth in zip(chosen, outs, expected, strict=True):
-        # With the steering of all tokens, a prompt is a sample that was generated behind its first token.
+        # With all tokens steered, a prompt equals a sample that was generated after its first token.
         first, *rest = request.prompt_ids
         prompt = reference.replay([first], rest, request.steering)
         assert out.prompt_logprobs is not None
@@ -225,7 +226,7 @@ def test_a_steered_sample_under_a_grammar_is_the_best_that_the_grammar_allows(
     length, letters = 4, "abc"
     words = {word: token for word, token in llm.get_tokenizer().get_vocab().items() if set(word) <= set(letters)}
     structured = StructuredOutputsParams(regex=f"[{letters}]{{{length}}}")
-    # One more in the batch whose grammar is nobody's.
+    # The batch has one more request, without a grammar.
     outs = generate(
         llm,
         [*requests, requests[0]],
@@ -246,7 +247,7 @@ def test_a_steered_sample_under_a_grammar_is_the_best_that_the_grammar_allows(
             best, second = sorted(scores, key=scores.__getitem__, reverse=True)[:2]
             assert scores[best] - scores[second] > NEAR_TIE, "another seed is needed: rounding would decide"
             assert token == best, request.label
-            # What the grammar forbids has no probability, and the rest has it all.
+            # Tokens that the grammar forbids have probability 0, and those of the others add up to 1.
             off = given[token].logprob - (scores[best] - np.logaddexp.reduce([*scores.values()]))
             assert abs(off) < LOGPROB_TOLERANCE, request.label
             text += next(word for word, known in words.items() if known == token)

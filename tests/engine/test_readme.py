@@ -21,12 +21,12 @@ def test_readme_example_runs_as_written_and_alpha_moves_the_projection(tmp_path:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(blocks[0], encoding="utf-8")
-    # A user's shell has none of the settings that the suite makes for engines inside the test process. But the cache
-    # is the run's, as everywhere.
+    # Like a user's shell, without the settings that the suite makes for engines inside the test process, but with the
+    # run's cache.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("VLLM_") or name == "VLLM_CACHE_ROOT"
     }
-    # A session of its own: the engine's processes hold the pipes too, and have to go if the example hangs.
+    # Its own session: the engine's processes hold the pipes too, and must be killed if the example hangs.
     example = subprocess.Popen(
         [sys.executable, str(script)],
         cwd=ROOT,
@@ -44,6 +44,6 @@ def test_readme_example_runs_as_written_and_alpha_moves_the_projection(tmp_path:
     assert example.returncode == 0, log[-4000:]
     projections = [float(line.split()[0]) for line in printed.splitlines() if re.match(r" *-?\d+\.\d ", line)]
     assert len(projections) == 3, printed
-    # α enters the projection itself, so its order is that of α by far more than the texts differ.
+    # α is part of the projection, which outweighs the differences of the texts: both have the same order.
     assert projections == sorted(projections)
     assert projections[2] - projections[0] > 40

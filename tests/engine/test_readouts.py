@@ -1,4 +1,4 @@
-"""What a readout holds, whose it is, and what it holds at the edges of its span."""
+"""The contents of a readout, also at the edges of its span, and the request that it belongs to."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_generated_span_of_nothing_fed_back_is_nan_and_says_so(llm: LLM, promp
 def test_a_completion_that_stops_early_is_read_up_to_its_own_end(
     llm: LLM, reference: Reference, prompts: list[list[int]]
 ) -> None:
-    # Stop at what greedy decoding says fifth: that token is not fed back, four are.
+    # Stop at the fifth token of greedy decoding: that token is not fed back, four are.
     stop = reference.generate(prompts[2], 5).tokens[4]
     request = Request(prompts[2], [], {"layers": LAYERS, "span": "generated"})
     (out,), ((read,),) = run(llm, [request], max_tokens=MAX_TOKENS, stop_token_ids=[stop])

@@ -1,4 +1,4 @@
-"""Whatever a request or a start gets wrong is refused by name, before anything runs, and the engine goes on serving."""
+"""Every fault of a request or a start is refused by name before anything runs, and the engine goes on serving."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def usual_answer(llm: LLM) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def _engine_goes_on_serving(llm: LLM, usual_answer: list[int]) -> Iterator[None]:
-    """After every refusal: nothing was left in the scheduler, and the next request is answered as ever."""
+    """After every refusal: nothing was left in the scheduler, and the next request is answered as usual."""
     yield
     assert not llm.llm_engine.has_unfinished_requests()
     assert generate(llm, good()) == usual_answer
@@ -77,7 +77,7 @@ def named_class(refusal: errors.SteerError) -> type:
     return next(base for base in type(refusal).__mro__ if getattr(errors, base.__name__, None) is base)
 
 
-# What is sent, the class of the refusal, and what the message must say: the thing got, and what is allowed.
+# Steering, the class of its refusal, and parts of the message: what was got and what is allowed.
 REFUSED_STEERING: dict[str, tuple[list[Any], type[errors.SteerError], tuple[str, ...]]] = {
     "unknown direction": ([entry(direction="nobody")], errors.UnknownDirection, ("'nobody'", "calm")),
     "layer not hooked": ([entry(layer=3)], errors.LayerNotHooked, ("layer 3", "[1, 2]")),
@@ -233,7 +233,7 @@ class TestAtStart:
         ("architecture", "reason"),
         [
             ("DeepseekV4ForCausalLM", "several residual streams"),
-            ("InklingForCausalLM", "nowhere whole"),
+            ("InklingForCausalLM", "no layer returns the complete stream"),
             ("TransformersForCausalLM", "no class of its own"),
             ("Gemma3ForConditionalGeneration", "multimodal"),
         ],

@@ -48,7 +48,7 @@ def forward_hooks(model: nn.Module) -> int:
 
 
 def test_no_layer_has_a_hook(llm: LLM) -> None:
-    assert "vllm_steer.plugin" in sys.modules  # or this test would say nothing
+    assert "vllm_steer.plugin" in sys.modules  # else this test would show nothing
     assert llm.apply_model(forward_hooks) == [0]
 
 

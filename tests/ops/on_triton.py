@@ -1,7 +1,7 @@
 """The Triton kernels against the op's loop and against ``reference``, on a GPU or in Triton's interpreter.
 
-Run by test_triton_kernels.py in a process of its own: whether Triton interprets is settled when it is imported. The
-device is CUDA where TRITON_INTERPRET is not set.
+test_triton_kernels.py runs this in its own process, since Triton decides at import whether it interprets. The device is
+CUDA where TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm_steer.plan.entry_rows import Entry
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Triton's interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16: a whole unit, not half of one.
+# Triton's interpreter truncates a float32 where a GPU rounds it to the nearest bfloat16: a whole unit, not half of one.
 ROUNDING = {dtype: 1.01 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51 for dtype in DTYPES}
 
 
@@ -59,7 +59,7 @@ def test_a_float16_stream_is_cut_off_at_its_limit_and_the_row_says_so(alpha: flo
 
 @pytest.mark.parametrize("dimension", [1, FEW.block_d, 576])
 def test_any_size_of_the_stream_will_do(dimension: int) -> None:
-    # Normal vectors of one element are ±1 and so is every direction: nothing about the tolerances changes.
+    # Normalised vectors of one element are ±1, and so is every direction: the tolerances stay the same.
     check(make_case(3, dimension=dimension, columns=2, dtype=torch.float16), steer_and_read, DEVICE)
 
 
@@ -113,7 +113,7 @@ def test_flags_that_say_nothing_is_there_leave_everything_as_it_is() -> None:
 @LONG
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_have_one_order(dtype: torch.dtype, tokens: int) -> None:
-    """Bit for bit the same whichever accumulators are beside it, and however often."""
+    """A sum is the same bit for bit, whatever other accumulators there are and however often it is repeated."""
     case = make_case(5, tokens=tokens, dtype=dtype)
     case.segment[:] = torch.tensor([[0, 0], [0, tokens], [0, 0], [0, 0]])
     case.keep[:] = 0
@@ -134,7 +134,7 @@ def same(got: Case, expected: Case) -> None:
 
 
 class Launches:
-    """Stands before a kernel, and counts how often it is launched."""
+    """Wraps a kernel and counts its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.count = kernel, 0
@@ -146,7 +146,7 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
-    """How often each kernel has been launched since it was last asked."""
+    """A function that tells how often each kernel was launched since its last call."""
     counting = [Launches(getattr(triton_kernels, name)) for name in ("_steer_and_trace", "_read")]
     for one, name in zip(counting, ("_steer_and_trace", "_read"), strict=True):
         monkeypatch.setattr(triton_kernels, name, one)

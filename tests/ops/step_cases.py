@@ -14,7 +14,7 @@ from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.step_plan import READ
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
-SPARE_TOKENS = 3  # the token tables are longer than a call: what lies beyond the call must not be looked at
+SPARE_TOKENS = 3  # the token tables are longer than a call: entries beyond it must be ignored
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Case:
     flags: torch.Tensor
 
     def args(self) -> tuple[Any, ...]:
+        """The arguments in the op's order."""
         return tuple(vars(self).values())
 
     def copy(self, device: str = "cpu") -> Case:
-        """The same with storage of its own, and the same strides; what lies between the elements of hidden is NaN."""
+        """A copy with its own storage and the same strides; the gaps between the elements of hidden hold NaN."""
         shape, strides = self.hidden.shape, self.hidden.stride()
         reach = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         storage = torch.full((reach,), torch.nan, dtype=self.hidden.dtype, device=device)
@@ -68,7 +69,7 @@ def make_case(
     residual: bool = True,
     strided: bool = False,
 ) -> Case:
-    """A step as the planner could have made it: entries packed to the left, flags that say what there is."""
+    """A step as the planner could have made it: entries packed to the left, flags that say which tables are in use."""
     rng = np.random.default_rng(seed)
     rows = 2 * REQUESTS
 
@@ -79,7 +80,7 @@ def make_case(
     if steered != "all":
         row_of_token[:tokens][rng.random(tokens) < {"none": 1, "some": 0.5}[steered]] = -1
     segment = np.zeros((REQUESTS, 2), np.int32)
-    segment[:, 0] = rng.integers(0, tokens + 1, REQUESTS)  # of an empty segment the first token says nothing
+    segment[:, 0] = rng.integers(0, tokens + 1, REQUESTS)  # the first token of an empty segment means nothing
     if read != "none":
         cuts = [0, *sorted(rng.integers(0, tokens + 1, REQUESTS - 1).tolist()), tokens]
         for accumulator, (first, end) in zip(rng.permutation(REQUESTS), itertools.pairwise(cuts), strict=True):
@@ -124,6 +125,8 @@ def make_case(
 
 @dataclass(frozen=True)
 class Expected:
+    """The results that ``loop`` expects: float64 values, the marks of cut rows, and the tokens that must not change."""
+
     hidden: np.ndarray
     sums: np.ndarray
     last: np.ndarray
@@ -133,7 +136,7 @@ class Expected:
 
 
 def _stopped(new: float, own: float, beside: float) -> float:
-    """Where an element of a float16 stream goes: hidden, and hidden + residual, stop at the limit."""
+    """The new value of an element in a float16 stream: hidden, and hidden + residual, stop at the limit."""
     for before, offset in ((own + beside, beside), (own, 0.0)):
         if new > own and new + offset > max(FLOAT16_LIMIT, before):
             new = max(FLOAT16_LIMIT, before) - offset
@@ -145,8 +148,9 @@ def _stopped(new: float, own: float, beside: float) -> float:
 def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     """The loop of ``ops/reference.py`` in float64.
 
-    ``hidden_after``: the steered hidden states to read from, as rounded by the implementation under test, so that
-    the sums are not compared through that rounding; without it those of this loop.
+    Args:
+        hidden_after: the steered hidden states to read from, as the implementation under test rounded them, so that
+            its rounding does not enter the comparison of sums; None reads from this loop's own.
     """
     bank = case.bank.double().numpy()
     hidden = case.hidden.double().numpy().copy()
@@ -191,14 +195,15 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
 def check(
     case: Case, implementation: Callable[..., None], device: str = "cpu", rounding: float = 0.51, scale: float = 1.0
 ) -> None:
-    """
+    """Assert that an implementation of the op equals ``loop`` on ``case`` and changes no input.
+
     Args:
         rounding: how far the one rounding to hidden's type may go, in units of its eps.
-        scale: how many times as large as 8 the largest α is.
+        scale: the largest α divided by 8.
     """
     if not case.flags[READ]:
-        # A reset where nothing is read at the layer is of no consequence (nobody reads the accumulator before its next
-        # reset), and the fast paths leave it out.
+        # A reset where nothing is read at the layer has no effect (the accumulator is not read before its next reset),
+        # and the fast paths skip it.
         case = replace(case, keep=torch.ones_like(case.keep))
     run = case.copy(device)
     implementation(*run.args())
@@ -213,7 +218,7 @@ def check(
     for token in expected.untouched:
         assert torch.equal(got.hidden[token], case.hidden[token]), f"token {token} is nobody's and was changed"
 
-    # The rest is read from what the implementation left in hidden: float32 sums of at most 70 rows, so 1e-5 whatever
+    # The rest is read from the implementation's own hidden: float32 sums of at most 70 rows, so 1e-5 whatever
     # hidden's type. A token too many or too few errs by about 1.
     read = loop(case, hidden_after=got.hidden.double().numpy())
     np.testing.assert_allclose(got.sums.numpy(), read.sums, rtol=1e-5, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The hook point and its buffers: inside compiled code, between steps, and in passes that no request stands behind."""
+"""The hook point and its buffers: inside compiled code, between steps, and in passes without a request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 
 
 class Block(nn.Module):
-    """A decoder layer in small: a matrix, the hook, and something after it that reads the steered stream."""
+    """A small decoder layer: a matrix, the hook, and a part after it that reads the steered stream."""
 
     def __init__(self, hook: nn.Module) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_compiled_code_keeps_the_hook_and_sees_tables_written_later(backend: str
         eager_trace = buffers.trace_TK.clone()
         buffers.trace_TK.zero_()
         result = compiled(x, residual)
-        # the compiled graph runs the same op on the same float32 numbers; only the matrices may be summed otherwise
+        # The compiled graph runs the same op on the same float32 numbers; only matrix products may be summed otherwise.
         torch.testing.assert_close(result, eager, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(buffers.sums_L_AD[1], eager_sums, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(buffers.trace_TK, eager_trace, rtol=1e-5, atol=1e-5)

@@ -109,7 +109,7 @@ def test_one_request_s_nan_stays_in_its_own_tokens_and_sums(implementation: Call
 def test_long_runs_and_segments_agree_with_the_loop(
     implementation: Callable[..., None], dtype: torch.dtype, op: str
 ) -> None:
-    """As in a prompt: a row and an accumulator for many tokens, and a token that nobody steers between two runs."""
+    """As in a prompt: many tokens share a row and an accumulator, and an unsteered token lies between two runs."""
     case = make_case(21, tokens=170, dtype=dtype)
     case.row_of_token[:170] = 3
     case.row_of_token[35] = -1
@@ -130,9 +130,9 @@ LARGEST = 65504.0  # of float16
 def test_nothing_that_steering_writes_into_a_float16_stream_is_infinite(
     implementation: Callable[..., None], alpha: float, op: str, residual: bool
 ) -> None:
-    """Whatever α, what is handed on and what the next layer adds up stay finite, and rows that were cut off say so."""
+    """For every α the outputs and the next layer's sum stay finite, and rows that were cut off are marked."""
     for seed, tokens in ((41, 9), (42, 170)):
-        # One entry: of two that cancel out, float32 would leave a rest that float64 does not.
+        # One entry: two that cancel out would leave a remainder in float32, but not in float64.
         case = make_case(seed, tokens=tokens, entries=1, steered="all", dtype=torch.float16, residual=residual)
         case.entry_ab[:4, :, 0] = alpha  # the other rows stay as they are
         case.entry_ab[..., 1] = 0.0 if op == "add" else -1.0
@@ -180,7 +180,7 @@ def test_what_the_model_itself_brings_beyond_the_limit_is_not_made_worse(
 @pytest.mark.parametrize("most", [1, 2, 40])
 @pytest.mark.parametrize("op", ["add", "set"])
 def test_the_fast_path_in_parts_agrees_with_the_loop(op: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens by the part: with runs, segments and gaps across the borders, and segments that end on one."""
+    """Tokens are processed in parts: runs, segments and gaps cross the borders, and some segments end on one."""
     for seed, tokens in ((31, 9), (32, 170)):
         case = make_case(seed, tokens=tokens, steered="all" if seed == 31 else "some", columns=2)
         if tokens == 170:  # long runs and segments, of which one ends where a part of 40 does
@@ -194,7 +194,7 @@ def test_the_fast_path_in_parts_agrees_with_the_loop(op: str, most: int, monkeyp
 
 
 def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
-    """Of tables without a version nothing is remembered: other scalars, slots, rows or segments at a place are seen."""
+    """Nothing is cached for tables without a version: changed scalars, slots, rows or segments take effect."""
     case = make_case(33, entries=1, steered="all", read="all")
     check(case, cpu.steer_and_read)
     case.entry_ab[..., 0] *= -1.5
@@ -209,7 +209,7 @@ def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
 
 
 def test_the_fast_path_adds_the_directions_that_are_in_the_bank_now() -> None:
-    """What it adds is remembered by the tables' version: a direction that is written anew counts all the same."""
+    """The additions are cached by the tables' version, and yet a rewritten direction takes effect."""
     case = make_case(21, steered="all", read="none")
     case.entry_ab[..., 1] = 0.0  # nothing but additions, whose sum does not depend on the token
     case.flags[VERSION] = 1
@@ -247,7 +247,7 @@ def test_the_fast_path_looks_at_tables_once_for_each_version_and_number_of_token
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fast_path_and_specification_round_alike(dtype: torch.dtype) -> None:
-    # One entry of op add a row: a product and an addition, and no dot product, whose order is free.
+    # One entry of op add per row: a product and an addition, but no dot product, whose order is free.
     case = make_case(8, entries=1, steered="all", dtype=dtype)
     case.entry_ab[..., 1] = 0
     ours, theirs = case.copy(), case.copy()

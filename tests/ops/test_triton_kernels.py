@@ -13,7 +13,7 @@ import torch
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "tests/ops/on_triton.py"
 
-# Triton needs no GPU to compile for one, and its interpreter lets pass what its compiler does not.
+# Triton needs no GPU to compile for one, and its interpreter accepts code that its compiler rejects.
 BUILD = """
 import itertools
 import triton
@@ -39,7 +39,7 @@ for (kernel, blocks), kind in itertools.product(KERNELS, ("*bf16", "*fp16", "*fp
 
 
 def run(*command: str, is_interpreted: bool) -> str:
-    # Options from there are for the run that this test is part of: a report of the child's would overwrite its own.
+    # PYTEST_ADDOPTS is for the run that this test is part of: with it, the child would overwrite that run's report.
     dropped = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     ran = subprocess.run(

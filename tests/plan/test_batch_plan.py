@@ -63,7 +63,7 @@ def test_a_request_s_rows_are_sent_once_and_stay_its_own() -> None:
 
 
 def test_rows_of_a_request_that_is_not_in_the_step_are_taken_where_none_is_left() -> None:
-    """One that was preempted in a step without tokens; nobody has told."""
+    """The request was preempted in a step without tokens, of which the planner did not hear."""
     planner = BatchPlanner(LAYERS, 1, ENTRIES, COLUMNS)
     for name in ("a", "b", "a"):
         if name not in planner.requests:
@@ -140,7 +140,7 @@ def test_a_gap_in_the_positions_fails_the_readout_with_a_reason(computed: int, n
 
 
 def test_a_first_chunk_behind_position_0_fails_the_readout() -> None:
-    """It means that cached KV stood in for the tokens before."""
+    """It means that cached KV replaced the tokens before it."""
     planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS)
     planner.add("a", READ_ALL)
     planner.build(["a"], [2], [2])

@@ -1,9 +1,9 @@
 """Any schedule that an engine can make, from admission to the collected readout, against a model token by token.
 
-What runs is the real thing but for vLLM: admission, the runner's wrappers, the worker's planner and buffers, the op in
-the hooks of a small model, the RPC. The model beside it (request_model.py) keeps what each request asked and the
-vectors that the names stood for then, works out the stream of every single token in float64 from the op's definition,
-and takes plain means.
+Everything but vLLM is real: admission, the runner's wrappers, the worker's planner and buffers, the op in the hooks of
+a small model, the RPC. The model to compare with (request_model.py) keeps what each request asked for and the vectors
+that its names stood for then, computes the stream of every token in float64 from the op's definition, and takes plain
+means.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A life's part of a step: tokens that are known, drafts behind them, and how many of these are right."""
+    """A life's part of a step: known tokens, draft tokens after them, and how many of the drafts are right."""
 
     life: Life
     known: int
@@ -48,7 +48,7 @@ class Scheduled:
 
 
 class Schedule(RuleBasedStateMachine):
-    """Arrivals, chunks, preemptions and ends as hypothesis likes them."""
+    """Arrivals, chunks, preemptions and ends in any order that hypothesis draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Schedule(RuleBasedStateMachine):
         self.runner.steering.write_directions(writes)
         self.vectors |= {(one.name, one.layer): one.vector.astype(np.float64) for one in new}
 
-    # What the outside does.
+    # Events from outside.
 
     @rule(data=st.data(), name=st.sampled_from(sorted(HOMES)))
     def replace_a_direction(self, data: st.DataObject, name: str) -> None:
@@ -102,7 +102,7 @@ class Schedule(RuleBasedStateMachine):
         entries = []
         for one in steering:
             layer = HOMES[one.direction] if one.layer is None else one.layer
-            # of two layers the name belongs to that one, of one layer it may be used at any
+            # a name at two layers has a vector for each; a name at one layer may be used at any
             vector = self.vectors.get((one.direction, layer), self.vectors[one.direction, HOMES[one.direction]])
             a, b = {"add": (one.alpha, 0.0), "ablate": (0.0, -1.0), "set": (one.alpha, -1.0)}[one.op]
             entries.append((layer, one.span, a, b, vector))
@@ -118,11 +118,11 @@ class Schedule(RuleBasedStateMachine):
             self.lives.append(life)
         self.arrivals += 1
 
-    # What the engine does.
+    # Steps of the engine.
 
     @rule(data=st.data())
     def go_on(self, data: st.DataObject) -> None:
-        """Some steps with whoever comes. Every other rule ends in it too, or most events would meet an idle engine."""
+        """Take a few steps. Every other rule ends with this too, or most events would meet an idle engine."""
         for _ in range(data.draw(st.integers(1, 3), label="steps")):
             while not self.lives or (len(self.lives) < RUNNING + 2 and data.draw(st.booleans(), label="arrival")):
                 self.arrive(data)
@@ -155,7 +155,7 @@ class Schedule(RuleBasedStateMachine):
         for part in batch:
             part.life.computed += part.known + part.right
             part.life.drafted = part.drafted
-        if data.draw(st.booleans(), label="asked"):  # who asks brings traces home, which has to happen unasked too
+        if data.draw(st.booleans(), label="asked"):  # asking collects traces, which must happen unasked too
             self.check_readouts()
 
     def choose_batch(self, data: st.DataObject) -> list[Scheduled]:
@@ -175,7 +175,7 @@ class Schedule(RuleBasedStateMachine):
                 if life.readout is None:  # the prefix cache may have some of it
                     life.computed = data.draw(st.integers(0, min(life.prompt_len, remaining) - 1), label="cached")
             elif life.computed and not life.drafted and remaining > 1 and data.draw(st.integers(0, 30)) == 30:
-                life.computed += 1  # KV that stands in for a token: no engine should, but if one did
+                life.computed += 1  # cached KV in place of a token: no engine should do this, but one could
                 life.has_gap = True
             remaining = life.total - life.computed
             known = data.draw(st.integers(1, min(remaining, left)), label="tokens")
@@ -205,9 +205,9 @@ class Schedule(RuleBasedStateMachine):
         return new
 
     def empty_step(self) -> None:
-        """A step without tokens prepares nothing: the worker never hears who was preempted, and keeps their sums.
+        """A step without tokens prepares nothing: the worker does not hear of preempted requests, and keeps their sums.
 
-        If all others want to be summed then, one that is not in the step may lose its sums, and must say so.
+        If all other requests then need sums, one that is not in the step may lose its own, and must report that.
         """
         self.untold |= {life.request_id for life in self.lives if life.request_id in self.preempted and life.readout}
         self.preempted = set()
@@ -218,7 +218,7 @@ class Schedule(RuleBasedStateMachine):
         self.runner._dummy_run(contents)
         for got, expected in zip(self.runner.streams, plain_streams(contents), strict=True):
             assert torch.equal(got, expected), "a pass that no request stands behind was steered"
-        # An op that does not look at the flags goes by these tables alone, and writes over the trace.
+        # An op that ignores the flags follows these tables alone, and overwrites the trace.
         buffers = self.runner.steering.buffers
         buffers.trace_TK[:rows] = torch.nan
         for table, untouched in ((buffers.row_of_token, -1), (buffers.segment_A2, 0), (buffers.keep_A, 1)):
@@ -261,7 +261,7 @@ class Schedule(RuleBasedStateMachine):
         self.untold.discard(life.request_id)
         self.runner._on_request_state_removed(life.request_id, None)
 
-    # What has to come of it.
+    # Expected results.
 
     def traced_pairs(self) -> set[tuple[int, tuple[float, ...]]]:
         return {
@@ -336,7 +336,7 @@ class Schedule(RuleBasedStateMachine):
             np.testing.assert_allclose(values, expected_values, rtol=0, atol=TOLERANCE, err_msg=name)
 
     def teardown(self) -> None:
-        """Nothing has leaked: as many requests as ever fit can be read and traced at once."""
+        """Nothing has leaked: the full number of requests can still be read and traced at once."""
         for life in list(self.lives):
             self.end(life)
         planner = self.runner.steering.planner

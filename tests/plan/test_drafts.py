@@ -1,4 +1,4 @@
-"""Draft tokens of speculative decoding: summed aside, and added once the engine goes on behind them."""
+"""Draft tokens of speculative decoding: summed separately, and added once the engine continues after them."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def build(planner: BatchPlanner, computed: int, scheduled: int, drafts: int = 0)
 
 
 def step(planner: BatchPlanner, buffers: SteerBuffers, computed: int, known: int, right: int, wrong: int) -> None:
-    """A forward pass over known tokens and, behind them, draft tokens of which the first so many are right."""
+    """A forward pass over known tokens, then draft tokens: first ``right`` right ones, then ``wrong`` wrong ones."""
     buffers.write(build(planner, computed, known + right + wrong, right + wrong))
     stream = np.concatenate([ROWS[computed : computed + known + right], np.full((wrong, SIZE), WRONG, np.float32)])
     buffers.layer(0)(torch.from_numpy(stream), None)
 
 
-# Where the last token ends, of a step that went on from token 6 with three drafts; two of them were right, and a stop
-# can fall between them.
+# The end of the computed tokens, after a step from token 6 with three drafts: two of them were right, and a stop can
+# fall between them.
 @pytest.mark.parametrize("computed_end", [7, 8, 9])
 def test_only_accepted_drafts_are_in_the_mean_and_a_stop_among_them_cuts_it(computed_end: int) -> None:
     planner, buffers = make_planner(), make_buffers()
@@ -78,7 +78,7 @@ def test_an_end_that_no_acceptance_explains_is_an_error(computed_end: int) -> No
     step(planner, buffers, 6, known=1, right=2, wrong=0)
     spec = ResolvedReadout([5], [0], first=0, end=None, project=[], vectors=True, trace=[])
     answer = ReadoutFlow(buffers).take([Summed(spec, planner.poolings["a"], None)])[0].answer(computed_end)
-    assert f"up to token 7 where {computed_end}" in answer["error"]
+    assert f"up to token 7 but the sample ends at {computed_end}" in answer["error"]
 
 
 @pytest.mark.parametrize("computed", [2, 6])

@@ -1,4 +1,4 @@
-"""One server for all tests of this folder: vLLM's own OpenAI-compatible server, in a process of its own.
+"""One server for all tests of this folder: vLLM's own OpenAI-compatible server, in a separate process.
 
 It serves a tiny random llama as ``tiny``. Two directions come from a file: ``kind`` at layer 2, ``other`` at layer 1.
 """
@@ -27,7 +27,7 @@ ALIAS, ALIAS_ALPHA = "tiny-kind", 50.0
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the server of these tests was started with.
+    """The server of these tests and its contents.
 
     Attributes:
         url: where it listens, without a path.
@@ -46,7 +46,7 @@ _servers = ExitStack()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Stop the server behind the last test of this folder: an idle one takes a quarter of a core from all others."""
+    """Stop the server after the last test of this folder: an idle one takes a quarter of a core from other tests."""
     yield
     if nextitem is None or nextitem.path.parent != item.path.parent:
         _servers.close()
@@ -80,7 +80,7 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
         "hermes",
         "--enable-scale-out",
     )
-    # With every route that one server can have.
+    # Switch on every route that one server can have.
     routes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_COHERE_API": "1"}
     url = _servers.enter_context(running_server(command, folder / "server.log", VLLM_PLUGINS="vllm_steer", **routes))
     return ServedModel(url, model, directions)
@@ -104,8 +104,8 @@ def save_two_directions(path: Path) -> tuple[Direction, Direction]:
 
 @contextmanager
 def running_server(command: Sequence[str], log: Path, dtype: str = "float32", **environment: str) -> Iterator[str]:
-    """Start a server by Python's arguments ``command``, which name model and settings, wait until it is healthy, give
-    its URL, and stop it at the end. Its model is called "tiny"."""
+    """Start a server by Python's arguments ``command``, which name model and settings; yield its URL once it is
+    healthy, and stop it at the end. Its model is called "tiny"."""
     whole = [
         *command,
         "--served-model-name",

@@ -93,7 +93,7 @@ print("routes:", json.dumps(sorted(set(posts(app.routes)))))
     built = set(json.loads(line.removeprefix("routes: ")))
     assert {CHAT, COHERE, DECISIONS, "/v1/load_lora_adapter"} <= built
     assert built - DECIDED == set(), "decide in steered_routes.py what these do with steering"
-    # Some are only there with arguments that exclude others; their paths stand in the source all the same.
+    # Some routes exist only with arguments that exclude other routes; the source has their paths all the same.
     written = set(_written_posts(Path(vllm.entrypoints.__path__[0])))
     assert len(written) > 30
     assert written - DECIDED == set(), "decide in steered_routes.py what these do with steering"
@@ -192,7 +192,7 @@ def test_a_request_is_aborted_by_the_id_that_its_caller_knows(
     assert ("readout" in last) == ("readout" in fields)
     if "readout" in last and "error" not in last["readout"]:  # the engine may be a step or two ahead of the abort
         assert last["readout"]["num_tokens"] == tokens - 1
-    # Nothing of it is left: its id is free, and the next one with it is read to its end.
+    # Nothing of the request is left: its id is free, and the next request with it has a complete readout.
     again = server.post(
         CHAT, json={**body, "max_tokens": 5, "stream": False}, headers={"X-Request-Id": "to-be-aborted"}
     )
@@ -202,7 +202,7 @@ def test_a_request_is_aborted_by_the_id_that_its_caller_knows(
 @ROUTES
 def test_an_unknown_model_is_told_the_aliases(server: httpx.Client, path: str) -> None:
     reply = post(server, path, model="nobody")
-    if path == INVOCATIONS:  # which takes the model from a header of SageMaker's and ignores the body's
+    if path == INVOCATIONS:  # it takes the model from a SageMaker header and ignores the body's
         assert said(path, reply) == said(path, post(server, path))
         return
     assert reply.status_code == 404
@@ -246,7 +246,7 @@ PLACES = (
     "top", "top", "top", "alias", "wire", "wire", "query", "steer", "Steering", "vllm_steer", "extra_body",
     "extra_args", "sampling_params", "options", "message", "raw vllm_xargs",
 )  # fmt: skip
-# What can stand in the place of a spec and asks for nothing, so that a plain answer is right.
+# Values that ask for nothing in the place of a spec, so that a plain answer is right.
 NOTHING: tuple[Any, ...] = (None, [])
 ODD: tuple[Any, ...] = (
     0, 1, True, "kind", "", {}, {"direction": "kind"}, [[]], [None], ["kind"], [{}], 1e308, [{"direction": "kind"}],
@@ -283,10 +283,10 @@ class Ask:
     """One request of the fuzz.
 
     Attributes:
-        spec: which of ``SPECS``; None where the value is not one.
+        spec: the name in ``SPECS``; None where the value is not one of them.
         place: one of ``PLACES``.
-        value: what stands there.
-        stream: whether a stream is asked.
+        value: the value in that place.
+        stream: whether a stream is asked for.
     """
 
     path: str
@@ -349,13 +349,13 @@ def test_no_route_gives_the_unsteered_answer_to_a_request_that_asks_for_steering
     def answers(ask: Ask) -> None:
         reply = _request(server, ask)
         if ask.path == DECISIONS and reply.status_code == 501:
-            return  # whatever is asked
+            return  # its answer to every request
         assert reply.status_code < 500, reply.text
         kind = "steers" if ask.path in USES else "other"
         seen[kind, reply.status_code] += 1
         if reply.status_code != 200:
             return
-        # None of the other routes may do anything for a request that asks for steering, but what only counts.
+        # No other route may answer a request that asks for steering, but for an alias where tokens are only counted.
         asks_nothing = ask.spec is None and ask.value in NOTHING
         if ask.path not in USES:
             assert asks_nothing or (ask.place == "alias" and ask.path in NAMING)

@@ -1,4 +1,4 @@
-"""The plugin in vLLM's own OpenAI-compatible server, a process of its own: steering by what stock vLLM lets through."""
+"""The plugin in vLLM's own OpenAI-compatible server, in a separate process: steering by fields that vLLM passes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's offline batch runner, in a process of its own: the bodies of its lines ask as HTTP bodies do."""
+"""vLLM's offline batch runner, in a separate process: the bodies of its lines work as HTTP bodies do."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_default_acts_and_is_marked_and_switched_off(server: httpx.Client, p
     assert said(path, by_default) != said(path, plain)
     assert said(path, by_default) == said(path, post(server, path, steering=DEFAULT))
     assert ("x-vllm-steer" in by_default.headers, "x-vllm-steer" in plain.headers) == (True, False)
-    # What a request or its alias asks stands in the default's place.
+    # The steering of a request or of its alias replaces the default.
     assert said(path, post(server, path, model=ALIAS)) == said(path, post(server, path, steering=ALIASED))
 
 

@@ -1,4 +1,4 @@
-"""What vLLM's endpoints can do they can do steered, and they say what the offline API says."""
+"""Every feature of vLLM's endpoints works steered, and the answers are those of the offline API."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FIELDS = pytest.mark.parametrize(
     "fields", [{}, STRONG, {**STRONG, **READ}, {"model": ALIAS}], ids=["unsteered", "steered", "read", "alias"]
 )
 
-# Spelled out, so that a random model has no room for white space without end, which JSON allows anywhere.
+# Spelled out, so that a random model cannot write endless white space, which JSON allows anywhere.
 ANSWERS = [{"mood": "kind", "tags": ["a", "b"]}, {"mood": "cold", "tags": []}, 7, "neither"]
 ARGUMENTS = [{"mood": "kind"}, {"mood": "cold"}]
 TOOL = {"type": "function", "function": {"name": "answer", "strict": True, "parameters": {"enum": ARGUMENTS}}}
@@ -111,8 +111,8 @@ def test_a_tool_that_must_be_called_is_called(server: httpx.Client, fields: dict
 
 @FIELDS
 def test_a_tool_that_may_be_called_leaves_the_text_as_it_is(server: httpx.Client, fields: dict[str, Any]) -> None:
-    # A random model never writes a call, so this is what it says to the prompt that offers the tool. Special tokens,
-    # which it may write, are kept by vLLM where it looks for a call.
+    # A random model never writes a call, so this is its answer to the prompt that offers the tool. vLLM keeps special
+    # tokens, which the model may write, where it looks for a call.
     offered = _chat(server, tools=[TOOL], tool_choice="auto", **fields)
     plain = _chat(server, tools=[TOOL], tool_choice="none", skip_special_tokens=False, **fields)
     assert _content(offered) == _content(plain)
@@ -138,7 +138,7 @@ def test_logprobs_are_of_the_tokens_that_came(server: httpx.Client, fields: dict
     for one in told:
         best = [top["logprob"] for top in one["top_logprobs"]]
         assert best == sorted(best, reverse=True)
-        # Greedy takes the likeliest token of what the steered model says, and tells that model's number for it.
+        # Greedy takes the steered model's likeliest token, and reports that model's log-probability of it.
         assert one["logprob"] == best[0] <= 0
 
 
@@ -194,7 +194,7 @@ READOUT = Readout([OTHER_LAYER, KIND_LAYER], span="all", project=["kind", "other
 
 @pytest.fixture(scope="module")
 def offline(served: ServedModel) -> Iterator[tuple[list[RequestOutput], list[ReadoutResult]]]:
-    """What an engine in this process says to ``ASKED``, in one batch; it has the server's checkpoint and directions."""
+    """The answers to ``ASKED``, in one batch, of an engine here with the server's checkpoint and directions."""
     llm = load_llm(
         str(served.model),
         layers=[OTHER_LAYER, KIND_LAYER],

@@ -1,4 +1,4 @@
-"""Whatever a client sends, the server answers it with a reply or with a client error, and goes on as before."""
+"""Whatever a client sends, the server answers with a reply or with a client error, and goes on as before."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def _nested(levels: int) -> list[Any]:
     return value
 
 
-# What json.dumps can write. Half a surrogate pair is JSON that has no UTF-8; 10**400 is beyond floats.
+# Values that json.dumps can write. Half a surrogate pair is JSON that has no UTF-8; 10**400 is beyond floats.
 ODD_VALUES = [
     None, True, 0, 1, -1, 0.5, 1e308, 10**30, 10**400, float("nan"), float("-inf"), "", "kind", "nobody", "NaN", "1",
     "\ud800", "k" * 10_000, [], [[]], ["kind"], [1], {}, {"": None}, {"direction": "kind"}, _nested(300),
 ]  # fmt: skip
 ODD_NAMES = ["", "alpha", "layers", "direction", "vllm_steer", "vllm_steer_resolved", "__class__", "\ud800"]
-# What it cannot: numbers of more digits than Python reads, more levels than Python reads, or no JSON at all.
+# Texts that it cannot write: numbers with more digits, or more levels, than Python reads, or no JSON at all.
 ODD_TEXTS = [
     "1" * 5000,
     "-1e999",
@@ -76,7 +76,7 @@ ODD_TEXTS = [
     "",
 ]
 PLACE_OF_TEXT = "here stands an odd text"
-# What FastAPI itself says to a body that Python cannot read; it comes past vLLM's error handlers.
+# FastAPI's own answer to a body that Python cannot read; it does not pass vLLM's error handlers.
 UNREADABLE = '{"detail":"There was an error parsing the body"}'
 
 names = st.sampled_from(["kind", "other", "kind", "other", "kind", "other", "nobody"])
@@ -105,7 +105,7 @@ wires = st.fixed_dictionaries({"steering": st.lists(entries, max_size=4)}, optio
 
 @st.composite
 def bodies(draw: st.DrawFn, path: str) -> str:
-    """The text of a body for ``path``: one that is right, with up to two things wrong in it."""
+    """The text of a body for ``path``: a valid one into which up to two faults were put."""
     wire = draw(wires)
     if draw(st.booleans()):
         fields = {"vllm_xargs": {"vllm_steer": json.dumps(_spoiled(draw, wire, draw(st.integers(0, 1))))}}
@@ -114,7 +114,7 @@ def bodies(draw: st.DrawFn, path: str) -> str:
     fields = _spoiled(draw, fields, draw(st.integers(0, 1)))
     xargs = fields.get("vllm_xargs")
     if isinstance(xargs, dict):
-        # vLLM answers 500 to half a surrogate pair among the others of vllm_xargs, with this plugin or without it.
+        # vLLM answers 500 to half a surrogate pair in other fields of vllm_xargs, with this plugin or without it.
         others = {name: value for name, value in xargs.items() if name != "vllm_steer"}
         fields = {**fields, "vllm_xargs": {n: v for n, v in xargs.items() if n not in others or _has_utf8([n, v])}}
     odd_text = draw(st.sampled_from([*[None] * 30, *ODD_TEXTS]))
@@ -128,14 +128,14 @@ def bodies(draw: st.DrawFn, path: str) -> str:
 
 
 def _spoiled(draw: st.DrawFn, fields: dict[str, Any], times: int) -> dict[str, Any]:
-    """A copy of the object with something odd at so many places within it."""
+    """A copy of the object with ``times`` faults in it."""
     for _ in range(times):
         fields = {**fields, (name := draw(st.sampled_from(sorted(fields)))): _odd(draw, fields[name])}
     return fields
 
 
 def _odd(draw: st.DrawFn, value: Any) -> Any:
-    """The value with one thing wrong, at whatever depth."""
+    """The value with one fault, at any depth."""
     how = draw(st.sampled_from(["inside", "inside", "inside", "replaced", "more"]))
     if how == "inside" and value and isinstance(value, dict):
         return {**value, (name := draw(st.sampled_from(sorted(value)))): _odd(draw, value[name])}
@@ -196,7 +196,7 @@ def test_no_steering_readout_or_xargs_brings_the_server_down(server: httpx.Clien
         assert _unsteered(server) == before
 
     answers()
-    # A fuzzer that only ever sends what is refused at the door, or only what is right, tests nothing.
+    # A fuzzer whose bodies are all refused, or all accepted, tests nothing.
     assert min(statuses[200], statuses[400]) >= 10, statuses
     assert set(statuses) <= {200, 400}, statuses
 
@@ -222,7 +222,7 @@ def test_no_request_to_the_routes_of_the_plugin_is_a_server_error(served: Served
     cases = st.one_of(
         routes.as_strategy(),
         routes.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE),
-        # Random names and layers seldom meet, so a part of the cases is about one direction.
+        # Random names and layers seldom match, so some of the cases use one direction.
         routes.include(path_regex="name").as_strategy(path_parameters={"name": OWN_NAME}, query={"layer": KIND_LAYER}),
     )
 
@@ -237,7 +237,7 @@ def test_no_request_to_the_routes_of_the_plugin_is_a_server_error(served: Served
         reply = case.call(headers=headers, **({"data": upload} if case.method == "PUT" else {}))
         case.validate_response(reply, checks=[not_a_server_error])
         statuses[reply.status_code] += 1
-        # No route of Starlette's matches a path with a line end in it, so such a name never gets to the plugin.
+        # No route of Starlette matches a path with a line end in it, so such a name never reaches the plugin.
         has_route = "%0A" not in str(case.path_parameters.get("name", ""))
         if reply.status_code >= 400 and (has_route or reply.text != '{"detail":"Not Found"}'):
             _check_error(reply.status_code, reply.text)

@@ -1,6 +1,6 @@
 """Steering with the plain ``openai`` package, and with this package's own client, against the real server.
 
-Each test is also the example of how to do it: what a user has to write is what stands in it.
+Each test is also an example: it has the code that a user writes.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def fake() -> Iterator[FakeSteeringServer]:
 
 
 class Visit:
-    """An open playground, and all it complained of or asked for."""
+    """An open playground, with the page's complaints and requests."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ def test_a_link_brings_the_settings_back_and_holds_no_key(
     assert fields == {"prompt": "Ça va? #1 & 2", "direction": "wry", "layer": "1"}
     assert second.column(1).locator("h2").text_content() == "α = −2.5"
     for visit in (first, second):
-        # the browser itself says when a request is answered 401
+        # the browser itself reports an answer of 401
         visit.complaints = [complaint for complaint in visit.complaints if "401" not in complaint]
         visit.close()
 

@@ -1,4 +1,4 @@
-"""A direction's life on a real server: registered, used, replaced under load, refused to the late, deleted."""
+"""A direction's life on a real server: registered, used, replaced under load, kept from outdated changes, deleted."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_a_direction_lives_and_goes_while_requests_run(server: httpx.Client) -> 
                 direction = BOTH[index % 2]
                 tag = server.get(ROUTE).headers["ETag"]
                 assert put(server, direction, **{"If-Match": tag}).status_code == 200
-                # Whoever asks after the change gets the new content, whatever the prefix cache holds of the old.
+                # A request after the change gets the new content, whatever the prefix cache holds of the old.
                 assert text(server) == texts[index % 2]
         finally:
             stop.set()
         replies = [reply for replies in asking for reply in replies.result()]
     assert {reply.status_code for reply in replies} == {200}
-    # A request that a replacement reached would have become a text of its own, part one direction, part the other.
+    # A replacement that reached a running request would have made a third text, from both directions.
     assert {reply.json()["choices"][0]["text"] for reply in replies} == set(texts)
     assert server.delete(ROUTE, headers=ADMIN).status_code == 200
     assert server.get(ROUTE).status_code == 404

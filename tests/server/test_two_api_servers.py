@@ -52,7 +52,7 @@ def test_both_agree_on_what_is_registered(demo_model: Path, tmp_path: Path) -> N
                 timeout=60,
             )
             assert changed.is_success, changed.text
-            # Every connection of its own may be taken by either process.
+            # Either process may take each new connection.
             tags = {
                 httpx.get(f"{url}/v1/steering/directions/kind", headers=headers, timeout=60).headers["ETag"]
                 for _ in range(LOOKS)

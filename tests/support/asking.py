@@ -1,4 +1,4 @@
-"""How each route that generates is asked for one greedy answer, and where its replies have it."""
+"""How to ask each route that generates for one greedy answer, and where its replies hold it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ EXACT = {**_SHORT, "ignore_eos": True, "return_token_ids": True}
 
 @dataclass(frozen=True)
 class Use:
-    """How a route that generates is asked and answers.
+    """How to ask a route that generates, and how to read its answer.
 
     Attributes:
         body: a body that asks for a greedy answer to ``PROMPT``.
-        said: what it answered: token ids where it tells them, else its text.
-        streamed: the same of the events of a stream; None where it cannot stream.
+        said: reads the answer off a reply: token ids where the route gives them, else the text.
+        streamed: does the same for the events of a stream; None where the route cannot stream.
         is_chat: its prompt goes through the chat template.
     """
 
@@ -95,17 +95,19 @@ USES = {
         is_chat=False,
     ),
 }
-"""``/v1/systemone`` alone is missing: the tiny model cannot decide, and it answers 501 whatever is asked."""
+"""Only ``/v1/systemone`` is missing: the tiny model cannot decide, and the route answers 501 to every request."""
 
 ROUTES = pytest.mark.parametrize("path", USES)
 READING = pytest.mark.parametrize("path", [path for path in USES if STEERED[path].reads])
 
 
 def post(server: httpx.Client, path: str, **fields: Any) -> httpx.Response:
+    """Ask ``path`` of the model "tiny" for a greedy answer, with ``fields`` in the body too."""
     return server.post(path, json={"model": "tiny", **body_for(server, path), **fields})
 
 
 def body_for(server: httpx.Client, path: str) -> dict[str, Any]:
+    """A body that asks ``path`` for a greedy answer to ``PROMPT``."""
     if path != TOKENS:
         return USES[path].body
     tokens = server.post("/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()["tokens"]
@@ -113,6 +115,7 @@ def body_for(server: httpx.Client, path: str) -> dict[str, Any]:
 
 
 def said(path: str, reply: httpx.Response) -> object:
+    """The answer in a successful reply, as ``Use.said`` reads it."""
     assert reply.status_code == 200, reply.text
     return USES[path].said(reply.json())
 
@@ -125,6 +128,7 @@ def readout_of(reply: httpx.Response) -> dict[str, Any]:
 
 
 def events_of(reply: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a successful stream, without its final ``[DONE]``."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"].startswith("text/event-stream")
     lines = [line.removeprefix("data: ") for line in reply.text.split("\n") if line.startswith("data: ")]

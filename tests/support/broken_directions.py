@@ -1,4 +1,4 @@
-"""Direction files that are broken in one way each, and what builds them."""
+"""Direction files that are broken in one way each, and the functions that build them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDINGS = [".safetensors", ".gguf", ".npy"]
 
 
 def valid(ending: str) -> bytes:
-    """A file that loads, of VALUES in float32."""
+    """A valid file of VALUES in float32."""
     if ending == ".npy":
         return npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16,), }", VALUES[0].tobytes())
     if ending == ".gguf":
@@ -26,7 +26,7 @@ def valid(ending: str) -> bytes:
 
 
 def valid_bfloat16(ending: str) -> bytes:
-    """A file that loads, of the upper halves of VALUES: safetensors or GGUF."""
+    """A valid safetensors or GGUF file of the upper halves of VALUES."""
     data = (VALUES.view(np.uint32) >> 16).astype("<u2").tobytes()
     if ending == ".gguf":
         return gguf(tensors=[tensor("direction.1", kind=30), tensor("direction.2", kind=30, offset=32)], data=data)
@@ -34,36 +34,43 @@ def valid_bfloat16(ending: str) -> bytes:
 
 
 def npy(header: str | bytes, data: bytes = b"", version: tuple[int, int] = (1, 0), length: int | None = None) -> bytes:
+    """A .npy file; ``length`` replaces the recorded length of its header."""
     text = header.encode() if isinstance(header, str) else header
     size = len(text) if length is None else length
     return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", size) + text + data
 
 
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file; ``length`` replaces the recorded length of its header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def described(start: int, end: int, dtype: str = "F32", shape: Any = (16,)) -> dict[str, Any]:
+    """A tensor's entry in a safetensors header; ``start`` and ``end`` are byte offsets."""
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
 def text(value: str | bytes, length: int | None = None) -> bytes:
+    """A GGUF string; ``length`` replaces its recorded length."""
     raw = value.encode() if isinstance(value, str) else value
     return struct.pack("<Q", len(raw) if length is None else length) + raw
 
 
 def text_field(key: str, value: str | bytes, length: int | None = None) -> bytes:
+    """A GGUF metadata field of type string; ``length`` replaces the recorded length of its value."""
     return text(key) + struct.pack("<I", 8) + text(value, length)
 
 
 def array_field(key: str, kind: int, count: int, content: bytes = b"") -> bytes:
+    """A GGUF metadata field of type array that records ``count`` elements of type ``kind``."""
     return text(key) + struct.pack("<IIQ", 9, kind, count) + content
 
 
 def tensor(
     name: str | bytes, shape: tuple[int, ...] = (16,), kind: int = 0, offset: int = 0, dimensions: int | None = None
 ) -> bytes:
+    """A GGUF tensor's description; ``dimensions`` replaces the recorded number of dimensions."""
     count = len(shape) if dimensions is None else dimensions
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", count, *shape, kind, offset)
 
@@ -71,34 +78,37 @@ def tensor(
 def gguf(
     fields: list[bytes] = (), tensors: list[bytes] = (), data: bytes = b"", version: int = 3, **counts: int
 ) -> bytes:
+    """A GGUF file; ``counts`` replace the recorded numbers of fields and tensors."""
     head = struct.pack(
-        "<4sIQQ", b"GGUF", version, counts.get("tensors_told", len(tensors)), counts.get("told", len(fields))
+        "<4sIQQ", b"GGUF", version, counts.get("tensors_told", len(tensors)), counts.get("fields_told", len(fields))
     )
     head += b"".join((*fields, *tensors))
     return head + bytes(-len(head) % 32) + data
 
 
 class Bomb:
-    """What unpickling it would leave behind is looked for afterwards."""
+    """Makes the folder ``unpickled`` when it is unpickled; tests look for that folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("unpickled",))
 
 
 def pickled_array() -> bytes:
+    """A .npy file of an object array with a ``Bomb``."""
     stored = io.BytesIO()
     np.save(stored, np.array([Bomb()], dtype=object), allow_pickle=True)
     return stored.getvalue()
 
 
 def with_value(value: float, dtype: str = "<f4") -> bytes:
+    """The bytes of VALUES[0] in ``dtype``, with ``value`` as one element."""
     broken = VALUES[0].astype(dtype)
     broken[3] = value
     return broken.tobytes()
 
 
 def bfloat16_with(bits: int) -> bytes:
-    """Sixteen bfloat16 numbers, one of them of these bits."""
+    """The bytes of sixteen bfloat16 numbers, one of them with these bits."""
     values = np.full(16, 0x3F80, "<u2")
     values[3] = bits
     return values.tobytes()

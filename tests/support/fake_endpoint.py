@@ -1,4 +1,4 @@
-"""A chat endpoint that says what a test tells it to, over real HTTP on the loopback."""
+"""A chat endpoint whose answers the test chooses, over real HTTP on the loopback."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def said(text: str | None, finish_reason: str = "stop", **beside: Any) -> Answer
 
 @dataclass
 class FakeEndpoint:
-    """A running endpoint and what it was sent."""
+    """A running endpoint and the requests it received."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
 
     def endpoint(self, model: str = "fake", variable: str | None = None) -> Endpoint:
+        """The endpoint as the client takes it; ``variable`` names the environment variable of its API key."""
         return Endpoint(f"{self.url}/v1", model, variable)
 
 
@@ -64,7 +65,7 @@ def fake_endpoint(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeEn
             pass
 
     with (
-        patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"}),  # where the machine has a proxy, it knows nothing of this
+        patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"}),  # a proxy of this machine cannot reach the endpoint
         ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
     ):
         fake = FakeEndpoint(f"http://127.0.0.1:{server.server_port}")

@@ -1,6 +1,6 @@
 """A fake server: speaks the routes that the playground uses and streams made-up tokens, over real HTTP on the loopback.
 
-Its replies are computed from α alone, so a test can say what the page has to show: token i of a reply to α reads
+Its replies are computed from α alone, so a test knows what the page must show: token i of a reply to α reads
 α + i mod 3, and no value comes before the next token's text.
 """
 
@@ -26,7 +26,7 @@ NORM = 40.0
 
 @dataclass
 class FakeSteeringServer:
-    """A running fake, how it behaves, and what it was asked."""
+    """A running fake: its behaviour, and the requests it received."""
 
     url: str
     api_key: str | None = None
@@ -37,14 +37,14 @@ class FakeSteeringServer:
     """Streams that the client left before their end."""
 
     def words(self, alpha: float) -> list[str]:
-        """The texts of a reply's chunks; the fourth token has none of its own, as half a character has not."""
+        """The texts of a reply's chunks; the fourth token has no text, as half a character has none."""
         words = [
             f" {'warm' if alpha > 0 else 'plain' if alpha == 0 else 'cold'}{index}" for index in range(self.tokens)
         ]
         return [*words[:3], "", " é\u2028", *words[5:]]
 
     def values(self, alpha: float) -> list[float]:
-        """The trace: one value a token but the last, which is never fed back."""
+        """The trace: one value for each token but the last, which is never fed back."""
         return [alpha + index % 3 for index in range(self.tokens - 1)]
 
 
@@ -110,7 +110,7 @@ def fake_steering_server() -> Iterator[FakeSteeringServer]:
             self.close_connection = True
 
         def _event(self, choice: dict[str, Any]) -> None:
-            # as vLLM writes it: other alphabets and U+2028 stand for themselves
+            # like vLLM, without escapes for other alphabets and U+2028
             self.wfile.write(f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode())
             self.wfile.flush()
 

@@ -1,6 +1,6 @@
-"""A stand-in for the engine, for tests of what happens around it: it answers from a formula, in no time.
+"""A stand-in engine for tests of the code around it: it answers from a formula, at once.
 
-It reads a text's projection off the share of its letters h, and writes kindly where α is positive.
+The projection of a text is its share of the letter h; a generated text is kind where α is positive.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ COMPLETION_TOKENS = 40
 
 
 class FormulaEngine:
-    """Records every batch it was given in `batches`, and what went to the chat template in `variables`."""
+    """Records every batch in `batches`, and the variables of the chat template in `variables`."""
 
     opening = ""
-    """What the chat template begins the assistant's turn with."""
+    """The text with which the chat template begins the assistant's turn."""
 
     def __init__(self) -> None:
         self.variables: list[dict[str, Any]] = []
@@ -34,6 +34,7 @@ class FormulaEngine:
         self.unfinished = 0
 
     def get_tokenizer(self) -> FormulaEngine:
+        """The engine is its own tokenizer: one token per letter."""
         return self
 
     def __call__(self, text: str, *, truncation: bool = False, max_length: int = 10**9, **_: Any) -> Any:
@@ -42,11 +43,13 @@ class FormulaEngine:
     def apply_chat_template(
         self, messages: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
     ) -> str:
+        """The first message as a user's turn, and the beginning of the assistant's."""
         assert (tokenize, add_generation_prompt) == (False, True)
         self.variables.append(variables)
         return f"<user>{messages[0]['content']}<assistant>{self.opening}"
 
     def get_metrics(self) -> list[Any]:
+        """No metrics."""
         return []
 
     @property
@@ -55,6 +58,7 @@ class FormulaEngine:
         return [batch for batch in self.batches if batch[0].fields["max_tokens"] > 1]
 
     def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> list[Any]:
+        """One output per prompt, as `answer` makes it; `unfinished` holds the batch's size if `answer` raises."""
         self.batches.append(list(params))
         self.unfinished = len(params)
         outputs = [self.answer(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
@@ -82,6 +86,7 @@ class FormulaEngine:
 
 
 def readout_of(output: Any) -> list[ReadoutResult]:
+    """The readout of an output's only sample."""
     ids, wanted = output.prompt_token_ids, output.wanted.readout
     ids = ids[wanted.skip_first :]
     vector = np.full(HIDDEN, 0.5, dtype=np.float32)
@@ -91,7 +96,7 @@ def readout_of(output: Any) -> list[ReadoutResult]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    """Put a FormulaEngine behind the public names of vllm_steer."""
+    """Put a FormulaEngine behind the public names of vllm_steer, and return it."""
     made = FormulaEngine()
 
     def steered(fields: Any, entries: list[Steering], readout: Readout) -> Any:
@@ -113,6 +118,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
         "collect_readouts": lambda _, outputs: [readout_of(output) for output in outputs],
     }
     for name, stand_in in stand_ins.items():
-        # into the namespace itself: looking the real one up first, as setattr does, would import vLLM
+        # set in the namespace itself: setattr would look the real one up first, and so import vLLM
         monkeypatch.setitem(vars(vllm_steer), name, stand_in)
     return made

@@ -1,4 +1,4 @@
-"""What steering and readout mean, written straight on `transformers`: one request at a time, forward hooks, no tricks.
+"""Steering and readout written directly on `transformers`: one request at a time, forward hooks, no tricks.
 
 Nothing here comes from the package under test. A steering entry is a plain dict::
 
@@ -28,10 +28,13 @@ Entry = dict[str, Any]
 class ReferenceRun:
     """One request's greedy continuation, or the replay of a given one.
 
-    tokens: generated ids, the last of which was never fed back. choices: the best id at every step, which is the
-    generated one unless somebody else chose it. top2_gaps: logit of the best minus that of the second
-    best token at every step. logprobs: log-probability of each chosen token. streams: block index -> float32 (T, D)
-    residual stream after the steering of that block, for the prompt and all tokens fed back.
+    Attributes:
+        tokens: generated ids, the last of which was never fed back.
+        choices: the model's best id at every step; `tokens` differ from it only where they were given.
+        top2_gaps: logit of the best token minus that of the second best, at every step.
+        logprobs: log-probability of each of `tokens`.
+        streams: block index -> float32 (T, D) residual stream after the steering of that block, for the prompt and all
+            tokens fed back.
     """
 
     tokens: list[int]
@@ -42,7 +45,7 @@ class ReferenceRun:
     streams: dict[int, npt.NDArray[np.float32]]
 
     def first(self, count: int) -> ReferenceRun:
-        """The same run, had it ended with its token number `count` (from 1)."""
+        """The same run, ended after its first `count` tokens."""
         return ReferenceRun(
             tokens=self.tokens[:count],
             choices=self.choices[:count],
@@ -59,6 +62,7 @@ class ReferenceRun:
         return {"prompt": prompt, "generated": generated, "all": np.concatenate([prompt, generated])}[span]
 
     def mean(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
+        """float64 (D,): the mean of `rows`."""
         return self.rows(layer, span, skip_first).mean(axis=0)
 
 
@@ -81,12 +85,12 @@ class Reference:
     """A float32 Hugging Face model with a forward hook on every decoder block."""
 
     def __init__(self, model_dir: Path) -> None:
-        # Parity is about arithmetic, not about kernels: the plain attention is the one to compare with.
+        # Parity is about arithmetic, not about kernels, so compare with the plain attention.
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         body = self.model.get_decoder()
-        # An engine in this process that runs the same class gives it a __call__ for compilation, which asks for this.
+        # An engine in this process that runs the same class gives it a __call__ for compilation, which reads this.
         body.do_not_compile = True
         blocks = body.layers if hasattr(body, "layers") else body.h
         for layer, block in enumerate(blocks):
@@ -148,17 +152,17 @@ class Reference:
         return self._finish(tokens, logits)
 
     def confirm(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:
-        """`generate` in one pass, for a model in which its many take long, from a guess of what it gives.
+        """`generate` in one pass, from a guess of its tokens, for models in which its many passes take long.
 
-        The run has the reference's own choice after the first of `tokens`, after the first two, and so on: all
-        `tokens` are chosen only if they are what `generate` gives. Behind the first that is not, the run is of no use.
+        The run has the reference's own choice after each beginning of `tokens`: it chooses all of them only if
+        `generate` gives them. After the first that it does not choose, the run is of no use.
         """
         run = self.replay(prompt_ids, tokens, steering)
         return replace(run, tokens=run.choices)
 
     @torch.inference_mode()
     def replay(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:
-        """The run in which `tokens` were generated, whoever chose them: for sampled outputs."""
+        """The run in which the given `tokens` were generated, for sampled outputs."""
         cache = self._begin(prompt_ids, steering)
         logits = self._forward([*prompt_ids, *tokens[:-1]], cache)
         return self._finish(list(tokens), list(logits[len(prompt_ids) - 1 :]))

@@ -1,4 +1,4 @@
-"""The mixed batch that parity is measured on, and how an engine's answers are compared with the reference's.
+"""The mixed batch on which parity is measured, and the comparison of an engine's answers with the reference's.
 
 Every request differs from its neighbours in direction, layer, operation, span, alpha or number of entries, some are
 not steered at all, and six prompts are shared by all of them, so that the prefix cache has every chance to mix them up.
@@ -17,14 +17,14 @@ from vllm import LLM, RequestOutput, SamplingParams
 from tests.support.hf_reference import Entry, Reference, ReferenceRun
 from vllm_steer import Direction, Readout, ReadoutResult, Steering, collect_readouts, steered
 
-# The reference's own two best logits are this close: which of them wins is float rounding, not steering.
+# Where the reference's two best logits are this close, float rounding and not steering decides which of them wins.
 NEAR_TIE = 1e-3
 # float32 rounding moves a chosen token's log-probability by up to 3e-5 in these models (measured). Leaving any one
 # entry out of the batch moves it by 1e-2 or more, but for one ablation in Qwen2 (1e-4) that its readout gives away.
 LOGPROB_TOLERANCE = 1e-3
 # As above for pooled vectors: up to 4e-6 relative measured, and one row too many in a mean of 100 is about 1e-2.
 READOUT_TOLERANCE = 1e-4
-# A trace's values against the norm of the stream they were taken from; a neighbouring token's value is off by 7e-2.
+# Of a trace's values, relative to the norm of their stream; a neighbouring token's value is off by 7e-2.
 TRACE_TOLERANCE = 1e-4
 
 Vectors = Mapping[tuple[str, int], npt.NDArray[np.float32]]
@@ -34,7 +34,7 @@ Vectors = Mapping[tuple[str, int], npt.NDArray[np.float32]]
 class Request:
     """One request: `steering` as the reference takes it plus the direction's `name`, `readout` as Readout's fields.
 
-    `vectors` are what the names in the readout's trace stand for, see `trace_name`.
+    `vectors` holds the vectors of the names in the readout's trace, see `trace_name`.
     """
 
     prompt_ids: list[int]
@@ -44,6 +44,7 @@ class Request:
 
     @property
     def label(self) -> str:
+        """The request in words, for failures."""
         entries = [f"{e['name']}@{e['layer']} {e['op']} {e['alpha']:g} {e['span']}" for e in self.steering]
         return f"{len(self.prompt_ids)} tokens, [{'; '.join(entries)}], readout {self.readout}"
 
@@ -54,7 +55,7 @@ class Request:
 
 
 def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, Any] | None) -> SamplingParams:
-    """`params` with plain-dict steering and readout put on through the public interface."""
+    """`params` with plain-dict steering and readout added through the public interface."""
     entries = [
         Steering(
             e["name"],
@@ -85,10 +86,12 @@ def as_directions(vectors: Vectors) -> list[Direction]:
 
 
 def trace_name(name: str, layer: int) -> str:
+    """The name that stands for `name` at this layer only."""
     return f"{name}-of-layer-{layer}"
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> list[list[int]]:
+    """One prompt of random token ids for each length."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab_size, size=length).tolist() for length in lengths]
 
@@ -148,7 +151,7 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         [entry("calm", first, 19, "set", "generated"), entry("calm", middle, -19, "set", "prompt")],
         [],
     ]
-    # Five kinds of readout against six prompts: every request's pair of the two is new.
+    # Five kinds of readout, six prompts: every request has a new pair of the two.
     readouts: list[dict[str, Any] | None] = [
         {"layers": layers, "span": "all", "trace": [trace_name("bold", last), trace_name("calm", first)]},
         None,
@@ -165,13 +168,14 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
 def run(
     llm: LLM, requests: Sequence[Request], **fields: Any
 ) -> tuple[list[RequestOutput], list[list[ReadoutResult | None]]]:
-    """All requests in one `generate` call, and what was read of them."""
+    """Run all requests in one `generate` call; return the outputs and their readouts."""
     prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
     outs = llm.generate(prompts, [request.params(**fields) for request in requests], use_tqdm=False)
     return outs, collect_readouts(llm, outs)
 
 
 def references(reference: Reference, requests: Sequence[Request], max_tokens: int) -> list[ReferenceRun]:
+    """The reference's run of each request."""
     return [reference.generate(r.prompt_ids, max_tokens, r.steering) for r in requests]
 
 
@@ -188,8 +192,10 @@ def share_changed_by_steering(reference: Reference, requests: Sequence[Request],
 def is_same_output(out: RequestOutput, expected: ReferenceRun, label: str) -> bool:
     """True where tokens and log-probabilities equal the reference's, False where a near tie excuses a difference.
 
-    Raises AssertionError for any other difference. After an excused token the two texts are different stories, so
-    nothing is compared behind it.
+    Nothing is compared after an excused token, since the texts differ from there on.
+
+    Raises:
+        AssertionError: any other difference.
     """
     completion = out.outputs[0]
     got = list(completion.token_ids)
@@ -209,7 +215,7 @@ def is_same_output(out: RequestOutput, expected: ReferenceRun, label: str) -> bo
 def check_readout(
     result: ReadoutResult | None, asked: dict[str, Any] | None, expected: ReferenceRun, label: str
 ) -> None:
-    """Assert that `result` is what `expected` (of the same tokens) pools to, or None where nothing was asked."""
+    """Assert that `result` is the pooling of `expected` (of the same tokens), or None where none was asked for."""
     if asked is None:
         assert result is None, f"{label}: a readout nobody asked for"
         return
@@ -226,7 +232,7 @@ def check_readout(
 
 
 def check_trace(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
-    """Assert that the trace in `result` is what each token of `expected` projects to at the directions' own layers."""
+    """Assert that the trace in `result` is the projection of each token of `expected` at the directions' own layers."""
     asked = request.readout
     if result is None or asked is None:
         assert result is asked, request.label
@@ -249,7 +255,7 @@ def check_against_reference(
     expected: Sequence[ReferenceRun],
     **fields: Any,
 ) -> int:
-    """Run `requests` and compare tokens, log-probabilities and readouts; the number of near ties excused."""
+    """Run `requests`, compare tokens, log-probabilities and readouts, and return the number of excused near ties."""
     outs, reads = run(llm, requests, max_tokens=len(expected[0].tokens), **fields)
     return check_answers(reference, requests, expected, outs, [read for (read,) in reads])
 
@@ -261,7 +267,7 @@ def check_answers(
     outs: Sequence[RequestOutput],
     reads: Sequence[ReadoutResult | None],
 ) -> int:
-    """Compare what came back, of one sample a request, with `expected`; the number of near ties excused."""
+    """Compare the answers, of one sample per request, with `expected`; return the number of excused near ties."""
     excused = 0
     for request, out, read, truth in zip(requests, outs, reads, expected, strict=True):
         same = is_same_output(out, truth, request.label)

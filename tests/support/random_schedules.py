@@ -1,4 +1,4 @@
-"""Random schedules as vLLM's scheduler makes them for the V2 runner: its real outputs, from a fake scheduler."""
+"""Random schedules for the V2 runner: real outputs of vLLM's scheduler, made by a fake one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTENTS = [(slot, Direction(str(slot), 0, vector).content_hash) for (_, slot), 
 
 @dataclass
 class Job:
-    """A request as the fake scheduler sees it; `tokens` are prompt and generated ones, known from the start."""
+    """A request of the fake scheduler; `tokens` are prompt and generated ones, known from the start."""
 
     request_id: str
     tokens: list[int]
@@ -34,6 +34,7 @@ class Job:
     is_steered: bool = True
 
     def as_new(self) -> NewRequestData:
+        """The request as the scheduler sends it to the runner for the first time."""
         extra = {RESOLVED_KEY: self.resolved.dump()} if self.is_steered else None
         return NewRequestData(
             req_id=self.request_id,
@@ -49,7 +50,7 @@ class Job:
 
 
 class FakeScheduler:
-    """Random arrivals, chunks, preemptions, resumptions, aborts and ends, as an asynchronous scheduler has them.
+    """Random arrivals, chunks, preemptions, resumptions, aborts and ends, as an asynchronous scheduler makes them.
 
     A request whose last token has been sampled may be scheduled for one token more before the runner hears of its end.
     """
@@ -61,6 +62,7 @@ class FakeScheduler:
         self.counted = Counter[str]()
 
     def schedule(self) -> SchedulerOutput:
+        """The next step, after random preemptions and arrivals."""
         output = SchedulerOutput.make_empty()
         output.finished_req_ids = {job.request_id for job in self.ended}
         self.ended = []
@@ -92,7 +94,7 @@ class FakeScheduler:
         return output
 
     def update(self, output: SchedulerOutput) -> list[Job]:
-        """Take the step's tokens; the requests that have all of theirs and will not be scheduled again."""
+        """Take the step's tokens; return the requests that have all of theirs and will not be scheduled again."""
         done = []
         for job in list(self.running):
             job.num_computed += output.num_scheduled_tokens[job.request_id]
@@ -108,6 +110,7 @@ class FakeScheduler:
         return done
 
     def abort_one(self) -> None:
+        """Abort a random request that has generated a token, if there is one."""
         candidates = [job for job in (*self.running, *self.waiting) if job.num_known > job.resolved.prompt_len]
         if candidates:
             job = candidates[int(self.rng.integers(len(candidates)))]
@@ -118,6 +121,7 @@ class FakeScheduler:
 
 
 def random_jobs(seed: int, count: int) -> list[Job]:
+    """`count` requests with random prompts, steering and readouts."""
     rng = np.random.default_rng(seed)
 
     def entries() -> list[tuple[int, int, float, float]]:

@@ -1,4 +1,4 @@
-"""What the tests of the shared registry put in the place of workers and engine."""
+"""Stand-ins for workers and engine, for tests of the shared registry."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ SERVER = Server(pid=1, started=1.0)
 
 
 class StandInWorkers:
-    """A bank that takes what is written to it."""
+    """Workers that take every write; `bank` maps a slot to the first element of its vector."""
 
     def __init__(self) -> None:
         self.bank: dict[int, float] = {}
 
     async def write(self, writes: list[tuple[int, Direction]]) -> None:
+        """Put each direction into its slot of the bank."""
         await asyncio.sleep(0)  # other tasks run while the workers write
         for slot, direction in writes:
             self.bank[slot] = float(direction.vector[0])
 
 
 def direction(name: str, value: float, layer: int = 1, size: int = SIZE) -> Direction:
+    """A direction whose ``size`` elements are all ``value``."""
     return Direction(name, layer, np.full(size, value, np.float32))
 
 
@@ -42,6 +44,8 @@ SETTINGS = SteerSettings(layers=(1,), max_directions=CAPACITY)
 
 
 def admission_on(registry: SharedRegistry) -> Admission:
+    """Admission over ``registry``, with an engine that is always past its requests."""
+
     async def is_past() -> None:
         pass
 

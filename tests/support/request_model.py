@@ -1,6 +1,6 @@
-"""One request beside the planner: what it asked, what its names stood for, and so what each of its tokens has to get.
+"""A model of one request, for comparison with the planner: what it asked for, and what each of its tokens must get.
 
-Nothing here knows of steps, rows, slots or accumulators, and nothing is shared with the code that does.
+Nothing here knows of steps, rows, slots or accumulators, and no code is shared with the planner.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ CONTENT = np.random.default_rng(0).standard_normal((997, BLOCKS + 1, SIZE)).asty
 
 @dataclass(eq=False)
 class Life:
-    """One sample: what was asked of it, in terms that the planner does not know, and how far it has come.
+    """One sample: its request, in terms that the planner does not know, and its progress.
 
     Attributes:
         entries: (layer, span, a, b, vector), in the order given.
-        projected, traced: what its names stood for when it came.
-        has_columns: whether its traces had room.
+        projected, traced: the vectors that its names stood for when it came.
+        has_columns: whether there were trace columns for it.
         started, running: the worker knows it; it has not been preempted.
         drafted: draft tokens in its last step.
-        has_gap: the engine has left a token out.
-        may_fail: the worker may have had to give its sums away, see ``Schedule.empty_step``.
+        has_gap: the engine has skipped a token.
+        may_fail: the worker may have given its sums up, see ``Schedule.empty_step``.
     """
 
     number: int
@@ -57,18 +57,20 @@ class Life:
 
     @property
     def external_id(self) -> str:
+        """The id that the caller gave the request."""
         return f"request-{self.number}"
 
     @property
     def request_id(self) -> str:
+        """The engine's id of this sample."""
         return f"{self.external_id}-x7" if self.index == 0 else f"{self.index}_{self.external_id}-x7"
 
     def content(self, position: int, is_wrong: bool = False) -> Any:
-        """What the model makes of the token at a position, or of a draft token there that is not the right one."""
+        """float32 (BLOCKS + 1, SIZE): a token's embedding and what each block adds; ``is_wrong``: of a wrong draft."""
         return CONTENT[(self.number * 53 + self.index * 29 + position + 500 * is_wrong) % len(CONTENT)]
 
     def stream(self, position: int, is_wrong: bool = False) -> list[Any]:
-        """The stream of one token after each block, by the definition of the ops."""
+        """The float64 (SIZE,) stream of one token after each block, by the definition of the ops."""
         if (position, is_wrong) not in self.streams:
             content = self.content(position, is_wrong).astype(np.float64)
             h, streams = content[0], []
@@ -83,11 +85,12 @@ class Life:
         return self.streams[position, is_wrong]
 
     def first_steered_block(self, position: int) -> int:
+        """The first block that steers the token at a position; BLOCKS where none does."""
         spans = {"all", "prompt" if position < self.prompt_len else "generated"}
         return min((layer for layer, span, *_ in self.entries if span in spans), default=BLOCKS)
 
     def span(self, computed: int) -> range:
-        """The positions that the readout is over once ``computed`` tokens have been through the model."""
+        """The positions that the readout covers once ``computed`` tokens have been through the model."""
         assert self.readout is not None
         first = self.prompt_len if self.readout.span == "generated" else self.readout.skip_first
         end = min(computed, self.prompt_len) if self.readout.span == "prompt" else computed
@@ -96,6 +99,7 @@ class Life:
 
 @st.composite
 def steerings(draw: st.DrawFn) -> Steering:
+    """Draw an allowed steering entry over the names of HOMES."""
     name, op = draw(st.sampled_from(sorted(HOMES))), draw(st.sampled_from(["add", "add", "ablate", "set"]))
     return Steering(
         name,
@@ -108,6 +112,7 @@ def steerings(draw: st.DrawFn) -> Steering:
 
 @st.composite
 def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
+    """Draw an allowed readout over HOOKED layers."""
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(st.sampled_from(["all", "prompt", "generated"]))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]

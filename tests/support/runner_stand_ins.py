@@ -1,4 +1,4 @@
-"""What the tests of the runner room put in the place of vLLM's classic runner, its worker and a model.
+"""Stand-ins for vLLM's classic runner, its worker and a model.
 
 The methods that the plugin wraps carry vLLM's names and signatures and are wrapped by the plugin's own wrappers.
 """
@@ -21,11 +21,12 @@ SIZE, BLOCKS = 8, 5
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Adds what it is given to the stream, which is hidden + residual as in vLLM's class of this name."""
+    """Adds ``added_TD`` to the stream, which is hidden + residual as in vLLM's class of this name."""
 
     def forward(
         self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor, added_TD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (hidden, residual), whose sum is the new stream."""
         return added_TD.clone(), hidden_TD + residual_TD
 
 
@@ -33,14 +34,14 @@ LlamaDecoderLayer.__module__ = "vllm.model_executor.models.llama"  # the family 
 
 
 class StandInModel(nn.Module):
-    """No token sees another, so what the stream of a token has to be follows from that token alone."""
+    """A model without attention: the stream of a token follows from that token alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(LlamaDecoderLayer() for _ in range(BLOCKS))
 
     def forward(self, contents_TBD: torch.Tensor) -> list[torch.Tensor]:
-        """The stream after each block; ``contents_TBD`` is the embedding and what each block adds."""
+        """The stream after each block; ``contents_TBD`` holds the embedding and each block's addition."""
         hidden_TD, residual_TD = contents_TBD[:, 0].clone(), torch.zeros_like(contents_TBD[:, 0])
         streams = []
         for index, layer in enumerate(self.layers):
@@ -50,18 +51,19 @@ class StandInModel(nn.Module):
 
 
 def plain_streams(contents: Any) -> list[torch.Tensor]:
-    """The streams of a model without hooks."""
+    """The streams after each block, of a model without hooks."""
     streams: list[torch.Tensor] = StandInModel()(torch.from_numpy(contents))
     return streams
 
 
 class StandInRunner:
-    """A runner that is told its batch instead of keeping one.
+    """A runner that takes its batch from the test instead of keeping one.
 
     Args:
-        settings: what the engine was started with; None leaves the plugin unconfigured.
-        requests, tokens, drafts: the most of one step, drafts of each request.
-        rows: the most of one forward pass, padding included.
+        settings: the engine's settings; None leaves the plugin unconfigured.
+        requests, tokens: the most in one step.
+        rows: the most in one forward pass, padding included.
+        drafts: the most of one request in one step.
     """
 
     def __init__(
@@ -82,20 +84,23 @@ class StandInRunner:
 
     @property
     def steering(self) -> WorkerSteering:
+        """The steering that the plugin has put on this runner."""
         steering: WorkerSteering = self.vllm_steer  # type: ignore[attr-defined]  # the plugin puts it there
         return steering
 
     def get_model(self) -> nn.Module:
+        """The model, as vLLM's runner gives it."""
         return self.model
 
     def load_model(self) -> None:
+        """Make the model; the plugin's wrapper puts hooks into it."""
         self.model = StandInModel()
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> None:
-        """The batch is what ``prepare`` has put there."""
+        """``prepare`` has made the batch already."""
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
-        """Nothing is kept of a request."""
+        """The stand-in keeps nothing of a request."""
 
     def _dummy_run(self, contents: Any) -> None:
         self.forward(contents)
@@ -112,7 +117,7 @@ class StandInRunner:
         preempted: Collection[str] = (),
         drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
-        """A step of (request id, computed, scheduled) in this order; behind them vLLM's arrays hold older rows."""
+        """Prepare a step of (request id, computed, scheduled) in this order; older rows follow in vLLM's arrays."""
         ids, computed, scheduled = ([one[i] for one in batch] for i in range(3))
         self.input_batch = SimpleNamespace(
             num_reqs=len(batch), req_ids=[*ids, "gone"], num_computed_tokens_cpu=np.array([*computed, 99], np.int32)
@@ -123,12 +128,13 @@ class StandInRunner:
         self._prepare_inputs(output, np.array(scheduled, np.int32))
 
     def forward(self, contents: Any) -> None:
+        """Run the model on float32 (T, BLOCKS + 1, SIZE) contents and keep its streams."""
         with torch.inference_mode():
             self.streams = self.model(torch.from_numpy(contents))
 
 
 class StandInWorker:
-    """Where ``collective_rpc`` arrives."""
+    """The worker on which ``collective_rpc`` calls functions."""
 
     def __init__(self, runner: StandInRunner) -> None:
         self.device, self.model_runner = runner.device, runner

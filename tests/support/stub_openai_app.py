@@ -1,4 +1,4 @@
-"""Stubs in place of vLLM's server and of admission, for the middleware that stands before them."""
+"""Stubs of vLLM's server and of admission, for tests of the middleware in front of them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ BASE_MODEL = "base"
 
 
 class StubBook:
-    """Registered directions by name: the layers of each."""
+    """Registered directions: the layers of each name."""
 
     def __init__(self, layers: dict[str, list[int]]) -> None:
         self._layers = layers
 
     def current(self) -> StubBook:
+        """This book; it never changes."""
         return self
 
     def layers_of(self, name: str) -> dict[int, str]:
+        """Each layer of a name -> the name.
+
+        Raises:
+            UnknownDirection: the name is not registered.
+        """
         if name not in self._layers:
             raise UnknownDirection(f"no direction is named {name!r}")
         return dict.fromkeys(self._layers[name], name)
@@ -41,6 +47,12 @@ class StubChecker:
         self.registry = StubBook({"kind": [2], "calm": [1, 2, 9], "far": [9]})
 
     def check(self, spec: RequestSpec) -> None:
+        """Refuse unknown names and readouts of layers without a hook.
+
+        Raises:
+            UnknownDirection: an entry's name is not registered.
+            LayerNotHooked: the readout names a layer without a hook.
+        """
         for entry in spec.entries:
             self.registry.layers_of(entry.direction)
         if spec.readout is not None and not set(spec.readout.layers) <= set(self.settings.layers):
@@ -49,14 +61,14 @@ class StubChecker:
 
 @dataclass
 class StubServer:
-    """An ASGI application that keeps what reached it and answers what it was told to.
+    """An ASGI application that records the last request and sends a given answer.
 
     Attributes:
         chunks: the body of its answer, one message each.
         status, content_type: the head of its answer.
-        engine: what the engine would do to the exchange before the answer is sent.
-        steers: whether it has admitted a request that asks something of the plugin.
-        body, headers, exchange: what reached it last; the body is None where nothing did.
+        engine: does to the exchange what the engine would do before the answer is sent.
+        steers: whether it admits a request that asks something of the plugin.
+        body, headers, exchange: of the last request; the body is None before the first one.
     """
 
     chunks: Sequence[bytes] = (b"{}",)
@@ -97,9 +109,11 @@ class Reply:
 
     @property
     def body(self) -> bytes:
+        """The chunks joined."""
         return b"".join(self.chunks)
 
     def json(self) -> Any:
+        """The body as JSON; its length must be that of the header."""
         assert int(self.headers["content-length"]) == len(self.body)
         return json.loads(self.body)
 
@@ -114,7 +128,7 @@ def request(
     key: str | None = None,
     chunk_size: int | None = None,
 ) -> Reply:
-    """One request through the middleware to the stub; what is not bytes is sent as JSON."""
+    """Send one request through the middleware to the stub; a ``body`` other than bytes is sent as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     size = chunk_size or max(1, len(data))
     parts = [data[start : start + size] for start in range(0, len(data), size)] or [b""]
@@ -141,7 +155,7 @@ def exchange_messages(
     method: str = "POST",
     headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> list[Any]:
-    """What the middleware before the stub sends to a client that sends these ASGI messages and then disconnects."""
+    """The middleware's messages to a client that sends these ASGI messages to the stub and then disconnects."""
     served = None if checker is None else Served(checker, BASE_MODEL)
     state = SimpleNamespace(**{SERVED.name: served})
     scope = {

@@ -1,4 +1,4 @@
-"""A run directory as a study would leave it, made without an engine.
+"""The run directory of a study, made without an engine.
 
 It holds readouts with a known shift and an attention sink, texts that turn kinder with α, a ceiling, a failed row and
 hostile text.
@@ -38,6 +38,7 @@ SAMPLES = 5
 
 
 def study(**changes: Any) -> Study:
+    """The study of the synthetic run, with ``changes`` to its config."""
     return Study.model_validate(
         {
             "name": "synthetic",
@@ -52,7 +53,7 @@ def study(**changes: Any) -> Study:
 
 
 def readouts(num_blocks: int = 30) -> StudyReadouts:
-    """Texts part best at block 16; under the plain mean a sink drowns blocks 11 to 14."""
+    """Readouts that separate best at block 16; in the plain mean an attention sink drowns blocks 11 to 14."""
     rng = np.random.default_rng(0)
     counts = {"train_empathic": 35, "train_non_empathic": 35, "test_empathic": 15, "test_non_empathic": 15}
     counts["test_empathic_ablated"] = 15
@@ -76,7 +77,7 @@ def readouts(num_blocks: int = 30) -> StudyReadouts:
 
 
 def generation(scenario: str, in_norms: float, sample: int, layer: int = 16, **changes: Any) -> dict[str, Any]:
-    """A row. The larger α, the more samples are kind; The Listener starts at the ceiling; strong negative α loops."""
+    """One row. The larger α, the more samples are kind; The Listener starts at the ceiling; strong negative α loops."""
     kind = (scenario == "the_listener" and in_norms >= 0) or sample < 2 + 8 * in_norms * (1.0 if layer == 16 else 0.5)
     text = LOOP if in_norms <= -0.4 and sample % 2 else KIND if kind else MIXED if sample == 4 else COLD
     alpha = in_norms * MEAN_NORM[layer]
@@ -93,6 +94,7 @@ def generation(scenario: str, in_norms: float, sample: int, layer: int = 16, **c
 
 
 def demo_rows(layers: Sequence[int] = (16,)) -> list[dict[str, Any]]:
+    """Rows of every scenario and α, one of them hostile, one empty and one failed."""
     rows = [
         generation(scenario, in_norms, sample, layer)
         for layer in layers

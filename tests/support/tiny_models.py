@@ -1,8 +1,8 @@
 """Tiny random checkpoints, one per decoder family, small enough to load in seconds.
 
 Four blocks, hidden size 128. The head size is 32 because that is the smallest one vLLM's CPU attention accepts. The
-tokenizer is the first part of the demo model's, the same for all, so the same prompts fit every checkpoint. All of it
-would take longer to load, and to start an engine with, than all else in so small a model.
+tokenizer is the first part of the demo model's, the same for all, so the same prompts fit every checkpoint. The whole
+tokenizer would take longer to load, and to start an engine with, than everything else in so small a model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _GEMMA: dict[str, Any] = _WINDOWED | {
     "initializer_range": INIT_STD / 3,
 }
 
-# family -> Hugging Face class, fields of its config. What a family is known for is switched on and away from 1.
+# family -> Hugging Face class, fields of its config. A family's special features are on, with factors other than 1.
 _Families = dict[str, tuple[str, dict[str, Any]]]
 _SUPPORTED: _Families = {
     "llama": ("LlamaForCausalLM", _ROTARY),
@@ -134,7 +134,11 @@ REFUSED_FAMILIES = tuple(_REFUSED)
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The config of a tiny model of `family`; raises KeyError for one that is not in the tables."""
+    """The config of a tiny model of `family`.
+
+    Raises:
+        KeyError: the family is not in the tables.
+    """
     name, fields = (_SUPPORTED | _REFUSED)[family]
     config: PreTrainedConfig = getattr(transformers, name).config_class(**fields, architectures=[name])
     return config
@@ -143,10 +147,17 @@ def tiny_config(family: str) -> PreTrainedConfig:
 def save_tiny_model(family: str, tokenizer_dir: Path | None, target: Path, seed: int = 0) -> Path:
     """Write a random float32 checkpoint of `family` to `target`, with the first words of `tokenizer_dir`'s tokenizer.
 
-    None leaves it without one, for machines that have no other model either.
-
     Norm weights and biases are random too: left at ones and zeros they would hide a stream that skips a norm or
-    drops a bias. Returns `target`; raises KeyError for a family that is not in the tables.
+    drops a bias.
+
+    Args:
+        tokenizer_dir: None leaves the checkpoint without a tokenizer, for machines that have no other model either.
+
+    Returns:
+        `target`.
+
+    Raises:
+        KeyError: the family is not in the tables.
     """
     config = tiny_config(family)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -167,7 +178,7 @@ def save_tiny_model(family: str, tokenizer_dir: Path | None, target: Path, seed:
 
 
 def _first_words(tokenizer: Path) -> str:
-    """`tokenizer`, a byte-pair one, as it was when it had learnt `VOCAB_SIZE` words: all texts can be said in them."""
+    """A byte-pair `tokenizer` as it was after learning `VOCAB_SIZE` words, which can still encode every text."""
     whole = json.loads(tokenizer.read_text(encoding="utf-8"))
     model = whole["model"]
     model["vocab"] = {word: token for word, token in model["vocab"].items() if token < VOCAB_SIZE}

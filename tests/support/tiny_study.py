@@ -46,12 +46,12 @@ def write_study(folder: Path, demo_model: Path, **changes: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """For a command of its own: none of the test process's Ray or engine settings but the offline ones."""
+    """The environment of a separate command: of the test process's Ray and engine settings only the offline ones."""
     return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def run_command(config: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """`vllm-steer study run`, to its end."""
+    """Run `vllm-steer study run` to its end."""
     return subprocess.run(
         [*COMMAND, str(config), "--out", str(out), *options],
         cwd=PROJECT_ROOT,

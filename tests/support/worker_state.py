@@ -1,4 +1,4 @@
-"""What a worker still keeps of requests: a function that runs on the worker, wherever that is."""
+"""What a worker still keeps of requests. The function runs on the worker, in whatever process that is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from vllm_steer.engine.worker.worker_steering import steering_of
 
 
 def state_held(worker: Any) -> dict[str, int]:
-    """Counts of everything that a request takes and has to give back; the store of finished readouts is none of it.
+    """Counts of everything that a request takes and must give back, without the store of finished readouts.
 
-    vLLM tells the runner of a finished request with its next step, so an engine has to have stepped once more.
+    vLLM tells the runner of a finished request with its next step, so the engine must have stepped once more.
     """
     steering = steering_of(worker.model_runner)
     assert steering is not None

@@ -1,4 +1,4 @@
-"""HTTP client of a server that steers, for programs that have neither vLLM nor torch.
+"""HTTP client for a server with this plugin. It needs neither vLLM nor torch.
 
     >>> from vllm_steer import Readout, Steering
     >>> from vllm_steer.client import SteerClient
@@ -6,8 +6,8 @@
     ...     reply = client.chat("How was your day?", steering=[Steering("kind", 8.0)], readout=Readout([12], "all"))
     ...     reply.choices[0].text, reply.choices[0].readout.mean[12]
 
-``AsyncSteerClient`` has the same methods, to be awaited. What a server refuses is raised as the class of
-``vllm_steer.errors`` that it names, anything else as ``ServerRefusal`` or ``ServerUnreachable``.
+``AsyncSteerClient`` has the same methods for an event loop. If a server's error names a class of
+``vllm_steer.errors``, that class is raised; any other failure raises ``ServerRefusal`` or ``ServerUnreachable``.
 """
 
 from vllm_steer.client.async_client import AsyncSteerClient

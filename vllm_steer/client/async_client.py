@@ -1,4 +1,4 @@
-"""The client for code that runs in an event loop."""
+"""The asynchronous client."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ from vllm_steer.schema import Readout, Steering
 
 
 class AsyncSteerClient:
-    """``SteerClient`` for an event loop: the same arguments, replies and exceptions. Await the methods, iterate streams
-    with ``async for``, and use it as an asynchronous context manager or ``await close()``."""
+    """``SteerClient`` for an event loop, with the same arguments, replies and exceptions.
+
+    Await the methods, and iterate streams with ``async for``. Use it as an asynchronous context manager, or
+    ``await close()``.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the clients send, put together once for both."""
+"""The requests that both clients send."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request; ``asks`` says whether it asks for steering or a readout itself."""
+    """One HTTP request; ``asks`` says whether its own body asks for steering or a readout."""
 
     method: str
     path: str
@@ -37,12 +37,12 @@ class Call:
 
 
 def server_root(base_url: str) -> str:
-    """The server's address without the ``/v1`` that OpenAI clients want at its end."""
+    """The server's address without the trailing ``/v1`` that OpenAI clients need."""
     return base_url.rstrip("/").removesuffix("/v1")
 
 
 def key_headers(api_key: str | None) -> dict[str, str]:
-    """The header that vLLM's ``--api-key`` asks for."""
+    """The header for vLLM's ``--api-key``; empty without a key."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
@@ -55,7 +55,11 @@ def chat_call(
     *,
     stream: bool = False,
 ) -> Call:
-    """A chat request. A string is one user message."""
+    """Build a chat request; a string becomes one user message.
+
+    Raises:
+        MalformedSpec: an option repeats a field that is written here.
+    """
     said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     return _generation(CHAT, {"model": model, "messages": said}, steering, readout, options, stream)
 
@@ -69,7 +73,11 @@ def completion_call(
     *,
     stream: bool = False,
 ) -> Call:
-    """A completion request for one prompt or several."""
+    """Build a completion request for one prompt or several.
+
+    Raises:
+        MalformedSpec: an option repeats a field that is written here.
+    """
     asked = prompt if isinstance(prompt, str) else list(prompt)
     return _generation(COMPLETIONS, {"model": model, "prompt": asked}, steering, readout, options, stream)
 
@@ -82,7 +90,7 @@ def _generation(
     options: Mapping[str, Any],
     stream: bool,
 ) -> Call:
-    if steering is not None:  # an empty list says: unsteered, whatever the server's default is
+    if steering is not None:  # an empty list turns the server's default off
         body["steering"] = [entry.to_json() for entry in steering]
     if readout is not None:
         body["readout"] = readout.to_json()
@@ -94,21 +102,25 @@ def _generation(
 
 
 def check_seen(call: Call, reply: httpx.Response) -> None:
-    """Make sure that it was not a server without the plugin that answered, which ignores what it does not know.
+    """Check that the server applied steering and readout; a server without the plugin ignores unknown fields.
 
     Raises:
-        NotConfigured: it asked for something, and nothing in the reply's head says that anybody looked at it.
+        NotConfigured: the call asks for steering or a readout, and the reply does not have the plugin's header.
     """
     if call.asks and STEERED_HEADER not in reply.headers:
         raise NotConfigured(
             f"{reply.url} answered without looking at the request's steering or readout; allowed: a server with this "
-            "plugin. Start it with vllm-steer serve, or have the proxy before it pass on the header "
+            "plugin. Start it with vllm-steer serve, or let the proxy in front of it pass on the header "
             f"{STEERED_HEADER}."
         )
 
 
 def put_call(name: str, directions: Sequence[Direction], if_match: str | None, *, only_new: bool) -> Call:
-    """Register or replace directions of one name."""
+    """Build a request that registers or replaces directions of one name.
+
+    Raises:
+        MalformedSpec: there are no directions, or one has another name.
+    """
     if not directions or any(direction.name != name for direction in directions):
         raise MalformedSpec(
             f"directions named {sorted({direction.name for direction in directions})} were put under {name!r}; "
@@ -125,20 +137,20 @@ def put_call(name: str, directions: Sequence[Direction], if_match: str | None, *
 
 
 def get_call(name: str, layer: int | None) -> Call:
-    """Fetch directions of one name."""
+    """Build a request that fetches the directions of one name, at every layer or at one."""
     return Call("GET", _path_of(name), params=_at(layer))
 
 
 def delete_call(name: str, layer: int | None, if_match: str | None) -> Call:
-    """Remove directions of one name."""
+    """Build a request that removes the directions of one name, at every layer or at one."""
     return Call("DELETE", _path_of(name), params=_at(layer), headers=_condition(if_match))
 
 
 def directions_in(content: bytes) -> list[Direction]:
-    """The directions of a safetensors body.
+    """Read the directions of a safetensors body.
 
     Raises:
-        BadDirectionFile: not one.
+        BadDirectionFile, BadVector: as ``load_directions``.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "directions.safetensors"

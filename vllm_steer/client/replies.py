@@ -1,4 +1,4 @@
-"""What a server says, as typed objects."""
+"""A server's replies as typed objects."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class Choice:
     """One sample of a reply.
 
     Attributes:
-        text: the completion, or the message's content; empty where the message has none.
-        readout: what was read, ``None`` where nothing was asked or it failed.
-        readout_error: why a readout that was asked for is not there.
-        body: the choice as the server sent it: tool calls, log-probabilities and the like.
+        index: the server's number of the choice.
+        text: the completion, or the message's content; empty if the message has none.
+        finish_reason: as vLLM reports it.
+        readout: ``None`` if none was requested, or if it failed.
+        readout_error: why a requested readout is missing.
+        body: the choice as the server sent it, with tool calls, log-probabilities and the like.
     """
 
     index: int
@@ -37,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer that came as a whole. Choices are in the server's order: all samples of the first prompt first."""
+    """A whole reply. ``choices`` are in the server's order: all samples of the first prompt come first."""
 
     id: str
     model: str
@@ -47,10 +49,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TracePart:
-    """Some consecutive values of a trace.
+    """Consecutive values of a trace.
 
     Attributes:
-        start: index of the first one within the readout's span.
+        start: index of the first value within the readout's span.
         values: (n,) float32, the projections of consecutive tokens onto the direction.
     """
 
@@ -60,13 +62,14 @@ class TracePart:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one chunk of a stream adds to one choice.
+    """The addition of one chunk of a stream to one choice.
 
     Attributes:
-        text: the new text, often one token's, maybe empty.
+        index: the server's number of the choice.
+        text: the new text, often of one token; may be empty.
         trace: direction name -> the values that became known since the last piece. They lag behind the text; the last
-            piece brings the rest.
-        finish_reason: set in a choice's last piece, which carries the readout too.
+            piece has the rest.
+        finish_reason: set in the last piece of a choice, which has the readout too.
         readout, readout_error: as in ``Choice``.
     """
 
@@ -80,7 +83,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class StoredDirection:
-    """A direction as a server lists it. ``content_hash`` is its ETag: SHA-256 of the float32 little-endian values."""
+    """A direction as a server lists it.
+
+    Attributes:
+        content_hash: its ETag, the SHA-256 (hex) of the float32 little-endian values.
+        is_unit: see ``Direction.is_unit``.
+    """
 
     name: str
     layer: int
@@ -90,15 +98,15 @@ class StoredDirection:
 
 @dataclass(frozen=True, slots=True)
 class ServerSteering:
-    """What a server can steer and with what.
+    """Layers, limits, aliases and directions of a server.
 
     Attributes:
-        version: of the plugin.
+        version: version of the plugin.
         layers: hooked layers.
         max_alpha, max_entries, max_directions: see ``SteerSettings``.
-        aliases: model name -> the steering it stands for.
-        directions: what is registered.
-        body: all that the server said.
+        aliases: model name -> the steering it applies.
+        directions: the registered directions.
+        body: the whole reply.
     """
 
     version: str
@@ -112,10 +120,10 @@ class ServerSteering:
 
 
 class StreamEvents:
-    """Splits the bytes of a server-sent event stream into its data fields, wherever the network cut them.
+    """Splits the bytes of a server-sent event stream into its data fields, however the network splits the bytes.
 
-    Only line feeds end a line: ``str.splitlines``, and with it httpx's ``iter_lines``, would also cut at the U+2028 and
-    U+0085 that JSON strings may hold.
+    Only a line feed ends a line. ``str.splitlines``, and so httpx's ``iter_lines``, would also split at U+2028 and
+    U+0085, which JSON strings may contain.
     """
 
     def __init__(self) -> None:
@@ -130,7 +138,10 @@ class StreamEvents:
 
 
 def pieces(event: str) -> Iterator[Piece]:
-    """The pieces of one event of a completion or chat stream.
+    """Parse one event of a completion or chat stream; the closing ``[DONE]`` has no pieces.
+
+    Args:
+        event: a data field of the stream.
 
     Raises:
         SteerError: the event is an error object.
@@ -150,7 +161,7 @@ def pieces(event: str) -> Iterator[Piece]:
 
 
 def reply_of(body: Mapping[str, Any]) -> Reply:
-    """A completion or chat reply."""
+    """Parse a completion or chat reply."""
     choices = []
     for choice in body["choices"]:
         text = choice["message"].get("content") if "message" in choice else choice.get("text")
@@ -160,14 +171,14 @@ def reply_of(body: Mapping[str, Any]) -> Reply:
 
 
 def stored_directions(listed: list[dict[str, Any]]) -> tuple[StoredDirection, ...]:
-    """The entries of a server's list of directions."""
+    """Parse a server's list of directions."""
     return tuple(
         StoredDirection(one["name"], one["layer"], one["content_hash"], one.get("is_unit", False)) for one in listed
     )
 
 
 def server_steering(body: Mapping[str, Any]) -> ServerSteering:
-    """The reply of ``GET /v1/steering``."""
+    """Parse the reply of ``GET /v1/steering``."""
     aliases = {
         name: tuple(Steering.from_json(entry) for entry in entries)
         for name, entries in (body.get("aliases") or {}).items()

@@ -1,4 +1,4 @@
-"""The client for ordinary code."""
+"""The synchronous client."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from vllm_steer.schema import Readout, Steering
 
 
 class SteerClient:
-    """Calls one server; close it, or use it as a context manager. May be used from several threads.
+    """Client of one server. Close it, or use it as a context manager. Several threads may share it.
 
     Args:
         base_url: the server's address, with or without ``/v1``.
-        model: the model or steered alias to ask.
-        api_key: what the server was given as ``--api-key``.
-        admin_key: what it was given as ``VLLM_STEER_ADMIN_KEY``; needed to change its directions.
-        timeout: seconds for connecting and for each pause in an answer.
-        transport: what carries the requests, in place of httpx's own.
+        model: name of the model or steered alias.
+        api_key: the server's ``--api-key``.
+        admin_key: the server's ``VLLM_STEER_ADMIN_KEY``; required to change its directions.
+        timeout: longest wait for a connection and between two parts of a reply, in seconds.
+        transport: httpx transport that replaces the default one.
 
-    Every method raises the ``vllm_steer.errors`` class that the server's refusal names, ``ServerRefusal`` for any other
-    error of the server, ``ServerUnreachable`` without an answer.
+    Every method raises the ``vllm_steer.errors`` class that the server's error names, ``ServerRefusal`` for any other
+    error of the server, and ``ServerUnreachable`` if no complete reply comes.
     """
 
     def __init__(
@@ -88,13 +88,18 @@ class SteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Reply:
-        """A chat reply.
+        """Send a chat request and return the whole reply.
 
         Args:
-            messages: OpenAI's message objects, or the text of one user message.
-            steering: ``None`` leaves it to the server's default or the alias; an empty list asks for none.
-            readout: what to read.
+            messages: OpenAI message objects, or the text of one user message.
+            steering: entries, in addition to those of an alias. ``None`` leaves the server's default steering on; an
+                empty list turns it off.
+            readout: the activations to read.
             options: any other field of the request's body, such as ``max_tokens`` or ``n``.
+
+        Raises:
+            MalformedSpec: an option repeats a field that the client writes itself.
+            NotConfigured: the server ignored steering or readout.
         """
         return reply_of(self._send(chat_call(self.model, messages, steering, readout, options)).json())
 
@@ -106,7 +111,7 @@ class SteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Reply:
-        """Completions of one prompt or several; arguments as in ``chat``."""
+        """Complete one prompt or several and return the whole reply; other arguments as in ``chat``."""
         return reply_of(self._send(completion_call(self.model, prompt, steering, readout, options)).json())
 
     def stream_chat(
@@ -117,7 +122,7 @@ class SteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Iterator[Piece]:
-        """A chat reply piece by piece; arguments as in ``chat``. Closing the iterator ends the request."""
+        """Stream a chat reply piece by piece; arguments as in ``chat``. Closing the iterator ends the request."""
         return self._stream(chat_call(self.model, messages, steering, readout, options, stream=True))
 
     def stream_complete(
@@ -128,7 +133,7 @@ class SteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Iterator[Piece]:
-        """Completions piece by piece; arguments as in ``chat``."""
+        """Stream completions piece by piece; arguments as in ``complete``. Closing the iterator ends the request."""
         return self._stream(completion_call(self.model, prompt, steering, readout, options, stream=True))
 
     def show(self) -> ServerSteering:
@@ -136,36 +141,49 @@ class SteerClient:
         return server_steering(self._send(Call("GET", STEERING)).json())
 
     def list_directions(self) -> tuple[StoredDirection, ...]:
-        """What is registered, without the vectors."""
+        """The registered directions, without their vectors."""
         return stored_directions(self._send(Call("GET", DIRECTIONS)).json()["directions"])
 
     def get_directions(self, name: str, layer: int | None = None) -> list[Direction]:
-        """The directions of one name, at every layer or at one.
+        """Fetch the directions of one name, at every layer or at one.
 
         Raises:
-            UnknownDirection: none has the name.
+            UnknownDirection: the name is not registered, or not at this layer.
         """
         return directions_in(self._send(get_call(name, layer)).content)
 
     def put_directions(
         self, name: str, directions: Sequence[Direction], *, if_match: str | None = None, only_new: bool = False
     ) -> str:
-        """Register directions of one name, or replace what they were; requests in flight keep what they started with.
+        """Register or replace the directions of one name. Requests in flight keep the vectors they started with.
 
         Args:
-            if_match: ETag that the name must have: the content hash of its direction, where it has one.
-            only_new: refuse where the name is registered already.
+            name: the name that all ``directions`` have.
+            directions: one or more, each at its own layer.
+            if_match: ETag that the name must have now; for a name with one direction, that direction's content hash.
+            only_new: refuse the call if the name is already registered.
 
         Returns:
-            The name's new ETag.
+            The new ETag of the name.
 
         Raises:
-            DirectionChanged: ``if_match`` or ``only_new`` did not hold.
+            MalformedSpec: there are no directions, or one has another name.
+            DirectionChanged: ``if_match`` or ``only_new`` does not hold.
         """
         return etag_of(self._send(put_call(name, directions, if_match, only_new=only_new), self._admin))
 
     def delete_directions(self, name: str, layer: int | None = None, *, if_match: str | None = None) -> None:
-        """Remove the directions of one name, at every layer or at one; ``if_match`` as in ``put_directions``."""
+        """Remove the directions of one name, at every layer or at one.
+
+        Args:
+            name: the name.
+            layer: None for every layer.
+            if_match: as in ``put_directions``.
+
+        Raises:
+            UnknownDirection: the name is not registered, or not at this layer.
+            DirectionChanged: ``if_match`` does not hold.
+        """
         self._send(delete_call(name, layer, if_match), self._admin)
 
     def _request(self, call: Call, headers: dict[str, str]) -> httpx.Request:

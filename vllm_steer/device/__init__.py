@@ -1,1 +1,1 @@
-"""The tensors on the device that compiled code and CUDA graphs read, and how a step's tables reach them."""
+"""Device tensors that compiled code and CUDA graphs read, and the transfer of a step's tables to them."""

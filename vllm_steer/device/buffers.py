@@ -1,10 +1,10 @@
 """The persistent device tensors that compiled code and CUDA graphs read.
 
-They are allocated once and only ever written in place: a compiled graph holds the tensors themselves, and a replayed
+They are allocated once and only written in place, because a compiled graph holds the tensors themselves and a replayed
 CUDA graph holds their addresses. Letters of shapes as in ``batch_plan`` and ``ops.reference``.
 
-The tables of a step lie behind one another in one int32 tensor, those that change most often first, so that what has
-changed is brought to the device by one copy of its beginning::
+The tables of a step are packed into one int32 tensor, those that change most often first. One copy of its beginning
+brings all changes to the device::
 
     accepted drafts | keep | segments | flags | trace slots | row of token | entries, row by row
 """
@@ -27,7 +27,7 @@ from vllm_steer.ops.host_flags import HostFlags
 from vllm_steer.plan.step_plan import VERSION, IntArray, StepPlan
 
 _CHANGES = itertools.count()
-"""Of all tables in this process."""
+"""Numbers the versions of all tables in this process."""
 
 
 class SteerBuffers:
@@ -38,7 +38,16 @@ class SteerBuffers:
             S, K.
         max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
         device: where the model runs.
-        can_cut: the residual stream is float16, so the op may have to cut it off.
+        can_cut: whether the residual stream is float16, which the op may have to clip.
+
+    Attributes:
+        bank_SD: (S, D) float32, the directions.
+        row_of_token, keep_A, segment_A2, trace_slot_LK: int32 tables, see ``StepPlan``.
+        flags_L4: (L, 4) int32, see ``ops.reference``.
+        entry_slot_LRE, entry_ab_LRE2: the entry table, int32 slots and float32 coefficients.
+        sums_L_AD, last_L_AD: for each layer (A, D) float32, the sums and the last tokens of the accumulators.
+        trace_TK: (T, K) float32, the traced projections.
+        cut_R: (R,) int32, 1 for rows whose stream was clipped.
     """
 
     def __init__(
@@ -68,10 +77,10 @@ class SteerBuffers:
         self._flags = packer.table(num_layers, _aligned(VERSION + 1), fill=0)
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
-        # No row is looked at before it is written.
+        # Rows are written before they are read.
         self._entry = packer.table(rows, num_layers, _aligned(3 * max_entries), fill=-1)
         packed = packer.pack(device)
-        # What the device holds, or will once its stream gets there. On the host it is the same memory.
+        # The tables as the device has them after all queued copies. On a CPU it is the same memory.
         self._image = packed.numpy() if device.type == "cpu" else packed.numpy(force=True).copy()
         self._packed, self._ring = packed, ring_for(device, len(packed))
         self._num_changed = 0
@@ -88,12 +97,12 @@ class SteerBuffers:
         entry_RLE3 = self._entry.of(packed)[..., : 3 * max_entries].unflatten(2, (max_entries, 3))
         self.entry_slot_LRE = entry_RLE3[..., 0].transpose(0, 1)
         self.entry_ab_LRE2 = entry_RLE3.view(torch.float32)[..., 1:].transpose(0, 1)
-        # One tensor a layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
+        # One tensor per layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
         self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
         self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
-        # One tensor for all layers, each of which writes the columns that are bound to it: one copy brings a step home.
+        # One tensor for all layers; each writes only its own columns. So one copy fetches the traces of a step.
         self.trace_TK = floats(max_tokens, trace_columns)
-        # The op sets 1 at the rows of requests whose stream it had to cut off. A row that changes hands begins at 0.
+        # The op sets 1 at the rows of requests whose stream it clipped. A newly assigned row begins at 0.
         self.cut_R = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def layer(self, index: int) -> HookPoint:
@@ -101,12 +110,12 @@ class SteerBuffers:
         return HookPoint(self, index)
 
     def write(self, plan: StepPlan | None) -> None:
-        """Bring a step's tables to the device, in at most one copy; what the step does not cover is marked untouched.
+        """Copy a step's tables to the device, in at most one copy; tokens beyond the step are marked untouched.
 
-        Draft tokens of earlier steps that turned out to be accepted are added to their sums, once a plan.
+        Accepted draft tokens of earlier steps are added to their sums, once per plan.
 
         Args:
-            plan: None for a step that is as idle as the one before it.
+            plan: None for an idle step after an idle step.
         """
         self._host_flags.is_step = True
         if plan is None or plan is self._written:  # a steady decode has one plan for all its steps
@@ -121,7 +130,7 @@ class SteerBuffers:
             self._put(self._trace_slot, plan.trace_slot_LK)
         self._put(self._row, plan.row_of_token_T)
         if plan.num_tokens < self._high_water:
-            # Padding tokens of a graph that is larger than the step must not meet an older step's rows.
+            # Padding tokens of a graph that is larger than the step must not use rows of an older step.
             self._put(self._row, np.full(self._high_water - plan.num_tokens, -1, np.int32), at=plan.num_tokens)
         self._high_water = plan.num_tokens
         if plan.new_rows and self.can_cut:
@@ -140,16 +149,16 @@ class SteerBuffers:
                 sums_AD.index_add_(0, into_N, sums_AD[draft_N])
 
     def silence(self) -> None:
-        """Mark every token untouched, for forward passes that no request stands behind."""
+        """Mark every token untouched, for forward passes without requests."""
         self.write(self._nothing)
         self._host_flags.is_step = False
 
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
-        """Put a direction's (D,) float32 vector into a slot of the bank."""
+        """Write a direction's (D,) float32 vector into a slot of the bank."""
         self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
 
     def _put(self, table: _Table, values: IntArray, at: int = 0) -> None:
-        """Write the rows of a table from ``at`` on, as wide as ``values`` is, and note how far the device is behind."""
+        """Write rows of a table from ``at`` on, as wide as ``values``, and note how much to copy to the device."""
         rows = table.of(self._image)[at : at + len(values)]
         if values.ndim > 1:
             rows = rows[..., : values.shape[-1]]
@@ -166,11 +175,11 @@ class _Table:
     shape: tuple[int, ...]
 
     def of(self, packed: Any) -> Any:
-        """The table itself, of the tensor or of its image in numpy."""
+        """The table as a view of the packed tensor, or of its NumPy image."""
         return packed[self.start : self.start + self.size].reshape(self.shape)
 
     def end_of(self, rows: int) -> int:
-        """Where its first so many rows end."""
+        """Offset at which the first ``rows`` rows of the table end."""
         return self.start + rows * (self.size // self.shape[0])
 
     @property
@@ -179,7 +188,7 @@ class _Table:
 
 
 class _Packer:
-    """Lays tables behind one another."""
+    """Packs tables into one tensor, one after another."""
 
     def __init__(self) -> None:
         self._filled: list[tuple[_Table, int]] = []
@@ -199,12 +208,17 @@ class _Packer:
 
 
 def _aligned(num_elements: int) -> int:
-    """So many that what comes next begins at a multiple of 16 bytes, where compilers look for a view's alignment."""
+    """Round up to 16 bytes, the alignment that compilers check for in a view, so that the next table is aligned."""
     return -(-num_elements // 4) * 4
 
 
 class HookPoint(nn.Module):
-    """Sits inside a decoder layer: so the compiler sees its tensors as inputs of the graph and not as constants."""
+    """Submodule of a decoder layer, so that the compiler sees its tensors as graph inputs and not as constants.
+
+    Args:
+        buffers: the worker's tensors.
+        index: number of the hooked layer.
+    """
 
     def __init__(self, buffers: SteerBuffers, index: int) -> None:
         super().__init__()
@@ -226,7 +240,7 @@ class HookPoint(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Steer and read the stream hidden + residual, in place in ``hidden``; both (T, D)."""
+        """Steer the stream hidden + residual, both (T, D), in place in ``hidden``, and read it."""
         steer_and_read(
             hidden,
             residual,

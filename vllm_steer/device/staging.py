@@ -1,4 +1,4 @@
-"""How a step's tables get to a device with memory of its own: one copy, from pinned memory, that nobody waits for."""
+"""Copies a step's tables to a device with memory of its own: one asynchronous copy from pinned memory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 import torch
 
 RING_LENGTH = 4
-"""More copies than a runner ever has under way: it prepares one step while another one runs."""
+"""More copies than a runner ever has in flight: it prepares one step while another one runs."""
 
 
 class StagingRing:
-    """Host buffers taken in turn, each written again only once the copy out of it is over.
+    """Host buffers used in turn; each is rewritten only after the copy from it has finished.
 
     Args:
-        num_elements: the most int32 numbers of one copy.
-        new_event: makes what is recorded behind a copy and waited for before its buffer is used again.
-        pin_memory: without it a copy to an accelerator waits for the device.
+        num_elements: most int32 numbers of one copy.
+        new_event: creates a device event. It is recorded after each copy and awaited before the buffer is reused.
+        pin_memory: without it, a copy to an accelerator waits for the device.
     """
 
     def __init__(self, num_elements: int, new_event: Callable[[], Any], *, pin_memory: bool = True) -> None:
@@ -31,12 +31,12 @@ class StagingRing:
         self._next = 0
 
     def send(self, values: npt.NDArray[np.int32], target: torch.Tensor) -> None:
-        """Copy ``values`` to as many elements of ``target``, behind what its stream has to do already."""
+        """Queue a copy of ``values`` (int32) to the first elements of ``target`` on the current stream."""
         index, self._next = self._next, (self._next + 1) % RING_LENGTH
         if self._events[index] is None:
             self._events[index] = self._new_event()
         else:
-            self._events[index].synchronize()  # returns at once unless every buffer is under way
+            self._events[index].synchronize()  # returns at once unless all buffers are in flight
         staged = self._buffers[index][: len(values)]
         staged.numpy()[:] = values
         target[: len(values)].copy_(staged, non_blocking=True)
@@ -44,7 +44,7 @@ class StagingRing:
 
 
 def ring_for(device: torch.device, num_elements: int) -> StagingRing | None:
-    """The ring that a device needs; None for the host, whose tables are written where they are."""
+    """The ring for a device; None for a CPU, whose tables are written in place."""
     if device.type == "cpu":
         return None
     return StagingRing(num_elements, lambda: torch.Event(device))

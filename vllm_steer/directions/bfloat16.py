@@ -1,4 +1,4 @@
-"""bfloat16, which NumPy lacks: the upper half of a float32."""
+"""Conversion of bfloat16, which NumPy lacks: it is the upper half of a float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 
 def float32_of_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """The numbers whose bfloat16 bits are given, exactly: float32, of the same shape."""
+    """Convert the bits of bfloat16 numbers to float32, exactly and in the same shape."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)

@@ -1,6 +1,6 @@
-"""Directions in GGUF control vectors, as llama.cpp and repeng lay them out: one name a file.
+"""GGUF control vectors in the layout of llama.cpp and repeng. A file holds directions of one name.
 
-Tensor ``direction.N`` is the vector that is added to the output of the 0-based block N.
+Tensor ``direction.N`` is added to the output of the 0-based block N.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ _NAME_KEY = f"{METADATA_KEY}.name"
 
 
 def read_control_vector(file: Path, name: str | None) -> list[Stored]:
-    """The ``direction.N`` tensors of a file; other tensors are passed over.
+    """Read the ``direction.N`` tensors of a file; other tensors are skipped.
 
     Args:
-        name: replaces the stored name, which is the file's stem where it stores none.
+        file: path of the GGUF file.
+        name: replaces the stored name; a file without a stored name uses its stem.
 
     Raises:
-        BadDirectionFile: damaged, or quantised.
+        BadDirectionFile: the file is damaged, or a vector is quantised.
     """
     try:
         stored = GgufFile(file)
@@ -55,11 +56,11 @@ def write_control_vector(file: Path, directions: Sequence[Direction]) -> None:
     """Write directions of one name as float32 tensors.
 
     Raises:
-        BadDirectionFile: several names, or layer 0.
+        BadDirectionFile: the directions have several names, or one has layer 0.
     """
     from gguf import GGUFWriter
 
-    # Before the names: that advice would lead a file with layer 0 to this refusal.
+    # Checked before the names: the advice there would lead to this refusal.
     if any(direction.layer == 0 for direction in directions):
         raise BadDirectionFile(
             "a GGUF control vector cannot hold layer 0 (llama.cpp starts at 1); allowed: layers from 1. Write a "

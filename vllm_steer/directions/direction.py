@@ -15,11 +15,11 @@ from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.errors import BadVector, MalformedSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
-MOST_LAYERS = 1_000_000  # six digits, which is what the keys of direction files have room for
+MOST_LAYERS = 1_000_000  # the keys of direction files have six digits for it
 _FLOAT32 = np.finfo(np.float32)
 
-# float16 files of unit vectors come back with norms off by up to 1e-3 (half an ulp, summed over some thousand
-# elements); anything beyond ten times that was not meant to be a unit vector.
+# Unit vectors from float16 files have norms off by up to 1e-3 (half an ulp, summed over some thousand elements). A norm
+# off by more than ten times that is not meant to be 1.
 UNIT_TOLERANCE = 1e-2
 
 
@@ -30,14 +30,14 @@ class Direction:
     Args:
         name: letters, digits and ``. _ : / + -``, at most 128.
         layer: 0-based decoder block in whose output residual stream the vector lives, below 1,000,000.
-        vector: (D,) real numbers: a NumPy array of any real dtype, a sequence, or a PyTorch tensor on any device, in
-            bfloat16 or with gradients too. Kept as a read-only float32 copy, which holds float16, bfloat16 and float32
-            exactly. It is never rescaled: α multiplies it as it is. ``ablate`` and ``set`` need a unit vector;
+        vector: (D,) real numbers: a NumPy array of any real dtype, a sequence, or a PyTorch tensor on any device,
+            also in bfloat16 or with gradients. Kept as a read-only float32 copy, which holds float16, bfloat16 and
+            float32 exactly. It is never rescaled: α multiplies it as it is. ``ablate`` and ``set`` need a unit vector;
             ``normalised()`` makes one.
 
     Raises:
-        BadVector: not one-dimensional, not finite in float32, or zero in float32.
-        MalformedSpec: a bad name or layer.
+        BadVector: the vector is not one-dimensional, not finite in float32, or zero in float32.
+        MalformedSpec: the name or layer is not allowed.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Direction:
         object.__setattr__(self, "vector", vector)
 
     def _array(self) -> npt.NDArray[Any]:
-        """The given vector as an array of real numbers, (D,) with D > 0."""
+        """The given vector as a (D,) array of real numbers, D > 0."""
         try:
             given = np.asarray(_on_host(self.vector))
         # RuntimeError and AttributeError: raised by tensors of other libraries
@@ -84,8 +84,8 @@ class Direction:
         return given
 
     def _as_float32(self, given: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
-            vector = np.array(given, dtype=np.float32, order="C")  # a copy: the caller's array stays the caller's
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused below
+            vector = np.array(given, dtype=np.float32, order="C")  # a copy, not the caller's array
         if not np.isfinite(given).all():
             raise BadVector(
                 f"direction {self.name!r} has {np.count_nonzero(~np.isfinite(given))} values that are NaN or infinite; "
@@ -116,12 +116,12 @@ class Direction:
 
     @property
     def is_unit(self) -> bool:
-        """Whether the norm is 1 to within float16 rounding."""
+        """Whether the norm is 1 to within ``UNIT_TOLERANCE``."""
         return abs(self.norm - 1.0) <= UNIT_TOLERANCE
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the vector's float32 little-endian bytes; neither name nor layer enters."""
+        """SHA-256 (hex) of the vector's float32 little-endian bytes; name and layer are not included."""
         return sha256(self.vector.astype("<f4", copy=False).tobytes()).hexdigest()
 
     def normalised(self) -> Direction:
@@ -130,10 +130,10 @@ class Direction:
 
 
 def _on_host(vector: Any) -> Any:
-    """A PyTorch tensor as a NumPy array with the same values; anything else as it is.
+    """Convert a PyTorch tensor to a NumPy array with the same values; return anything else unchanged.
 
-    A tensor is recognised by its methods, because PyTorch need not be installed here. NumPy takes no tensor that has a
-    gradient or lives on an accelerator, and has no bfloat16 and no float8; float32 holds all of those exactly.
+    A tensor is recognised by its methods, because PyTorch need not be installed here. NumPy refuses tensors that have a
+    gradient or live on an accelerator. It has no bfloat16 and no float8; float32 holds both exactly.
     """
     if not hasattr(vector, "detach") or not hasattr(vector, "is_floating_point"):
         return vector

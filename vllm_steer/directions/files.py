@@ -1,4 +1,4 @@
-"""Reading and writing direction files; the ending of a path names its format."""
+"""Reads and writes direction files. The suffix of the path selects the format."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def load_directions(path: str | os.PathLike[str], name: str | None = None, layer
         path: ``.safetensors`` (tensor keys ``name@layer``; float64, float32, float16, bfloat16 or whole numbers),
             ``.npy`` (one vector of any real dtype) or ``.gguf`` (a control vector; float64, float32, float16 or
             bfloat16).
-        name: needed for ``.npy``; for ``.gguf`` it replaces the stored name or the file's stem.
-        layer: needed for ``.npy``, not used otherwise.
+        name: required for ``.npy``; for ``.gguf`` it replaces the stored name or the file's stem.
+        layer: required for ``.npy``, ignored otherwise.
 
     Raises:
-        BadDirectionFile: missing, truncated, of another format or dtype, or with no direction in it.
-        BadVector: a vector that is not finite, not one-dimensional, or zero.
+        BadDirectionFile: the file is missing, truncated, of another format or dtype, or holds no direction.
+        BadVector: a vector is not finite, not one-dimensional, or zero.
     """
     file = Path(path)
     if not os.path.isfile(file):  # Path.is_file would raise for a name that is too long
@@ -64,10 +64,11 @@ def load_directions(path: str | os.PathLike[str], name: str | None = None, layer
 def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction]) -> None:
     """Write directions to ``path`` (``.safetensors`` or ``.gguf``), atomically, as float32.
 
-    A GGUF control vector holds one name, and llama.cpp keeps no vector for layer 0: both are refused there.
+    A GGUF control vector holds one name, and no layer 0, because llama.cpp starts at layer 1.
 
     Raises:
-        BadDirectionFile: nothing to write, a key twice, another ending, or what the format cannot hold.
+        BadDirectionFile: there are no directions, two have the same name and layer, the suffix is another one, or the
+            format cannot hold the directions.
     """
     file = Path(path)
     if file.suffix not in _WRITERS:
@@ -92,7 +93,7 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
 
 
 def _checked(file: Path, one: Stored) -> Direction:
-    """The direction that a file holds, if it makes sense and is what `save_directions` wrote."""
+    """Validate a stored direction and compare it with the hash that `save_directions` wrote, if there is one."""
     try:
         direction = Direction(one.name, one.layer, one.vector)  # type: ignore[arg-type]  # any real dtype
     except BadVector as error:

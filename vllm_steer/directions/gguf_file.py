@@ -1,6 +1,6 @@
-"""Vectors in GGUF files, read within the bounds of the file: no count or length in it is believed.
+"""Reader of vectors in GGUF files. It checks every count and length against the size of the file.
 
-The ``gguf`` package's own reader takes a file's counts at their word, and can be kept busy for hours by 40 bytes.
+The reader of the ``gguf`` package trusts the counts in a file, so 40 bytes can keep it busy for hours.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, either byte order.
 """
 
@@ -19,13 +19,13 @@ from vllm_steer.directions.bfloat16 import float32_of_bfloat16
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _MOST_DIMENSIONS = 4  # of a tensor in ggml
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
-_BYTES_OF = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its size
+_BYTES_OF = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes of a value
 _BFLOAT16 = 30
-_FLOATS = {0: "f4", 1: "f2", 28: "f8", _BFLOAT16: "u2"}  # type of a tensor -> NumPy's dtype; of bfloat16 the bits
+_FLOATS = {0: "f4", 1: "f2", 28: "f8", _BFLOAT16: "u2"}  # tensor type -> NumPy dtype; bfloat16 as its bits
 
 
 class TensorTypeError(ValueError):
-    """A tensor is undamaged and of a type that is not read, such as a quantised one."""
+    """The tensor is undamaged, but its type is not supported, for example because it is quantised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class GgufTensor:
     """A tensor as the file describes it.
 
     Attributes:
-        type: number of ggml's type; 0 is F32, 1 F16, 28 F64 and 30 BF16.
-        shape: as NumPy counts, the fastest dimension last.
+        type: number of the ggml type; 0 is F32, 1 F16, 28 F64 and 30 BF16.
+        shape: in NumPy's order, the fastest dimension last.
     """
 
     name: str
@@ -44,11 +44,15 @@ class GgufTensor:
 
 
 class GgufFile:
-    """The texts among the metadata of a file, and its tensors.
+    """The string metadata and the tensors of a GGUF file.
+
+    Attributes:
+        texts: metadata key -> string; other metadata is skipped.
+        tensors: all tensors, in the order of the file.
 
     Raises:
-        ValueError: it is no GGUF file, ends too early, or says a thing twice.
-        OSError: it cannot be read.
+        ValueError: the file is not a valid GGUF file, ends too early, or has a name twice.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,11 +86,11 @@ class GgufFile:
         self._data_start = -(-self._at // alignment) * alignment
 
     def values(self, tensor: GgufTensor) -> npt.NDArray[np.floating]:
-        """The numbers of an F64, F32, F16 or BF16 tensor, the last as float32.
+        """Read an F64, F32, F16 or BF16 tensor; BF16 is converted to float32.
 
         Raises:
-            TensorTypeError: a tensor of another type.
-            ValueError: they lie beyond the file's end.
+            TensorTypeError: the tensor has another type.
+            ValueError: the data lies beyond the end of the file.
         """
         if tensor.type not in _FLOATS:
             raise TensorTypeError(
@@ -101,7 +105,7 @@ class GgufFile:
 
     def _take(self, count: int) -> npt.NDArray[np.uint8]:
         if count > self._data.size - self._at:
-            raise ValueError(f"it has {self._data.size} bytes and needs {self._at + count} at the least")
+            raise ValueError(f"it has {self._data.size} bytes and needs at least {self._at + count}")
         self._at += count
         return self._data[self._at - count : self._at]
 
@@ -112,14 +116,14 @@ class GgufFile:
         return self._take(self._number(8)).tobytes().decode()
 
     def _skip(self, kind: int) -> None:
-        """Go past a value, or past all those of an array."""
+        """Skip a value, or all values of an array."""
         count = 1
         if kind == _ARRAY:
             kind, count = self._number(4), self._number(8)
         if kind in _BYTES_OF:
             self._take(_BYTES_OF[kind] * count)
         elif kind == _STRING:
-            for _ in range(count):  # each has eight bytes at the least, so the file's end comes before any large count
+            for _ in range(count):  # each has at least eight bytes, so a false count soon reaches the file's end
                 self._take(self._number(8))
         else:
             raise ValueError(f"it has a value of type {kind}; allowed: numbers, texts and arrays of these")

@@ -1,4 +1,4 @@
-"""How much of a user's text or of a library's error stands in a message."""
+"""Limits on text that messages quote from users and libraries."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ MOST_QUOTED = 200  # characters
 
 
 def one_line(error: Exception) -> str:
-    """The message of a library's error, shortened to one line: it may quote a whole file."""
+    """An error's message on one line, cut to ``MOST_QUOTED`` characters; a library may quote a whole file."""
     return " ".join(str(error).split())[:MOST_QUOTED]

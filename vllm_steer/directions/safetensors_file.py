@@ -1,4 +1,4 @@
-"""Directions in safetensors files: one vector a tensor, named ``name@layer``."""
+"""Directions in safetensors files: one tensor per direction, named ``name@layer``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_steer.errors import BadDirectionFile
 
 _FORMAT = 1
 _BFLOAT16 = "BF16"
-# What the format calls a dtype -> what NumPy calls it. Of bfloat16, which NumPy lacks, the bits.
+# safetensors dtype -> NumPy dtype. bfloat16, which NumPy lacks, is read as its bits.
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -36,12 +36,12 @@ _DTYPES = {
 
 
 def read_safetensors(file: Path) -> list[Stored]:
-    """The tensors of a file, in memory that goes with its size.
+    """Read all tensors of a file, in memory proportional to its size.
 
     Names and dtypes are checked first, so that a model's checkpoint is refused before its tensors are read.
 
     Raises:
-        BadDirectionFile: damaged, or a tensor has a name or dtype that no direction has.
+        BadDirectionFile: the file is damaged, or a tensor's name, dtype or shape is not allowed.
     """
     from safetensors import SafetensorError, deserialize, safe_open
 
@@ -50,7 +50,7 @@ def read_safetensors(file: Path) -> list[Stored]:
             hashes = _written_hashes(file, opened.metadata() or {})
             for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 _check(file, key, opened.get_slice(key).get_dtype())
-        # Not get_tensor(), which gives no bfloat16 without PyTorch. Both calls hold every offset against the file.
+        # Not get_tensor(), which needs PyTorch for bfloat16. Both calls check every offset against the file's size.
         tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # not annotated
     except (SafetensorError, OSError) as error:
         raise BadDirectionFile(
@@ -61,7 +61,7 @@ def read_safetensors(file: Path) -> list[Stored]:
 
 
 def write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
-    """Write directions as float32 tensors, with each one's hash in the metadata."""
+    """Write directions as float32 tensors, with their hashes and norms in the metadata."""
     from safetensors.numpy import save_file
 
     about = {direction.key: {"sha256": direction.content_hash, "norm": direction.norm} for direction in directions}
@@ -86,7 +86,7 @@ def _check(file: Path, key: str, dtype: str) -> None:
 
 def _stored(file: Path, key: str, tensor: Mapping[str, Any], sha256: str | None) -> Stored:
     dtype, shape = tensor["dtype"], tensor["shape"]
-    _check(file, key, dtype)  # again: the file may have been replaced since
+    _check(file, key, dtype)  # checked again: the file may have been replaced
     values = np.frombuffer(tensor["data"], _DTYPES[dtype])
     try:
         vector = (float32_of_bfloat16(values) if dtype == _BFLOAT16 else values).reshape(shape)
@@ -100,7 +100,7 @@ def _stored(file: Path, key: str, tensor: Mapping[str, Any], sha256: str | None)
 
 
 def _written_hashes(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Key -> SHA-256 as `save_directions` noted it; empty for files that something else wrote."""
+    """Key -> SHA-256 that `save_directions` wrote; empty for files from other software."""
     try:
         noted = json.loads(metadata.get(METADATA_KEY, "{}")).get("directions", {})
         return {key: about["sha256"] for key, about in noted.items()}

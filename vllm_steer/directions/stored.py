@@ -1,4 +1,4 @@
-"""What a direction file holds, as its reader found it: nothing of it has been checked yet."""
+"""A direction as a file reader returns it, before any check."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy.typing as npt
 from vllm_steer.directions.direction import MOST_LAYERS
 
 LAYER = r"(0|[1-9][0-9]{0,5})"
-"""A layer's number in a file: below `MOST_LAYERS`, in one spelling, so that no two keys of a file mean the same."""
+"""Pattern of a layer number in a file: below `MOST_LAYERS`, with one spelling, so that no two keys mean the same."""
 LAYERS_ALLOWED = f"a whole number from 0 to {MOST_LAYERS - 1} without leading zeros"
 METADATA_KEY = "vllm_steer"
-"""Where the metadata of a file holds what is ours."""
+"""Key, or prefix of the key, of this package's metadata in a file."""
 
 
 class Stored(NamedTuple):
@@ -21,7 +21,7 @@ class Stored(NamedTuple):
 
     Attributes:
         vector: of any shape and any real dtype.
-        sha256: the ``content_hash`` that `save_directions` noted for it, or None.
+        sha256: the ``content_hash`` that `save_directions` wrote for it, or None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tasks of the event loop that nobody awaits."""
+"""Event-loop tasks that run without being awaited."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its
 
 
 def run_in_background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-    """Start a task on the running loop; if it ever fails, one line of the log says so."""
+    """Start a task on the running loop; if it fails, log the error as a warning."""
     task = asyncio.get_running_loop().create_task(work, name=name)
     task.add_done_callback(functools.partial(_tell, name))
     return task

@@ -1,4 +1,4 @@
-"""Which models can be steered, and how their decoder layers hand on the residual stream."""
+"""The model families that can be steered, and how their decoder layers return the residual stream."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm_steer.device.buffers import HookPoint, SteerBuffers
 from vllm_steer.errors import LayerNotHooked, UnsupportedModel
 
 Convention = Literal["fused", "single", "first", "batched"]
-"""What a decoder layer returns, T tokens, D hidden size:
+"""The return value of a decoder layer (T tokens, D hidden size):
 
 ``fused``: (h, r), both (T, D); the stream is h + r, and the next layer's norm adds them up.
 ``single``: the stream itself, (T, D).
-``first``: (h, anything); the stream is h, and the next layer does not read the second element.
-``batched``: the stream itself, (1, T, D), as Hugging Face's modules do.
+``first``: (h, x); the stream is h, and the next layer does not read x.
+``batched``: the stream itself, (1, T, D), as in Hugging Face's modules.
 """
 
 
@@ -30,7 +30,7 @@ class Family:
         architecture: name in the checkpoint's config, as vLLM resolves it.
         layer_class: class of the decoder layer in vLLM 0.32, with its module.
         convention: how that class returns the stream.
-        scales_float16: in float16 the class divides the stream by a constant of the model to keep it in range.
+        scales_float16: whether the class divides a float16 stream by a constant of the model to keep it in range.
     """
 
     architecture: str
@@ -39,10 +39,10 @@ class Family:
     scales_float16: bool = False
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Refuse a dtype in which the layers do not hand on the residual stream itself.
+        """Refuse a dtype in which the layers return a rescaled residual stream.
 
         Raises:
-            UnsupportedModel: naming the dtype and what to use.
+            UnsupportedModel: the layers rescale a stream of this dtype.
         """
         if self.scales_float16 and dtype == torch.float16:
             raise UnsupportedModel(
@@ -83,8 +83,8 @@ FAMILIES = {
 }
 
 _MANY_STREAMS = "its decoder layers mix several residual streams, and none of them is the one to steer or read"
-_UNFINISHED = "its decoder layers leave the last addition to the layer behind them, so the stream is nowhere whole"
-# Why, for architectures that were looked at (vLLM 0.32) and cannot be exact; of the others nothing is known.
+_UNFINISHED = "its decoder layers leave the last addition to the next layer, so no layer returns the complete stream"
+# Architectures that were examined (vLLM 0.32) and cannot be exact. Nothing is known about the others.
 _REASONS = {
     "DeepseekV4ForCausalLM": _MANY_STREAMS,
     "Glm5NextForCausalLM": _MANY_STREAMS,
@@ -93,7 +93,7 @@ _REASONS = {
     "Qwen4ExpForCausalLM": _UNFINISHED,
 }
 _MULTIMODAL = "ForConditionalGeneration"
-# How vLLM's classes that run Hugging Face's modules begin: TransformersForCausalLM, TransformersMoEForCausalLM.
+# Prefix of vLLM's classes that run Hugging Face's modules: TransformersForCausalLM, TransformersMoEForCausalLM.
 _BY_HUGGING_FACE = "Transformers"
 
 
@@ -122,12 +122,11 @@ def family_of(architecture: str, *, model_impl: str = "auto", checkpoint: str | 
 
     Args:
         architecture: as vLLM resolves it.
-        model_impl: the engine's argument of this name, which tells why vLLM runs a model through Hugging Face's
-            modules.
-        checkpoint: the architecture that the checkpoint's config names, or None where it is not known.
+        model_impl: the engine argument of this name; it explains why vLLM runs a model through Hugging Face's modules.
+        checkpoint: the architecture in the checkpoint's config; None if it is not known.
 
     Raises:
-        UnsupportedModel: it is not in the table; the message says why and lists what is.
+        UnsupportedModel: it is not in the table; the message says why and lists the table.
     """
     if architecture not in FAMILIES:
         named, reason = architecture, _reason(architecture)
@@ -145,16 +144,22 @@ def family_of(architecture: str, *, model_impl: str = "auto", checkpoint: str | 
 def attach(model: nn.Module, family: Family, layers: tuple[int, ...], buffers: SteerBuffers) -> None:
     """Put a hook point on each of ``layers`` of a loaded model, before it is compiled.
 
-    A layer that lives on another pipeline stage is left to that stage.
+    Skips layers on other pipeline stages.
+
+    Args:
+        model: the loaded model.
+        family: its row of the family table.
+        layers: layer numbers; a layer's place in this tuple is its layer index.
+        buffers: provides the hook points.
 
     Raises:
-        UnsupportedModel: the layers are not what the family table says (another model implementation was loaded).
-        LayerNotHooked: a layer that this model does not have.
+        UnsupportedModel: the layers' class is not the one in the family table (another implementation was loaded).
+        LayerNotHooked: the model has no such layer.
     """
     blocks = decoder_blocks(model)
     for index, layer in enumerate(layers):
         if layer >= len(blocks):
-            raise LayerNotHooked(f"layer {layer} was asked; the model has layers 0 to {len(blocks) - 1}.")
+            raise LayerNotHooked(f"layer {layer} was requested; the model has layers 0 to {len(blocks) - 1}.")
         block = blocks[layer]
         if class_name(block) == _ON_ANOTHER_STAGE:
             continue
@@ -168,7 +173,7 @@ def attach(model: nn.Module, family: Family, layers: tuple[int, ...], buffers: S
 
 
 def hooked_layers(model: nn.Module) -> list[int]:
-    """The layers of a loaded model that carry a hook point."""
+    """The numbers of the layers of a loaded model that have a hook point."""
     return [
         index
         for index, block in enumerate(decoder_blocks(model))
@@ -177,9 +182,12 @@ def hooked_layers(model: nn.Module) -> list[int]:
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers: in all families of the table the first ModuleList on the way down from the model.
+    """The model's decoder layers: in all families of the table, the first ModuleList in ``model.modules()``.
 
-    Not the longest: a layer may hold more experts than the model has layers.
+    The longest ModuleList would be wrong: a layer may hold more experts than the model has layers.
+
+    Raises:
+        UnsupportedModel: the model has no ModuleList.
     """
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -188,12 +196,12 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def class_name(module: nn.Module) -> str:
-    """A module's class with the Python module it comes from: Hugging Face and vLLM have classes of the same name."""
+    """The class of a module with its Python module, because Hugging Face and vLLM use the same class names."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _point(block: Any) -> Any:
-    return block.vllm_steer  # by name, not in a closure: the compiler then takes the point's tensors as graph inputs
+    return block.vllm_steer  # an attribute, not a closure, so that the compiler takes its tensors as graph inputs
 
 
 def _after_fused(block: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -209,7 +217,7 @@ def _after_first(block: nn.Module, args: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _after_batched(block: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    _point(block)(output[0], None)  # a view: what the op changes in it, it changes in the output
+    _point(block)(output[0], None)  # a view: the op's changes in it reach the output
 
 
 _HOOKS: dict[Convention, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""What would happen if an engine of a model were started with steering, told from the checkpoint's config alone."""
+"""Predicts from the checkpoint's config alone whether an engine would start with steering."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What ``diagnose`` found.
+    """The result of ``diagnose``.
 
     Attributes:
-        model: as it was given.
-        architecture: as vLLM resolves it: the name in the checkpoint's config, or ``TransformersForCausalLM`` and the
-            like where vLLM has no class for that name or was started with ``model_impl="transformers"``.
-        model_class: vLLM's class for it.
-        layer_class: class of its decoder layers with their module; None for a family that is not supported.
-        num_layers: how many decoder layers it has; they are numbered from 0.
-        hidden_size: elements of a direction's vector.
-        dtype: what the engine would compute in, such as ``bfloat16``.
-        runner: which of vLLM's model runners would be chosen.
-        layers: what was asked to be hooked.
-        directions: ``name@layer`` of all that the direction files hold.
-        problems: everything that would be refused, a sentence each; empty where the engine would start.
-        refused_features: engine features that would be refused beside steering if they were switched on.
+        model: the argument of ``diagnose``.
+        architecture: as vLLM resolves it: the name in the checkpoint's config, or a name such as
+            ``TransformersForCausalLM`` where vLLM has no class for that one or ``model_impl="transformers"`` was given.
+        model_class: name of vLLM's class for the architecture.
+        layer_class: class of its decoder layers, with the module; None for a family that is not supported.
+        num_layers: number of decoder layers, which are counted from 0.
+        hidden_size: number of elements of a direction's vector.
+        dtype: the dtype that the engine would compute in, such as ``bfloat16``.
+        runner: the vLLM model runner that would be chosen.
+        layers: the layers that would be hooked.
+        directions: ``name@layer`` of every direction in the direction files.
+        problems: one sentence for each thing that would be refused; empty if the engine would start.
+        refused_features: engine features that are refused together with steering if they are switched on.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Diagnosis:
 
     @property
     def is_fit(self) -> bool:
-        """Whether nothing would be refused."""
+        """True if nothing would be refused."""
         return not self.problems
 
 
@@ -67,16 +67,17 @@ def diagnose(
     directions: Files = (),
     **engine_args: Any,
 ) -> Diagnosis:
-    """Check a model as an engine's start would, without an engine and without its weights.
+    """Check a model as the start of an engine would, without starting one and without loading weights.
 
     Args:
         model: local folder or hub id; only its config is read.
-        layers: decoder blocks to hook, 0-based. By default those of the directions, or else all.
-        directions: direction files.
-        **engine_args: further arguments of ``vllm.LLM`` to check with.
+        layers: decoder layers to hook, counted from 0. Default: the layers of the directions, or all layers if there
+            are no directions.
+        directions: path of a direction file, or several paths.
+        **engine_args: further arguments of ``vllm.LLM`` to include in the check.
 
     Raises:
-        SettingsError: the config cannot be read, or vLLM takes no such model; or ``layers`` make no sense.
+        SettingsError: the config cannot be read, vLLM does not take the model, or ``layers`` is invalid.
         BadDirectionFile, BadVector: a direction file cannot be read.
     """
     name = os.fspath(model)
@@ -92,7 +93,7 @@ def diagnose(
     problems = [str(refusal) for refusal in refusals(config, settings)]
     if not problems:
         try:
-            _engine_config(name, {**engine_args, "additional_config": steering})  # an engine's start has the last word
+            _engine_config(name, {**engine_args, "additional_config": steering})  # the check of an engine's start
         except SteerError as error:
             problems.append(str(error))
     family = FAMILIES.get(model_config.architecture)
@@ -117,16 +118,16 @@ def _engine_config(model: str, engine_args: dict[str, Any]) -> Any:
         return EngineArgs(model=model, **engine_args).create_engine_config()
     except SteerError:
         raise
-    # What a fault of the config ends in, which nobody between here and the file looks for.
+    # A faulty config can raise any of these: no code between here and the file checks for it.
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise SettingsError(
-            f"vLLM makes no engine of {model}: {_first_line(error)}. Give a folder with a config.json, or a hub id "
-            "that this machine can reach."
+            f"vLLM cannot configure an engine for {model}: {_first_line(error)}. Give a folder with a config.json, or "
+            "a hub id that this machine can reach."
         ) from error
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without the paragraphs behind it."""
+    """The first line of an error message, without the paragraphs after it."""
     text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
     first, *others = text.strip().splitlines() or [type(error).__name__]
     if first.endswith(":") and others:

@@ -1,6 +1,6 @@
-"""The one way to change vLLM: every function replaced and every attribute written is declared here, with its reason.
+"""Declarations of every change to vLLM: each function that is replaced and each attribute that is written, with why.
 
-``docs/patches.md``, the list that ``make compat`` checks and the tests are derived from these declarations.
+``docs/patches.md``, the list that ``make compat`` checks, and tests are derived from these declarations.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _MARK = "vllm_steer_patch"
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A function of vLLM's that one of ours replaces and calls, or a method that we add to a class of vLLM's.
+    """A function of vLLM that ours replaces and calls, or a method that we add to a class of vLLM.
 
-    A function is replaced in its class or module (``install``), or on single objects (``install_on``).
+    ``install`` replaces the function in its class or module, ``install_on`` on a single object.
 
     Attributes:
-        owners: the classes, or modules, that hold the function by its name.
-        name: its name there.
-        wrap: makes our function from vLLM's, or from None for a method that we add. On a single object it also takes
-            the context that ``install_on`` was given.
+        owners: the classes or modules that have the function as an attribute.
+        name: the name of that attribute.
+        wrap: builds our function from vLLM's, or from None for an added method. ``install_on`` also passes it a
+            context.
         takes: the parameters of vLLM's function that we rely on, in the form of ``vllm_names.VllmName.takes``; None
-            for a method that we add, and for one that is replaced on single objects.
-        why: what for.
-        gone_when: what vLLM would have to offer for it to go.
+            for an added method, and for a method that is replaced on single objects.
+        why: the reason for the patch.
+        gone_when: what vLLM must offer before the patch can be removed.
         contains: an expression inside vLLM's function that we rely on.
-        when: in which processes it is installed.
+        when: the processes in which the patch is installed.
     """
 
     owners: tuple[type | ModuleType, ...]
@@ -44,10 +44,10 @@ class Patch:
     when: str = "every process that loads the plugin"
 
     def install(self) -> None:
-        """Put our function in place, around whatever is there. Does nothing where it is in place already.
+        """Wrap the function of each owner. Skips an owner whose function is wrapped already.
 
         Raises:
-            AttributeError: vLLM has no such function, and it is not one that we add.
+            AttributeError: vLLM has no such function, and this is not an added method.
         """
         for owner in self.owners:
             current = getattr(owner, self.name, None) if self.takes is None else getattr(owner, self.name)
@@ -55,7 +55,11 @@ class Patch:
                 setattr(owner, self.name, self._around(current))
 
     def install_on(self, instance: Any, *context: Any) -> None:
-        """Do the same to the bound method of a single object; ``wrap`` is given ``context`` after the method."""
+        """Wrap the bound method of one object, if it is not wrapped already; ``wrap`` also gets ``context``.
+
+        Raises:
+            AttributeError: the object has no such method.
+        """
         bound = getattr(instance, self.name)
         if not self._is_in(bound):
             setattr(instance, self.name, self._around(bound, *context))
@@ -68,7 +72,7 @@ class Patch:
         return ours
 
     def _is_in(self, function: Any) -> bool:
-        """Whether ``function`` is ours, or something else around ours."""
+        """Whether ``function`` is our function or wraps it."""
         while function is not None:
             if getattr(function, "__dict__", {}).get(_MARK) is self:
                 return True
@@ -77,7 +81,7 @@ class Patch:
 
     @property
     def places(self) -> tuple[tuple[str, str], ...]:
-        """(module, dotted name in it) of each function that is replaced."""
+        """(module, dotted name in it) of each replaced function."""
         return tuple(
             (owner.__name__, self.name)
             if isinstance(owner, ModuleType)
@@ -87,13 +91,13 @@ class Patch:
 
 
 class Attribute(Generic[T]):
-    """An attribute that we write on objects of vLLM's: one of ours, or a field of vLLM's own.
+    """An attribute that we write on vLLM objects: a new one, or a field that vLLM defines.
 
     Args:
         owner: the class of the objects.
-        name: ours begin with ``vllm_steer``.
-        why: what for.
-        gone_when: what vLLM would have to offer for it to go.
+        name: the attribute; the name of a new one begins with ``vllm_steer``.
+        why: the reason for it.
+        gone_when: what vLLM must offer before it can be removed.
     """
 
     def __init__(self, owner: str, name: str, *, why: str, gone_when: str) -> None:
@@ -101,12 +105,12 @@ class Attribute(Generic[T]):
         ATTRIBUTES.append(self)
 
     def of(self, instance: Any) -> T | None:
-        """The value that an object has; None where it has none."""
+        """The value on ``instance``; None where it is not set."""
         value: T | None = getattr(instance, self.name, None)
         return value
 
     def put(self, instance: Any, value: T) -> None:
-        """Write the value."""
+        """Set the value on ``instance``."""
         setattr(instance, self.name, value)
 
 
@@ -125,7 +129,7 @@ def patch(
     contains: str | None = None,
     when: str | None = None,
 ) -> Patch:
-    """Declare a change of vLLM; ``Patch.install`` makes it. See ``Patch`` for the parameters."""
+    """Declare a change of vLLM, which ``Patch.install`` then makes. See ``Patch`` for the parameters."""
     owners = (owner,) if isinstance(owner, type | ModuleType) else tuple(owner)
     made = Patch(owners, name, wrap, takes, why, gone_when, contains, when or Patch.when)
     PATCHES.append(made)

@@ -1,15 +1,15 @@
-"""Keys of the prefix cache: two requests share a block of KV exactly where they steer alike, by content.
+"""Prefix-cache keys: two requests share a KV block exactly where their steering has the same content.
 
-A block's KV depends on the steering of every token up to its end. Prompt tokens are steered by the ``prompt`` entries,
-generated ones by the ``generated`` entries, so two things have to be in the chain of block hashes:
+The KV of a block depends on the steering of every token up to the block's end. The ``prompt`` entries steer prompt
+tokens and the ``generated`` entries steer generated tokens, so the chain of block hashes must contain two things:
 
 * the digest of the prompt entries, from block 0 on: it travels in ``cache_salt``, which vLLM hashes into block 0;
-* where the generated entries differ from the prompt entries, their digest together with the place at which the prompt
-  ends, in the block that holds the first generated token. Blocks before it stay shared; those after it inherit the fork
-  through the chain.
+* if the generated entries differ from the prompt entries, their digest and the position at which the prompt ends, in
+  the block that holds the first generated token. Earlier blocks stay shared; later ones inherit the fork through the
+  chain.
 
-The second one needs the patch below. The end of the prompt is in the key because a later request can carry the same
-tokens in its prompt: there they were steered as prompt tokens.
+The second needs the patch below. The key contains the end of the prompt because a later request can carry the same
+tokens in its prompt, where they are steered as prompt tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def _generate_block_hash_extra_keys(original: Any) -> Any:
 
 
 def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
-    """The extra key of the block of tokens [start, end), if the steering changes at the end of the prompt within it."""
+    """The extra key of the block with tokens [start, end); None unless the steering changes at a prompt's end in it.
+
+    Returns:
+        ``("vllm_steer", "<digest of the generated entries>@<offset of the prompt's end in the block>")``, or None.
+    """
     params = request.sampling_params
     resolved = params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
     if resolved is None or resolved["prompt_digest"] == resolved["generated_digest"]:
@@ -53,7 +57,7 @@ def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
 
 
 EXTRA_KEYS = patch(
-    (kv_cache_utils, block_pool, manager),  # each holds the function by its name
+    (kv_cache_utils, block_pool, manager),  # each has its own reference to the function
     "generate_block_hash_extra_keys",
     _generate_block_hash_extra_keys,
     takes="request, start_token_idx, end_token_idx, start_mm_idx",

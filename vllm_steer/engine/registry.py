@@ -1,4 +1,4 @@
-"""The front end's book of registered directions: which name at which layer lies in which slot of the workers' bank."""
+"""The front end's registry of directions: the slot of the workers' bank for each name at each layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from vllm_steer.settings import SteerSettings
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A direction and its slot. The vector itself stays with the workers.
+    """A direction and its slot. Only the workers keep the vector.
 
     Attributes:
+        slot: the bank slot of the vector.
+        content_hash: hash of the vector.
         norm: Euclidean length of the vector.
         peak: largest absolute value of its elements.
     """
@@ -30,13 +32,13 @@ class Registered:
 
     @classmethod
     def of(cls, direction: Direction, slot: int) -> Registered:
-        """The entry of a direction whose vector lies in this slot."""
+        """Describe a direction whose vector is in ``slot``."""
         peak = float(np.abs(direction.vector).max())
         return cls(direction.name, direction.layer, slot, direction.content_hash, direction.norm, peak)
 
     @property
     def length(self) -> float:
-        """The norm, of which float32's rounding is no part in a unit direction."""
+        """The norm; exactly 1 for a unit direction, so that rounding does not show."""
         return 1.0 if self.is_unit else self.norm
 
     @property
@@ -46,10 +48,10 @@ class Registered:
 
 
 class DirectionBook:
-    """Names to directions, for looking up.
+    """Looks up registered directions by name.
 
     Args:
-        registered: what the book holds, each name at most once a layer.
+        registered: the directions, each name at most once per layer.
     """
 
     def __init__(self, registered: Iterable[Registered] = ()) -> None:
@@ -58,22 +60,24 @@ class DirectionBook:
             self._by_name.setdefault(one.name, {})[one.layer] = one
 
     def current(self) -> DirectionBook:
-        """The book as it stands, for look-ups that have to agree with each other."""
+        """The present state of the book, for look-ups that must agree with each other."""
         return self
 
     def find(self, name: str, layer: int | None, hooked: Collection[int]) -> Registered:
-        """The direction to use for ``name``, at ``layer`` if one is given.
+        """The direction that ``name`` refers to.
 
-        A name that belongs to exactly one layer may be used at any other one. Without ``layer``, a name that belongs to
-        several is the one at a hooked layer.
+        A name that belongs to exactly one layer may be used at any layer. A name that belongs to several layers means
+        the direction at ``layer``, or without ``layer`` the one at a hooked layer.
 
         Args:
+            name: name of the direction.
+            layer: the layer to use it at; None if the request names none.
             hooked: the engine's hooked layers.
 
         Raises:
-            UnknownDirection: nothing has the name.
-            LayerNotHooked: it belongs to several layers, none of them hooked.
-            AmbiguousDirection: it belongs to several, and which one is meant cannot be told.
+            UnknownDirection: no direction has the name.
+            LayerNotHooked: no layer is given, and the name belongs to several layers, none of them hooked.
+            AmbiguousDirection: the name belongs to several layers, and ``layer`` does not select one of them.
         """
         layers = self.layers_of(name)
         if len(layers) == 1:
@@ -94,10 +98,10 @@ class DirectionBook:
         )
 
     def layers_of(self, name: str) -> dict[int, Registered]:
-        """Layer -> direction of all that carry this name.
+        """All directions of this name, by layer.
 
         Raises:
-            UnknownDirection: none does; the message lists what is registered.
+            UnknownDirection: there is none; the message lists the registered names.
         """
         if name not in self._by_name:
             known = ", ".join(sorted(self._by_name)) or "none"
@@ -108,22 +112,22 @@ class DirectionBook:
         return self._by_name[name]
 
     def all(self) -> Iterable[Registered]:
-        """Everything registered, by name and layer."""
+        """All registered directions, sorted by name and layer."""
         for name in sorted(self._by_name):
             yield from (self._by_name[name][layer] for layer in sorted(self._by_name[name]))
 
 
 class DirectionRegistry(DirectionBook):
-    """A book that gives out the slots of a bank.
+    """A ``DirectionBook`` that allocates the slots of a bank.
+
+    A direction that is replaced or removed keeps its slot until ``reclaim``, because requests that were admitted before
+    still use it.
 
     Args:
-        capacity: slots in the bank.
-        hidden_size: D; every vector must have this length.
-        registered: what lies in the bank already.
-        busy: slots that are not to be given out though nothing registered lies in them.
-
-    A direction that is replaced or removed keeps its slot until ``reclaim``: requests that were admitted before still
-    use it.
+        capacity: number of slots in the bank.
+        hidden_size: D, the required length of every vector.
+        registered: the directions that are in the bank already.
+        busy: slots not to allocate, although no registered direction is in them.
     """
 
     def __init__(
@@ -137,19 +141,25 @@ class DirectionRegistry(DirectionBook):
         self._retired: list[int] = []
 
     def register(self, directions: Sequence[Direction]) -> list[tuple[int, Direction]]:
-        """Book directions and say which vectors have to be written to which slots; all of them or none.
+        """Register all of the directions, or none if one is refused.
 
-        What is registered already with the same content is left alone.
+        Skips a direction that is registered already with the same content.
+
+        Returns:
+            (slot, direction) of each vector that must be written to the bank.
 
         Raises:
-            What ``reserve`` raises.
+            WrongDimension, BankFull: see ``reserve``.
         """
         writes = self.reserve(directions)
         self.publish(writes)
         return writes
 
     def reserve(self, directions: Sequence[Direction]) -> list[tuple[int, Direction]]:
-        """The slots that ``register`` would give to directions, taken but not yet to be found by name.
+        """Take slots for directions, which cannot be found by name until ``publish``.
+
+        Returns:
+            As ``register``.
 
         Raises:
             WrongDimension: a vector whose length is not the hidden size.
@@ -171,8 +181,7 @@ class DirectionRegistry(DirectionBook):
         return [(self._free.pop(), direction) for direction in new]
 
     def publish(self, writes: Iterable[tuple[int, Direction]]) -> None:
-        """Let reserved directions be found by name; one that had the same name and layer keeps its slot until
-        ``reclaim``."""
+        """Make reserved directions findable by name. A direction that is replaced keeps its slot until ``reclaim``."""
         for slot, direction in writes:
             layers = self._by_name.setdefault(direction.name, {})
             if direction.layer in layers:
@@ -180,14 +189,14 @@ class DirectionRegistry(DirectionBook):
             layers[direction.layer] = Registered.of(direction, slot)
 
     def give_back(self, writes: Iterable[tuple[int, Direction]]) -> None:
-        """Free reserved slots again, in place of ``publish``."""
+        """Free reserved slots again, instead of ``publish``."""
         self._free.extend(slot for slot, _ in writes)
 
     def remove(self, name: str, layer: int | None = None) -> list[Registered]:
-        """Forget a name, at one layer or at all it belongs to; says what that was.
+        """Remove a name at ``layer``, or at all its layers, and return the removed directions.
 
         Raises:
-            UnknownDirection: there is none of that name, or none at that layer.
+            UnknownDirection: there is no direction of that name, or none at that layer.
         """
         layers = self.layers_of(name)
         if layer is not None and layer not in layers:
@@ -199,7 +208,7 @@ class DirectionRegistry(DirectionBook):
         return removed
 
     def reclaim(self) -> None:
-        """Free the slots of replaced and removed directions; only while no request is in flight."""
+        """Free the slots of replaced and removed directions. Call it only while no request is in flight."""
         self._free.extend(self._retired)
         self._retired.clear()
 
@@ -209,10 +218,14 @@ class DirectionRegistry(DirectionBook):
 
 
 def bank_writes(writes: Iterable[tuple[int, Direction]]) -> list[tuple[int, str, int, bytes]]:
-    """The argument of the workers' ``vllm_steer_write``: (slot, name, layer, float32 little-endian bytes)."""
+    """The argument of the workers' ``vllm_steer_write``: (slot, name, layer, vector as little-endian float32 bytes)."""
     return [(slot, one.name, one.layer, one.vector.astype("<f4", copy=False).tobytes()) for slot, one in writes]
 
 
 def configured_directions(settings: SteerSettings) -> list[Direction]:
-    """The directions of the configured files, in the order that front end and workers both give them slots."""
+    """The directions of the configured files, in the order in which front end and workers both assign slots.
+
+    Raises:
+        BadDirectionFile, BadVector: a file cannot be read.
+    """
     return [direction for path in settings.directions for direction in load_directions(path)]

@@ -1,6 +1,7 @@
-"""What admission hands to the workers: a request's spec with names turned into slots and layers into hook numbers.
+"""The result of admission for the workers: a spec with names resolved to slots and layers to layer indices.
 
-It travels beside the wire in ``SamplingParams.extra_args`` as plain lists, which cross vLLM's msgpack unchanged.
+A layer index counts the hooked layers from 0. The result travels in ``SamplingParams.extra_args`` as plain lists, which
+pass vLLM's msgpack unchanged.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from vllm_steer.plan.batch_plan import Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import Entry
 
 Row = tuple[int, int, float, float]
-"""Layer index, slot, a, b of an entry: what ``Entry`` is on the workers."""
+"""(layer index, slot, a, b) of one entry; the workers turn it into an ``Entry``."""
 RESOLVED_KEY = "vllm_steer_resolved"
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedReadout:
-    """A readout in the workers' terms.
+    """A readout in the form that the workers need.
 
     Attributes:
-        layers: layer numbers, and ``layer_indices`` their hook numbers, in the same order.
-        first, end: the positions [first, end) to average; ``end`` None is open.
-        project: (name, layer, slot) of each projection.
-        vectors: whether the means themselves are asked.
-        trace: (name, layer index, slot) of each direction to follow token by token.
+        layers: layer numbers in the model.
+        layer_indices: the layer indices of ``layers``, in the same order.
+        first, end: average over the positions [first, end); ``end`` is None for a span without a fixed end.
+        project: (name, layer, slot) of each projection of the mean.
+        vectors: whether to return the means themselves.
+        trace: (name, layer index, slot) of each direction to project every token onto.
     """
 
     layers: list[int]
@@ -40,12 +42,12 @@ class ResolvedReadout:
     trace: list[tuple[str, int, int]]
 
     def pooling(self) -> Pooling:
-        """The readout as ``batch_plan`` wants it."""
+        """The same readout in the form that ``batch_plan`` takes."""
         trace = tuple((layer_index, slot) for _, layer_index, slot in self.trace)
         return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
-        """The part of it that a pipeline stage with these hook numbers sees; at least the count of tokens."""
+        """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
         kept = [(layer, index) for layer, index in zip(self.layers, self.layer_indices, strict=True) if index in held]
         layers = [layer for layer, _ in kept]
         return replace(
@@ -59,15 +61,16 @@ class ResolvedReadout:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """All that a worker and the scheduler need to know of one request.
+    """Everything that a worker and the scheduler need to know about one request.
 
     Attributes:
-        request_id: the id that the caller knows; internal ids of the samples of one request contain it.
-        key: the name under which workers keep the request's readouts. Unlike the id, no other request has it.
-        prompt_len: tokens of the prompt.
-        prompt, generated: the entries for prompt and for generated tokens.
-        prompt_digest, generated_digest: content of these entries; empty where there are none.
-        contents: (slot, hash of the vector) of each of ``slots``, for the worker to compare with what it has there.
+        request_id: the caller's id; the internal ids of the request's samples contain it.
+        key: the name under which the workers keep the request's readouts. Unlike the id, it is unique.
+        prompt_len: number of prompt tokens.
+        prompt, generated: entries for prompt tokens and for generated tokens.
+        prompt_digest, generated_digest: content hashes of these entries; empty strings where there are none.
+        readout: the requested readout, or None.
+        contents: (slot, vector hash) of each slot in ``slots``; the worker compares them with its bank.
     """
 
     request_id: str
@@ -82,7 +85,7 @@ class Resolved:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Every slot of the bank that the request reads, each once."""
+        """Every bank slot that the request reads, each once, sorted."""
         found = {slot for _, slot, _, _ in self.prompt}
         if self.generated != self.prompt:
             found |= {slot for _, slot, _, _ in self.generated}
@@ -91,16 +94,17 @@ class Resolved:
         return tuple(sorted(found))
 
     def dump(self) -> dict[str, Any]:
-        """The plain lists and dicts that ``load`` takes; the lists are this object's own."""
+        """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
         return _shallow(self) | {"readout": None if self.readout is None else _shallow(self.readout)}
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
+        """Rebuild an object from the result of ``dump``."""
         readout = value["readout"]
         return cls(**{**value, "readout": None if readout is None else ResolvedReadout(**readout)})
 
     def plan(self) -> RequestPlan:
-        """The request as ``batch_plan`` wants it."""
+        """The same request in the form that ``batch_plan`` takes."""
         prompt = tuple(map(Entry._make, self.prompt))
         return RequestPlan(
             prompt_len=self.prompt_len,
@@ -111,12 +115,12 @@ class Resolved:
 
 
 def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__match_args__}  # the names of a dataclass's fields
+    return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
 
 
 def digest(entries: Sequence[tuple[int, float, float, str]]) -> str:
-    """Hash of what entries do, by content: layer, a, b and the vector's hash of each, in order of application.
+    """SHA-256 of the entries (layer, a, b, vector hash) in order of application; an empty string for no entries.
 
-    Names do not enter: the same vector under two names gives the same KV, and a name with a new vector does not.
+    Names are left out: one vector under two names gives the same KV, and a name with a new vector gives different KV.
     """
     return sha256(json.dumps(entries).encode()).hexdigest() if entries else ""

@@ -1,8 +1,8 @@
-"""A request whose steered stream had to be cut off ends with the reason, and what it left in the caches is not reused.
+"""Ends requests whose steered stream was cut off, with the reason, and keeps their KV out of the prefix cache.
 
-The op cuts a float16 stream off at its limit and marks the request's row (``ops.reference``). The worker hands the
-marks over with the output of the same step (``worker.cut_off_marks``), and the scheduler, here, ends those requests
-before their tokens are shown.
+The op cuts a float16 stream off at its limit and marks the request's row (``ops.reference``). The worker returns the
+marks with the output of the same step (``worker.cut_off_marks``). The scheduler patch in this module ends those
+requests before their tokens are emitted.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 REASON_PREFIX = "vllm_steer: "
 _REASON = (
-    f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, where float16 nears its end, so "
-    "the request was ended; allowed: additions that the stream has room for. Use smaller alphas, or start the engine "
-    "with dtype='bfloat16'."
+    f"{REASON_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, the limit in float16, so the "
+    "request was ended; allowed: additions that stay within the limit. Use smaller alphas, or start the engine with "
+    "dtype='bfloat16'."
 )
 
 
@@ -37,7 +37,7 @@ def _update_from_output(original: Any) -> Any:
         if not failed:
             return original(self, scheduler_output, model_runner_output)
         failed += _sharing(self, failed)
-        for request_id in failed:  # no token of theirs is shown, or ends them in another way
+        for request_id in failed:  # drop their tokens, which could end them for another reason
             if model_runner_output.sampled_token_ids and request_id in model_runner_output.req_id_to_index:
                 model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request_id]] = []
         outputs = original(self, scheduler_output, model_runner_output)
@@ -49,7 +49,7 @@ def _update_from_output(original: Any) -> Any:
 
 
 def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
-    """Running requests that have read steered KV of these from the prefix cache before it could be taken out."""
+    """Running requests that read steered KV of the failed ones from the prefix cache before its eviction."""
     own = set().union(*(_steered_blocks(scheduler, scheduler.requests[one]) for one in failed))
     return [
         request.request_id
@@ -59,7 +59,7 @@ def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
 
 
 def _steered_blocks(scheduler: Any, request: Any) -> set[int]:
-    """The blocks of a request that hold KV of steered tokens, or follow on such."""
+    """Ids of the request's blocks from its first steered token on."""
     extra = (request.sampling_params.extra_args if request.sampling_params is not None else None) or {}
     resolved = extra.get(RESOLVED_KEY)
     if resolved is None or not (resolved["prompt"] or resolved["generated"]):
@@ -74,7 +74,7 @@ def _steered_blocks(scheduler: Any, request: Any) -> set[int]:
 
 
 def _end(scheduler: Any, request: Any, outputs: Any) -> None:
-    """End a request with the reason, and let nobody find its steered KV."""
+    """End a request with the reason, and evict its steered KV from the prefix cache."""
     scheduler.kv_cache_manager.evict_blocks(_steered_blocks(scheduler, request))
     scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
     told = EngineCoreOutput(
@@ -92,13 +92,13 @@ UPDATE_FROM_OUTPUT = patch(
     "update_from_output",
     _update_from_output,
     takes="self, scheduler_output, model_runner_output",
-    why="A request whose steered stream had to be cut off must end with an error, before its tokens are shown, and its "
+    why="A request whose steered stream was cut off must end with an error before its tokens are emitted, and its "
     "blocks must leave the prefix cache.",
     gone_when=_GONE,
 )
 CUT_OFF: Attribute[list[str]] = Attribute(
     "ModelRunnerOutput",
     "vllm_steer_cut_off",
-    why="The internal ids of requests whose steered stream had to be cut off in the step.",
+    why="The internal ids of requests whose steered stream was cut off in the step.",
     gone_when=_GONE,
 )

@@ -40,7 +40,7 @@ def unsupported_reason() -> str | None:
     if is_disabled():
         return (
             f"{DISABLE_VARIABLE} switches vllm-steer off in this process, so nothing would be steered or read; "
-            "allowed: engines and requests without steering. Unset it and start again, or leave steering and readout out."
+            "allowed: engines and requests without steering. Unset it and start again, or ask for neither."
         )
     found = vllm_version()
     if minor(found) in SUPPORTED:

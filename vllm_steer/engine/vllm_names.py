@@ -1,7 +1,7 @@
-"""Everything of vLLM's that this room relies on, for ``tests/compat`` to check against any release.
+"""Every part of vLLM that the plugin relies on; ``tests/compat`` checks the list against any release.
 
-Three kinds: names (a class, a function, an attribute, a member of an enumeration), signatures, and expressions inside a
-function whose effect is part of what we rely on. The family table of ``decoder_layers`` is a list of its own.
+There are three kinds of parts: names (a class, a function, an attribute, a member of an enumeration), signatures, and
+expressions inside a function whose effect we rely on. The family table of ``decoder_layers`` is a separate list.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VllmName:
-    """One thing of vLLM's that has to be there, and to be as it was.
+    """One part of vLLM that must exist in the form described here.
 
     Attributes:
-        module: where it is imported from or defined, such as ``vllm.outputs``.
-        name: ``function``, ``Class``, ``Class.method`` or ``Class.attribute``; ``function.attribute`` for one that
-            the function sets on somebody else's object; empty for the module itself.
-        takes: parameters that we name, in order; None for what is not called. ``async`` or ``static`` before them says
-            what kind of function it is, ``name=`` is passed by keyword, ``*`` ends those by position, and ``...`` at
-            the end lets others follow: after a patched function any, else only such as need not be given.
-        contains: an expression in its text, as ``ast.unparse`` writes it.
-        is_patched: we put a wrapper in its place, so nothing may go around it: no further module that holds it by name,
-            no further subclass that overrides it.
-        needed_by: our file, where that cannot be told from its text.
+        module: the module it is imported from or defined in, such as ``vllm.outputs``.
+        name: ``function``, ``Class``, ``Class.method`` or ``Class.attribute``; ``function.attribute`` for an attribute
+            that the function sets on another object; empty for the module itself.
+        takes: the parameters that we name, in order; None for a part that we do not call. A leading ``async`` or
+            ``static`` gives the kind of function, ``name=`` is passed by keyword, ``*`` ends the positional parameters,
+            and a final ``...`` allows further parameters: any for a patched function, else only optional ones.
+        contains: an expression in its source, as ``ast.unparse`` writes it.
+        is_patched: we replace it with a wrapper, which nothing may bypass: no other module may hold it by name, and no
+            other subclass may override it.
+        needed_by: our file that needs it, where a search of our source cannot tell.
     """
 
     module: str
@@ -65,7 +65,7 @@ _STATE_V2 = f"{_STATES_V2}.interface"
 _HASH_HOLDERS = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
 
 VLLM_NAMES = (
-    # How the plugin is found, and told its settings.
+    # Discovery of the plugin, and its settings.
     VllmName(
         "vllm.plugins", "DEFAULT_PLUGINS_GROUP", contains="'vllm.general_plugins'", needed_by="engine/supported.py"
     ),
@@ -83,7 +83,7 @@ VLLM_NAMES = (
     *_members("vllm.usage.usage_lib", "UsageContext", "LLM_CLASS OPENAI_API_SERVER OPENAI_BATCH_RUNNER"),
     VllmName("vllm.envs", ""),
     VllmName("vllm.envs", "VLLM_USE_RUST_FRONTEND"),
-    # The engine's configuration. Its hash keys the compile cache, and must see our settings.
+    # The engine's configuration. Its hash is the key of the compile cache and must cover our settings.
     VllmName(_CONFIG, "VllmConfig.compute_hash", contains="self.additional_config", needed_by="engine/config.py"),
     *(
         VllmName(module, name, contains="vllm_config.compute_hash()", needed_by="engine/config.py")
@@ -116,10 +116,10 @@ VLLM_NAMES = (
     *_members("vllm.config.scheduler", "SchedulerConfig", "async_scheduling max_num_batched_tokens max_num_seqs"),
     VllmName("vllm.config.compilation", "CompilationConfig.cudagraph_capture_sizes"),
     VllmName("vllm.config.speculative", "SpeculativeConfig.method"),
-    # Requests: what a caller gives, and what the front end makes of it.
+    # Requests: the caller's parameters, and the objects that the front end makes from them.
     VllmName("vllm", "SamplingParams"),
     *_members(_SAMPLING, "SamplingParams", "extra_args output_kind skip_reading_prefix_cache stop"),
-    # process_inputs, below, calls it too: so what steered() makes may share its lists with what it was made from
+    # process_inputs calls it too, so the result of steered() may share lists with its argument
     VllmName(_SAMPLING, "SamplingParams.clone", "self", contains="copy.deepcopy(self)"),
     VllmName(_SAMPLING, "RequestOutputKind"),
     VllmName(_SAMPLING, "RequestOutputKind.DELTA"),
@@ -139,7 +139,7 @@ VLLM_NAMES = (
     VllmName("vllm.exceptions", "GracefulHTTPError"),
     VllmName("vllm.exceptions", "VLLMClientError"),
     VllmName("vllm.exceptions", "GracefulHTTPError.__init__", "self, message, http_status"),
-    # Keys of the prefix cache.
+    # Prefix-cache keys.
     *(VllmName(module, "") for module in _HASH_HOLDERS),
     VllmName("vllm.v1.request", "Request.sampling_params"),
     VllmName(
@@ -163,7 +163,7 @@ VLLM_NAMES = (
     VllmName("vllm", "RequestOutput"),
     *_members("vllm.outputs", "RequestOutput", "outputs prompt_token_ids request_id"),
     *_members("vllm.outputs", "CompletionOutput", "finish_reason index stop_reason token_ids"),
-    # An engine core in a process of its own.
+    # An engine core in a separate process.
     VllmName(_CLIENT, "MPClient"),
     *_members(_CLIENT, "MPClient", "resources utility_results vllm_config"),
     VllmName(_CLIENT, "SyncMPClient"),
@@ -197,7 +197,7 @@ VLLM_NAMES = (
     VllmName(_SERVE, "ServeSubcommand.subparser_init", "self, subparsers"),
     VllmName(_SERVE, "ServeSubcommand.validate", "self, args"),
     VllmName(_SERVE, "ServeSubcommand.cmd", "static args"),
-    # The scheduler, and what a step's output brings it.
+    # The scheduler, and the step outputs that it receives.
     VllmName(_SCHEDULER, "Scheduler"),
     *_members(_SCHEDULER, "Scheduler", "kv_cache_manager requests running"),
     VllmName(_SCHEDULER, "Scheduler.finish_requests", "self, request_ids, finished_status"),
@@ -221,7 +221,7 @@ VLLM_NAMES = (
     *_members("vllm.v1.outputs", "ModelRunnerOutput", "req_id_to_index sampled_token_ids"),
     VllmName("vllm.v1.outputs", "AsyncModelRunnerOutput"),
     VllmName("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "self"),
-    # Workers, and what the scheduler tells their runners.
+    # Workers, and the scheduler outputs that their runners receive.
     VllmName(_WORKER, "WorkerBase"),
     *_members(_WORKER, "WorkerBase", "device model_runner parallel_config rank vllm_config"),
     VllmName(_WORKER, "WorkerBase.execute_model"),

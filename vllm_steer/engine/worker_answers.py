@@ -1,7 +1,7 @@
-"""One answer out of those of an engine's workers: pipeline stages hold different layers of the same readout.
+"""Merges the answers of an engine's workers: pipeline stages hold different layers of the same readout.
 
-All take the answers of ``collective_rpc`` in the order of the ranks, in which a later stage stands behind an earlier
-one. A worker that another one of its tensor-parallel group answers for has answered None.
+All functions take the results of ``collective_rpc`` in rank order, in which later stages follow earlier ones. Only
+rank 0 of each tensor-parallel group answers; the others return None.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 Readout = dict[str, Any]
-"""What ``FinishedReadout.answer`` gives."""
+"""The result of ``FinishedReadout.answer``."""
 LiveTrace = list[tuple[str, list[float]]] | dict[str, str]
 """(name, values) of each traced direction, or ``{"error": reason}``."""
 
 
 def whole_readouts(workers: Sequence[Sequence[Readout | None] | None]) -> list[Readout | None]:
-    """The readouts of some samples, from the answers to ``vllm_steer_collect``; None for one that any stage lost."""
+    """Merge the answers to ``vllm_steer_collect``: one readout per sample, None where any stage lost it."""
     return [_whole_readout(parts) for parts in _by_sample(workers)]
 
 
 def whole_traces(workers: Sequence[Sequence[LiveTrace | None] | None]) -> list[LiveTrace | None]:
-    """The traces of some samples that are under way, from the answers to ``vllm_steer_traces``.
+    """Merge the answers to ``vllm_steer_traces``: one trace per running sample.
 
-    None for one that any stage does not know (yet, or any more). All directions of a sample come with equally many
-    values, of the tokens that every stage knows of.
+    The result is None for a sample that any stage does not know (not yet, or no longer). All directions of a sample
+    have the same number of values: those of the tokens that every stage knows.
     """
     return [_whole_trace(parts) for parts in _by_sample(workers)]
 

@@ -1,1 +1,1 @@
-"""The one custom op of the plugin, its plain-torch specification and its fast paths."""
+"""The plugin's only custom op, its specification in plain torch and its fast paths."""

@@ -1,11 +1,11 @@
 """The CPU path of the op: the same result as ``reference``, touching only the tokens that a step steers or reads.
 
-On the host the tables can be looked at: a layer at which no token of the step is steered, read or traced costs one look
-at four integers. What the tables ask of a layer (which tokens, in which order, what is added to them) is worked out
-once and remembered for as long as their version stays, which most decode steps in a row share: between two steps all
-weights of the model pass through the caches, so that what is looked at then costs several times what it does in a loop.
-Long runs of tokens with one row or accumulator (a prompt) are done run by run, without a copy of the row for every
-token; many short ones (a decode step) all at once; either in parts of ``PART``.
+The host can read the tables, so a layer at which no token of the step is steered, read or traced costs one read of four
+integers. The work of a layer (which tokens, in which order, what is added to them) is derived from the tables once and
+cached while their version stays the same. Most consecutive decode steps share a version. The cache matters because all
+weights of the model pass through the CPU caches between two steps, so a read of the tables then costs several times
+more than in a loop. Long runs of tokens with one row or accumulator (a prompt) are processed run by run, without a copy
+of the row for every token. Many short runs (a decode step) are processed all at once. Both go in parts of ``PART``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 LONG_RUN = 16
-"""From so many tokens a run on, on average, runs are steered one by one."""
+"""Average length, in tokens, from which runs are steered one by one."""
 
 LONG_SEGMENT = 64
-"""The same of segments that are summed, where doing them all at once copies less."""
+"""The same for summed segments. It is larger, because summing all segments at once copies less."""
 
 PART = 524_288
-"""So many elements are worked on at a time: 2 MiB in float32, which stay in the cache, where a long prompt's whole
-stream would come from fresh pages and cost their faults. Much less a call, and the calls cost more than the work."""
+"""Elements processed at a time: 2 MiB in float32, which stay in the CPU cache. The whole stream of a long prompt would
+come from fresh pages and cost their page faults. With much smaller parts, the calls cost more than the work."""
 
 Rows = slice | torch.Tensor | None
-"""Some rows of a tensor; None: all of them, which spares the slice."""
+"""Rows of a tensor; None means all of them, without a slice."""
 Counts = npt.NDArray[np.int64]
 
 
@@ -53,7 +53,7 @@ def steer_and_read(
     cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
-    """See ``reference.steer_and_read``."""
+    """The op on the CPU; see ``reference.steer_and_read``."""
     depth, is_read, is_traced, version = flags_4.tolist()
     if not (depth or is_read or is_traced):
         return
@@ -85,12 +85,12 @@ def steer_and_read(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the tables of a step ask of a layer.
+    """The work of one layer in one step.
 
     Attributes:
-        steered: None where no token is steered.
-        reset: accumulators to be set to zero, None for none.
-        summed, traced: in parts.
+        steered: None if no token is steered.
+        reset: accumulators to set to zero; None for none.
+        summed, traced: tokens to sum and to trace, in parts.
     """
 
     steered: _Steered | None
@@ -100,8 +100,8 @@ class _Work:
 
 
 _LAST: dict[int, tuple[tuple[int, torch.Size, int], _Work]] = {}
-"""By the address of a layer's flags: what was done there last, behind the tables' version, the shape of hidden and the
-version of the bank. No more is kept: what outlives its step keeps the memory around it from being given back."""
+"""Address of a layer's flags -> (version of the tables, shape of hidden, version of the bank), and the last work there.
+Only the last is kept: objects that outlive their step keep the memory around them from being freed."""
 
 
 def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: Rows) -> torch.Tensor:
@@ -113,18 +113,18 @@ def _stream(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, at: Rows)
 def _rows(tensor: torch.Tensor, at: Rows) -> torch.Tensor:
     if at is None:
         return tensor
-    # a fifth of what indexing with a tensor takes
+    # index_select takes a fifth of the time of indexing with a tensor
     return tensor[at] if isinstance(at, slice) else tensor.index_select(0, at)
 
 
 def _rows_of(numbers: Counts, count: int) -> Rows:
-    """What picks these rows of a tensor that has so many."""
+    """Selects the rows ``numbers`` of a tensor with ``count`` rows."""
     index = _index(numbers)
     return None if isinstance(index, slice) and index == slice(0, count) else index
 
 
 def _index(numbers: Counts) -> slice | torch.Tensor:
-    """What picks these rows: a slice, which copies nothing, where they follow one another."""
+    """Index of the rows ``numbers``: a slice, which copies nothing, if they are consecutive."""
     if not numbers.size:
         return slice(0, 0)
     if numbers[-1] - numbers[0] == len(numbers) - 1 and (np.diff(numbers) == 1).all():
@@ -137,7 +137,7 @@ def _parts(first: int, stop: int, most: int) -> list[slice]:
 
 
 def _consecutive(first_N: Counts, count_N: Counts) -> Counts:
-    """``count`` numbers from each ``first`` on, one series behind the other."""
+    """``count`` consecutive numbers from each ``first`` on, concatenated."""
     stop_N = count_N.cumsum()
     numbers: Counts = (first_N - stop_N + count_N).repeat(count_N) + np.arange(count_N.sum())
     return numbers
@@ -145,7 +145,7 @@ def _consecutive(first_N: Counts, count_N: Counts) -> Counts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Units:
-    """Runs of tokens with the same row; each its row, first token and number of tokens."""
+    """Runs of tokens with the same row: row, first token and number of tokens of each."""
 
     row_U: Counts
     first_U: Counts
@@ -154,7 +154,7 @@ class _Units:
 
 @lru_cache(maxsize=4)
 def _units(rows: bytes) -> _Units:
-    """The units of a step, which every layer of it shares."""
+    """The units of a step, cached because all its layers share them."""
     row_T = np.frombuffer(rows, np.int32).astype(np.int64)
     starts_U = np.flatnonzero(np.diff(row_T, prepend=-2))
     count_U = np.diff(starts_U, append=len(row_T))
@@ -165,14 +165,13 @@ def _units(rows: bytes) -> _Units:
 
 @dataclass(frozen=True, slots=True)
 class _Steered:
-    """What a step's units and a layer's entries ask for.
+    """The steering of one layer in one step.
 
     Attributes:
-        row_U: the row of each unit that has any entries.
-        slots_UE, a_UE, b_UE: they. One with fewer than the deepest is filled up with
-            slot 0, a = b = 0.
-        delta_UD: what is added to each token of a unit, where that does not depend on the token: b is 0 throughout.
-        parts: tokens, and the unit of each or one for all of them.
+        row_U: row of each unit that has entries at this layer.
+        slots_UE, a_UE, b_UE: its entries, padded to the depth of the step with slot 0, a = b = 0.
+        delta_UD: vector to add to each token of a unit; None if it depends on the token, that is if any b is not 0.
+        parts: tokens, with the unit of each or one unit for all of them.
     """
 
     row_U: torch.Tensor
@@ -192,7 +191,7 @@ def _steered(
     depth: int,
     most: int,
 ) -> _Steered | None:
-    """None where no token is steered at this layer."""
+    """None if no token is steered at this layer."""
     slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
     # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
     some_U = slot_UE[:, 0] >= 0
@@ -241,7 +240,7 @@ def _steer(
 
 
 def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
-    """In float32, rounded once."""
+    """Add in float32 and round once."""
     if not isinstance(at, torch.Tensor):
         _rows(hidden_TD, at).add_(delta_ND)
     else:
@@ -256,16 +255,16 @@ def _add_within_limit(
     row_N: torch.Tensor,
     cut_R: torch.Tensor,
 ) -> None:
-    """``_add`` in float16: what would leave its range is cut off, and the rows that this happened to are marked.
+    """``_add`` in float16: clips values to the limit, and marks rows with clipped values in ``cut_R``.
 
     Args:
-        row_N: the row of each token, or one for all of them.
+        row_N: row of each token, or one row for all of them.
     """
     own_ND = _rows(hidden_TD, at).float()
     beside_ND = torch.zeros_like(own_ND) if residual_TD is None else _rows(residual_TD, at).float()
     new_ND = own_ND + delta_ND
     largest = torch.maximum(new_ND.abs().max(), (new_ND + beside_ND).abs().max())
-    if not largest <= FLOAT16_LIMIT:  # seldom: NaN too
+    if not largest <= FLOAT16_LIMIT:  # rare; true for NaN too
         new_ND, is_cut_N = within_limit(new_ND, own_ND, beside_ND)
         cut_R[row_N.expand(len(is_cut_N))[is_cut_N]] = 1
     if isinstance(at, torch.Tensor):
@@ -277,7 +276,7 @@ def _add_within_limit(
 def _delta(
     stream_ND: torch.Tensor, directions: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """What is added entry by entry, each a direction, a and b of every token, or the same ones for all of them."""
+    """The sum of all entries for each token. An entry has a direction, a and b per token, or one for all tokens."""
     delta_ND = torch.zeros_like(stream_ND)
     for direction, a_e, b_e in zip(directions, a, b, strict=True):
         projection_N = ((stream_ND + delta_ND) * direction).sum(dim=1)
@@ -287,13 +286,13 @@ def _delta(
 
 @dataclass(frozen=True, slots=True)
 class _Summed:
-    """Tokens that are summed in one go.
+    """Tokens that are summed in one call.
 
     Attributes:
-        tokens: they, in the order of their accumulators.
-        into: the accumulator of all of them, or that of each.
-        ended: the accumulators whose segments end among these tokens.
-        ends: where, as rows of ``tokens``.
+        tokens: the tokens, in the order of their accumulators.
+        into: one accumulator for all tokens, or one for each.
+        ended: accumulators whose segments end among these tokens.
+        ends: the last token of each of these segments, as rows of ``tokens``.
     """
 
     tokens: Rows
@@ -320,7 +319,7 @@ def _accumulate(
 
 @lru_cache(maxsize=4)
 def _summed(table: bytes, num_tokens: int, most: int) -> list[_Summed]:
-    """The segments of a step, which every layer of it shares; at most so many tokens a part."""
+    """The segments of a step, which all its layers share, in parts of at most ``most`` tokens."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
     filled_N = np.flatnonzero(count_A)
     first_N, count_N = first_A[filled_N], count_A[filled_N]

@@ -1,11 +1,11 @@
-"""Registers ``torch.ops.vllm_steer.steer_and_read`` and chooses the implementation by device.
+"""Registers ``torch.ops.vllm_steer.steer_and_read`` and selects the implementation by device.
 
 =========  ===========================================================================================
 device     implementation
 =========  ===========================================================================================
-CPU        ``cpu``: looks at the tables on the host, touches only the tokens concerned
-CUDA       ``triton_kernels``, which Triton compiles on first use; ``reference`` where Triton is not there
-XPU        ``reference``: no host sync and no data-dependent shape, so graphs can hold it
+CPU        ``cpu``: reads the tables on the host, touches only the affected tokens
+CUDA       ``triton_kernels``, which Triton compiles on first use; ``reference`` without Triton
+XPU        ``reference``: no host sync and no data-dependent shape, so graphs can capture it
 =========  ===========================================================================================
 """
 
@@ -22,8 +22,8 @@ from vllm_steer.ops import cpu, reference
 
 _LIBRARY = torch.library.Library("vllm_steer", "FRAGMENT")
 _NAME = "steer_and_read"
-# hidden, the sums, the last rows, the trace and the marks of what was cut are declared as mutated: an op that mutates
-# nothing and returns nothing would be removed by the compiler.
+# hidden, sums, last, trace and cut are declared as mutated, because the compiler removes an op that mutates nothing and
+# returns nothing.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
     "entry_ab, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, Tensor(d!) trace, "
@@ -37,7 +37,7 @@ def _on_cuda(*args: Any) -> None:
 
 @cache
 def _cuda_implementation() -> Callable[..., None]:
-    """Looked up at the first call, so that a process without a GPU never imports Triton for it."""
+    """Selected at the first call, so that a process without a GPU never imports Triton for it."""
     if find_spec("triton") is None:
         return reference.steer_and_read
     from vllm_steer.ops import triton_kernels
@@ -55,3 +55,4 @@ _LIBRARY.impl(_NAME, reference.steer_and_read, "XPU")
 torch.library.register_fake(f"vllm_steer::{_NAME}", _fake, lib=_LIBRARY)
 
 steer_and_read: Callable[..., None] = torch.ops.vllm_steer.steer_and_read.default
+"""The op; arguments as ``reference.steer_and_read``."""

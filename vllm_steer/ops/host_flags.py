@@ -1,8 +1,8 @@
-"""The flags of a step as the host knows them, so that a hook with nothing to do costs an accelerator no launch.
+"""The flags of a step on the host, so that a hook with nothing to do launches no kernel.
 
-A launch takes the host many times what the kernel takes the device, and a long prompt's pass is no captured graph: the
-host launches all of it. Under capture everything is launched, since the graph is replayed for other steps; so it is in
-passes that no request stands behind, in which kernels are compiled before a capture.
+A launch takes many times longer on the host than the kernel takes on the device, and the forward pass of a long prompt
+is not a captured graph: the host launches all of it. During capture everything is launched, because the graph is
+replayed for other steps. Passes without requests launch everything too; they compile kernels before a capture.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class HostFlags:
     """The flags of one worker's hooked layers.
 
     Args:
-        on_device_L4: what the op gets, row by row.
-        on_host_L4: int32; the same, as the next pass will find them there.
+        on_device_L4: (L, 4) int32; the op gets one row per layer.
+        on_host_L4: (L, 4) int32; the same values, as the next pass will find them on the device.
 
     Attributes:
-        is_step: whether the next pass is a step, and not one that no request stands behind.
+        is_step: whether the next pass is a step, and not a pass without requests.
     """
 
     def __init__(self, on_device_L4: torch.Tensor, on_host_L4: npt.NDArray[np.int32]) -> None:
@@ -35,7 +35,7 @@ class HostFlags:
             _KNOWN[address] = self
 
     def at(self, address: int) -> tuple[bool, bool]:
-        """Of the layer whose flags are there: whether anything is steered or traced, and whether anything is read."""
+        """For the layer whose flags are at ``address``: (anything steered or traced, anything read)."""
         if not self.is_step:
             return True, True
         flags_4 = self._on_host_L4[self._layer_at[address]]
@@ -43,11 +43,11 @@ class HostFlags:
 
 
 _KNOWN: WeakValueDictionary[int, HostFlags] = WeakValueDictionary()
-"""By the address of a layer's flags on its device, for as long as the tensors are there."""
+"""Address of a layer's flags on its device -> the flags of its worker, for as long as the tensors exist."""
 
 
 def asked(flags_4: torch.Tensor) -> tuple[bool, bool]:
-    """What a call with these flags has to launch: the kernel that steers and traces, the one that reads."""
+    """Whether a call with these flags must launch the kernel that steers and traces, and the one that reads."""
     if flags_4.is_cuda and torch.cuda.is_current_stream_capturing():
         return True, True
     known = _KNOWN.get(flags_4.data_ptr())

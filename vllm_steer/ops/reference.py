@@ -13,7 +13,7 @@ As a loop, with every number in float32::
             if hidden's dtype is float16 and any element of new is not within(new, hidden[t], residual[t]):
                 new, cut[row_of_token[t]] = within(new, hidden[t], residual[t]), 1
             hidden[t] = new                                     # rounded once, to hidden's dtype
-            h = hidden[t] + residual[t]                         # what is read is what the next layer gets
+            h = hidden[t] + residual[t]                         # reads see what the next layer gets
     for s in range(A):
         if keep[s] == 0:
             sums[s] = 0                                         # assigned: a NaN or inf must not outlive its request
@@ -25,18 +25,17 @@ As a loop, with every number in float32::
     for t, k with trace_slot[k] >= 0:
         trace[t, k] = dot(h[t], bank[trace_slot[k]])
 
-``within`` keeps new, and new + residual, from leaving ± FLOAT16_LIMIT; an element of hidden, or of hidden + residual,
-that is beyond it already moves towards zero only. NaN and infinity of the model's own stay as they are.
+``within`` keeps new and new + residual inside ± FLOAT16_LIMIT. An element of hidden, or of hidden + residual, that is
+already beyond the limit can only move towards zero. NaN and infinity from the model itself stay as they are.
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 of any strides;
-the tables and ``cut`` are int32, all else float32. Segments lie within the T tokens and do not overlap; entries of a
-row are packed to the left.
+entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 with any strides.
+The tables and ``cut`` are int32; all other tensors are float32. Segments lie within the T tokens and do not overlap.
+Entries of a row are packed to the left.
 
-``flags`` are the most entries of a row of this step, whether anything is read, whether anything is traced, and the
-version of the tables, these three included: a number that goes with no other contents of any tables in the process, or
-0, which says nothing. They are for fast paths, which may leave out what they say is not there and remember what tables
-of one version ask, and are not looked at here.
+``flags`` holds four numbers: the most entries of a row of this step, whether anything is read, whether anything is
+traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast paths may skip
+work that the flags rule out, and may cache the work for tables of one version. The reference ignores the flags.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def steer_and_read(
     cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
-    """Steer ``hidden_TD`` in place, then accumulate and trace the stream; see the module's loop."""
+    """Steer ``hidden_TD`` in place, then sum and trace the stream; the module docstring has the loop and the shapes."""
     del flags_4
     tokens, dimension = hidden_TD.shape
     stream_TD = hidden_TD.float()
@@ -92,8 +91,8 @@ def steer_and_read(
 
     first_A, count_A = segment_A2.long().unbind(1)
     accumulators = sums_AD.shape[0]
-    # Each segment adds its number at its first token and takes it away behind its last one, so the running total is the
-    # accumulator of each token. Those that nobody reads go to one extra accumulator that is thrown away: no shape
+    # Each segment adds its number at its first token and subtracts it after its last one, so the running total is the
+    # accumulator of each token. Tokens that are not read go to one extra accumulator, which is discarded, so no shape
     # depends on the data.
     number_A = torch.where(count_A > 0, torch.arange(accumulators, device=sums_AD.device) - accumulators, 0)
     ends_T = number_A.new_zeros(tokens + 1).index_add_(0, first_A, number_A)
@@ -112,15 +111,20 @@ def steer_and_read(
 def within_limit(
     new_ND: torch.Tensor, own_ND: torch.Tensor, beside_ND: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``within`` of the loop, and for each of the N tokens whether anything was cut off; all float32.
+    """``within`` of the module's loop, for N tokens; all arguments are (N, D) float32.
 
     Args:
-        new_ND: steered hidden; own_ND: hidden before; beside_ND: residual.
+        new_ND: hidden after steering.
+        own_ND: hidden before steering.
+        beside_ND: residual.
+
+    Returns:
+        The clipped ``new_ND``, and (N,) bool, whether anything of the token was clipped.
     """
     stream_ND = own_ND + beside_ND
     most_own_ND, least_own_ND = _bounds(own_ND)
     most_stream_ND, least_stream_ND = _bounds(stream_ND)
-    # Chosen by comparisons, which NaN never passes.
+    # Selected by comparisons, which NaN always fails.
     most_ND = torch.where(most_stream_ND - beside_ND < most_own_ND, most_stream_ND - beside_ND, most_own_ND)
     least_ND = torch.where(least_stream_ND - beside_ND > least_own_ND, least_stream_ND - beside_ND, least_own_ND)
     is_over_ND, is_under_ND = new_ND > most_ND, new_ND < least_ND
@@ -129,7 +133,7 @@ def within_limit(
 
 
 def _bounds(before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest and the smallest value that an element may take."""
+    """The largest and the smallest value that each element may take."""
     return (
         torch.where(before_ND > FLOAT16_LIMIT, before_ND, FLOAT16_LIMIT),
         torch.where(before_ND < -FLOAT16_LIMIT, before_ND, -FLOAT16_LIMIT),

@@ -1,12 +1,12 @@
-"""The op in Triton: two launches a hook at most, each of which exits at once where there is nothing to do.
+"""The op in Triton: at most two launches per hook, each of which exits at once if there is nothing to do.
 
-``_steer_and_trace`` has a program a token, which holds the token's whole row. In ``_read`` a program has some
-accumulators and a block of D, and sums the segment of each by itself. So a sum has one order in all calls of as many
-tokens, whatever runs beside it, and nothing is shared between programs. How much there is to do is read on the device:
-a captured CUDA graph does what the tables say when it is replayed; no shape, grid or block size depends on them.
+``_steer_and_trace`` has one program per token, which holds the token's whole row. In ``_read`` each program has some
+accumulators and a block of D, and sums their segments by itself. So a sum has the same order in all calls with the same
+number of tokens, whatever else is in the batch, and programs share nothing. The amount of work is read on the device: a
+replayed CUDA graph does what the tables say at that time; no shape, grid or block size depends on the tables.
 """
 
-# Kernels are no Python functions: Triton gives their parameters types of its own.
+# Kernels are not Python functions: Triton gives their parameters its own types.
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false, disallow-untyped-decorators=false
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 
 
 class Tiling(NamedTuple):
-    """How the work of a call is cut up.
+    """How the work of a call is divided.
 
     Attributes:
-        elements_a_warp: of a token's row in ``_steer_and_trace``.
-        block_t, block_d: tokens and elements that ``_read`` takes at a time.
-        programs: of ``_read``, for each block of D. An idle hook's exit costs more the more there are.
-        warps: of each.
+        elements_a_warp: elements of a token's row per warp of ``_steer_and_trace``.
+        block_t, block_d: tokens and elements that ``_read`` processes at a time.
+        programs: programs of ``_read`` for each block of D. With more of them, an idle hook takes longer to exit.
+        warps: warps of each program of ``_read``.
     """
 
     elements_a_warp: int
@@ -39,10 +39,11 @@ class Tiling(NamedTuple):
 
 
 FEW_TOKENS = 512
-"""Up to so many tokens, a step mostly generates; vLLM captures no larger graph unless it is told to."""
+"""Up to this many tokens, a step mostly generates; vLLM captures no larger graph by default."""
 FEW = Tiling(elements_a_warp=512, block_t=16, block_d=256, programs=128, warps=2)
 MANY = Tiling(elements_a_warp=2048, block_t=256, block_d=32, programs=16, warps=4)
-"""Measured on an H200: many short segments, or a few long ones, which only narrow blocks spread over the device."""
+"""Measured on an H200: ``FEW`` for many short segments, ``MANY`` for a few long ones, which only narrow blocks spread
+over the device."""
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _steer_and_trace(
     BLOCK_D: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)  # 131,072 tokens of 16,384 elements are past an int32
+    token = tl.program_id(0).to(tl.int64)  # 131,072 tokens of 16,384 elements exceed an int32
     depth = tl.load(flags)
     traced = tl.load(flags + 2)
     row = tl.load(row_of_token + token)
@@ -84,7 +85,7 @@ def _steer_and_trace(
 
     slots = entry_slot + row.to(tl.int64) * slot_stride_r
     coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
-    projections = traced  # how many there are
+    projections = traced  # how many to compute
     if steered:
         for entry in range(depth):
             b = tl.load(coefficients + entry * ab_stride_e + 1)
@@ -100,7 +101,7 @@ def _steer_and_trace(
         residual_at = residual + token * residual_stride_t + column.to(tl.int64) * residual_stride_d
         is_needed = projections > 0
         if hidden.dtype.element_ty == tl.float16:
-            is_needed = is_needed | steered  # the limit is one of the stream too
+            is_needed = is_needed | steered  # the limit applies to the stream too
         needed = tl.where(is_needed, D, 0)
         beside = tl.load(residual_at, mask=column < needed, other=0.0).to(tl.float32)
         stream = own + beside
@@ -118,7 +119,7 @@ def _steer_and_trace(
                 delta += factor * direction
         new = own + delta
         if hidden.dtype.element_ty == tl.float16:
-            # Chosen by comparisons, which NaN never passes, as in the reference.
+            # Selected by comparisons, which NaN always fails, as in the reference.
             most = tl.where(own > LIMIT, own, LIMIT)
             least = tl.where(own < -LIMIT, own, -LIMIT)
             if HAS_RESIDUAL:
@@ -184,7 +185,7 @@ def _read(
                     end += beside.to(tl.float32)
                 tl.store(last + at, end, mask=within)
                 total = end
-            if count > 1:  # else, as in most steps, its one token is all there is
+            if count > 1:  # otherwise, as in most steps, the segment is one token
                 total = tl.zeros([BLOCK_D], dtype=tl.float32)
                 for start in range(0, count, BLOCK_T):
                     index = start + tl.arange(0, BLOCK_T)
@@ -196,7 +197,7 @@ def _read(
                         beside = tl.load(residual_column[None, :] + token * residual_stride_t, mask=mask, other=0.0)
                         stream += beside.to(tl.float32)
                     total += tl.sum(stream, axis=0)
-            # Chosen, not multiplied: a NaN times zero would stay one.
+            # Selected, not multiplied: NaN times zero is NaN.
             kept = tl.where(is_kept, tl.load(sums + at, mask=within, other=0.0), 0.0)
             tl.store(sums + at, kept + total, mask=within)
 
@@ -217,7 +218,10 @@ def steer_and_read(
     cut_R: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
-    """See ``reference.steer_and_read``. All but the stream and the entries is dense, as ``SteerBuffers`` has it."""
+    """The op on CUDA; see ``reference.steer_and_read``.
+
+    All tensors but the stream and the entries must be contiguous, as in ``SteerBuffers``.
+    """
     tokens, dimension = hidden_TD.shape
     if tokens == 0:
         return

@@ -1,1 +1,1 @@
-"""What one engine step has to do, worked out from the scheduler's token spans. Pure: no vLLM, no torch."""
+"""Builds the tables of each engine step from the scheduler's token spans. Pure: no vLLM, no torch."""

@@ -1,20 +1,20 @@
-"""From the token spans of one engine step to the tables that the op reads. Pure: no vLLM, no torch.
+"""Turns the token spans of one engine step into the tables that the op reads. Pure: no vLLM, no torch.
 
-A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens whose
-positions in the request start at ``num_computed[i]``. For these the plan says
+A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens, starting
+at position ``num_computed[i]`` of the request. For these tokens the plan contains
 
-* which **row** of the entry table each token uses: a request has two, one for its prompt tokens and one for its
-  generated tokens, chosen by the token's own position, so that a prompt that is computed again after a preemption,
-  together with tokens that were generated before it, is steered exactly as the first time;
-* which **segment** of the step's tokens each accumulator takes in, for requests with a readout;
-* which tokens are **traced**, for requests that follow directions token by token.
+* the **row** of the entry table that each token uses. A request has two rows, one for its prompt tokens and one for its
+  generated tokens; the token's own position decides. After a preemption, the prompt and the tokens generated so far are
+  computed again together, and are steered exactly as the first time;
+* the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
+* the **traced** tokens, for requests that follow directions token by token.
 
-With speculative decoding the last tokens of a request in a step can be **draft** tokens, of which only the next step's
-``num_computed`` tells how many were accepted. Each is summed into a draft accumulator of its own; the next plan says
-which of these to add to the request's accumulator before anything else. Drafts follow the last known token, so they lie
-behind the prompt.
+With speculative decoding the last tokens of a request in a step can be **draft** tokens. Only the next step's
+``num_computed`` shows how many were accepted. Each draft is summed into its own draft accumulator. The next plan lists
+the draft accumulators to add to the request's accumulator before anything else. Drafts follow the last known token, so
+they are never part of the prompt.
 
-Letters of shapes: T tokens, R rows, E entries a row, L hooked layers, A accumulators, K trace columns.
+Letters of shapes: T tokens, R rows, E entries per row, L hooked layers, A accumulators, K trace columns.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """The positions [first, end) of a request to sum, at these hooked layers; ``end`` None is open.
+    """The tokens of one request to sum and trace.
 
-    ``trace`` are the directions to follow over the same positions.
+    Attributes:
+        layer_indices: hooked layers, by index, whose stream is summed.
+        first, end: positions [first, end) of the request; with ``end`` None there is no end.
+        trace: directions to follow over the same positions.
     """
 
     layer_indices: tuple[int, ...]
@@ -43,7 +46,13 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class RequestPlan:
-    """What one request asks, resolved to slots and layer indices."""
+    """The spec of one request, resolved to bank slots and layer indices.
+
+    Attributes:
+        prompt_len: tokens of the prompt.
+        prompt_entries, generated_entries: steering of the prompt tokens and of the generated tokens.
+        pooling: what to read; None for nothing.
+    """
 
     prompt_len: int
     prompt_entries: tuple[Entry, ...] = ()
@@ -52,11 +61,12 @@ class RequestPlan:
 
     @property
     def steers(self) -> bool:
+        """Whether any token of the request is steered."""
         return bool(self.prompt_entries or self.generated_entries)
 
     @property
     def settled_from(self) -> int:
-        """From the token at this position on, each is treated as the one before it."""
+        """First position from which every token gets the same treatment as its predecessor."""
         if self.pooling is None:
             return self.prompt_len + 1
         return max(self.prompt_len + 1, self.pooling.first + 2, (self.pooling.end or 0) + 1)
@@ -64,15 +74,15 @@ class RequestPlan:
 
 @dataclass(slots=True)
 class PoolingState:
-    """How far the readout of one request has come.
+    """Progress of one request's readout.
 
     Attributes:
         accumulator: its row in the accumulators.
         next_position: position of the token that must be computed next for the sum to be complete.
         num_tokens: tokens in the sum so far.
-        failure: why the sum cannot be right, or None.
-        drafts: draft accumulators of the draft tokens from ``next_position`` on that were computed in its last step and
-            may have been accepted.
+        failure: reason why the sum is wrong, or None.
+        drafts: draft accumulators of the draft tokens from ``next_position`` on. The request's last step computed them,
+            and they may have been accepted.
     """
 
     accumulator: int
@@ -84,13 +94,13 @@ class PoolingState:
 
 @dataclass(slots=True)
 class _Reads:
-    """What is read in a step, while it is put together.
+    """The reads of a step while its plan is being built.
 
     Attributes:
-        segments: first token and number of tokens by accumulator.
+        segments: accumulator -> first token and number of tokens.
         layers: the layer indices of each readout.
-        growing: the states whose requests have a token of this step in their sums.
-        passing: those that have none, and whose position goes on nevertheless.
+        growing: states whose sums take in tokens of this step.
+        passing: states whose sums take in none, but whose position advances.
     """
 
     segments: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -101,11 +111,12 @@ class _Reads:
 
 @dataclass(frozen=True, slots=True)
 class _SettledStep:
-    """A step of one token a request, after which each request is treated as before as long as it goes on by one.
+    """A step with one token per request, whose plan stays valid while each request advances by one token.
 
     Attributes:
-        request_ids, num_computed: of the step that would follow it.
-        plan: the plan of that step too.
+        request_ids, num_computed: those that the next step has if it follows this one.
+        plan: the plan of this step and of the next.
+        reads: the reads of both.
     """
 
     request_ids: list[str]
@@ -114,25 +125,28 @@ class _SettledStep:
     reads: _Reads
 
     def follows(self, request_ids: Sequence[str], num_computed: Sequence[int], num_scheduled: Sequence[int]) -> bool:
+        """Whether a step with these spans can use the same plan; arguments as in ``BatchPlanner.build``."""
         return (
             self.request_ids == request_ids and self.num_computed == num_computed and max(num_scheduled, default=0) == 1
         )
 
 
 class BatchPlanner:
-    """Keeps what the active requests ask and builds the plan of each step.
+    """Holds the plans of the active requests and builds the plan of each step.
 
     Args:
         num_layers: L, hooked layers.
         max_requests: requests that can be scheduled in one step; R = 2·max_requests.
         max_entries: E, entries of one row at one layer.
         trace_columns: K, directions that can be traced at once.
-        max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), the accumulators of all
-            requests first and the draft accumulators of each in turn behind them.
+        max_drafts: draft tokens of one request in one step. A = max_requests·(1 + max_drafts): the accumulators of all
+            requests come first, then the draft accumulators of each of them in turn.
 
     Attributes:
-        columns: request -> its trace columns, one for each direction of ``Pooling.trace``; a request is not in here if
-            it traces nothing, or if too few columns were free when it came.
+        requests: request -> its plan.
+        poolings: request -> progress of its readout, from its first step on.
+        columns: request -> its trace columns, one for each direction of ``Pooling.trace``. A request is missing here if
+            it traces nothing, or if too few columns were free when it was added.
     """
 
     def __init__(
@@ -151,7 +165,7 @@ class BatchPlanner:
         self._is_idle = True
 
     def add(self, request_id: str, plan: RequestPlan) -> None:
-        """Start planning for a request that has come to the worker."""
+        """Start planning for a new request."""
         self._settled = None
         self.requests[request_id] = plan
         if plan.pooling is not None and plan.pooling.trace:
@@ -168,14 +182,16 @@ class BatchPlanner:
         self.preempt(request_id)
 
     def preempt(self, request_id: str) -> None:
-        """Free the rows and the accumulator of a request that will be computed again from position 0."""
+        """Free the rows and the accumulator of a preempted request; it is computed again from position 0."""
         self._settled = None
         self._rows.release(request_id)
         self._release(request_id)
 
     def rows(self) -> dict[str, int]:
-        """Request -> its row for prompt tokens, before which stands none of its own and behind which stands that for
-        generated tokens; of all requests that were steered so far and not removed or preempted."""
+        """Request -> its row for prompt tokens; the next row is the one for its generated tokens.
+
+        Contains every request that has been steered and was not removed or preempted since.
+        """
         return self._rows.lent()
 
     def build(
@@ -185,12 +201,12 @@ class BatchPlanner:
         num_scheduled: Sequence[int],
         drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> StepPlan | None:
-        """The plan of a step, or None when this step and the one before do nothing at all.
+        """Build the plan of a step; None if there are no requests to plan for, now and in the step before.
 
         Args:
             request_ids: requests in the order of their tokens in the batch.
-            num_computed: tokens of each request that were computed before this step.
-            num_scheduled: tokens of each request in this step, its draft tokens included.
+            num_computed: number of tokens of each request that were computed before this step.
+            num_scheduled: number of tokens of each request in this step, its draft tokens included.
             drafts: request -> its draft tokens, for requests that have any.
         """
         if not self.requests and self._is_idle:
@@ -201,7 +217,7 @@ class BatchPlanner:
         return self._build(request_ids, num_computed, num_scheduled, drafts)
 
     def _go_on(self, settled: _SettledStep) -> StepPlan:
-        """The plan of the step before, for the next token of each of its requests."""
+        """Advance all readouts by one token and return the same plan again."""
         for state in settled.reads.growing:
             state.num_tokens += 1
             state.next_position += 1
@@ -256,8 +272,8 @@ class BatchPlanner:
     def _free_accumulator(self, request_ids: Sequence[str]) -> int:
         """An accumulator for a request of this step.
 
-        Where none is left, it is one of a request that is not in this step, as with ``EntryRows``. If that one was
-        preempted it begins again anyway; else its readout fails at its next token.
+        If none is free, it is taken from a request that is not in this step, as in ``EntryRows``. If that request was
+        preempted, it starts again anyway; otherwise its readout fails at its next token.
         """
         if not self._free_accumulators:
             for absent in [one for one in self.poolings if one not in request_ids][:1]:
@@ -306,7 +322,7 @@ class BatchPlanner:
         if start == pooling.first:
             plan.keep_A[state.accumulator] = 0
             state.num_tokens = 0
-        known = min(end, state.next_position) - start  # the tokens behind them are drafts
+        known = min(end, state.next_position) - start  # the tokens after them are drafts
         token = offset + start - computed
         if known > 0:
             state.num_tokens += known

@@ -1,9 +1,9 @@
-"""Which rows of the entry table are whose, and what stands in them. Pure: no vLLM, no torch.
+"""Assigns rows of the entry table to requests and fills them. Pure: no vLLM, no torch.
 
-A request has a pair of rows, one for its prompt tokens and one for its generated tokens, and keeps it while it runs: a
-step sends the rows of the requests that are new in it, and no others.
+A request has a pair of rows, one for its prompt tokens and one for its generated tokens, and keeps it while it runs. A
+step sends only the rows of the requests that are new in it.
 
-Letters of shapes: R rows, L hooked layers, E entries a row.
+Letters of shapes: R rows, L hooked layers, E entries per row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 
 class Entry(NamedTuple):
-    """h + (a + b·⟨h,d⟩)·d with d in ``slot`` of the bank, after hooked layer number ``layer_index``."""
+    """The change h + (a + b·⟨h,d⟩)·d after hooked layer number ``layer_index``; d is in ``slot`` of the bank."""
 
     layer_index: int
     slot: int
@@ -28,9 +28,9 @@ class EntryRows:
     """The rows of one worker.
 
     Args:
-        num_layers: L.
+        num_layers: L, hooked layers.
         max_requests: requests that can be scheduled in one step; R = 2·max_requests.
-        max_entries: E.
+        max_entries: E, entries of one row at one layer.
     """
 
     def __init__(self, num_layers: int, max_requests: int, max_entries: int) -> None:
@@ -44,11 +44,16 @@ class EntryRows:
     def lend(
         self, request_id: str, prompt: Sequence[Entry], generated: Sequence[Entry], in_step: Collection[str]
     ) -> int:
-        """The row of a request's prompt tokens until ``release``; that of its generated tokens is the next one.
+        """Assign a pair of rows to a request until ``release``, and return the row of its prompt tokens.
 
-        There are as many pairs as requests can run, but one that was preempted in a step without tokens, of which no
-        planner hears, still has its own. So where none is left, one is taken from a request that is not ``in_step``: it
-        gets another when it comes back.
+        The next row is the one for its generated tokens. There are as many pairs as requests can run. A request that
+        was preempted in a step without tokens still holds its pair, because the planner does not see such steps. So if
+        no pair is free, one is taken from a request that is not in this step; that request gets a new pair later.
+
+        Args:
+            request_id: the request.
+            prompt, generated: entries of its prompt tokens and of its generated tokens, used for a new pair only.
+            in_step: all requests of this step.
         """
         if request_id not in self._first_row:
             if not self._free:
@@ -59,11 +64,11 @@ class EntryRows:
         return self._first_row[request_id]
 
     def lent(self) -> dict[str, int]:
-        """Request -> its row for prompt tokens, of all that have any; a copy."""
+        """Request -> its row for prompt tokens, for all requests with rows; a copy."""
         return dict(self._first_row)
 
     def release(self, request_id: str) -> None:
-        """Give a request's rows back; harmless if it has none."""
+        """Free a request's rows; does nothing if it has none."""
         if request_id in self._first_row:
             self._free.append(self._first_row.pop(request_id))
 
@@ -73,10 +78,10 @@ class EntryRows:
         return depth_L
 
     def take_changes(self) -> list[tuple[int, npt.NDArray[np.int32]]]:
-        """The pairs that were written since the last call: the first row, and (2, L, E, 3) int32 for it and the next.
+        """The pairs written since the last call: the first row, and (2, L, E, 3) int32 for it and the next row.
 
-        An entry is (slot, a, b), the last two the bits of a float32; a slot of -1 is no entry. Entries are packed to
-        the left, in the order given.
+        An entry is (slot, a, b); a and b are the bits of a float32. Slot -1 means no entry. Entries are packed to the
+        left, in the order given.
         """
         changes, self._changes = self._changes, []
         return changes
@@ -86,7 +91,7 @@ class EntryRows:
         coefficients_2LE2 = pair_2LE3.view(np.float32)[..., 1:]
         depth_2L = self._depth_RL[first_row : first_row + 2]
         for half, entries in enumerate((prompt, generated)):
-            if half and generated == prompt:  # as a rule
+            if half and generated == prompt:  # the usual case
                 pair_2LE3[half], depth_2L[half] = pair_2LE3[0], depth_2L[0]
                 continue
             depth = [0] * depth_2L.shape[1]

@@ -1,4 +1,4 @@
-"""What the op is told to do in one engine step; ``batch_plan`` makes it. Letters of shapes as there."""
+"""The tables of one engine step, built by ``batch_plan`` for the op. Letters of shapes as there."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 
 STEER, READ, TRACE = 0, 1, 2
-"""Columns of ``StepPlan.flags_L3``, and of what the op gets."""
+"""Columns of ``StepPlan.flags_L3``, and of the op's flags."""
 VERSION = 3
-"""A further column of what the op gets; see ``ops.reference``."""
+"""A further column of the op's flags; see ``ops.reference``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedTokens:
-    """The step's tokens [token, token + count) are those of the request from ``position`` on, and are traced.
+    """Traced tokens of one request: the step's tokens [token, token + count).
 
-    The last ``num_drafts`` of them are draft tokens.
+    Attributes:
+        request_id: the request.
+        token: index of the first one in the step.
+        position: its position in the request.
+        count: number of tokens, draft tokens included.
+        num_drafts: how many of the last ones are draft tokens.
     """
 
     request_id: str
@@ -34,13 +39,15 @@ class StepPlan:
     """The tables of one step.
 
     Attributes:
-        row_of_token_T: row of the entry table, -1 for a token that nobody steers.
-        keep_A: 0 for an accumulator that is set to zero before its segment is added.
-        segment_A2: first token and number of tokens that each accumulator takes in.
-        flags_L3: most entries of a row, whether anything is read, whether anything is traced, at each layer.
-        new_rows: what the entry table gets, see ``EntryRows.take_changes``.
-        trace_slot_LK: None when it is that of the step before.
-        accepted: pairs (accumulator, draft accumulator): the second is to be added to the first before the step.
+        num_tokens: T.
+        row_of_token_T: row of the entry table for each token; -1 if the token is not steered.
+        keep_A: 0 for an accumulator that is set to zero before its segment is added, else 1.
+        segment_A2: first token and number of tokens of each accumulator's segment.
+        flags_L3: at each layer: most entries of a row, whether anything is read, whether anything is traced.
+        new_rows: new rows of the entry table, see ``EntryRows.take_changes``.
+        trace_slot_LK: see ``TraceColumns.take_changes``; None if unchanged since the step before.
+        traced: the traced tokens of each request.
+        accepted: pairs (accumulator, draft accumulator); the second is added to the first before the step.
     """
 
     num_tokens: int

@@ -1,8 +1,8 @@
-"""Which column of the trace buffer holds which direction's projections. Pure: no vLLM, no torch.
+"""Assigns columns of the trace buffer to traced directions. Pure: no vLLM, no torch.
 
-The op writes one number a token for each of K columns, and a graph that was compiled or captured with K columns serves
-whatever they stand for: a column is bound to a (layer index, slot) pair while some request traces that pair. Requests
-that trace the same pair share it.
+The op writes one number per token into each of K columns. A column is bound to a (layer index, slot) pair while at
+least one request traces that pair; requests that trace the same pair share its column. A graph that was compiled or
+captured with K columns works with any binding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TraceColumns:
         self._changed = False
 
     def bind(self, request_id: str, pairs: Sequence[Pair]) -> tuple[int, ...] | None:
-        """A column for each pair until ``release``; None, and nothing bound, where too few are free."""
+        """Bind a column to each pair until ``release``. If too few are free, bind nothing and return None."""
         new = set(pairs) - set(self._column_of)
         if len(new) > len(self._free):
             return None
@@ -46,7 +46,7 @@ class TraceColumns:
         return tuple(self._column_of[pair] for pair in pairs)
 
     def release(self, request_id: str, pairs: Sequence[Pair]) -> None:
-        """Give a request's columns back; harmless if it has none."""
+        """Free a request's columns; does nothing if it has none."""
         for pair in pairs:
             users = self._users.get(pair, set())
             users.discard(request_id)
@@ -58,7 +58,7 @@ class TraceColumns:
                 self._changed = True
 
     def take_changes(self) -> npt.NDArray[np.int32] | None:
-        """(L, K) int32: the slot that each column projects onto at each layer, -1 where none; None if known already."""
+        """(L, K) int32, the slot that each column projects onto at each layer, -1 for none; None if unchanged."""
         if not self._changed:
             return None
         self._changed = False

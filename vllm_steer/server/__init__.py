@@ -1,5 +1,5 @@
-"""What the plugin adds to vLLM's OpenAI-compatible server.
+"""The plugin's additions to vLLM's OpenAI-compatible server.
 
-A request passes ``middleware`` (ASGI). ``inbound.bodies`` takes out of its body what it asks of the plugin, and vLLM
-answers it. ``outbound.replies`` adds the readouts that ``engine.front.async_generate`` put in its ``Exchange``.
+Each request passes ``middleware`` (ASGI). ``inbound.bodies`` takes the plugin's fields out of its body, and vLLM
+answers the rest. ``outbound.replies`` adds the readouts that ``engine.front.async_generate`` put into its ``Exchange``.
 """

@@ -1,4 +1,4 @@
-"""vLLM's offline batch runner (``run_batch``): the bodies of its lines ask as HTTP bodies do; nothing is ignored."""
+"""Patches vLLM's offline batch runner (``run_batch``), whose lines then take the same fields as HTTP bodies."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def _run_request(original: Any) -> Any:
 
 
 async def _answer(serve: MethodType, url: str, body: BaseModel) -> Any:
-    """What ``serve`` answers to a line's body, steered and read as the body asks.
+    """Answer the body of a line with ``serve``, steered and read as the body asks.
 
     Raises:
-        SteerError: the line is refused; vLLM writes it as the line's error.
+        SteerError: the line is refused; vLLM writes the message as the line's error.
     """
     try:
         if not isinstance(body, ChatCompletionRequest):
@@ -46,7 +46,7 @@ async def _answer(serve: MethodType, url: str, body: BaseModel) -> Any:
             return await serve(body)
         serving = _serving_of(serve)
         admission = admission_of(serving.engine_client.input_processor)
-        # vLLM keeps the fields that it does not know beside its own.
+        # vLLM keeps unknown fields in model_extra.
         fields = {
             **(body.model_extra or {}),
             "model": body.model,
@@ -72,7 +72,7 @@ async def _answer(serve: MethodType, url: str, body: BaseModel) -> Any:
 
 
 def _serving_of(serve: MethodType) -> Any:
-    """vLLM's ``OpenAIServingChat``, of which the function that answers a chat is a method."""
+    """vLLM's ``OpenAIServingChat``; ``serve`` is one of its methods."""
     return serve.__self__
 
 
@@ -82,10 +82,10 @@ def _exchange_of(asked: Translated, admission: Admission) -> Exchange:
 
 
 def _completed(response: BaseModel, exchange: Exchange) -> BaseModel:
-    """The reply with its readouts."""
+    """Add the readouts to a reply."""
     is_reply: bool = isinstance(response, ChatCompletionResponse)
     if not is_reply or exchange.whole.is_empty:
-        return response  # an error, or nothing was asked
+        return response  # an error, or the line asked for nothing
     if not exchange.is_applied:
         raise NotOnThisRoute("the line was answered without being steered or read; leave steering and readout out.")
     if exchange.whole.readout is None:

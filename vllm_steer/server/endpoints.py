@@ -1,4 +1,4 @@
-"""Entry point of ``vllm.endpoint_plugins``: what the plugin adds to vLLM's OpenAI-compatible server."""
+"""Entry point of ``vllm.endpoint_plugins``: adds the plugin to vLLM's OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from vllm_steer.server.registry.routes import ADMIN_KEY_VARIABLE, SERVER, Steere
 from vllm_steer.server.registry.sharing import share_registry
 
 WATCH_SECONDS = 0.5
+"""Time between two checks of the engine."""
 
 logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
 
@@ -35,9 +36,9 @@ class SteerEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and the middleware; vLLM adds its own around it later, authentication among them.
+        """Add the routes and the middleware. vLLM later adds its own middleware around it, including authentication.
 
-        Adds nothing where ``VLLM_STEER_DISABLE`` switches the plugin off.
+        If ``VLLM_STEER_DISABLE`` turns the plugin off, this adds nothing.
         """
         if is_disabled():
             return
@@ -46,11 +47,12 @@ class SteerEndpoints:
         app.add_middleware(SteerMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Join the server's registry and start to serve; without ``steer_config`` the routes say what is missing.
+        """Join the server's registry and start to serve. Without ``steer_config``, the routes refuse every request.
 
         Raises:
-            SettingsError: an alias is a name that the model itself or a LoRA module is served by, or an alias or the
-                default steering can never be honoured.
+            SettingsError: an alias is the name of the model itself or of a LoRA module, or an alias or the default
+                steering can never be honoured.
+            SteerError: as ``share_registry``.
         """
         if engine_client is None:  # a server that only renders prompts
             return
@@ -74,19 +76,19 @@ class SteerEndpoints:
 
 
 async def _end_with(engine_client: Any, state: State) -> None:
-    """End the server soon after its engine; vLLM itself looks every five seconds, or when a request meets the error."""
+    """End the server soon after its engine dies. vLLM checks every five seconds, or when a request hits the error."""
     while True:
         await asyncio.sleep(WATCH_SECONDS)
-        server = getattr(state, "server", None)  # vLLM's, which starts after the plugins
+        server = getattr(state, "server", None)  # vLLM sets it after the plugins have started
         if server is not None:
             terminate_if_errored(server, engine_client)
 
 
 def _check_own_steering(admission: Admission) -> None:
-    """Refuse aliases and a default that can never be honoured; warn of those whose directions are yet to come.
+    """Refuse aliases and a default that can never be honoured; warn of those whose directions may still come.
 
     Raises:
-        SettingsError.
+        SettingsError: the message names the alias or the default.
     """
     for who, entries in admission.settings.own_steering().items():
         try:

@@ -1,6 +1,6 @@
-"""The ASGI middleware of the plugin: request bodies on their way in, replies on their way out.
+"""The plugin's ASGI middleware: it translates request bodies and completes replies.
 
-It stands inside vLLM's authentication, so a request without the right API key never gets here.
+It runs inside vLLM's authentication, so a request without the right API key never reaches it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server steers, kept in its application's state.
+    """The data that the middleware needs, kept in the application's state.
 
     Attributes:
-        checker: admission of the engine.
-        base_model: the name that the model is served by.
+        checker: the engine's admission.
+        base_model: the name under which vLLM serves the model.
     """
 
     checker: Checker
@@ -52,26 +52,26 @@ SERVED: Attribute[Served] = Attribute(
 
 
 class SteerMiddleware:
-    """Reads the bodies of all POST requests and completes the replies to steered ones; lists the aliases among the
-    models.
+    """Reads POST bodies other than forms, completes steered replies and lists the aliases in ``/v1/models``.
 
-    Requests that ask nothing of the plugin go on with the bytes they came with, and their replies are not touched.
+    Requests that do not use the plugin keep their original bytes, and their replies stay as they are.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one HTTP request or websocket."""
         served: Served | None = None
         if scope["type"] in ("http", "websocket"):
             served = SERVED.of(scope["app"].state)
         if served is None:
             await self.app(scope, receive, send)
             return
-        # A trailing slash is redirected to the route without it.
+        # A path with a trailing slash redirects to the route without it.
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
         settings = served.checker.settings
-        if scope["type"] == "websocket":  # which brings requests too, to realtime endpoints
+        if scope["type"] == "websocket":  # realtime endpoints take requests over it
             exchange = Exchange(allowed=allowed_for(settings, _api_key(scope)))
             await self._bound(exchange, scope, receive, send)
         elif scope["method"] == "POST" and not _is_form(scope):
@@ -84,7 +84,7 @@ class SteerMiddleware:
     async def _answer(self, served: Served, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         if body is None:
-            return  # the client is gone
+            return  # the client has disconnected
         settings, key = served.checker.settings, _api_key(scope)
         query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         try:
@@ -92,7 +92,7 @@ class SteerMiddleware:
         except SteerError as error:
             await _refuse(error, path, scope, receive, send)
             return
-        except RecursionError:  # nested so deeply that Python can read it but not write it again
+        except RecursionError:  # Python can read nesting this deep, but not write it
             too_deep = MalformedSpec("the body is nested too deeply; allowed: a few hundred levels. Flatten it.")
             await _refuse(too_deep, path, scope, receive, send)
             return
@@ -101,7 +101,7 @@ class SteerMiddleware:
             headers = MutableHeaders(raw=list(scope["headers"]))
             if "content-length" in headers:
                 headers["content-length"] = str(len(body))
-            # In place: vLLM's metrics read the route that routing leaves in this very object.
+            # Changed in place: vLLM's metrics read the route that routing stores in this same object.
             scope["headers"] = headers.raw
         receive = _replay(body, receive)
         if translated.model is not None and settings.served_aliases and (path in STEERED or path in NAMING):
@@ -116,7 +116,7 @@ class SteerMiddleware:
         reply = ReplySender(send, path, exchange)
         try:
             await self._bound(exchange, scope, receive, reply)
-        except RuntimeError as error:  # Starlette's, around what the route raised
+        except RuntimeError as error:  # raised by Starlette from the route's exception
             if not await reply.fail(error):
                 raise
 
@@ -145,13 +145,13 @@ def _is_form(scope: Scope) -> bool:
 
 async def _refuse(error: SteerError, path: str, scope: Scope, receive: Receive, send: Send) -> None:
     metrics.refused(error)
-    # In ASCII: what a refusal quotes may hold half a surrogate pair, which has no UTF-8.
+    # In ASCII, because a quoted text may hold half a surrogate pair, which UTF-8 cannot encode.
     reply = Response(json.dumps(error_body(error, path)), error.status, media_type="application/json")
     await reply(scope, receive, send)
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None if the client went away before it was sent."""
+    """The whole body; None if the client disconnected before it was sent."""
     chunks = []
     while True:
         message = await receive()
@@ -163,7 +163,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once more and then what really comes."""
+    """A ``receive`` that returns the body again, then the further messages."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

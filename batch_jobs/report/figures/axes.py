@@ -1,4 +1,4 @@
-"""The axes that figures share: shares, decoder blocks, α."""
+"""Axes that several figures use: shares, decoder blocks, α."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ MAX_ALPHA_LABELS = 7
 
 
 def share_axis(axes: Axes, label: str, lowest: float = 0.0) -> None:
-    """A y axis of shares up to 1, from the fifth below `lowest` (but not above 0.4, so that chance stays in), with room
-    for marks at the ends."""
+    """Set up a y axis of shares, with a margin for marks at both ends.
+
+    It runs to 1 from the multiple of 0.2 at or below `lowest`, at most 0.4, so that chance (0.5) stays visible.
+    """
     first = min(2, math.floor(lowest * 5))
     axes.set_ylim(first / 5 - 0.03, 1.03)
     axes.set_yticks([tick / 5 for tick in range(first, 6)])
@@ -23,14 +25,16 @@ def share_axis(axes: Axes, label: str, lowest: float = 0.0) -> None:
 
 
 def block_axis(axes: Axes) -> None:
-    """An x axis of decoder blocks."""
+    """Set up an x axis of decoder blocks."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block whose output was read")
 
 
 def alpha_axis(axes: Axes, alphas: Sequence[float], in_norms: dict[float, float] | None = None) -> None:
-    """An x axis of α with a tick at each value, labels only where they do not touch; above it, where known, the same
-    in multiples of the mean residual norm."""
+    """Set up an x axis of α, with a tick at each value and labels where they do not touch.
+
+    `in_norms`: α -> α over the mean residual norm; if given, a second axis at the top shows these values.
+    """
     alphas = sorted(alphas)
     axes.xaxis.set_major_locator(FixedLocator(alphas))
     axes.set_xticklabels(_thinned(alphas, [number(alpha) for alpha in alphas]))
@@ -46,7 +50,7 @@ def alpha_axis(axes: Axes, alphas: Sequence[float], in_norms: dict[float, float]
 
 
 def _thinned(positions: Sequence[float], labels: Sequence[str]) -> list[str]:
-    """Labels that would touch made empty: zero stays, then the outermost, then inwards."""
+    """The labels, with those that would touch emptied. Zero has priority, then the outermost, then inwards."""
     span = (positions[-1] - positions[0]) or 1.0
     taken: list[float] = []
     kept = set()

@@ -1,4 +1,4 @@
-"""Figure 5: where completions lie along the direction, by how empathic they act."""
+"""Figure 5: projections of completions on the direction, by behaviour grade."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEERED, _UNSTEERED = Style("s1", "o", filled=False), Style("s2", "s")
 
 
 def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Published) -> PaperFigure:
-    """Projection against grade, a panel a layer and direction, the published points beside them."""
+    """Draw projection against grade: one panel per layer and direction, and one of the published points."""
     shown = behaviours[:MAX_PANELS]
     figure = PaperFigure(
         label="5",
@@ -54,7 +54,7 @@ def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Publis
 def _scatter(
     sheet: Sheet, axes: Axes, name: str, grades: Sequence[int], projections: Sequence[float], style: Style
 ) -> None:
-    # seeded by nothing but the number of points, so that the figure is the same each time
+    # seeded by the number of points, so that the same data gives the same figure
     spread = np.random.default_rng(len(grades)).uniform(-_JITTER, _JITTER, len(grades))
     xs = [grade + float(shift) for grade, shift in zip(grades, spread, strict=True)]
     sheet.points(axes, name, xs, projections, style)

@@ -1,4 +1,4 @@
-"""The paper's nine figures, made from one run, and their files."""
+"""Draw the paper's nine figures from one run, and write their files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ from batch_jobs.report.results import RunResults
 
 
 def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
-    """Every figure by its label (`1`, `1b`, ... `9`), in the paper's order. One that the run has no data for says so
-    in `missing`. The same results draw the same bytes."""
+    """Draw every figure: label (`1`, `1b`, ... `9`) -> figure, in the paper's order.
+
+    A figure without data has no drawing, and says why in `missing`. The same results give the same bytes.
+    """
     published = read_published()
     validation, names = results.validation, results.setting_names
     curves = dose_responses(results.scores.conditions)
@@ -54,8 +56,10 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
 
 
 def write_figures(folder: Path, figures: Iterable[PaperFigure]) -> list[Path]:
-    """Write `<stem>.svg` and `<stem>.png` of each drawn figure into `folder`, made if need be, and remove those of an
-    earlier report that this one lacks. Returns the paths written."""
+    """Write `<stem>.svg` and `<stem>.png` of each drawn figure into `folder`, and return the paths.
+
+    Creates `folder` if needed, and removes figures of an earlier report that this one lacks.
+    """
     folder.mkdir(exist_ok=True)
     written = []
     for figure in figures:

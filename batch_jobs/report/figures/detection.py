@@ -1,4 +1,4 @@
-"""Figures of how well directions detect: by layer, against random directions, without empathy words, across models."""
+"""Figures of detection: by layer, against random directions, without empathy words, across models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BINS = np.linspace(0.0, 1.0, 21)
 
 
 def auroc_figure(validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
-    """Figure 1: AUROC by the block whose output was read: labelled layers, the sweep, the published model."""
+    """Draw figure 1: AUROC by block read, for the study's layers, the sweep and the published model."""
     layers = [validation.layers[layer] for layer in sorted(validation.layers)]
     blocks = [row.layer + extract_offset for row in layers]
     known = list(published.layers_of(published.random_baseline.model).values())
@@ -55,7 +55,7 @@ def auroc_figure(validation: Validation, extract_offset: int, published: Publish
 
 
 def pooling_figure(validation: Validation) -> PaperFigure:
-    """Figure 1, second part: what leaving the first tokens out of the mean changes."""
+    """Draw figure 1, second part: detection and residual norm under each pooling."""
     figure = PaperFigure(
         label="1b",
         name="pooling",
@@ -86,7 +86,7 @@ def pooling_figure(validation: Validation) -> PaperFigure:
 
 
 def random_figure(validation: Validation, published: Published) -> PaperFigure:
-    """Figure 2: AUROCs of random unit vectors, with the direction's own."""
+    """Draw figure 2: AUROCs of random unit vectors and of the direction."""
     layer = validation.best_layer
     baseline = validation.random_baseline.get(layer)
     figure = PaperFigure(
@@ -109,7 +109,7 @@ def random_figure(validation: Validation, published: Published) -> PaperFigure:
 
 
 def ablation_figure(validation: Validation, published: Published) -> PaperFigure:
-    """Figure 3: before and after the empathy words of the empathic test texts are replaced."""
+    """Draw figure 3: detection before and after the empathy words of the empathic test texts are replaced."""
     theirs = published.lexical_ablation
     ablation = validation.ablation
     figure = PaperFigure(
@@ -133,7 +133,7 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
         side = getattr(theirs, name)
         xs = [len(layers) + shift]
         sheet.bars(aurocs, f"{name}, published", xs, [side.auroc], Style("soft", filled=not hatched), width=0.36)
-    # equal class means have no separation to keep a share of
+    # without separation before, there is no share to show
     parted = [place for place, layer in enumerate(layers) if ablation.layers[layer].before.separation]
     sides = [ablation.layers[layers[place]] for place in parted]
     shares = [side.after.separation / side.before.separation for side in sides]
@@ -151,11 +151,11 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
 
 
 def models_figure(model: str, validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
-    """Figure 4: AUROC by layer beside the paper's models."""
+    """Draw figure 4: AUROC by block read, of this run and of the paper's models."""
     sheet = Sheet(1, panel=_WIDE_PANEL)
     (axes,) = sheet.panels
     shown = {layer + extract_offset: validation.layers[layer] for layer in validation.layers}
-    # a line a model, and the paper's in soft, told apart by their marks
+    # one line per model; the paper's are soft and differ by their marks
     _draw_sweep(sheet, axes, f"{model}, this run", shown, SERIES[0])
     for place, name in enumerate(published.models()):
         rows = published.layers_of(name)

@@ -1,4 +1,4 @@
-"""One setting's answer to α in one scenario: the curve that the figures draw and the tables sum up."""
+"""Dose-response curves: how one setting responds to α in one scenario."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batch_jobs.scoring.setting import Setting
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """The conditions of one setting and scenario by α, ascending, the unsteered one among them."""
+    """The conditions of one setting and scenario in ascending α, including the unsteered one."""
 
     setting: Setting
     scenario: str
@@ -20,6 +20,7 @@ class DoseResponse:
 
     @property
     def alphas(self) -> list[float]:
+        """α of each condition."""
         return [row.alpha for row in self.rows]
 
     @property
@@ -29,28 +30,30 @@ class DoseResponse:
 
     @property
     def empathy_rates(self) -> list[float]:
+        """Empathetic share of each condition."""
         return [row.empathy_rate for row in self.rows]
 
     @property
     def empathy_intervals(self) -> tuple[list[float], list[float]]:
-        """Ends of the 95 % Wilson intervals."""
+        """Lower and upper ends of the 95 % Wilson intervals of `empathy_rates`."""
         return [row.empathy_low for row in self.rows], [row.empathy_high for row in self.rows]
 
     @property
     def coherence_rates(self) -> list[float]:
+        """Coherent share of each condition."""
         return [row.coherence_rate for row in self.rows]
 
     @property
     def coherence_intervals(self) -> tuple[list[float], list[float]]:
-        """Ends of the 95 % Wilson intervals."""
+        """Lower and upper ends of the 95 % Wilson intervals of `coherence_rates`."""
         ends = [wilson_interval(round(row.coherence_rate * row.samples), row.samples) for row in self.rows]
         return [low for low, _ in ends], [high for _, high in ends]
 
 
 def dose_responses(conditions: Sequence[ConditionScore]) -> tuple[DoseResponse, ...]:
-    """The curves of all settings and scenarios, in the order of the conditions.
+    """Make the curves of all settings and scenarios, in the order of the conditions.
 
-    The grid runs α = 0 once a layer and scenario, under its first direction, since nothing is added then: the other
+    The grid runs α = 0 only once per layer and scenario, under its first direction, since nothing is added then. All
     settings of that model and layer share that row.
     """
     unsteered = {(row.model, row.layer, row.scenario): row for row in reversed(conditions) if row.alpha == 0.0}

@@ -1,4 +1,4 @@
-"""A drawn figure as part of a page, in the page's colours."""
+"""Embed a drawn figure in a page, in the page's colours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from batch_jobs.report.figures.style import PALETTE
 
 
 def inline_svg(drawing: Drawing, name: str, title: str) -> str:
-    """The drawing's `<svg>` element for a page: themed by CSS variables, ids prefixed with `name`, labelled for
-    screen readers. Text in it was escaped by matplotlib; `title` and the description are escaped here."""
+    """The drawing's `<svg>` element: themed by CSS variables, ids prefixed with `name`, labelled for screen readers.
+
+    Matplotlib has escaped the text in the drawing; `title` and the description are escaped here.
+    """
     svg = drawing.svg[drawing.svg.index("<svg") :]
-    # matplotlib's style element would reach beyond the figure; the page's own sheet says the same for figures
+    # matplotlib's style element would apply to the whole page; the page's style sheet has the same rules for figures
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)

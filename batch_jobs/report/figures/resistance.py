@@ -1,4 +1,4 @@
-"""Figures of one scenario: how far it resists steering, and at which layers."""
+"""Figures of one scenario: its resistance to steering, and steering by layer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from batch_jobs.report.published import REFERENCE_LAYER, Published
 from batch_jobs.scoring.setting import SettingNames
 
 FOCUS_SCENARIO = "the_listener"
-"""The scenario whose resistance the paper studies; a run without it shows the one with the highest unsteered rate."""
+"""The scenario whose resistance the paper studies. A run without it shows the one with the highest unsteered rate."""
 _PANEL = (3.4, 2.45)
 _DODGE = 0.012
-"""Distance of neighbouring series at one strength, as a share of the axis."""
+"""Horizontal offset between neighbouring series at one strength, as a share of the axis."""
 
 
 def focus_scenario(curves: Sequence[DoseResponse]) -> str:
@@ -34,8 +34,10 @@ def focus_scenario(curves: Sequence[DoseResponse]) -> str:
 def resistance_figure(
     curves: Sequence[DoseResponse], layer: int | None, names: SettingNames, published: Published
 ) -> PaperFigure:
-    """Figure 8: one scenario's curve against the ideal linear response. `layer`: the best steering layer, where one
-    is known; else the first setting is shown."""
+    """Draw figure 8: one scenario's curve against the ideal linear response.
+
+    `layer`: the best steering layer. If it is None or has no curve, the first setting is shown.
+    """
     scenario = focus_scenario(curves)
     of_scenario = [curve for curve in curves if curve.scenario == scenario]
     curve = next((curve for curve in of_scenario if curve.setting.layer == layer), of_scenario[0])
@@ -67,7 +69,7 @@ def resistance_figure(
 
 
 def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published: Published) -> PaperFigure:
-    """Figure 9: the layers compared on one scenario."""
+    """Draw figure 9: the layers compared on one scenario."""
     scenario = focus_scenario(curves)
     of_scenario = [curve for curve in main_direction_first(curves) if curve.scenario == scenario]
     chosen = of_scenario[: len(SERIES)]
@@ -91,7 +93,7 @@ def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published
     ticks = {row.alpha_residual_norm if in_norms else row.alpha for curve in chosen for row in curve.rows}
     strengths = sorted(tick for tick in ticks if tick is not None)
     for place, curve in enumerate(chosen):
-        # a little apart, so that intervals at the same strength do not hide each other
+        # shifted slightly, so that intervals at the same strength do not hide each other
         shift = _DODGE * (place - (len(chosen) - 1) / 2) * (strengths[-1] - strengths[0])
         xs = [shift + (curve.in_norms[alpha] if in_norms else alpha) for alpha in curve.alphas]
         low, high = curve.empathy_intervals

@@ -1,6 +1,6 @@
 """The sheet a figure is drawn on: a grid of panels and a legend, drawn by matplotlib, saved as SVG and PNG.
 
-The SVG has the light palette and text as text, and is the same bytes for the same data.
+The SVG uses the light palette and keeps text as text. The same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from batch_jobs.report.number_text import number
 
 PNG_DPI = 200
 PANEL_WIDTH, PANEL_HEIGHT = 2.35, 1.95
-"""Size of one panel, inches; three make a page's text width."""
+"""Size of one panel in inches; three panels span the page's text."""
 AXIS_WIDTH = 0.5
-"""What a panel's y axis takes of its width; a title begins right of it. Inches."""
+"""Width of a panel's y axis in inches; the title begins right of it."""
 TITLE_CHARACTER = 0.085
-"""Width of one title character, inches."""
+"""Width of one title character in inches."""
 LEGEND_CHARACTER = 0.065
-"""Width of one legend character, inches."""
+"""Width of one legend character in inches."""
 LEGEND_HANDLE = 0.55
+"""Width of a legend handle in inches."""
 LEGEND_ROW = 0.2
+"""Height of a legend row in inches."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Drawing:
     svg: str
     png: bytes
     description: str
-    """What is plotted, with its values, for those who cannot see it."""
+    """Plotted series with their values, for readers who cannot see the figure."""
     width_pt: float
+    """Width in points."""
 
 
 class Sheet:
@@ -50,6 +53,7 @@ class Sheet:
     def __init__(
         self, num_panels: int, *, columns: int = 3, panel: tuple[float, float] = (PANEL_WIDTH, PANEL_HEIGHT)
     ) -> None:
+        """`columns`: at most this many panels side by side. `panel`: width and height of one in inches."""
         columns = min(columns, num_panels)
         rows = math.ceil(num_panels / columns)
         self._width, self._height = panel[0] * columns, panel[1] * rows
@@ -62,7 +66,7 @@ class Sheet:
         self._said: dict[Axes, list[str]] = {axes: [] for axes in self.panels}
 
     def title(self, axes: Axes, *lines: str) -> None:
-        """Head a panel; lines that are wider than it are broken."""
+        """Set a panel's title. Lines wider than the panel are wrapped."""
         fitting = [part for line in lines for part in textwrap.wrap(line, self._title_characters)]
         axes.set_title("\n".join(fitting))
 
@@ -78,8 +82,11 @@ class Sheet:
         high: Sequence[float] | None = None,
         band: bool = False,
     ) -> None:
-        """A series of points joined by a line; `low` and `high` are the ends of its intervals, drawn as bars, or as a
-        band. Nothing is drawn of an empty series: matplotlib lays an unclipped one out as if it were endless."""
+        """Draw a series of points joined by a line.
+
+        `low` and `high`: ends of its intervals, drawn as error bars or, with `band`, as a band. An empty series is not
+        drawn: without clipping, matplotlib would give it an infinite extent in the layout.
+        """
         if not xs:
             return
         colour = PALETTE[style.colour]
@@ -96,7 +103,7 @@ class Sheet:
             marker=style.marker,
             markerfacecolor=colour if style.filled else PALETTE["paper"],
             markeredgecolor=colour,
-            # an open mark under a filled one stays to be seen
+            # larger, so that an open mark stays visible under a filled one
             markersize=matplotlib.rcParams["lines.markersize"] + (0.0 if style.filled else 0.9),
             label=name,
             clip_on=False,
@@ -116,7 +123,7 @@ class Sheet:
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
     ) -> None:
-        """Bars from 0; those of an unfilled style are hatched."""
+        """Draw bars from 0; those of an unfilled style are hatched. `low` and `high`: ends of the intervals."""
         colour = PALETTE[style.colour]
         axes.bar(
             xs,
@@ -131,7 +138,7 @@ class Sheet:
         )
         if low is not None and high is not None:
             axes.vlines(xs, low, high, color=PALETTE["ink"], linewidth=1.0, zorder=3)
-        # a bar of height 0 is a result too, and would leave no trace
+        # a bar of height 0 is a result too, but invisible; mark it
         if zeros := [x for x, y in zip(xs, ys, strict=True) if y == 0]:
             axes.plot(
                 zeros, [0.0] * len(zeros), linestyle="none", marker="_", markersize=9, color=colour, clip_on=False
@@ -139,7 +146,7 @@ class Sheet:
         self._say(axes, name, xs, ys)
 
     def points(self, axes: Axes, name: str, xs: Sequence[float], ys: Sequence[float], style: Style) -> None:
-        """A scatter of points, described by their number and range. As with `line`, an empty one is not drawn."""
+        """Draw a scatter of points. The description gives their number and range. An empty series is not drawn."""
         if not xs:
             return
         colour = PALETTE[style.colour]
@@ -158,20 +165,20 @@ class Sheet:
         self.say(axes, f"{name}: {len(xs)} points, {number(min(ys))} to {number(max(ys))}")
 
     def say(self, axes: Axes, words: str) -> None:
-        """Add to the description of a panel."""
+        """Add `words` to the description of a panel."""
         self._said[axes].append(words)
 
     def render(self, *, legend: bool = True) -> Drawing:
-        """Draw everything. The legend shows each name once, whichever panel it is in."""
+        """Draw the sheet. The legend shows each name of any panel once."""
         if legend:
             self._add_legend()
-        # the steps of Figure.savefig taken one by one: it would lay out and draw each figure five times
+        # the steps of Figure.savefig one by one, because it would lay out and draw each figure five times
         layout = self.figure.get_layout_engine()
         if layout is not None:
             layout.execute(self.figure)
         self.figure.set_layout_engine("none")
         svg, png = io.StringIO(), io.BytesIO()
-        # no date and no maker: the same data gives the same bytes
+        # no date and no creator, so that the same data gives the same bytes
         about = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(self.figure).print_svg(svg, metadata=about)  # type: ignore[no-untyped-call]  # not annotated
         self.figure.set_dpi(PNG_DPI)

@@ -1,4 +1,4 @@
-"""Figures of what steering does: dose response, projection, unsteered rates."""
+"""Figures of steering: dose response, projection, unsteered rates."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from batch_jobs.report.published import Published, PublishedCurve, published_mod
 from batch_jobs.scoring.setting import Setting, SettingNames
 
 MAX_PANELS = 18
-"""Panels of one sheet, so that it stays a page; the tables hold all settings."""
+"""Most panels of one sheet, so that it fits a page. The tables show all settings."""
 _PANEL = (PANEL_WIDTH, 2.25)
 _WIDE_PANEL = (3.4, 2.45)
 
 
 def main_direction_first(curves: Sequence[DoseResponse]) -> list[DoseResponse]:
-    """All layers of the first direction before any other direction's: where not all fit, layers are compared first."""
+    """Sort the curves of the first direction first, so that a figure without space for all compares its layers."""
     first = curves[0].setting.direction
     return sorted(curves, key=lambda curve: curve.setting.direction != first)
 
 
 def dose_response_figure(curves: Sequence[DoseResponse], names: SettingNames, published: Published) -> PaperFigure:
-    """Figure 6: empathetic and coherent share by α, a panel a setting and scenario."""
+    """Draw figure 6: empathetic and coherent share by α, one panel per setting and scenario."""
     chosen = _first_settings(curves)
     several = len({curve.setting for curve in chosen}) > 1
     sheet = Sheet(len(chosen), panel=_PANEL)
@@ -51,7 +51,7 @@ def dose_response_figure(curves: Sequence[DoseResponse], names: SettingNames, pu
 
 
 def projection_figure(curves: Sequence[DoseResponse], names: SettingNames) -> PaperFigure:
-    """Figure 6, second part: mean projection of the generated tokens by α, after and without steering."""
+    """Draw figure 6, second part: mean projection by α, read while steering and read again without steering."""
     chosen = [
         curve
         for curve in _first_settings(curves)
@@ -95,7 +95,7 @@ def projection_figure(curves: Sequence[DoseResponse], names: SettingNames) -> Pa
 
 
 def published_curves_figure(published: Published) -> PaperFigure:
-    """Figure 6, third part: the published model's curves."""
+    """Draw figure 6, third part: the published model's curves."""
     curves = published.dose_response.curves
     scenarios = list(dict.fromkeys(curve.scenario for curve in curves))
     layers = sorted({curve.layer for curve in curves})
@@ -118,7 +118,7 @@ def published_curves_figure(published: Published) -> PaperFigure:
 
 
 def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> PaperFigure:
-    """Figure 7: rates at α = 0 by scenario."""
+    """Draw figure 7: rates at α = 0 by scenario."""
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
     for curve in curves:
         for row in curve.rows:
@@ -163,7 +163,7 @@ def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> Pap
 
 
 def draw_rates(sheet: Sheet, axes: Axes, curve: DoseResponse) -> None:
-    """Empathetic share with its band, coherent share with its bars."""
+    """Draw a curve's empathetic share with a band, and its coherent share with error bars."""
     low, high = curve.coherence_intervals
     sheet.line(axes, "coherent", curve.alphas, curve.coherence_rates, SERIES[1], low=low, high=high)
     low, high = curve.empathy_intervals
@@ -171,7 +171,7 @@ def draw_rates(sheet: Sheet, axes: Axes, curve: DoseResponse) -> None:
 
 
 def _unsteered_plus_alpha(sheet: Sheet, axes: Axes, setting: Setting, curves: Sequence[DoseResponse]) -> None:
-    """The value that a model which does not react at all would show."""
+    """Draw the values of a model that does not respond to steering: its unsteered mean plus α."""
     starts = [
         row.mean_projection_generated
         for curve in curves
@@ -199,7 +199,7 @@ def _published_curve(published: Published, curve: DoseResponse) -> PublishedCurv
 
 
 def _first_settings(curves: Sequence[DoseResponse]) -> list[DoseResponse]:
-    """The curves of as many settings as fit, setting by setting."""
+    """The curves of as many settings as fit on one sheet, setting by setting."""
     settings = list(dict.fromkeys(curve.setting for curve in main_direction_first(curves)))
     scenarios = {curve.scenario for curve in curves}
     drawn = settings[: max(1, MAX_PANELS // len(scenarios))]

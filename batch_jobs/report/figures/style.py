@@ -1,4 +1,4 @@
-"""The one look of all figures: palette, marks and lines of the series, matplotlib's settings."""
+"""The look of all figures: palette, marks and lines of the series, matplotlib settings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PALETTE: Final = {
     "s4": "#a8568a",
     "s5": "#6b6f00",
 }
-"""CSS variable -> its colour in light. s1 to s5 are Okabe and Ito's colour-blind safe hues, darkened until each has
-contrast enough on paper. No two are equal, so that a colour in the SVG names its variable."""
+"""CSS variable -> its colour in the light theme. s1 to s5 are Okabe and Ito's colour-blind safe hues, darkened for
+sufficient contrast on `paper`. All values differ, so that each colour in an SVG identifies its variable."""
 
 _LOOK: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
@@ -63,7 +63,7 @@ _LOOK: Final[dict[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a series looks: never told apart by colour alone."""
+    """Look of a series. Series never differ by colour alone."""
 
     colour: str
     """Key of PALETTE."""
@@ -80,12 +80,11 @@ SERIES: Final = (
     Style("s5", "v"),
 )
 PUBLISHED: Final = Style("soft", "x", (":"))
-"""Values of the paper, wherever they stand beside the run's."""
+"""Style of the paper's values next to the run's."""
 
 
 @contextmanager
 def figure_look() -> Iterator[None]:
-    """All figures are made inside this: matplotlib reads its settings both when a text is made and when it is
-    drawn."""
+    """Context for making figures. Create and draw them inside it: matplotlib reads its settings at both times."""
     with matplotlib.rc_context(_LOOK):
         yield

@@ -1,4 +1,4 @@
-// Narrows the samples to those chosen. Without scripts the whole list stays, folded.
+// Filters the samples by the form. Without scripts the whole list stays visible, folded.
 const OPEN_AT_MOST = 25;
 const form = document.getElementById("filter");
 const prompts = [...document.querySelectorAll("details.prompt")];
@@ -38,9 +38,9 @@ function narrow() {
 if (conditions.length > 0) {
   form.hidden = false;
   form.addEventListener("input", narrow);
-  form.addEventListener("reset", () => setTimeout(narrow));  // the fields are emptied after the event
+  form.addEventListener("reset", () => setTimeout(narrow));  // the fields are cleared after the event
   form.addEventListener("submit", (event) => event.preventDefault());
-  // the most telling condition first: the first scenario at the largest alpha
+  // start with the condition of the largest alpha in the first scenario
   const [first] = conditions;
   const alike = conditions.filter(({ element }) => ["scenario", "setting"].every(
     (name) => element.dataset[name] === first.element.dataset[name]));

@@ -1,4 +1,4 @@
-"""Two models made from one another by known maps, so that what they agree on is known too."""
+"""Two models, one made from the other by a known map, so that their agreement is known too."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def test_with_fewer_texts_than_dimensions_the_fit_is_scipys_and_knows_the_train_
     a = texts(100, seed=5)
     b = Texts(a.rows @ ortho_group.rvs(100, random_state=6))
     got = compare(a, b)
-    assert got.rank == 2 * TRAIN - 1  # centring takes one dimension
-    # scipy's map agrees on the train span and is arbitrary beside it; its second value is <A W, B> on train
+    assert got.rank == 2 * TRAIN - 1  # centring removes one dimension
+    # scipy's map agrees on the train span and is arbitrary outside it; its second value is <A W, B> on train
     train_a, train_b = (side.rows[: 2 * TRAIN] - side.rows[: 2 * TRAIN].mean(axis=0) for side in (a, b))
     _, inner = orthogonal_procrustes(train_a, train_b)
     norms = np.linalg.norm(train_a) * np.linalg.norm(train_b)
     assert got.similarity_train == pytest.approx(inner / norms, abs=EXACT)
     assert got.similarity_train == pytest.approx(1.0, abs=EXACT)
-    # of a test readout the map carries the part inside the span of the train readouts, here by least squares
+    # the map carries the part of a test readout inside the span of the train readouts, here by least squares
     test_a = a.rows[2 * TRAIN :] - a.rows[: 2 * TRAIN].mean(axis=0)
     inside = train_a.T @ np.linalg.lstsq(train_a.T, test_a.T, rcond=None)[0]
     assert got.similarity_test == pytest.approx(np.sum(inside**2) / np.sum(test_a**2), abs=EXACT)
@@ -102,7 +102,7 @@ def test_unrelated_models_look_aligned_on_train_and_the_shuffles_give_them_away(
     got = compare(texts(200, seed=7, class_shift=0.0), texts(300, seed=8, class_shift=0.0))
     assert got.similarity_train > 0.9
     assert abs(got.similarity_test) < 0.1
-    # fixed seeds; on 24 unrelated test texts |r| stays below 0.5 but for one time in a hundred
+    # fixed seeds; on 24 unrelated test texts |r| stays below 0.5 in 99 of 100 cases
     assert abs(got.aligned.pearson_r or 0.0) < 0.5
     assert got.shuffled.similarity_test.p > 0.05
     assert got.shuffled.transfer_auroc.p > 0.05
@@ -114,7 +114,7 @@ def test_unrelated_models_look_aligned_on_train_and_the_shuffles_give_them_away(
 def test_models_that_share_the_classes_only_are_told_from_models_that_share_texts() -> None:
     a, b = texts(30, seed=9, class_shift=6.0), texts(40, seed=10, class_shift=6.0)
     got = compare(a, b)
-    # The class mean is all it takes to transfer: shuffling inside the classes does as well, over both it does not.
+    # The class mean is enough to transfer: shuffling within the classes does as well, shuffling across both does not.
     assert got.transfer_auroc > 0.95
     assert got.shuffled.transfer_auroc.mean < 0.8
     assert got.shuffled.transfer_cosine.p == pytest.approx(1 / (1 + ROUNDS))

@@ -1,4 +1,4 @@
-"""Two run directories side by side. The runs are written by the study's own writers, their numbers made up."""
+"""Two run directories side by side. The study's own writers make the runs; the numbers are made up."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_the_printed_comparison_names_what_differs_and_every_table(tmp_path: Pat
 
 def test_a_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
-    with pytest.raises(StudyError, match="no run directory") as caught:
+    with pytest.raises(StudyError, match="not a run directory") as caught:
         compare_runs(run, tmp_path / "nothing")
     assert str(tmp_path / "nothing") in str(caught.value)
 

@@ -23,6 +23,7 @@ GRID_SIZES = {
     "paper-qwen2.5-7b-75": 75,
     "paper-dolphin-75": 75,
     "listener-conflict": 1 * 7 * 5 * 5,
+    "template": 1 * 3 * 2 * 3,
 }
 
 
@@ -97,7 +98,7 @@ def test_only_what_talking_costs_tells_the_levels_of_conflict_apart() -> None:
     assert len({(level.objective, level.empathy_pressure) for level in levels}) == 5
     assert len({level.rubric for level in levels}) == 1
     assert len({level.markers for level in levels}) == 1
-    # what is asked and what Jimmi97 writes are the same words at every level
+    # the request and Jimmi97's message have the same words at every level
     assert len({level.objective.partition(" next level. ")[0] for level in levels}) == 1
     assert len({level.objective[-60:] for level in levels}) == 1
     assert len({level.empathy_pressure.partition(" suicide. ")[0] for level in levels}) == 1

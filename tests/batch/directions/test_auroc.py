@@ -34,7 +34,7 @@ def test_the_interval_is_that_of_texts_drawn_again_within_their_class() -> None:
         ours, theirs = again.choices(empathic.tolist(), k=15), again.choices(other.tolist(), k=15)
         resampled.append(sum((a > b) + (a == b) / 2 for a in ours for b in theirs) / 225)
     resampled.sort()
-    # Both ends are quantiles of 4,000 draws: their Monte Carlo error is about 0.005; drawing both classes from one
+    # Both ends are quantiles of 4,000 draws, with a Monte Carlo error of about 0.005. Drawing both classes from one
     # pool would move them by 0.2.
     assert low == pytest.approx(resampled[100], abs=0.02)
     assert high == pytest.approx(resampled[3899], abs=0.02)
@@ -44,7 +44,7 @@ def test_the_interval_depends_on_the_seed_only() -> None:
     empathic, other = np.array([0.0, 2.0, 3.0, 5.0]), np.array([1.0, -1.0, 2.5, 4.0])
     interval = auroc_interval(empathic, other, resamples=200, seed=7)
     assert auroc_interval(empathic, other, resamples=200, seed=7) == interval
-    # scaling keeps the order of the texts, and so the answer of every resample
+    # scaling keeps the order of the texts, and so the result of every resample
     assert auroc_interval(empathic * 9, other * 9, resamples=200, seed=7) == interval
 
 

@@ -19,9 +19,9 @@ def test_the_published_summary_follows_from_the_published_aurocs(paper_data: Pat
     assert got.mean == pytest.approx(random_aurocs["mean_auroc"], abs=1e-12)
     assert got.std == pytest.approx(random_aurocs["std_auroc"], abs=1e-12)
     assert got.percentile_95 == pytest.approx(random_aurocs["95th_percentile"], abs=1e-12)
-    # theirs is smaller by 4e-10 of itself, which is what 1e-10 added to the std against a division by zero makes
+    # theirs is smaller by a relative 4e-10, since it adds 1e-10 to the std against a division by zero
     assert got.z == pytest.approx(published["comparison"]["z_score"], abs=1e-8)
-    # 0.022 and 0.969 lie as far from 0.5 as probes that are read as good: none reaches 1.0, though
+    # 0.022 and 0.969 are as far from 0.5 as probes that are read as good, but none reaches 1.0
     assert got.two_sided_p == pytest.approx(1 / 101)
     assert got.two_sided_percentile_95 + 0.5 > got.percentile_95
 
@@ -49,7 +49,7 @@ def test_random_directions_find_a_class_difference_spread_over_every_coordinate_
     assert len(got.aurocs) == 400
     # Symmetric about 0.5: a standard error of 0.33 / sqrt(400) is 0.017, so 0.07 is four of them.
     assert got.mean == pytest.approx(0.5, abs=0.07)
-    assert got.std > 0.2  # strong backwards and forwards ones; classes without a difference give about 0.1
+    assert got.std > 0.2  # strong ones in both directions; classes without a difference give about 0.1
     assert random_baseline(test, 1.0, directions=400, seed=2) == got
     assert random_baseline(test, 1.0, directions=400, seed=3).aurocs != got.aurocs
 

@@ -1,4 +1,4 @@
-"""Which text is read how, and where its readout ends up, with an engine that answers from a formula."""
+"""How each text is read, and where its readout is kept, with an engine that answers from a formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLIT = Split(
 
 
 class FormulaEngine:
-    """One token a letter; a token's residual stream at layer ℓ is (letter code, ℓ)."""
+    """One token per letter; a token's residual stream at layer ℓ is (letter code, ℓ)."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -71,7 +71,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
 
     stand_ins = {"steered": lambda fields, entries, readout: readout, "collect_readouts": collected}
     for name, stand_in in stand_ins.items():
-        # into the namespace itself: looking the real one up first, as setattr does, would import vLLM
+        # set in the namespace itself: setattr would look the real one up first, and so import vLLM
         monkeypatch.setitem(vars(vllm_steer), name, stand_in)
     return made
 
@@ -107,7 +107,7 @@ def test_every_text_is_read_under_both_poolings_in_one_batch(engine: FormulaEngi
     letters = sum(
         min(len(text), 12) for pair in (*SPLIT.train, *SPLIT.test) for text in (pair.empathic, pair.non_empathic)
     )
-    # the ablated text is cut to 12 as the one it was made of
+    # the ablated text is cut to 12, like its original
     assert progress.works == [Work(14, 2 * (letters + 12), 1)]
 
 

@@ -57,7 +57,7 @@ def test_numbers_agree_with_a_hand_computation() -> None:
 
 
 def test_the_train_threshold_is_fitted_on_train_texts_and_judged_on_test_texts() -> None:
-    # train class means 10 and -4, so 3; of the test texts only 5 and 3 reach it, and the three others stay below it
+    # train class means 10 and -4, so 3; of the test texts only 5 and 3 reach it, and the others stay below it
     got = validated(column(1, 3, 5), column(0, 2, -2), train=PairReadouts(column(9, 11), column(-8, 0)))
     assert got.threshold_train == 3.0
     assert got.accuracy_train_threshold == pytest.approx(5 / 6)

@@ -85,5 +85,5 @@ def test_every_empathic_test_text_loses_words_and_keeps_none(file: str, request:
         once = ablate_text(text, seed=0, text_id="t")
         assert once.replacements > 0
         assert ablate_text(once.text, seed=0, text_id="t").replacements == 0
-        # words are swapped and nothing else: what is left between them is the same
+        # only words are swapped: the text between them stays the same
         assert re.sub(r"[\w’'-]+", "", once.text).split() == re.sub(r"[\w’'-]+", "", text).split()

@@ -50,7 +50,7 @@ def test_every_method_finds_a_planted_direction_and_points_it_to_the_empathic_si
     direction = METHODS[method](noisy_pairs(planted))
     assert direction.dtype == np.float32
     assert np.linalg.norm(direction) == pytest.approx(1.0, abs=1e-6)
-    # 40 pairs with noise of 0.1 on a step of 5; the regression leans towards what separates single texts
+    # 40 pairs with noise of 0.1 on a step of 5; the regression leans towards the separation of single texts
     assert float(direction @ planted) / 5 > 0.9
     backwards = METHODS[method](noisy_pairs(-planted))
     assert float(backwards @ planted) / 5 < -0.9
@@ -58,8 +58,8 @@ def test_every_method_finds_a_planted_direction_and_points_it_to_the_empathic_si
 
 def test_logistic_regression_gives_the_boundary_in_the_units_of_the_stream() -> None:
     draw = np.random.default_rng(0)
-    # One coordinate carries the class at scale 0.01, the other is noise at scale 1000: unless the scaling is undone the
-    # right way round, the noise has the larger weight.
+    # One coordinate carries the class at scale 0.01, the other is noise at scale 1000: unless the scaling is undone
+    # correctly, the noise has the larger weight.
     empathic = np.column_stack([draw.normal(0.02, 0.01, 60), draw.normal(0, 1000, 60)])
     other = np.column_stack([draw.normal(-0.02, 0.01, 60), draw.normal(0, 1000, 60)])
     direction = logistic_regression(PairReadouts(empathic, other))

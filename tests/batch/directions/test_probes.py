@@ -1,4 +1,4 @@
-"""What a study's readouts leave in its run directory, without an engine."""
+"""The files that a study makes of its readouts in its run directory, without an engine."""
 
 from __future__ import annotations
 

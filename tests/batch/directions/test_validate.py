@@ -1,4 +1,4 @@
-"""A study's validation on readouts made up so that every answer is known."""
+"""A study's validation on synthetic readouts, for which every result is known."""
 
 from __future__ import annotations
 

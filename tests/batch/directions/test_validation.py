@@ -94,7 +94,7 @@ def test_a_refused_write_leaves_the_old_file(tmp_path: Path) -> None:
         (None, "no validation file"),
         ("{", "not JSON"),
         ("[]", "got list"),
-        # what the first version wrote
+        # as the first version wrote it
         (
             '{"layers": {}, "best_layer": 8, "mean_residual_norm": {}}',
             r"lacks mean_residual_norms,.*run the study again",

@@ -169,12 +169,12 @@ STRICT_SEED = [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extr
     [
         ({"max_tokens": NEW_LIMIT}, {"max_completion_tokens": 7, "temperature": 0.5, "seed": 3}, []),
         ({"max_tokens": STRICT_LIMIT}, {"max_completion_tokens": 7, "temperature": 0.5, "seed": 3}, []),
-        ({"temperature": NO_ZERO}, {"max_tokens": 7, "seed": 3}, ["does not take temperature"]),
-        ({"seed": STRICT_SEED}, {"max_tokens": 7, "temperature": 0.5}, ["does not take seed"]),
+        ({"temperature": NO_ZERO}, {"max_tokens": 7, "seed": 3}, ["does not accept temperature"]),
+        ({"seed": STRICT_SEED}, {"max_tokens": 7, "temperature": 0.5}, ["does not accept seed"]),
         (
             {"max_tokens": NEW_LIMIT, "temperature": NO_ZERO, "seed": STRICT_SEED},
             {"max_completion_tokens": 7},
-            ["does not take seed", "does not take temperature"],
+            ["does not accept seed", "does not accept temperature"],
         ),
     ],
 )

@@ -32,7 +32,7 @@ def fake_download(working: Path, progress: demo_model.Progress) -> Path:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace the three slow steps; the list tells which of them ran."""
+    """Replace the three slow steps; the list has those that ran."""
     ran: list[str] = []
 
     def download(working: Path, progress: demo_model.Progress) -> Path:
@@ -116,7 +116,7 @@ def test_a_failing_step_leaves_no_checkpoint(
 
 
 def make_slowly(cache: Path, conversions: Path) -> None:
-    """Body of a competing process: slow enough that the two overlap, and leaves one mark a conversion."""
+    """Body of a competing process: slow enough that two overlap; each conversion leaves one mark."""
 
     def convert(gguf: Path, checkpoint: Path) -> None:
         time.sleep(0.5)

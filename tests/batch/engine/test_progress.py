@@ -24,7 +24,7 @@ class Histogram:
 
 
 class CountingEngine:
-    """Only what progress reads of an engine: its statistics, which count from the start of the process."""
+    """The part of an engine that progress reads: its statistics, which count from the start of the process."""
 
     def __init__(self) -> None:
         self.generated, self.ended = 1000, 10

@@ -18,7 +18,7 @@ from batch_jobs.files.documents import (
 )
 from vllm_steer.errors import SettingsError
 
-# what str.splitlines takes for a line end and JSON allows inside a string
+# str.splitlines splits at these, and JSON allows them inside a string
 UNICODE_LINE_ENDS = ("\x85", "\u2028", "\u2029")
 
 

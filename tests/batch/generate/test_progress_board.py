@@ -1,4 +1,4 @@
-"""What a worker reports and what the driver makes of it; the board itself is called directly instead of through Ray."""
+"""A worker's reports and the driver's display of them; the board is called directly instead of through Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batch_jobs.generate.shard_runner import ShardOutcome
 
 
 class Remote:
-    """A board whose methods are called as those of a Ray actor's handle."""
+    """A board whose methods are called like those of a Ray actor's handle."""
 
     def __init__(self, board: ProgressBoard) -> None:
         self.report = SimpleNamespace(remote=board.report)

@@ -24,7 +24,7 @@ PROJECTION_TOLERANCE = 1e-4
 
 
 class Heard:
-    """Progress that keeps what it was told."""
+    """Progress that keeps its messages."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -56,7 +56,7 @@ def rows_of_many_shapes(vocab_size: int) -> list[FinishedRow]:
         FinishedRow(ids(8), [ended], 3, "bold"),
         twice,
         FinishedRow(ids(60), ids(60), 3, "calm"),  # 120 tokens do not fit: the end is cut
-        FinishedRow(ids(MAX_MODEL_LEN - 1), ids(4), 1, "calm"),  # the prompt leaves no room at all
+        FinishedRow(ids(MAX_MODEL_LEN - 1), ids(4), 1, "calm"),  # the prompt leaves no place for a token
     ]
 
 
@@ -86,7 +86,7 @@ def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(demo_m
         if index in (5, 9):
             continue
         kept = list(row.completion_ids)[: MAX_MODEL_LEN - 1 - len(row.prompt_ids)]
-        # the reference does not feed back the last token it is given, and the mean holds it
+        # the reference does not feed back its last token, so add one: the mean includes the row's last token
         truth = reference.replay(list(row.prompt_ids), [*kept, 0])
         unit = vectors[row.direction, row.layer] / np.linalg.norm(vectors[row.direction, row.layer])
         mean = truth.mean(row.layer, "generated")

@@ -1,5 +1,5 @@
-"""A row that breaks its engine is found, recorded, and takes nothing else along. The engine answers from a formula;
-`test_study_faults.py` does the same to a real one."""
+"""A row that breaks its engine is found and recorded, and no other row is lost. The engine answers from a formula;
+`test_study_faults.py` does the same with a real one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_steer import Direction
 
 
 class Killed(BaseException):
-    """What a kill -9 looks like from inside: nothing after it runs. The real one is in test_study_faults.py."""
+    """Stands in for kill -9: nothing after it runs. The real one is in test_study_faults.py."""
 
 
 class Silent:
@@ -57,7 +57,7 @@ def job(tmp_path: Path) -> ShardJob:
     )
     vector = np.zeros(8, dtype=np.float32)
     vector[1] = 1
-    validation = SimpleNamespace(mean_residual_norms={3: 10.0})  # all that a worker takes from it
+    validation = SimpleNamespace(mean_residual_norms={3: 10.0})  # the only part that a worker uses
     probes = Probes({("empathy", 3): Direction("empathy", 3, vector)}, validation)  # type: ignore[arg-type]
     scenario = Scenario("the_duel", "The Duel", "Win the duel.", "Your rival is crying.", ())
     return ShardJob(study, {"the_duel": scenario}, probes, RunDirectory(tmp_path), {})
@@ -72,7 +72,7 @@ def runner(engine: FormulaEngine, job: ShardJob) -> ShardRunner:
 
 
 def poison(engine: FormulaEngine, seed: int, alpha: float, error: BaseException, times: int = 10**9) -> None:
-    """Make every batch that holds the one row of this seed and α end in `error`."""
+    """Make every batch with the row of this seed and α end in `error`."""
     original, left = engine.answer, times
 
     def answer(prompt: Any, wanted: Any) -> Any:
@@ -148,7 +148,7 @@ def test_a_row_that_kills_its_process_is_cornered_and_recorded(engine: FormulaEn
     deaths = 0
     while True:
         try:
-            # each turn of the loop stands for a new process that is given the same shard
+            # each turn of the loop stands for a new process with the same shard
             outcome = runner(engine, job).run(shard)
             break
         except Killed:

@@ -21,7 +21,7 @@ NEUTRAL = ["".join(_LETTERS.choices("bcdfghjklmnpqrstvwxz", k=5)) for _ in range
 def random_pairs(
     count: int, *, empathic: str = "", non_empathic: str = "", words: tuple[int, int] = (40, 40)
 ) -> list[Pair]:
-    """Pairs of random neutral words, so that only what is added can tell the sides apart."""
+    """Pairs of random neutral words, so that only the added words can tell the sides apart."""
     draw = random.Random(7)
 
     def text(length: int, extra: str) -> str:
@@ -106,7 +106,7 @@ def test_a_word_that_gives_a_side_away_is_found_and_named() -> None:
 
 
 def test_both_texts_of_a_pair_are_held_out_together() -> None:
-    # each pair has words of its own on both sides: seen on one side in training they would point to the wrong side
+    # each pair has its own words on both sides: seen on one side in training, they would point to the wrong side
     pairs = []
     for number, pair in enumerate(random_pairs(24)):
         own = " ".join(f"own{number}x{index}" for index in range(30))

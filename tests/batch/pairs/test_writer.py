@@ -1,4 +1,4 @@
-"""The in-process writer, with an engine that repeats what it was asked; endpoint writers are tested with the pairs."""
+"""The in-process writer, with an engine that repeats its prompt; endpoint writers are tested with the pairs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> EchoEngine:
         echo.starts += 1
         return echo
 
-    # set as items: to read the real attributes first, as setattr does, would import vLLM
+    # set in the namespace itself: setattr would look the real ones up first, and so import vLLM
     monkeypatch.setitem(vars(vllm_steer), "load_llm", load_llm)
     monkeypatch.setitem(vars(vllm_steer), "steered", lambda params, *_: params)
     return echo

@@ -29,7 +29,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Visit:
-    """An open report, and all it complained of or asked for."""
+    """An open report, with the page's complaints and requests."""
 
     def __init__(self, browser: playwright.Browser, report: Path, viewport: dict[str, int], scheme: str) -> None:
         self.page = browser.new_page(viewport=viewport, color_scheme=scheme)

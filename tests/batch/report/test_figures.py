@@ -240,7 +240,7 @@ def test_a_long_direction_name_and_a_series_without_points_leave_the_panels_whol
         grade=np.array([0, 1, 2, 0, 1, 2], dtype=np.int8),
         judged=np.zeros(6, dtype=np.bool_),
     )
-    with figure_look():  # a layout that fails is a warning, and so an error here
+    with figure_look():  # a failed layout is a warning, and so an error here
         drawing = drawn(behaviour_figure(direction_behaviours(points), read_published()))
     assert "steered: 3 points" in drawing.description
     assert "r 1.00, ρ 1.00, n 3" in drawing.description

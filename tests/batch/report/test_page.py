@@ -34,13 +34,13 @@ def results(run: Path) -> RunResults:
 
 @pytest.fixture(scope="module")
 def no_figures(results: RunResults) -> dict[str, PaperFigure]:
-    """Every figure as if there were nothing to draw: for tests of the page around them."""
+    """Every figure empty, for tests of the page around them."""
     labels = ("1", "1b", "2", "3", "4", "5", "6a", "6b", "6c", "7", "8", "9")
     return {label: PaperFigure(label, "none", "None", missing=f"Nothing for {label}.") for label in labels}
 
 
 class Outline(HTMLParser):
-    """Collects what the tests ask of a page."""
+    """Collects the parts of a page that the tests check."""
 
     VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
 
@@ -79,7 +79,7 @@ def outline(page: str) -> Outline:
 
 
 def words(page: str) -> str:
-    """The page's text without tags, white space as one blank."""
+    """The page's text without tags, with each run of white space as one blank."""
     return " ".join(re.sub(r"<[^>]+>", " ", page).split())
 
 
@@ -167,7 +167,7 @@ def test_the_flawed_success_rule_is_shown_where_it_bites(page: str) -> None:
     # the listener starts at 1.0: three positive α cannot succeed, the three negative ones do
     assert "ceiling 1.00 0.500 0.500 3 of 6 0 1.000 3" in text
     assert "every unsteered sample is empathetic already" in text
-    # food delivery at -0.1 norms: the rate does not move, and the rule calls it a success
+    # food delivery at -0.1 norms: the rate does not change, and the rule calls that a success
     assert "−0.1 5 0.40 0.12–0.77 0.00 0.738 yes unmoved" in text
     assert "The Listener" in text
     assert "its data file has 0.0 three times" in text
@@ -242,7 +242,7 @@ def test_a_long_run_shows_the_first_samples_only(tmp_path: Path) -> None:
     kept = read_generations(folder, per_condition=SHOWN_PER_CONDITION, max_samples=1000)
     assert [len(group.samples) for group in kept.groups] == [SHOWN_PER_CONDITION] * 2
     assert kept.num_rows == len(rows)
-    # too many in all: every condition gets as many
+    # too many in all: every condition gets the same number
     few = read_generations(folder, per_condition=SHOWN_PER_CONDITION, max_samples=7)
     assert [[sample.sample for sample in group.samples] for group in few.groups] == [[0, 1, 2]] * 2
     # more conditions than samples allowed: the first ones

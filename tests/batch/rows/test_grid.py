@@ -29,7 +29,7 @@ def make_study(**steer: Any) -> Study:
 
 
 def test_a_row_id_is_what_it_was_in_earlier_versions() -> None:
-    # Literal on purpose: if this changes, every stored study loses its place when it is resumed.
+    # A literal on purpose: if it changes, no stored study can be resumed.
     assert row_id(CONDITION, 3) == "ae6cd12e5b55b2c6"
 
 

@@ -1,4 +1,4 @@
-"""How a grid is cut, and that the cuts do not move while it is worked off."""
+"""How a grid is cut into shards, and that the cuts stay while rows are finished."""
 
 from __future__ import annotations
 

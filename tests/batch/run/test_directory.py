@@ -24,7 +24,7 @@ def test_results_of_another_study_are_neither_mixed_nor_lost(tmp_path: Path) -> 
     other = {"seed": 0, "sampling": {"temperature": 0.9}}
     run.claim("mine", mine, overwrite=False)
     run.write_provenance({"run_key": "mine", "config": {**mine, "engine": {}, "rows_per_part": 3}})
-    run.claim("other", other, overwrite=False)  # nothing but a record there yet: a first start that failed early
+    run.claim("other", other, overwrite=False)  # only a record is there: the first start failed early
     run.scores.write_text("x", encoding="utf-8")
     run.claim("mine", mine, overwrite=False)
     with pytest.raises(StudyError, match=r"study: sampling\.temperature: 0\.7 -> 0\.9\. .*--overwrite"):

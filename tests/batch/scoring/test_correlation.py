@@ -20,7 +20,7 @@ def test_the_published_correlation_is_reproduced(paper_data: Path) -> None:
     points = published["detailed_results"]
     got = behavioural_correlation([point["probe_score"] for point in points], [point["true_score"] for point in points])
     assert got.correlation.n == published["num_test_cases"] == 12
-    # both sides are float64 arithmetic on the same 12 numbers; rounding alone is left
+    # both sides are float64 arithmetic on the same 12 numbers, so they differ only by rounding
     assert got.correlation.pearson_r == pytest.approx(published["pearson_correlation"], rel=1e-9)
     assert got.correlation.pearson_p == pytest.approx(published["pearson_p_value"], rel=1e-9)
     assert got.correlation.spearman_rho == pytest.approx(published["spearman_correlation"], rel=1e-9)

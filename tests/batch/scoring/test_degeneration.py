@@ -131,7 +131,7 @@ def test_half_of_a_surrogate_pair_does_not_stop_scoring() -> None:
 
 
 def test_published_generations_fail_hardly_ever(paper_data: Path) -> None:
-    """The paper reports that this model stays coherent at every α; one sample of 405 draws an endless row of coins."""
+    """The paper reports that this model is coherent at every α; one sample of 405 draws an endless row of coins."""
     document = json.loads((paper_data / "steering" / "qwen2.5-7b.json").read_text(encoding="utf-8"))
     texts = [
         text

@@ -36,7 +36,7 @@ def points(
         span=words(["all"] * count),
         alpha=np.array(alpha or [0.0] * count),
         projection_unsteered=np.array(projection),
-        projection_generated=np.full(count, 1e6),  # would swamp every number it got into
+        projection_generated=np.full(count, 1e6),  # would dominate every number that used it
         grade=np.array(grade, dtype=np.int8),
         judged=np.array(judged or [False] * count),
     )

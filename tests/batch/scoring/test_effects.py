@@ -16,7 +16,7 @@ def one_p(*cell: int) -> float:
 
 
 def tail_by_counting(sign: int, hits: int, tries: int, base_hits: int, base_tries: int) -> float:
-    """Share of the ways to place all successes among all samples that put as many, or as few, into the condition."""
+    """Share of the placements of all successes among all samples with as many, or as few, in the condition."""
     total = hits + base_hits
     ways = [
         comb(tries, k) * comb(base_tries, total - k) if 0 <= total - k <= base_tries else 0 for k in range(tries + 1)
@@ -28,7 +28,7 @@ def test_wilson_interval_matches_published_values() -> None:
     assert wilson_interval(0, 5) == pytest.approx((0.0, 0.4345), abs=1e-4)
     assert wilson_interval(5, 5) == pytest.approx((0.5655, 1.0), abs=1e-4)
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         wilson_interval(0, 0)
 
 

@@ -31,7 +31,7 @@ SCENARIOS = {"duel": Scenario("duel", "Duel", "Win the duel.", "Someone cries.",
 
 
 def write_completions(folder: Path, completions: Mapping[str, str | None], scenario: str = "duel") -> Path:
-    """One Parquet part of those rows; every other required column holds something of its type."""
+    """Write one Parquet part of these rows; every other required column holds a value of its type."""
     filler = {pa.string(): "-", pa.int32(): 0, pa.int64(): 0, pa.float64(): 0.0}
     blank = {column.name: None if column.nullable else filler.get(column.type, datetime.now(UTC)) for column in SCHEMA}
     rows = [blank | {"row_id": name, "scenario": scenario, "completion": text} for name, text in completions.items()]
@@ -187,7 +187,7 @@ def test_one_file_holds_one_judges_grades(tmp_path: Path) -> None:
 def test_a_file_of_something_else_has_no_grades(tmp_path: Path, line: str) -> None:
     path = tmp_path / "judgements.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(StudyError, match="is no judgement"):
+    with pytest.raises(StudyError, match="is not a judgement"):
         read_grades(path)
     with pytest.raises(StudyError, match="no judgements at"):
         read_grades(tmp_path / "none.jsonl")

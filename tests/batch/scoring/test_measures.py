@@ -1,4 +1,4 @@
-"""A row's measures are those of its text alone, whichever rows it is measured beside."""
+"""A row's measures depend on its text alone, not on the rows that are measured with it."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_empty_completions_are_neither_empathetic_nor_coherent() -> None:
 
 def test_failed_rows_are_left_out_and_counted() -> None:
     rows = [row(0.0, COLD), row(1.0, KIND), row(1.0, None, error="engine died", completion_tokens=None)]
-    rows.append(row(2.0, None, error="engine died"))  # nothing left of this condition
+    rows.append(row(2.0, None, error="engine died"))  # this condition has no rows left
     got = by_alpha(score_table(table(rows)))
     assert set(got) == {0.0, 1.0}
     assert (got[1.0].samples, got[1.0].failed, got[1.0].empathy_rate) == (1, 1, 1.0)

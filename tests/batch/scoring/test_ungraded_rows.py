@@ -1,4 +1,4 @@
-"""Rows without a grade: counted by reason, asked again by the next call. And thoughts before a grade."""
+"""Rows without a grade: counted by reason, and judged again by the next call. Also thoughts before a grade."""
 
 from __future__ import annotations
 

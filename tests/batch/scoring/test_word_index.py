@@ -1,4 +1,4 @@
-"""What is answered for many texts at once is what plain Python says of each."""
+"""Results for many texts at once equal those of plain Python for each text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYWORDS = ("help", "user d", "Reach Out", "d", "ος", "i", "go\tgo", "absent",
 
 
 def random_texts(seed: int) -> list[str]:
-    """Of 0 to 60 words, few enough to repeat 4-grams, between any white space and often with some at the ends."""
+    """Texts of 0 to 60 words, with repeated 4-grams, any white space between words and often some at the ends."""
     draw = random.Random(seed)
     texts = []
     for _ in range(400):
@@ -37,7 +37,7 @@ def plain_counts(text: str) -> tuple[int, int, int, int]:
 def test_counts_are_those_of_each_text_on_its_own(seed: int) -> None:
     texts = random_texts(seed)
     expected = [plain_counts(text) for text in texts]
-    assert len(set(expected)) > 30  # the texts differ in what is counted
+    assert len(set(expected)) > 30  # the texts differ in their counts
     assert list(WordIndex(pa.array(texts)).counts()) == expected
     assert [count_words(text) for text in texts] == expected
 

@@ -40,7 +40,7 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     split = split_pairs(pairs, train=14, seed=3)
     assert split_pairs(pairs[::-1], train=14, seed=3) == split
     assert split_pairs(pairs, train=14, seed=4) != split
-    # another scenario's pairs change nothing about this one's draw
+    # pairs of another scenario do not change this one's draw
     alone = split_pairs(pairs_of(a=10), train=7, seed=3)
     assert alone.train == tuple(pair for pair in split.train if pair.scenario_id == "a")
 

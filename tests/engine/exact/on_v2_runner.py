@@ -1,7 +1,7 @@
-"""What the classic runner's tests ask, asked of vLLM's V2 runner: started by `test_runner_v2`, or by hand with
+"""The classic runner's tests for vLLM's V2 runner: started by `test_runner_v2`, or by hand with
 ``pytest -p tests.support.interpreted_triton tests/engine/exact/on_v2_runner.py``; on an accelerator without the ``-p``.
 
-The vocabulary is small because interpreted sampling kernels take time for every block of it.
+The vocabulary is small because interpreted sampling kernels take time for each block of it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class Workload:
         """Assert that `llm` answers all requests as the reference does, and keeps nothing of them."""
         register_directions(llm, as_directions(self.vectors))
         assert check_against_reference(llm, self.reference, self.requests, self.expected) <= 2  # as in test_parity
-        # The runner hears of the last finished requests with the next step.
+        # The runner hears of the last finished requests only with the next step.
         llm.generate([{"prompt_token_ids": [7, 8]}], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
         assert not any(state_held(worker_of(llm)).values())
 
     def check_ends_that_nobody_foresees(self, llm: LLM) -> None:
-        """The same for requests that end at a token, which an asynchronous scheduler learns one step late."""
+        """Do the same for requests that end at a token, of which an asynchronous scheduler learns one step late."""
         ended = [
             (one, run.first(run.tokens.index(run.tokens[4]) + 1))
             for one, run in zip(self.requests, self.expected, strict=True)
@@ -103,7 +103,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(checkpoint)
     vectors = unit_vectors(LAYERS, HIDDEN_SIZE, seed=21)
-    # On both sides of the ends of blocks (32) and chunks (40).
+    # Lengths on both sides of the ends of blocks (32) and chunks (40).
     requests = mixed_batch(vectors, random_prompts(VOCAB_SIZE, lengths=(3, 31, 32, 33, 48, 79), seed=22))
     reference = Reference(checkpoint)
     return Workload(checkpoint, reference, vectors, requests, references(reference, requests, MAX_TOKENS))
@@ -111,7 +111,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 
 @pytest.fixture
 def open_v2(workload: Workload, open_engine: OpenEngine) -> Iterator[Callable[..., LLM]]:
-    """An engine over the workload's checkpoint, with its runner checked to be the one that is meant."""
+    """Start an engine over the workload's checkpoint, and check that it has the V2 runner."""
     engines = []
 
     def start(**engine_args: Any) -> LLM:

@@ -1,4 +1,4 @@
-"""Requests with and without a LoRA adapter, steered and not, side by side: each as Hugging Face has it with its own."""
+"""Requests with and without LoRA adapters, steered and not, in one batch: each equals Hugging Face with its adapter."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ VECTORS = unit_vectors(LAYERS, HIDDEN_SIZE, seed=71)
 REQUESTS = mixed_batch(VECTORS, random_prompts(VOCAB_SIZE, lengths=(3, 17, 33, 64, 90), seed=72))
 MAX_TOKENS = 12
 RANK, ALPHA = 8, 16
-# As wide as the weights of the model: an adapter that is left out, or put on another request, changes every token.
+# As large as the model's weights: an adapter that is left out, or put on another request, changes every token.
 ADAPTER_STD = 0.15
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The model as some requests see it: with an adapter or, where `adapter` is None, without."""
+    """The model with an adapter or, where `adapter` is None, without one."""
 
     adapter: LoRARequest | None
     reference: Reference
@@ -74,7 +74,7 @@ def variants(family: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def merge_random_adapter(reference: Reference, target: Path, whole: bool, seed: int) -> None:
-    """Write a random adapter of the blocks, if `whole` of embedding and head too, and add it to the reference.
+    """Write a random adapter of the blocks (if `whole`, of embedding and head too), and add it to the reference.
 
     The files are as PEFT writes them: W + (lora_alpha / r)·BA for a linear module's W, and the same for an embedding's
     transpose.
@@ -117,7 +117,7 @@ def llm(checkpoint: Path, open_engine: OpenEngine) -> Iterator[LLM]:
 
 
 def generate(llm: LLM, requests: list[Request], variants: list[Variant]) -> list[RequestOutput]:
-    """One `generate` call, each request with the adapter of its own variant."""
+    """One `generate` call, each request with its variant's adapter."""
     return llm.generate(
         [{"prompt_token_ids": request.prompt_ids} for request in requests],
         [request.params(max_tokens=MAX_TOKENS) for request in requests],
@@ -155,7 +155,7 @@ def test_the_prefix_cache_keeps_every_pair_of_adapter_and_steering_apart(llm: LL
     expected: list[ReferenceRun] = [variant.reference.generate(prompt, MAX_TOKENS, s) for variant, s in pairs]
     assert len({tuple(truth.tokens) for truth in expected}) == len(pairs)
     assert llm.reset_prefix_cache()
-    for cached in (0, 2 * BLOCK_SIZE):  # nothing of the other pairs the first time, one's own the second
+    for cached in (0, 2 * BLOCK_SIZE):  # no blocks of other pairs the first time, its own the second time
         for (variant, steering), truth in zip(pairs, expected, strict=True):
             (out,) = generate(llm, [Request(prompt, steering, None)], [variant])
             assert out.num_cached_tokens == cached

@@ -1,4 +1,4 @@
-"""However the engine runs a batch, the answers are the reference's: compiled, in small chunks, or preempted."""
+"""The answers equal the reference's however the engine runs a batch: compiled, in small chunks, or preempted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Workload:
         assert excused <= 2  # see test_parity
 
 
-# One for either way in which a block hands on the stream: (h, r) and a single tensor.
+# One for each way in which a block passes the stream on: (h, r) and a single tensor.
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
@@ -89,7 +89,7 @@ def test_preempted_requests_give_the_same(
         original(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", counting)
-    # Room for about four of the longer requests; one alone must fit, which is what max_model_len is checked against.
+    # Blocks for about four of the longer requests; one of max_model_len must fit, which vLLM checks.
     with open_engine(
         workload.checkpoint, layers=LAYERS, num_gpu_blocks_override=16, max_model_len=128, max_num_seqs=16
     ) as llm:
@@ -112,15 +112,15 @@ def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
     request, expected = workload.requests[0], workload.expected[0]
     assert not request.steering
-    with open_engine(workload.checkpoint, **COMPILED) as llm:  # leaves its graph in the compile cache
+    with open_engine(workload.checkpoint, **COMPILED) as llm:  # puts its graph into the compile cache
         (out,) = llm.generate([{"prompt_token_ids": request.prompt_ids}], greedy, use_tqdm=False)
         assert is_same_output(out, expected, "unconfigured")
     unhooked = graphs()
     assert len(unhooked) == 1, "nothing to serve"
     with open_engine(workload.checkpoint, layers=LAYERS, **COMPILED) as llm:
         workload.check(llm)
-    # vLLM 0.32 cannot load on a CPU what it saves there, and would compile again whatever it finds: so it is told by
-    # the place too.
+    # vLLM 0.32 cannot load on a CPU what it saves there, and compiles again whatever it finds. So look at the place of
+    # the graphs too.
     assert len(graphs() - unhooked) == 1, "the configured engine would look where the other one has left its graph"
 
 
@@ -136,7 +136,7 @@ def test_a_compiled_engine_gives_the_same(workload: Workload, open_engine: OpenE
 def test_two_engines_one_after_the_other_in_one_process(
     tiny_model: Callable[[str], Path], open_engine: OpenEngine
 ) -> None:
-    # The second hooks other layers and knows other directions: nothing of the first may linger.
+    # The second engine hooks other layers and has other directions: nothing of the first may remain.
     checkpoint = tiny_model("llama")
     reference = Reference(checkpoint)
     prompt = random_prompts(VOCAB_SIZE, lengths=(20,), seed=13)

@@ -1,7 +1,7 @@
 """On a GPU an engine that replays CUDA graphs equals Hugging Face forward hooks, in every kind of graph that vLLM has.
 
-All of it in float32: the attention is Triton's, in IEEE arithmetic, since vLLM's faster ones have no float32. Needs no
-model and no network.
+Everything is in float32: the attention is Triton's, in IEEE arithmetic, since vLLM's faster ones have no float32. Needs
+no model and no network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VECTORS = unit_vectors(LAYERS, HIDDEN_SIZE, seed=21)
 REQUESTS = mixed_batch(VECTORS, random_prompts(VOCAB_SIZE, lengths=(3, 31, 32, 48, 79, 100), seed=22))
 
 
-# One for either way in which a block hands on the stream: (h, r) and a single tensor.
+# One for each way in which a block passes the stream on: (h, r) and a single tensor.
 @pytest.fixture(scope="module", params=["qwen2", "gpt2"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(request.param, None, tmp_path_factory.mktemp("on-gpu") / request.param)
@@ -50,7 +50,7 @@ def expected(reference: Reference) -> list[ReferenceRun]:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.cuda.CUDAGraph]:
-    """Every graph that is replayed, once for each time."""
+    """The graphs that were replayed, one entry per replay."""
     replayed: list[torch.cuda.CUDAGraph] = []
     original = torch.cuda.CUDAGraph.replay
 
@@ -74,7 +74,9 @@ def test_replayed_graphs_give_what_hugging_face_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # no kernel that was compiled for faster arithmetic
+    monkeypatch.setenv(
+        "TRITON_CACHE_DIR", str(tmp_path)
+    )  # a cache without kernels that were compiled for faster arithmetic
     with open_engine(
         checkpoint,
         layers=LAYERS,
@@ -83,11 +85,11 @@ def test_replayed_graphs_give_what_hugging_face_gives(
         attention_backend="TRITON_ATTN",
         skip_tokenizer_init=True,
         max_num_batched_tokens=512,
-        gpu_memory_utilization=0.1,  # what has to be free, though so small a model takes much less
+        gpu_memory_utilization=0.1,  # memory that must be free; so small a model takes much less
     ) as llm:
         register_directions(llm, as_directions(VECTORS))
-        replays.clear()  # of the warm-up
+        replays.clear()  # drop those of the warm-up
         excused = check_against_reference(llm, reference, REQUESTS, expected)
     assert excused <= 2  # see test_parity
-    # Every token but the first comes from a step of at most one token a request, which a captured size holds.
+    # Every token but the first comes from a step of at most one token a request, which fits a captured size.
     assert len(replays) >= MAX_TOKENS - 1, "the steps did not run from graphs"

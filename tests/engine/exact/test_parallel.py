@@ -1,4 +1,4 @@
-"""Engines of several worker processes: every rank steers the same stream, and the readouts come back whole."""
+"""Engines with several worker processes: every rank steers the same stream, and readouts are complete."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _one_core_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of_rank(worker: Any) -> dict[str, Any]:
-    """Runs on a worker: what it holds and what its op has seen."""
+    """Runs on a worker: its hooked layers, its bank, and the sums that its op has made."""
     runner = worker.model_runner
     buffers = runner.vllm_steer.buffers
     return {
@@ -95,11 +95,11 @@ def test_two_tensor_parallel_ranks_answer_as_the_reference_and_hold_the_same_str
 
 
 def as_warm_up_would(worker: Any) -> None:
-    """Runs on a worker: allocate what a later stage receives into.
+    """Runs on a worker: allocate the tensors into which a later stage receives.
 
-    Stock vLLM 0.32 does it when it warms up, which its CPU engine skips when eager: the first request then dies of an
-    assertion (v1/worker/gpu_model_runner.py, sync_and_gather_intermediate_tensors). Compiled, two minutes slower to
-    start, it needs no such help.
+    Stock vLLM 0.32 does so when it warms up, which its CPU engine skips when eager: the first request then fails an
+    assertion (v1/worker/gpu_model_runner.py, sync_and_gather_intermediate_tensors). A compiled engine, which starts two
+    minutes slower, does not need this.
     """
     runner = worker.model_runner
     runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
@@ -113,7 +113,7 @@ def test_two_pipeline_stages_answer_as_the_reference_each_with_its_own_layers(
     workload: Workload, checkpoint: Path, open_engine: OpenEngine
 ) -> None:
     under_way: list[int] = []
-    # Few tokens a step, so that one stage has a batch of other requests than the next one.
+    # Few tokens a step, so that two stages have batches of different requests.
     with open_engine(checkpoint, layers=LAYERS, pipeline_parallel_size=RANKS, max_num_batched_tokens=64) as llm:
         llm.collective_rpc(as_warm_up_would)
         core = llm.llm_engine.engine_core.engine_core
@@ -128,7 +128,7 @@ def test_two_pipeline_stages_answer_as_the_reference_each_with_its_own_layers(
         workload.check(llm)
         first, second = llm.collective_rpc(state_of_rank)
     assert max(under_way) > 0, "no two batches were ever under way at once"
-    # Readouts that span both stages, and ones that a single stage holds all of, are in the batch.
+    # The batch has readouts that span both stages and readouts that one stage holds completely.
     assert (first["hooked"], second["hooked"]) == ([0], [2, 3])
     np.testing.assert_array_equal(first["bank"], second["bank"])
     assert [sums_AD.any() for sums_AD in first["sums"]] == [True, False, False]
@@ -143,7 +143,7 @@ def test_data_parallel_engines_are_refused_at_start(checkpoint: Path) -> None:
 
 
 def asynchronously(config: Any) -> None:
-    config.scheduler_config.async_scheduling = True  # the CPU platform switches it off, whoever asked for it
+    config.scheduler_config.async_scheduling = True  # the CPU platform switches it off, even if it was asked for
 
 
 def speculating(config: Any) -> None:

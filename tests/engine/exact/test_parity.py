@@ -25,10 +25,14 @@ from vllm_steer import register_directions
 pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 8
-LAYERS = [0, 2, NUM_LAYERS - 1]  # the first and the last block: their surroundings differ from the inner ones'
+LAYERS = [
+    0,
+    2,
+    NUM_LAYERS - 1,
+]  # with the first and the last block, whose surroundings differ from those of inner blocks
 VECTORS = unit_vectors(LAYERS, HIDDEN_SIZE)
 REQUESTS = mixed_batch(VECTORS, random_prompts(VOCAB_SIZE, lengths=(3, 5, 17, 33, 64, 90)))
-# Of vLLM's two CPU kernels for latent attention one is off in float32 and one refuses it.
+# Of vLLM's two CPU kernels for latent attention, one is inexact in float32 and one refuses float32.
 ENVIRONMENT = {"deepseekv2": {"VLLM_MLA_DISABLE": "1"}}
 
 
@@ -54,7 +58,7 @@ def expected(reference: Reference) -> list[ReferenceRun]:
 
 @pytest.fixture(scope="module")
 def llm(family: str, checkpoint: Path, expected: list[ReferenceRun], open_engine: OpenEngine) -> Iterator[LLM]:
-    # After the reference: an engine that runs Hugging Face's class changes it, and no other model of it can be built.
+    # After the reference: an engine that runs Hugging Face's class changes it, so no other model of it can be built.
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.get(family, {}).items():
             patch.setenv(name, value)
@@ -72,7 +76,7 @@ def test_a_mixed_batch_equals_hugging_face_hooks(
     excused = check_against_reference(llm, reference, REQUESTS, expected)
     with capsys.disabled():
         print(f" [{len(REQUESTS)} requests, {excused} near ties excused]", end="")
-    # More than a few excuses would mean that something else than rounding is at work.
+    # More than a few excused near ties would mean that the cause is not rounding.
     assert excused <= 2
 
 

@@ -1,4 +1,4 @@
-"""Requests share KV exactly where they steer alike, and never read what other steering left behind."""
+"""Requests share KV exactly where they steer alike, and never read KV that other steering computed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def tokens(out: RequestOutput) -> list[int]:
 
 
 def assert_right(reference: Reference, out: RequestOutput, prompt: list[int], steering: list[Entry]) -> None:
-    """The output is what the reference, which caches nothing between requests, gives. No near tie in these prompts."""
+    """The output is that of the reference, which caches nothing between requests. These prompts have no near tie."""
     expected = reference.generate(prompt, MAX_TOKENS, steering)
     assert is_same_output(out, expected, f"steering {[(e['name'], e['alpha'], e['span']) for e in steering]}")
 
@@ -98,7 +98,7 @@ def test_a_warm_cache_gives_every_request_its_own_uncached_output(
     fourth = answer(llm, prompt, [])
     assert [tokens(out) for out in (first, third)] == [uncached["steered"]] * 2
     assert [tokens(out) for out in (second, fourth)] == [uncached["unsteered"]] * 2
-    # Nothing to share at first, nothing to share with the other kind, and all full blocks with one's own kind.
+    # The first two share nothing, not even with each other; then each shares all full blocks with its own kind.
     assert [out.num_cached_tokens for out in (first, second, third, fourth)] == [
         0,
         0,
@@ -151,14 +151,14 @@ def test_steering_of_generated_tokens_shares_the_prompt_with_unsteered_requests(
 def test_blocks_with_steered_generated_tokens_are_not_read_as_a_prompt(
     llm: LLM, reference: Reference, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:
-    # The next turn of a conversation: what was generated, and steered, is prompt now, and is not.
+    # The next turn of a conversation: the tokens that were generated and steered are prompt now, and not steered.
     steering = [entry(span="generated")]
     next_turn = prompt + tokens(answer(llm, prompt, steering))[:-1]
     assert len(next_turn) > PROMPT_BLOCKS + BLOCK_SIZE  # the block in question is full
     unsteered = answer(llm, next_turn, [])
     assert unsteered.num_cached_tokens == PROMPT_BLOCKS
     assert_right(reference, unsteered, next_turn, [])
-    # The same steering again starts behind this longer prompt, so it shares what the unsteered one wrote.
+    # The same steering again starts after this longer prompt, so it shares the blocks that the unsteered one wrote.
     again = answer(llm, next_turn, steering)
     assert again.num_cached_tokens == PROMPT_BLOCKS + BLOCK_SIZE
     assert_right(reference, again, next_turn, steering)

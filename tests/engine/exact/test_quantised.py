@@ -1,7 +1,7 @@
-"""A quantised checkpoint: steering acts on the stream between the layers, whatever numbers lie inside of them.
+"""A quantised checkpoint: steering acts on the stream between the layers, whatever the number format inside them.
 
-Int8 weights with a scale a row, int8 activations with a scale a token (compressed-tensors' ``int-quantized``), which is
-what vLLM's CPU engine runs in float32 beside unquantised weights.
+Int8 weights with one scale per row, int8 activations with one scale per token (compressed-tensors' ``int-quantized``),
+which vLLM's CPU engine runs in float32 beside unquantised weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAYERS = [0, 2, NUM_LAYERS - 1]
 MAX_TOKENS = 8
 INT8_MIN, INT8_MAX = -128, 127
 # Weights in 7 bits: on a CPU without VNNI, oneDNN adds pairs of products in 16 bits, which full int8 weights overflow.
-# vLLM 0.32 then is a quarter of the largest output off, with this plugin and without.
+# The outputs of vLLM 0.32 are then off by a quarter of the largest one, with this plugin and without.
 WEIGHT_MAX = 63
 QUANTISATION = {
     "quant_method": "compressed-tensors",
@@ -96,7 +96,7 @@ def quantised_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def dequantised_reference(checkpoint: Path) -> Reference:
-    """Hugging Face in float32 on the dequantised weights, every input of theirs rounded to what int8 can tell."""
+    """Hugging Face in float32 on the dequantised weights, with every input of theirs rounded to int8 levels."""
     reference = Reference(checkpoint)
 
     def to_int8_and_back(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -134,10 +134,12 @@ def llm(quantised_checkpoint: Path, open_engine: OpenEngine, vectors: Vectors) -
 
 @dataclass(frozen=True)
 class Distance:
-    """How far an engine's answers are from a reference's, a request each.
+    """How far an engine's answers are from a reference's; one value per request.
 
-    logprobs: largest difference of a token's log-probability. readouts: largest difference of a pooled vector, or of a
-    trace's value, against the norm of what it was taken from; only of requests with a readout.
+    Attributes:
+        logprobs: largest difference of a token's log-probability.
+        readouts: largest difference of a pooled vector, or of a trace's value, relative to the norm of its source; only
+            of requests with a readout.
     """
 
     logprobs: npt.NDArray[np.float64]
@@ -173,7 +175,7 @@ class Distance:
 
 @pytest.fixture(scope="module")
 def answers(llm: LLM, requests: list[Request]) -> Answers:
-    """Outputs and readouts of the mixed batch. The references replay these tokens, even if they would choose others."""
+    """Outputs and readouts of the mixed batch. References replay these tokens, even where they would choose others."""
     return run(llm, requests, max_tokens=MAX_TOKENS)
 
 
@@ -182,8 +184,8 @@ def test_a_steered_quantised_model_equals_the_same_weights_dequantised(
     requests: list[Request], answers: Answers, dequantised_reference: Reference
 ) -> None:
     distance = Distance.of(dequantised_reference, requests, answers)
-    # Engine and reference agree to rounding until an activation lies so close between two levels that they take
-    # different ones, which is half a per cent of its token's range: then, and in every token that attends to it, they
+    # Engine and reference agree to rounding, until an activation lies so close to the middle of two int8 levels that
+    # they take different ones: half a per cent of its token's range. Then, and in every token that attends to it, they
     # are up to 6e-2 (log-probabilities) and 6e-3 (readouts) apart, measured over the batch. Without its last entry a
     # steered request is 0.4 and 0.2 apart in the median.
     assert np.median(distance.logprobs) < LOGPROB_TOLERANCE
@@ -193,6 +195,6 @@ def test_a_steered_quantised_model_equals_the_same_weights_dequantised(
 
 
 def test_the_engine_did_compute_in_int8(requests: list[Request], answers: Answers, reference: Reference) -> None:
-    distance = Distance.of(reference, requests, answers)  # of the weights before they were quantised
+    distance = Distance.of(reference, requests, answers)  # from the weights before they were quantised
     assert np.median(distance.logprobs) > 0.1
     assert np.median(distance.readouts) > 2e-2

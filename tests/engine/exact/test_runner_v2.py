@@ -1,6 +1,6 @@
-"""The V2 runner itself, on the CPU: see `on_v2_runner`, whose tests run in a process of their own.
+"""The V2 runner itself, on the CPU: see `on_v2_runner`, whose tests run in their own process.
 
-Whether vLLM takes Triton for usable is settled when it is imported, so not in this process.
+vLLM decides when it is imported whether Triton is usable, so this process cannot run them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.conformance("V2 model runner (CPU, kernels interpreted)", family="llama")
 def test_the_v2_runner_gives_what_hugging_face_gives() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.interpreted_triton", "-p", "no:cacheprovider", "-q"]
-    # Options from there are for the run that this test is part of: a report of the child's would overwrite its own.
+    # PYTEST_ADDOPTS is for the run that this test is part of: with it, the child would overwrite that run's report.
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     ran = subprocess.run(
         [*command, "tests/engine/exact/on_v2_runner.py"],

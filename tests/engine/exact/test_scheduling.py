@@ -1,4 +1,4 @@
-"""Whatever the scheduler does with requests, they stay exact: priorities, preemption, restarts and aborts."""
+"""Requests stay exact whatever the scheduler does with them: priorities, preemption, restarts and aborts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HIGH, LOW = 0, 10  # vLLM runs the lower number first
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that comes under an id of its own."""
+    """A request with an id of its own."""
 
     id: str
     request: Request
@@ -66,7 +66,7 @@ def bed(checkpoint: Path, reference: Reference, open_engine: OpenEngine) -> Iter
     vectors = unit_vectors(LAYERS, HIDDEN_SIZE, seed=51)
     requests = mixed_batch(vectors, random_prompts(VOCAB_SIZE, lengths=(31, 32, 33, 48, 79, 100), seed=52))
     expected = references(reference, requests, MAX_TOKENS)
-    # Room for about five of the requests, see test_modes. Prompts of up to 100 tokens are prefilled in two steps.
+    # Blocks for about five of the requests, see test_modes. Prompts of up to 100 tokens are prefilled in two steps.
     with open_engine(
         checkpoint,
         layers=LAYERS,
@@ -82,7 +82,7 @@ def bed(checkpoint: Path, reference: Reference, open_engine: OpenEngine) -> Iter
 
 @pytest.fixture
 def preempted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[int]]]:
-    """(internal id, priority, priorities of those that went on running in their order) of each preempted request."""
+    """(internal id, priority, priorities of the requests that stayed running, in their order) per preempted request."""
     seen: list[tuple[str, int, list[int]]] = []
     original = Scheduler._preempt_request
 
@@ -99,7 +99,8 @@ def drive(
 ) -> dict[str, RequestOutput]:
     """Step the engine by hand until it is idle; arrivals and aborts happen before the step of their number.
 
-    The finished outputs by id. Aborted requests have none.
+    Returns:
+        The finished outputs by id. Aborted requests have none.
     """
     engine, finished, aborts = llm.llm_engine, {}, aborts or {}
     for step in range(10_000):
@@ -119,7 +120,7 @@ def drive(
 
 
 def held(llm: LLM) -> dict[str, int]:
-    """What the worker keeps of requests, once vLLM has told it of the last finished ones."""
+    """What the worker keeps of requests, once vLLM has reported the last finished ones to it."""
     llm.llm_engine.step()
     (counts,) = llm.collective_rpc(state_held)
     return counts
@@ -135,7 +136,7 @@ def test_requests_that_make_way_for_more_urgent_ones_are_exact(
     outs = drive(bed.llm, {0: low, 4: high[:6], 12: high[6:]})
     bed.check([*low, *high], outs)
     assert all(priority >= max(others, default=LOW) for _, priority, others in preempted)
-    # In order of arrival it would have been the last one running each time.
+    # Without priorities, the last one running would have been preempted each time.
     assert any(others and others[-1] < priority for _, priority, others in preempted), "priorities changed nothing"
     by_id = {arrival.id: arrival.request for arrival in (*low, *high)}
     victims = [by_id[internal_id.rsplit("-", 1)[0]] for internal_id, _, _ in preempted]

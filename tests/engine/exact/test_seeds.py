@@ -1,4 +1,4 @@
-"""Seeded requests: however their prompt is prefilled, the CPU engine lives and the samples repeat."""
+"""Seeded requests: however their prompt is prefilled, the CPU engine survives and the samples repeat."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ def test_equal_seeds_give_equal_samples_and_other_seeds_others(llm: LLM) -> None
 
 def test_chunks_do_not_change_what_a_seed_gives(llm: LLM, unchunked: list[list[list[int]]]) -> None:
     # A sample depends on logits only through comparisons of exponentials, so rounding differences between the two
-    # ways to prefill (1e-5) do not reach these tokens; a generator that is one draw ahead changes nearly all of them.
+    # ways to prefill (1e-5) do not change these tokens; a generator that is one draw ahead changes nearly all of them.
     assert samples(llm, PROMPTS) == unchunked

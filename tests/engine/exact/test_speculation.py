@@ -1,4 +1,4 @@
-"""Drafts from n-grams change no greedy output, and what is read of a request holds no rejected one."""
+"""Drafts from n-grams change no greedy output, and no readout includes a rejected draft."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ LAYERS = [0, 2, NUM_LAYERS - 1]
 VECTORS = unit_vectors(LAYERS, HIDDEN_SIZE, seed=61)
 MAX_TOKENS = 24
 NUM_DRAFTS = 3
-# A random model hardly ever says again what it has said. One that knows few words does, now and then: some drafts are
-# accepted, some are rejected.
+# A random model hardly ever repeats itself. With few words it does so now and then: some drafts are accepted and some
+# are rejected.
 NUM_WORDS = 8
 PROMPTS = random_prompts(NUM_WORDS, lengths=(3, 9, 28, 33, 60, 70), seed=62)
 REQUESTS = mixed_batch(VECTORS, PROMPTS)
@@ -55,8 +55,8 @@ NGRAMS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _other_engines_can_start_in_this_process() -> None:
-    """As they start on a CPU, vLLM 0.32 looks for ``__dict__`` in whatever modules hold, also in a library that takes
-    every name for one of its functions: numba's, which the n-gram search brings in to stay.
+    """At a start on a CPU, vLLM 0.32 looks for ``__dict__`` in everything that modules hold. Numba, which the n-gram
+    search imports for good, holds a library that takes every name for one of its functions.
     """
     library: Any = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
     original = library.__getattr__
@@ -71,7 +71,7 @@ def _other_engines_can_start_in_this_process() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny llama with a head whose rows are zero but for the first few words."""
+    """The tiny llama with a head whose rows are zero except for the first few words."""
     target = save_tiny_model("llama", demo_model, tmp_path_factory.mktemp("few-words"))
     weights = load_file(target / "model.safetensors")
     weights["lm_head.weight"][NUM_WORDS:] = 0
@@ -84,7 +84,7 @@ def expected(reference: Reference) -> list[ReferenceRun]:
     return references(reference, REQUESTS, MAX_TOKENS)
 
 
-# In the tight engine prompts come in chunks and the KV has room for three of the longest requests.
+# In the tight engine prompts come in chunks, and the KV cache holds three of the longest requests.
 ROOMY: dict[str, Any] = {}
 TIGHT: dict[str, Any] = {
     "max_num_batched_tokens": 32,
@@ -104,7 +104,7 @@ def llm(request: pytest.FixtureRequest, checkpoint: Path, open_engine: OpenEngin
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What the engine does with drafts during a test, and how often it preempts a request that has generated."""
+    """Counts of accepted, rejected and filler drafts in a test, and of preemptions after a generated token."""
     counts: Counter[str] = Counter()
     update, preempt = Scheduler.update_from_output, Scheduler._preempt_request
 
@@ -172,7 +172,7 @@ class TestEnds:
         self, llm: LLM, reference: Reference, counted: Counter[str]
     ) -> None:
         asked = [request for request in REQUESTS if request.readout]
-        # So many that some drafts are accepted whatever is drawn: a dozen tokens of two each were once too few.
+        # Enough samples that some drafts are accepted whatever is drawn: two of a dozen tokens were once too few.
         outs, reads = run(llm, asked, n=4, temperature=0.15, seed=5, max_tokens=24)
         for request, out, results in zip(asked, outs, reads, strict=True):
             for completion, result in zip(out.outputs, results, strict=True):
@@ -184,7 +184,7 @@ class TestEnds:
     def test_behind_a_prompt_of_one_token_that_vllm_fills_up_with_made_up_drafts(
         self, llm: LLM, reference: Reference, counted: Counter[str]
     ) -> None:
-        # So it does with a request that has one token to compute when it comes beside running ones.
+        # vLLM does so for a request with one token to compute that arrives beside running ones.
         bold = {"name": "bold", "layer": 2, "vector": VECTORS["bold", 2], "alpha": 9.0, "op": "add", "span": "all"}
         requests = [
             Request([word], steering, {"layers": LAYERS, "span": span, "trace": [trace_name("bold", 2)]}, VECTORS)

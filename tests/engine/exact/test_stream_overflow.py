@@ -1,8 +1,8 @@
-"""No request can spoil another one through what steering leaves in the KV cache, in any dtype.
+"""No request can spoil another one through values that steering leaves in the KV cache, in any dtype.
 
-Attention of vLLM takes in what stale blocks hold: finite values do no harm there, a NaN does. So a plain request is
-compared with itself before and after requests that steer as far as they are let, on an engine of so few blocks that it
-must get theirs.
+vLLM's attention reads the contents of stale blocks: finite values do no harm there, a NaN does. So a plain request is
+compared with itself before and after requests that steer as strongly as allowed, on an engine with so few blocks that
+it must reuse theirs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PEAK = float(np.abs(KIND).max())
 MOST = {dtype: 0.999 * most / PEAK for dtype, most in LARGEST_ADDITION.items()}
 FIELDS = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "logprobs": 1}
 PROMPTS = [{"prompt_token_ids": ids} for ids in random_prompts(VOCAB_SIZE, lengths=(40, 41, 70), seed=92)]
-# Ends at many places of a block, behind which lies what an earlier request has left there.
+# Prompts that end at many places of a block; the rest of the block holds values of an earlier request.
 PLAIN = [{"prompt_token_ids": ids} for ids in random_prompts(VOCAB_SIZE, lengths=(1, 5, 20, 31, 33, 70), seed=93)]
-# gpt2 hands on the stream itself, llama a part of it whose rest is beside it.
+# gpt2 passes the stream on as one tensor, llama as two parts.
 ENGINES = [("gpt2", "float16"), ("llama", "float16"), ("gpt2", "bfloat16"), ("gpt2", "float32")]
 
 
@@ -73,7 +73,7 @@ def test_a_plain_request_is_the_same_before_and_after_others_steered_as_far_as_t
 ) -> None:
     llm.reset_prefix_cache()
     before = plain(llm)
-    # More tokens than the pool has room for, so every block has been theirs; at every layer, so that it adds up.
+    # More tokens than the pool holds, so that they use every block; at every layer, so that it adds up.
     entries = [Steering("kind", sign * MOST[dtype_of(llm)], layer=layer, span=span) for layer in LAYERS]
     asked = PROMPTS * 4
     assert sum(len(one["prompt_token_ids"]) for one in asked) > blocks_of_pool(llm) * BLOCK_SIZE
@@ -129,7 +129,7 @@ def test_an_ended_request_has_no_readout_and_the_others_have(float16: LLM) -> No
 
 
 def test_each_sample_of_a_request_ends_for_itself(float16: LLM) -> None:
-    """Only the last layer's steering of generated tokens is too much, and only once there are some."""
+    """Only the last layer's steering of generated tokens is too strong, and so only once there are some."""
     entries = [Steering("kind", MOST["float16"], layer=layer, span="generated") for layer in LAYERS]
     (out,) = float16.generate(
         PROMPTS[:1], steered({**FIELDS, "n": 3, "temperature": 1.0, "seed": 5}, entries), use_tqdm=False
@@ -138,7 +138,7 @@ def test_each_sample_of_a_request_ends_for_itself(float16: LLM) -> None:
 
 
 def test_what_an_ended_request_computed_is_found_by_no_later_one(float16: LLM) -> None:
-    """The very same request once more is ended too, for which it has to be computed and not found in the cache."""
+    """The same request is ended a second time, so it was computed again and not found in the cache."""
     float16.reset_prefix_cache()
     for _ in range(2):
         (out,) = float16.generate(PROMPTS[2:], steered(FIELDS, TOO_MUCH), use_tqdm=False)

@@ -145,7 +145,7 @@ def test_as_many_entries_as_there_is_room_for_count_by_layer_and_token(admission
     one = Steering("kind", 1)
     resolve(admission, one, one, Steering("kind", 1, layer=8), Steering("kind", 1, layer=20))
     resolve(admission, *(Steering("kind", 1, span=span) for span in ("prompt", "prompt", "generated", "generated")))
-    resolve(admission, one, one, Steering("kind", 0))  # what is dropped takes no room
+    resolve(admission, one, one, Steering("kind", 0))  # a dropped entry takes no place
     with pytest.raises(TooManyEntries, match="3 entries at layer 12; allowed: 2"):
         resolve(admission, one, one, one)
     with pytest.raises(TooManyEntries):
@@ -161,7 +161,7 @@ REFUSED: list[tuple[Steering, type[SteerError], str]] = [
     (Steering("elsewhere", 1), LayerNotHooked, "layer 13"),
     (Steering("kidn", 1), UnknownDirection, "'kidn'"),
     (Steering("both", 1), AmbiguousDirection, r"'both' belongs to layers \[8, 20\]"),
-    (Steering("kind", 0, layer=13), LayerNotHooked, "layer 13"),  # α 0 is dropped, its mistakes are not
+    (Steering("kind", 0, layer=13), LayerNotHooked, "layer 13"),  # an entry with α 0 is dropped, its errors are not
 ]
 
 
@@ -178,14 +178,14 @@ def test_the_largest_alpha_is_one_of_the_request_and_not_of_each_entry(admission
     half = Steering("kind", 5.5)
     with pytest.raises(BadAlpha, match="adds up to 11 at layer 12; allowed: up to 10"):
         resolve(admission, half, Steering("cold", -5.5))
-    # Not over the same tokens, not at the same layer, nothing added.
+    # These do not add up: other tokens, another layer, and an op that adds nothing.
     resolve(admission, Steering("kind", 5.5, span="prompt"), Steering("cold", -5.5, span="generated"))
     resolve(admission, half, Steering("kind", 5.5, layer=20))
     resolve(admission, Steering("kind", 9.5), Steering("cold", op="ablate"))
 
 
 def bounded(multiple: float, **more: Any) -> Admission:
-    """An engine whose layer 12 has a mean residual norm of 10."""
+    """Admission of an engine whose layer 12 has a mean residual norm of 10."""
     made = Admission(
         SteerSettings(layers=(12,), max_alpha_residual_norm=multiple, residual_norms={12: 10.0}, **more), SIZE
     )
@@ -290,7 +290,7 @@ def test_projections_are_taken_at_the_layers_that_are_read_and_that_a_name_belon
         ("kind", 12, slot["kind", 12]),
     ]
     assert projections([20], "both") == [("both", 20, slot["both", 20])]
-    with pytest.raises(BadReadout, match=r"'kind', which belongs to layers \[12\]; read are \[8\]"):
+    with pytest.raises(BadReadout, match=r"'kind', which belongs to layers \[12\]; the readout reads layers \[8\]"):
         projections([8], "kind")
     with pytest.raises(UnknownDirection):
         projections([8], "kidn")

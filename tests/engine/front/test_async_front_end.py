@@ -1,4 +1,4 @@
-"""``AsyncLLM``: what goes around ``generate``, and the asynchronous forms of what scripts call."""
+"""``AsyncLLM``: the wrapper of ``generate``, and the asynchronous forms of the functions that scripts call."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class StandInEngine:
-    """The parts of an ``AsyncLLM`` that the plugin uses, over admission as it is."""
+    """The parts of an ``AsyncLLM`` that the plugin uses, with the real admission."""
 
     input_processor: Any
     unfinished: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ async def outputs_of(*told: RequestOutput) -> AsyncIterator[RequestOutput]:
 async def ask(
     of_engine: StandInEngine, params: SamplingParams, *told: RequestOutput, exchange: Exchange | None = None
 ) -> list[SamplingParams]:
-    """Run a request; the parameters that vLLM gets."""
+    """Run a request; return the parameters that vLLM gets."""
     seen: list[SamplingParams] = []
 
     def run(own: SamplingParams) -> AsyncIterator[RequestOutput]:
@@ -156,7 +156,9 @@ def test_an_overflow_is_an_error_of_the_plugins_own() -> None:
         )
     assert exchange.refusal is refused.value
     assert refused.value.http_status == 400  # type: ignore[attr-defined]  # it is vLLM's error too
-    asyncio.run(ask(engine(), SamplingParams(), output(reason="error"), exchange=exchange))  # vLLM's own, told by vLLM
+    asyncio.run(
+        ask(engine(), SamplingParams(), output(reason="error"), exchange=exchange)
+    )  # vLLM's own error, which vLLM reports
 
 
 def test_a_readout_that_ray_s_stage_would_lose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,7 @@ def test_two_readouts_under_one_id_at_once_are_refused() -> None:
     first, second = asyncio.run(both(of_engine))
     assert isinstance(second, errors.MalformedSpec)
     assert not isinstance(first, BaseException)
-    asyncio.run(ask(of_engine, READ, output()))  # one after the other is as good as two ids
+    asyncio.run(ask(of_engine, READ, output()))  # one after the other, the same id is allowed
 
 
 def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
@@ -260,7 +262,7 @@ def test_unfinished_requests_are_abandoned() -> None:
 )
 def test_an_asynchronous_engine_is_told_the_form_for_it(function: Any, args: tuple[Any, ...]) -> None:
     asynchronous = object.__new__(AsyncLLM)
-    asynchronous.shutdown = lambda *_: None  # or its end would look for an engine
+    asynchronous.shutdown = lambda *_: None  # else its end would look for an engine
     with pytest.raises(errors.MalformedSpec, match=f"Await {function.__name__}_async"):
         function(asynchronous, *args)
 

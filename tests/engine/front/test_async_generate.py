@@ -16,7 +16,7 @@ from vllm_steer.schema import Readout
 
 
 class FakeEngine:
-    """An engine whose workers know the readout and the trace of every sample; it counts the questions."""
+    """An engine whose workers know the readout and the trace of every sample; it records the calls."""
 
     def __init__(self, trace: list[float] | None = None) -> None:
         self.asked: list[tuple[str, list[Any]]] = []
@@ -131,7 +131,7 @@ def test_a_trace_is_followed_while_its_sample_runs_and_only_its_news_are_asked(m
         await asyncio.sleep(0.05)
         asked = len(engine.asked)
         await asyncio.sleep(0.05)
-        assert len(engine.asked) == asked  # nothing is followed, so nobody asks
+        assert len(engine.asked) == asked  # nothing is followed, so no worker is called
         return seen
 
     assert asyncio.run(run()) == [[1.0], [1.0, 2.0, None]]

@@ -14,7 +14,7 @@ from vllm_steer.engine.front.slot_use import SlotUse
 
 
 class StandInEngine:
-    """Is past what it was sent only when the test says so."""
+    """An engine that is past its requests only when the test says so."""
 
     def __init__(self) -> None:
         self.asked = 0

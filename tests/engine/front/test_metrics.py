@@ -1,4 +1,4 @@
-"""The series on /metrics: counted once a direction, and few however many directions there are."""
+"""The series on /metrics: counted once per direction, and few however many directions there are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing runs silently unsteered for want of hooks, checks or the plugin itself: the front end says so."""
+"""Without hooks, checks or the plugin itself, nothing runs silently unsteered: the front end refuses or warns."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class TestPluginThatIsNotLoaded:
         monkeypatch.setenv("VLLM_PLUGINS", chosen)
         with pytest.raises(errors.NotConfigured, match="VLLM_PLUGINS is"):
             steered(SamplingParams(), [Steering("kind", 1.0)])
-        assert steered(SamplingParams()).extra_args is None  # which asks nothing
+        assert steered(SamplingParams()).extra_args is None  # it asks for nothing
 
     def test_a_spec_is_not_attached_where_the_package_only_lies_on_the_path(
         self, monkeypatch: pytest.MonkeyPatch

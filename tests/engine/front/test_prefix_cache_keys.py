@@ -35,7 +35,7 @@ ADMISSION = make_admission()
 
 
 def request(steering: tuple[Steering, ...], prompt_len: int, own_salt: str | None = None) -> Any:
-    """A request as vLLM's core has it, with what admission puts on it."""
+    """A request as in vLLM's core, with the fields that admission adds."""
     made = SimpleNamespace(
         request_id="id",
         prompt_token_ids=[0] * prompt_len,
@@ -47,7 +47,7 @@ def request(steering: tuple[Steering, ...], prompt_len: int, own_salt: str | Non
 
 
 def chain(made: Any) -> list[tuple[Any, ...]]:
-    """Everything that enters the hash of each block, as vLLM chains it: the parent's, the salt in block 0, our key."""
+    """The inputs of each block's hash, as vLLM chains it: the parent's hash, the salt in block 0, the plugin's key."""
     keys: list[tuple[Any, ...]] = []
     for start in range(0, TOKENS, BLOCK):
         parent = keys[-1] if keys else ()
@@ -56,7 +56,7 @@ def chain(made: Any) -> list[tuple[Any, ...]]:
 
 
 def steering_of_token(steering: tuple[Steering, ...], prompt_len: int, position: int) -> list[Any]:
-    """Brute force: what is done to one token, layer by layer, in the order of application."""
+    """Brute force: the steering of one token, layer by layer, in the order of application."""
     span = "prompt" if position < prompt_len else "generated"
     done: list[Any] = []
     for layer in LAYERS:
@@ -109,7 +109,7 @@ cases = st.tuples(st.lists(steerings, max_size=3).map(tuple), st.integers(1, TOK
 @given(st.data())
 def test_random_requests_share_exactly_what_they_may(data: st.DataObject) -> None:
     first = data.draw(cases)
-    # Two requests drawn apart are hardly ever alike, so the second is often the first one with something changed.
+    # Two independent requests are hardly ever alike, so the second is often the first one with something changed.
     reordered = st.tuples(st.permutations(first[0]).map(tuple), st.integers(1, TOKENS + 1))
     longer = st.tuples(st.lists(steerings, max_size=1).map(lambda more: (*first[0], *more)), st.just(first[1]))
     check(first, data.draw(cases | reordered | longer))

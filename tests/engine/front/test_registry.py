@@ -32,7 +32,7 @@ def test_each_new_direction_gets_a_slot_of_its_own() -> None:
 
 
 def test_two_registries_agree_on_the_slots_of_the_same_directions() -> None:
-    """Front end and workers book the configured files without talking to each other."""
+    """Front end and workers assign slots to the configured files without communicating."""
     these = [direction("b", 2), direction("a", 1), direction("b", 1, 2.0)]
     assert DirectionRegistry(8, SIZE).register(these)[0][0] == DirectionRegistry(8, SIZE).register(these)[0][0]
     first, second = DirectionRegistry(8, SIZE), DirectionRegistry(8, SIZE)

@@ -1,4 +1,4 @@
-"""Uses of slots are seen by every process of a server, and go with the process that counted them."""
+"""Every process of a server sees the uses of slots; a use ends with the process that counted it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_steer.engine.front.slot_use import SlotUse
 
 CAPACITY = 16
 
-# Counts slot 3 as used, says so, and waits to be told to end.
+# Counts slot 3 as used, prints that, and waits until it is killed.
 OTHER_PROCESS = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The answers of pipeline stages put together, and what each stage makes of a request's readout."""
+"""Merging the answers of pipeline stages, and each stage's part of a request's readout."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ KIND = Direction("kind", 1, np.ones(SIZE)).normalised()
 
 
 class StandInScheduler:
-    """Requests with their blocks, in one group; what was evicted and ended is kept."""
+    """Requests with their blocks, in one group; it records what was evicted and ended."""
 
     def __init__(self, blocks: dict[str, list[int]], specs: dict[str, dict[str, Any] | None]) -> None:
         self.blocks, self.evicted, self.ended = blocks, set[int](), list[tuple[str, RequestStatus]]()
@@ -60,7 +60,7 @@ def spec(prompt: bool, generated: bool, prompt_len: int = 6) -> dict[str, Any]:
 def step(
     monkeypatch: pytest.MonkeyPatch, scheduler: StandInScheduler, marked: list[str]
 ) -> tuple[dict[str, list[int]], dict[int, EngineCoreOutputs]]:
-    """A step's output with marks, through the wrapper: the tokens that vLLM saw, and what it told the front end."""
+    """Pass a step's output with marks through the wrapper; return the tokens that vLLM saw, and its output."""
     seen: dict[str, list[int]] = {}
 
     def update(self: Any, scheduler_output: Any, output: Any) -> dict[int, EngineCoreOutputs]:
@@ -97,7 +97,7 @@ def test_requests_that_share_steered_blocks_end_too_and_those_that_share_others_
         {"cut": [1, 2, 3, 4], "same": [1, 2, 3, 5], "prompt only": [1, 2, 6], "plain": [1, 2, 7], "null": [NULL, 8]},
         {"cut": late, "same": late, "prompt only": late, "plain": None, "null": spec(prompt=True, generated=True)},
     )
-    scheduler.blocks["cut"][0] = scheduler.blocks["same"][0] = NULL  # behind a sliding window
+    scheduler.blocks["cut"][0] = scheduler.blocks["same"][0] = NULL  # outside a sliding window
     step(monkeypatch, scheduler, ["cut"])
     assert [name for name, _ in scheduler.ended] == ["cut", "same"]
     assert scheduler.evicted == {3, 4, 5}
@@ -111,7 +111,7 @@ def test_an_output_that_vllm_shares_between_steps_is_not_written_to() -> None:
 
 
 class LateOutput(AsyncModelRunnerOutput):
-    """An output whose tokens come with ``get_output``; so do the marks, and not before."""
+    """An output whose tokens and marks come with ``get_output``, and not before."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer

@@ -1,7 +1,7 @@
-"""Nothing runs silently unsteered on a worker, whatever has broken before or in it.
+"""Nothing runs silently unsteered on a worker, whatever is broken before or in it.
 
-No request can bring about what goes wrong here: a bank that is not what the front end believes, a model without hooks,
-a step that the planner did not see. So it stops the engine, or fails the readout with a reason.
+No request can cause the faults here: a bank that differs from the one the front end expects, a model without hooks, a
+step that the planner did not see. So they stop the engine, or fail the readout with a reason.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def engine() -> Engine:
 
 
 def test_what_admission_resolved_is_taken(engine: Engine) -> None:
-    """Or the refusals below could be for a reason that nobody meant."""
+    """Otherwise the refusals below could have an unintended reason."""
     engine.start(engine.extra())
     contents = np.random.default_rng(1).standard_normal((PROMPT_LEN, BLOCKS + 1, SIZE)).astype(np.float32)
     engine.runner.forward(contents)
@@ -89,7 +89,7 @@ def test_a_spec_that_admission_has_not_resolved_stops_the_engine(engine: Engine)
 def test_a_record_that_is_not_what_admission_writes_stops_the_engine(engine: Engine, broken: dict[str, Any]) -> None:
     extra = engine.extra()
     extra[RESOLVED_KEY] |= broken
-    with pytest.raises((TypeError, KeyError, IndexError, ValueError)):  # whatever it is, vLLM stops on it
+    with pytest.raises((TypeError, KeyError, IndexError, ValueError)):  # vLLM stops on any of them
         engine.start(extra)
 
 

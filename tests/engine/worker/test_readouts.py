@@ -54,7 +54,7 @@ def make_buffers(max_requests: int) -> SteerBuffers:
 def finished(
     asked: ResolvedReadout, tokens: int = 5, failure: str | None = None, trace: Trace | None = None, kept: int = 0
 ) -> FinishedReadout:
-    """The readout of a request of which so many tokens were summed, with the rows of ``kept`` ones before the last."""
+    """The readout of a request with ``tokens`` summed tokens, and the rows of ``kept`` tokens before the last one."""
     buffers = make_buffers(2)
     for layer in range(2):
         buffers.sums_L_AD[layer][ACCUMULATOR] = torch.from_numpy(ROWS[layer, :tokens].sum(axis=0))
@@ -86,22 +86,22 @@ def test_a_finished_readout_is_the_mean_of_its_tokens(end: int | None) -> None:
 
 
 def test_one_token_too_many_is_taken_back_out_of_an_open_span() -> None:
-    """Asynchronous scheduling has the next token under way when a request turns out to be finished."""
+    """With asynchronous scheduling the next token is under way when a request turns out to be finished."""
     check_means(finished(spec()).answer(computed_end=4), 4)
 
 
 @pytest.mark.parametrize("computed_end", [2, 3])
 def test_as_many_tokens_as_rows_were_kept_of_are_taken_back_out(computed_end: int) -> None:
-    """A stop string is found in another process than the engine's, which runs on until it hears of it."""
+    """Another process finds a stop string, and the engine runs on until it hears of that."""
     check_means(finished(spec(), kept=2).answer(computed_end), computed_end)
-    assert "can be taken back out: 3 " in finished(spec(), kept=2).answer(1)["error"]
+    assert "allowed: up to 3 tokens too many" in finished(spec(), kept=2).answer(1)["error"]
 
 
 @pytest.mark.parametrize("computed_end", [3, 6])
 def test_any_other_number_of_tokens_is_an_error_and_never_a_number(computed_end: int) -> None:
     answer = finished(spec()).answer(computed_end)
     assert set(answer) == {"error"}
-    assert f"up to token 5 where {computed_end}" in answer["error"]
+    assert f"up to token 5 but the sample ends at {computed_end}" in answer["error"]
 
 
 def test_an_unfinished_prompt_and_a_failed_sum_are_errors() -> None:
@@ -171,7 +171,7 @@ def test_a_replaced_readout_does_not_count_twice_and_one_too_large_is_kept() -> 
 
 
 def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
-    """Of every kind that differs in what is gathered: open and closed spans, rows before the last, drafts, layers."""
+    """Of every kind that gathers something else: open and closed spans, rows before the last, drafts, layers."""
     rows_ALD = np.random.default_rng(2).standard_normal((6, 2, SIZE)).astype(np.float32)
     buffers = make_buffers(6)
     for layer in range(2):
@@ -191,7 +191,7 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
         tensor.fill_(99)
 
     def row(number: float) -> np.ndarray:
-        """That of an accumulator, what it has last if negative, or one of those before."""
+        """The sum of accumulator ``number``, its last row if negative, or an earlier row from 10 on."""
         if number >= 10:
             return np.full((2, SIZE), number, np.float32)
         return rows_ALD[int(abs(number))] * (-1 if number < 0 else 1)

@@ -1,9 +1,9 @@
 """The V2 runner's adapter over random schedules: every token of every step, and every readout, against brute force.
 
-Real are vLLM's request states, its `GPUModelRunner`'s way from a scheduler output to a batch (finish, add, update,
-order), its `InputBatch` and its choice of the model's state. Fakes are the kernels behind them (staged writes to the
-device are dropped), block tables, the configuration, the scheduler and the model, whose tokens do not see each other.
-The runner with its kernels is in `tests/engine/exact/on_v2_runner.py`.
+Real parts: vLLM's request states, its `GPUModelRunner`'s way from a scheduler output to a batch (finish, add, update,
+order), its `InputBatch` and its choice of the model's state. Fakes: the kernels below them (staged writes to the device
+are dropped), block tables, the configuration, the scheduler and the model, whose tokens do not see each other.
+`tests/engine/exact/on_v2_runner.py` tests the runner with its kernels.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ToyModel(nn.Module):
         return hidden + residual
 
     def brute_force(self, token: int, position: int, request: Resolved | None) -> list[npt.NDArray[np.float64]]:
-        """The stream of one token behind each layer."""
+        """The stream of one token after each layer."""
         stream = self.tokens[token].double().numpy() + self.positions[position].double().numpy()
         streams = []
         for number, layer in enumerate(self.layers):
@@ -106,7 +106,7 @@ class HostRequestState(RequestState):
 
 
 class RunnerWithoutKernels(GPUModelRunner):
-    """What of the runner stands between a scheduler output and the batch, and the model state it would have made."""
+    """The runner's way from a scheduler output to the batch, and the model state that it would have made."""
 
     def __init__(self, vllm_config: Any, model: ToyModel) -> None:
         device = torch.device("cpu")
@@ -150,7 +150,7 @@ class RunnerWithoutKernels(GPUModelRunner):
         self.run_untouched(num_tokens)
 
     def run_untouched(self, num_tokens: int) -> None:
-        """A forward pass that no request stands behind."""
+        """A forward pass without a request."""
         ids = torch.full((num_tokens,), 3)
         streams = self.model(ids, torch.zeros_like(ids))
         expected = self.model.brute_force(3, 0, None)[-1]
@@ -256,7 +256,7 @@ def test_every_token_and_every_readout_of_random_schedules(runner: RunnerWithout
             output = scheduler.schedule()
             padding = int(scheduler.rng.integers(0, 6))
             batch = runner.step(output, padding)
-            # A preempted request keeps its trace columns, but no sum that others have to wait for.
+            # A preempted request keeps its trace columns, but no accumulator that others need.
             assert not {job.request_id for job in scheduler.waiting} & set(steering(runner).planner.poolings)
             if batch is not None:
                 check_step(runner, batch, by_id)

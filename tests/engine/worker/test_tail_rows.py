@@ -26,7 +26,7 @@ def passes(tails: TailRows, accumulator: int, positions: Sequence[int], request_
 
 
 def kept(tails: TailRows, position: int, request_id: str = "a") -> list[int]:
-    """The positions whose rows come before that one, at both layers."""
+    """The positions of the kept rows before ``position``; both layers must have the same."""
     rows_LD = tails.before(request_id, position)
     found = [int(row[0, 0]) for row in rows_LD]
     for at, row_LD in zip(found, rows_LD, strict=True):

@@ -1,4 +1,4 @@
-"""The way of a step's rows from the buffer to the traces of the requests they belong to."""
+"""A step's rows on their way from the buffer to the traces of their requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_fetch_brings_the_last_step_s_rows_once() -> None:
 
 
 def test_copies_that_are_under_way_are_sorted_in_once_they_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator: steps go on while earlier rows are still on their way, and nothing waits for them."""
+    """As on an accelerator: steps go on while copies of earlier rows are under way, and nothing waits for them."""
     arrivals: list[bool] = []
 
     def slow_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:

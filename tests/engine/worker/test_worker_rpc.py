@@ -1,6 +1,6 @@
-"""What ``collect`` answers behind a device whose copies to the host come late, and how often it copies.
+"""The answers of ``collect`` with a device whose copies to the host arrive late, and the number of its copies.
 
-A fake stands for the device: its copies hold NaN, and its events have not happened, until someone waits for it.
+The device is a fake: its copies hold NaN, and its events have not happened, until it is synchronised.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTENTS = np.random.default_rng(1).standard_normal((PROMPT_LEN + 1, BLOCKS + 1,
 
 
 class LateDevice:
-    """Keeps every copy back until ``synchronize``; ``patch`` puts it in the place of the accelerator."""
+    """Keeps every copy back until ``synchronize``; ``patch`` puts it in place of the accelerator."""
 
     def __init__(self) -> None:
         self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -53,7 +53,7 @@ class LateDevice:
 
 @pytest.fixture
 def runner() -> StandInRunner:
-    """One that has computed the prompt of a request with a readout of all its tokens."""
+    """A runner that has computed the prompt of a request with a readout of all its tokens."""
     admission, runner = Admission(SETTINGS, SIZE), StandInRunner(SETTINGS)
     runner.load_model()
     runner.steering.write_directions(admission.registry.register([KIND]))  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def check(answer: dict[str, Any], tokens: int) -> None:
 def test_a_readout_is_waited_for_where_its_request_has_not_been_removed_yet(
     runner: StandInRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after the last step, where vLLM has no occasion to tell the runner of the end."""
+    """As after the last step, when vLLM has no further step to tell the runner of the end."""
     LateDevice().patch(monkeypatch)
     runner.forward(CONTENTS[:PROMPT_LEN])
     check(collected(runner, PROMPT_LEN, device="cuda"), PROMPT_LEN)
@@ -117,7 +117,7 @@ def test_a_readout_is_copied_once_however_often_it_is_collected(
 def test_what_has_arrived_lets_go_of_the_memory_that_it_was_copied_into(
     runner: StandInRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an accelerator that is pinned memory, which the next readouts go into."""
+    """On an accelerator that is pinned memory, which the next readouts reuse."""
     device = LateDevice()
     device.patch(monkeypatch)
     runner.forward(CONTENTS[:PROMPT_LEN])

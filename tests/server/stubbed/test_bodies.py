@@ -45,13 +45,13 @@ def _translate(
 
 
 def _steering(translated: Translated, checker: StubChecker | None = None) -> tuple[Steering, ...]:
-    """The entries that the exchange is told, the server's default included."""
+    """The entries that act on the exchange, the server's default included."""
     default = () if checker is None else checker.settings.default_steering
     return (translated.spec or RequestSpec()).with_default(default).entries
 
 
 def _rest(translated: Translated) -> dict[str, Any]:
-    """What is left of the body for vLLM, which must hold nothing of the plugin's."""
+    """The body that vLLM gets, which must hold none of the plugin's fields."""
     assert translated.body is not None
     rest: dict[str, Any] = json.loads(translated.body)
     assert not {"steering", "readout"} & set(rest)

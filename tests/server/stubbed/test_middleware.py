@@ -35,7 +35,7 @@ def _objects(body: bytes) -> list[dict[str, Any]]:
 
 
 def _filled(exchange: Exchange) -> None:
-    """What the engine leaves of a chat with two samples."""
+    """Fill the exchange as the engine does after a chat with two samples."""
     for index in range(2):
         sample = exchange.sample("chatcmpl-x", index)
         sample.trace = {"kind": [0.5, 1.5, 2.5]}
@@ -100,7 +100,7 @@ def test_a_readout_for_which_the_reply_has_no_place_is_an_error() -> None:
 
 
 def test_events_are_held_back_until_something_was_steered() -> None:
-    """A response tells that it was created before its engine request is admitted."""
+    """A streamed response reports its creation before its engine request is admitted."""
     created = b'event: response.created\ndata: {"type": "response.created"}\n\n'
     refused = b'event: error\ndata: {"type": "error", "error": {"message": "no", "code": 400}}\n\n'
     stub = StubServer(chunks=[created, refused], content_type=STREAM, steers=False)

@@ -48,7 +48,7 @@ class Traffic(RuleBasedStateMachine):
         return self.runner.run(work)
 
     def occupied(self) -> set[int]:
-        """Every slot that must not be written: by name, or by a request."""
+        """Every slot that must not be rewritten: one with a name, or one that a request uses."""
         slots = {self.registries[0].find(name, None, range(99)).slot for name in self.model}
         return slots | {slot for _, slot, _ in self.requests.values()}
 
@@ -92,7 +92,7 @@ class Traffic(RuleBasedStateMachine):
 
         async def leave() -> None:
             hold.__exit__(None, None, None)
-            await asyncio.sleep(0.001)  # the question to the engine is answered
+            await asyncio.sleep(0.001)  # let the engine answer
 
         self.run(leave())
 

@@ -105,7 +105,7 @@ def test_a_direction_that_clients_may_still_register_is_a_warning(
     finally:
         logging.getLogger("vllm.vllm_steer").removeHandler(caplog.handler)
     assert "alias 'later'" in caplog.text
-    with pytest.raises(SettingsError, match=r"layers \[1, 2\]"):  # no registration can mend this one
+    with pytest.raises(SettingsError, match=r"layers \[1, 2\]"):  # no registration can repair this one
         start(tmp_path, served_aliases={"both": [{"direction": "both", "alpha": 1.0}]})
 
 
@@ -116,5 +116,5 @@ def test_an_alias_cannot_have_a_name_that_is_taken(tmp_path: Path, name: str, wh
 
 
 def test_entries_are_those_of_the_wire() -> None:
-    # The bounds above are about these.
+    # The refusals above are about entries of this form.
     assert SteerSettings.parse({"layers": [2], "default_steering": [KIND]}).default_steering == (Steering("kind", 2.0),)

@@ -34,7 +34,7 @@ opened: list[SharedRegistry] = []
 
 @pytest.fixture(autouse=True)
 def all_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test waits for the drain's pause, and none leaves a process behind that looks alive."""
+    """Skip the drain's pause, and at the end of a test close every process that looks alive."""
     monkeypatch.setattr(in_flight, "DRAIN_SECONDS", 0.0)
     yield
     while opened:
@@ -174,7 +174,7 @@ def test_a_restart_keeps_what_clients_registered_and_writes_it_to_the_new_worker
     remove(first, "gone")
     first.close()
     workers = StandInWorkers()
-    # The operator has given the new server one more file.
+    # The operator has configured one more file for the new server.
     more = (direction("new", 5.0), *configured)
     again = joined(tmp_path, workers, NEXT_SERVER, more)
     assert book(again) == content(*more, direction("kept", 2.0), direction("changed", 3.0))
@@ -239,7 +239,7 @@ def test_a_private_folder_goes_with_its_server(monkeypatch: pytest.MonkeyPatch, 
     assert not directory.path.exists()
 
 
-# Registers one direction, in a process of its own, and is killed.
+# A process that registers one direction and is killed.
 OTHER_PROCESS = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -273,7 +273,7 @@ def test_a_killed_process_leaves_what_it_registered_and_neither_lock_nor_uses(tm
 
 
 def test_a_slot_that_is_rewritten_while_a_request_looks_it_up_is_not_used(tmp_path: Path) -> None:
-    """The race that admission guards against: looked up, then replaced and written again, and only then counted."""
+    """The race that admission guards against: a slot is looked up, then rewritten, and only then counted as used."""
     workers = StandInWorkers()
     here, there = joined(tmp_path, workers), joined(tmp_path, workers)
     put(here, direction("a", 1.0))
@@ -284,7 +284,7 @@ def test_a_slot_that_is_rewritten_while_a_request_looks_it_up_is_not_used(tmp_pa
 
     def late(request_id: str, slots: Any) -> None:
         if tuple(slots) == (looked_up,):
-            changes = threading.Thread(  # a loop of its own, since admission is no coroutine
+            changes = threading.Thread(  # with its own event loop, since admission is not a coroutine
                 target=lambda: [put(there, direction("a", value)) for value in (2.0, 3.0, 4.0)]
             )
             changes.start()

@@ -37,7 +37,7 @@ SETTINGS = SteerSettings(
 
 
 async def fake_write(writes: list[tuple[int, Direction]]) -> None:
-    """Stands in for the workers, which take whatever they are sent."""
+    """Stands in for the workers; it accepts every write."""
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_changes_need_the_admin_key(client: TestClient, method: str, monkeypatch
     monkeypatch.delenv("VLLM_STEER_ADMIN_KEY")
     assert "VLLM_STEER_ADMIN_KEY" in refusal(change(ADMIN), 403, "ChangeNotAllowed")
     monkeypatch.setenv("VLLM_STEER_ADMIN_KEY", "")
-    refusal(change({"X-Admin-Key": ""}), 403, "ChangeNotAllowed")  # an empty key is none
+    refusal(change({"X-Admin-Key": ""}), 403, "ChangeNotAllowed")  # an empty key counts as none
     assert names(client) == before
     assert client.get("/v1/steering").json()["changes"] is False
 
@@ -224,7 +224,7 @@ def test_a_file_of_other_names_is_refused(client: TestClient, tmp_path: Path) ->
     assert names(client) == [("needed", LAYER)]
 
 
-# The client and its registry stay for all examples: what one of them registers is no concern of the next.
+# All examples share the client and its registry: directions of one example do not affect the next.
 @hypothesis_settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.text(max_size=20), body=st.binary(max_size=64), layer=st.none() | st.integers(-2, 2_000_000))
 def test_no_name_layer_or_body_is_a_server_error(client: TestClient, name: str, body: bytes, layer: int | None) -> None:

@@ -1,1 +1,1 @@
-"""The front end's process: requests are checked and marked here, and readouts come back here."""
+"""The front end's side: checks and marks requests, and receives their readouts."""

@@ -1,7 +1,7 @@
-"""Admission: what a request asks is checked against the engine that it is for, before anything of it is scheduled.
+"""Admission: checks a request's spec against its engine before any part of the request is scheduled.
 
-Whatever is wrong with a request's spec is refused here, so that nothing that reaches a worker can fail for a user's
-mistake. What passes is resolved to slots and hook numbers.
+Every mistake in a spec is refused here, so no user's mistake can cause a failure in a worker. A valid spec is resolved
+to slots and layer indices.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_steer.settings import SteerSettings
 _REMEMBERED_READOUTS = 1 << 20
 
 _keys = count()
-_KEY_PREFIX = os.urandom(6).hex()  # workers may serve several front-end processes
+_KEY_PREFIX = os.urandom(6).hex()  # keeps keys unique: workers may serve several front-end processes
 
 
 def _new_key() -> str:
@@ -45,12 +45,12 @@ def _new_key() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request asks, on its way through this process: it stands in ``extra_args`` in place of the wire.
+    """A request's spec on its way through this process; it replaces the wire form in ``extra_args``.
 
     Attributes:
-        spec: already parsed.
-        key: the name under which the workers will keep the request's readouts; no other request has it.
-        admitted: called when the request has been let through.
+        spec: the parsed spec.
+        key: the unique name under which the workers will keep the request's readouts.
+        admitted: called when the request is admitted.
     """
 
     spec: RequestSpec
@@ -58,7 +58,7 @@ class Asked:
     admitted: Callable[[], object] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Asked:
-        return self  # vLLM copies a request's parameters deeply
+        return self  # vLLM deep-copies a request's parameters
 
 
 class _Entry(NamedTuple):
@@ -71,7 +71,7 @@ class _Entry(NamedTuple):
 
     @property
     def multiplier(self) -> float:
-        """|α| of what is added; removing a component adds nothing."""
+        """|α| of the added vector; ablation adds none."""
         return abs(self.row[2])
 
 
@@ -79,15 +79,17 @@ class Admission:
     """Checks and resolves the requests of one engine.
 
     Args:
-        settings: what the engine was started with.
-        hidden_size: D; every direction must have this length.
-        dtype: of the residual stream: ``float16``, ``bfloat16`` or ``float32``.
+        settings: the engine's settings.
+        hidden_size: D, the required length of every direction.
+        dtype: dtype of the residual stream: ``float16``, ``bfloat16`` or ``float32``.
 
     Attributes:
         registry: the directions that requests can name.
-        in_flight: counts the slots that running requests use; None where nothing reuses a slot while requests run.
-        asked: id -> what it asks, of the requests with a readout that ``collect_readouts`` can be asked for (the last
-            million), oldest first.
+        in_flight: counts the slots that running requests use; None if slots are not reused while requests run.
+        asked: request id -> its spec, for ``collect_readouts``: the last million requests with a readout, oldest first.
+
+    Raises:
+        BadDirectionFile, BadVector, WrongDimension, BankFull: a configured direction file cannot be used.
     """
 
     def __init__(self, settings: SteerSettings, hidden_size: int, dtype: str = "float32") -> None:
@@ -101,24 +103,24 @@ class Admission:
         self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
 
     def resolve(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
-        """Names to slots, layers to hook numbers.
+        """Resolve names to slots and layers to layer indices.
 
         Args:
-            request_id: the id that the caller knows the request by.
-            spec: what it asks, the engine's default included.
-            prompt_len: tokens of its prompt.
-            key: the name under which the workers keep its readouts; None is the id, where no other request has it.
+            request_id: the caller's id of the request.
+            spec: the request's spec, the engine's default included.
+            prompt_len: number of prompt tokens.
+            key: the name under which the workers keep its readouts. None means the id, which must then be unique.
 
         Raises:
-            Any of ``SpecError``, ``UnknownDirection``, ``AmbiguousDirection``, ``LayerNotHooked``.
+            SpecError, UnknownDirection, AmbiguousDirection, LayerNotHooked: the spec is refused.
         """
         return self._resolve(self.registry.current(), request_id, spec, prompt_len, key)
 
     def admit(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
-        """``resolve``, and count the slots as used from now on.
+        """Like ``resolve``, and count the slots as used from now on.
 
         Raises:
-            What ``resolve`` raises.
+            SpecError, UnknownDirection, AmbiguousDirection, LayerNotHooked: see ``resolve``.
         """
         while True:
             book = self.registry.current()
@@ -126,8 +128,7 @@ class Admission:
             if self.in_flight is None:
                 return resolved
             self.in_flight.acquire(request_id, resolved.slots)
-            # Whoever changes the book reads the counts after that, so either our count was seen or the change is seen
-            # here.
+            # A change of the book reads the counts afterwards. So either it has seen our count, or we see the change.
             if self.registry.current() is book:
                 return resolved
             self.in_flight.withdraw(request_id, resolved.slots)
@@ -138,7 +139,7 @@ class Admission:
         entries = [self._entry(book, steering) for steering in spec.entries]
         # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
         entries = [entry for entry in entries if entry.row[2:] != (0.0, 0.0)]
-        # Entries at different layers do not meet, so only the order within a layer is told to digest and workers.
+        # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         prompt = [entry for entry in entries if entry.span != "generated"]
         generated = [entry for entry in entries if entry.span != "prompt"]
@@ -166,14 +167,17 @@ class Admission:
         )
 
     def check(self, spec: RequestSpec) -> None:
-        """Raise what ``resolve`` would raise, as far as it can be known without the prompt.
+        """Raise what ``resolve`` would raise, as far as that is known without the prompt.
 
-        Only a ``skip_first`` beyond the prompt's end is left for later.
+        The one exception is a ``skip_first`` beyond the prompt's end.
+
+        Raises:
+            SpecError, UnknownDirection, AmbiguousDirection, LayerNotHooked: see ``resolve``.
         """
         self.resolve("", spec, prompt_len=sys.maxsize)
 
     def remember(self, request_id: str, asked: Asked) -> None:
-        """Keep in mind what a request with a readout asked, for ``collect_readouts``."""
+        """Store the spec of a request with a readout, for ``collect_readouts``."""
         self.asked[request_id] = asked
         if len(self.asked) > _REMEMBERED_READOUTS:
             del self.asked[next(iter(self.asked))]
@@ -198,7 +202,7 @@ class Admission:
         return _Entry(layer, steering.span, (hook, direction.slot, *steering.coefficients), direction)
 
     def _check_bounds(self, entries: Sequence[_Entry]) -> None:
-        """Refuse what the entries over one token, sorted by layer, could do together at any one layer."""
+        """Refuse entries for one token, sorted by layer, that together exceed a limit at any layer."""
         for layer, group in groupby(entries, attrgetter("layer")):
             here = list(group)
             if len(here) > self.settings.max_entries:
@@ -252,9 +256,8 @@ class Admission:
             shared = sorted(set(layers) & set(readout.layers))
             if not shared:
                 raise BadReadout(
-                    f"project names {name!r}, which belongs to layers {sorted(layers)}; read are "
-                    f"{list(readout.layers)}. Add one of "
-                    "its layers to the readout, or leave it out."
+                    f"project names {name!r}, which belongs to layers {sorted(layers)}; the readout reads layers "
+                    f"{list(readout.layers)}. Add one of its layers to the readout, or leave it out."
                 )
             project += [(name, layer, layers[layer].slot) for layer in shared]
         if readout.span != "generated" and readout.skip_first >= prompt_len:
@@ -271,13 +274,13 @@ class Admission:
         trace = []
         for name in readout.trace:
             layers = book.layers_of(name)
-            # a trace has one value a token, so it is taken at one layer
+            # a trace has one value per token, so it is taken at one layer
             own = sorted(layers) if len(layers) == 1 else sorted(set(layers) & set(self._index_of))
             if len(own) != 1:
                 own = sorted(set(own) & set(readout.layers))
             if len(own) != 1:
                 raise AmbiguousDirection(
-                    f"trace names {name!r}, which belongs to layers {sorted(layers)}, and the readout is of "
+                    f"trace names {name!r}, which belongs to layers {sorted(layers)}, and the readout reads layers "
                     f"{list(readout.layers)}; allowed: exactly one of its layers among those read. Read one of them."
                 )
             trace.append((name, self._hooked(own[0]), layers[own[0]].slot))
@@ -310,7 +313,7 @@ def admission_of(processor: InputProcessor) -> Admission:
 
 
 def configured_admission_of(processor: InputProcessor) -> Admission | None:
-    """The admission of an engine's front end, None where it was started without ``steer_config``."""
+    """The admission of an engine's front end; None if the engine was started without ``steer_config``."""
     known = ADMISSION.of(processor)
     if known is None:
         settings = SteerSettings.of(processor.vllm_config.additional_config)
@@ -326,6 +329,6 @@ def configured_admission_of(processor: InputProcessor) -> Admission | None:
 ADMISSION: Attribute[tuple[Admission | None]] = Attribute(
     "InputProcessor",
     "vllm_steer_admission",
-    why="The admission of an engine's front end, made at its first request; (None,) where it is not configured.",
+    why="The admission of an engine's front end, made at its first request; (None,) if steering is not configured.",
     gone_when="there is an admission hook.",
 )

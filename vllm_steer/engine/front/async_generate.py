@@ -1,7 +1,7 @@
-"""The asynchronous front end: what happens around one call of ``AsyncLLM.generate``.
+"""The asynchronous front end: the work around one call of ``AsyncLLM.generate``.
 
-In a server it gives the request what its HTTP exchange asks, holds the slots of running requests, and collects each
-sample's readout the moment it is finished.
+In a server it adds the steering and readout of the HTTP exchange to the request, holds the slots of running requests,
+and collects each sample's readout as soon as the sample is finished.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _generate(original: Any) -> Any:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncIterator[RequestOutput]:
-        # Looked up here and not in the generator, which a task of vLLM's own may advance.
+        # Read here and not in the generator, which another task of vLLM may advance.
         exchange = current_exchange.get()
         run = functools.partial(original, self, prompt, request_id=request_id, **kwargs)
         if _says_nothing(self, sampling_params, exchange):
@@ -62,7 +62,7 @@ def _shutdown(original: Any) -> Any:
         original(self, *args, **kwargs)
         handler = getattr(self, "output_handler", None)
         if handler is not None and not handler.get_loop().is_closed():
-            # The handler, which would have told whoever waits for outputs, has just been cancelled.
+            # The handler was cancelled before it could pass the error to the requests that wait for outputs.
             tell = functools.partial(self.output_processor.propagate_error, EngineDeadError())
             handler.get_loop().call_soon_threadsafe(tell)
 
@@ -70,7 +70,7 @@ def _shutdown(original: Any) -> Any:
 
 
 def _says_nothing(engine: Any, params: Any, exchange: Exchange | None) -> bool:
-    """Whether neither a request, nor its exchange, nor the engine's default says anything of steering or reading."""
+    """Whether the request, its exchange and the engine's default all ask for neither steering nor a readout."""
     if not isinstance(params, SamplingParams):
         return True
     if (exchange is not None and exchange.spec is not None) or WIRE_KEY in (params.extra_args or {}):
@@ -82,7 +82,7 @@ def _says_nothing(engine: Any, params: Any, exchange: Exchange | None) -> bool:
 async def _generated(
     engine: Any, run: Any, params: SamplingParams, request_id: str, exchange: Exchange | None
 ) -> AsyncIterator[RequestOutput]:
-    """The outputs of a request; ``run`` starts it with the parameters that it is given."""
+    """The outputs of a request, which ``run`` starts with the sampling parameters that it gets."""
     try:
         params, asked = _with_asked(engine, params, exchange)
         outputs: AsyncIterator[RequestOutput] = run(params)
@@ -99,10 +99,10 @@ async def _generated(
 
 
 def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) -> tuple[SamplingParams, Asked | None]:
-    """The parameters with what the request asks in them, and that; None for nothing.
+    """The sampling parameters with the request's spec in them, and this spec, or None without one.
 
     Raises:
-        SteerError: it is refused.
+        SteerError: the request is refused.
     """
     extra = params.extra_args or {}
     try:
@@ -116,15 +116,15 @@ def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) 
             asked = asked_of(engine.input_processor, extra)
         if asked is not None and asked.spec.readout is not None and exchange is None and _RAY_STAGE in sys.modules:
             raise MalformedSpec(
-                "a readout was asked in a process of Ray Data's LLM stage, which hands on none of it; allowed: "
-                "steering there. Read with map_batches and an engine of your own, and collect_readouts."
+                "a readout was requested in Ray Data's LLM stage, which does not return readouts; allowed: steering "
+                "there. For readouts use map_batches with your own engine and collect_readouts."
             )
     except SteerError as error:
         raise translated(error) from None
     if asked is None and (exchange is None or exchange.spec is None):
         return params, None
     own = params.clone()
-    if asked is None:  # asked for by name, so that no default applies
+    if asked is None:  # an explicit empty spec, so that the default does not apply
         EXTRA_ARGS.put(own, {**extra, WIRE_KEY: Asked(RequestSpec(()))})
         return own, None
     if exchange is not None:
@@ -176,17 +176,17 @@ def _check_overflow(output: RequestOutput) -> None:
 
 
 def _forget(admission: Admission, request_id: str, asked: Asked) -> None:
-    """Keep a request out of ``collect_readouts``, whose readouts its own reply has carried."""
+    """Keep a request out of ``collect_readouts``, because its own reply carried its readouts."""
     if admission.asked.get(request_id) is not None and admission.asked[request_id].key == asked.key:
         del admission.asked[request_id]
 
 
 @contextmanager
 def _alone(engine: Any, request_id: str) -> Iterator[None]:
-    """Around a request whose readouts ``collect_readouts_async`` will look for by its id.
+    """Reserve the id of a running request, by which ``collect_readouts_async`` will find its readouts.
 
     Raises:
-        MalformedSpec: another one with the same id is under way.
+        MalformedSpec: another running request has the same id.
     """
     running = RUNNING.of(engine)
     if running is None:
@@ -195,8 +195,8 @@ def _alone(engine: Any, request_id: str) -> Iterator[None]:
     if request_id in running:
         raise translated(
             MalformedSpec(
-                f"request id {request_id!r} is that of another request with a readout that is under way, so readouts "
-                "could not be told apart; allowed: an id of its own. Choose another."
+                f"request id {request_id!r} belongs to another running request with a readout, so their readouts could "
+                "not be told apart; allowed: an id that no running request has. Choose another."
             )
         )
     running.add(request_id)
@@ -207,14 +207,14 @@ def _alone(engine: Any, request_id: str) -> Iterator[None]:
 
 
 class Tally:
-    """How many tokens a request's samples have.
+    """Counts the tokens of a request's samples.
 
     Args:
-        is_delta: each output tells only the new tokens of a sample, and not all of them so far.
+        is_delta: whether an output holds only the new tokens of a sample, and not all of them so far.
 
     Attributes:
-        prompt_len: tokens of the prompt; None before the first output.
-        counts: sample index -> generated tokens.
+        prompt_len: number of prompt tokens; None before the first output.
+        counts: sample index -> number of generated tokens.
     """
 
     def __init__(self, is_delta: bool) -> None:
@@ -223,6 +223,7 @@ class Tally:
         self._is_delta = is_delta
 
     def add(self, output: RequestOutput) -> None:
+        """Count the tokens of one output."""
         if self.prompt_len is None:
             self.prompt_len = len(output.prompt_token_ids or ())
         for sample in output.outputs:
@@ -230,7 +231,7 @@ class Tally:
             self.counts[sample.index] = before + len(sample.token_ids)
 
     def computed(self, index: int) -> int:
-        """Tokens of a sample that have been through the model: the prompt and all generated ones but the last."""
+        """Number of a sample's tokens that the model has processed: the prompt and all generated ones but the last."""
         return (self.prompt_len or 0) + self.counts[index] - 1
 
 
@@ -240,9 +241,9 @@ class Collector:
     Args:
         engine: the ``AsyncLLM``.
         key: the name under which the workers keep the request's readouts.
-        request_id: the id that vLLM's server knows it by.
-        readout: what was asked.
-        exchange: where the readouts go.
+        request_id: the request's id in vLLM's server.
+        readout: the requested readout.
+        exchange: receives the readouts.
     """
 
     def __init__(self, engine: Any, key: str, request_id: str, readout: Readout, exchange: Exchange) -> None:
@@ -256,7 +257,7 @@ class Collector:
         self._finished: set[int] = set()
 
     async def take(self, output: RequestOutput, tally: Tally) -> None:
-        """Note how far the samples of an output are; with one question, collect the readouts of the finished ones."""
+        """Note the progress of an output's samples, and collect the readouts of finished ones in one RPC."""
         ended = []
         for part in output.outputs:
             index = part.index
@@ -278,12 +279,12 @@ class Collector:
                 finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})
 
     def close(self) -> None:
-        """Follow nothing any more, however the request ended."""
+        """Stop following the samples' traces, however the request ended."""
         for index in self._followed:
             self._live.leave(self._key, index)
 
     def _span_length(self, tally: Tally, index: int) -> int:
-        """How many tokens of the readout's span are known to belong to the sample."""
+        """Number of tokens in the readout's span that are known to belong to the sample."""
         prompt_len = tally.prompt_len or 0
         first = prompt_len if self._readout.span == "generated" else self._readout.skip_first
         end = tally.computed(index)
@@ -291,7 +292,7 @@ class Collector:
 
 
 def finish(sample: Sample, answer: Mapping[str, Any]) -> None:
-    """Put a worker's last word on a sample in place."""
+    """Store the final answer for a sample, in the form of ``FinishedReadout.answer``."""
     sample.readout = readout_json(answer)
     for name, values in answer.get("trace", ()):
         sample.trace[name] = [finite(value) for value in np.frombuffer(values, dtype=np.float32).tolist()]
@@ -299,7 +300,7 @@ def finish(sample: Sample, answer: Mapping[str, Any]) -> None:
 
 
 def live_traces_of(engine: Any) -> LiveTraces:
-    """The one poller of an engine's front end."""
+    """The poller of an engine's front end, created at the first call."""
     live = LIVE_TRACES.of(engine)
     if live is None:
         live = LiveTraces(engine)
@@ -307,15 +308,15 @@ def live_traces_of(engine: Any) -> LiveTraces:
     return live
 
 
-_GONE = "outputs can carry what a worker hands over."
+_GONE = "outputs can carry data from the workers."
 GENERATE = patch(
     AsyncLLM,
     "generate",
     _generate,
     takes="async self, prompt, sampling_params, request_id, *, ...",
-    contains="except (VLLMClientError, GracefulHTTPError",  # a refusal goes through as it is
-    why="vLLM's server calls it for every engine request and shows its outputs to nobody else; a readout has to be "
-    "collected between a sample's last token and the reply.",
+    contains="except (VLLMClientError, GracefulHTTPError",  # a refusal passes through unchanged
+    why="vLLM's server calls it for every engine request, and its outputs pass through no other place; a readout must "
+    "be collected between a sample's last token and the reply.",
     gone_when=_GONE,
     when="front ends of an AsyncLLM with steer_config",
 )
@@ -324,15 +325,15 @@ SHUTDOWN = patch(
     "shutdown",
     _shutdown,
     takes="self, ...",
-    contains="cancel_task_threadsafe(handler)",  # after which nobody is told that the engine has died
-    why="It cancels the task that hands out outputs before that task has told the waiting requests that the engine is "
-    "gone; they would wait for ever, and with them the server's own end.",
-    gone_when="shutdown tells them.",
+    contains="cancel_task_threadsafe(handler)",  # then no request learns that the engine has died
+    why="It cancels the task that distributes outputs before that task has failed the waiting requests. They, and the "
+    "server's own shutdown, would wait for ever.",
+    gone_when="it fails the waiting requests.",
     when="front ends of an AsyncLLM with steer_config",
 )
 RUNNING: Attribute[set[str]] = Attribute(
     "AsyncLLM", "vllm_steer_running", why="Request ids whose readouts are yet to be collected.", gone_when=_GONE
 )
 LIVE_TRACES: Attribute[LiveTraces] = Attribute(
-    "AsyncLLM", "vllm_steer_live_traces", why="The one poller of traces under way.", gone_when=_GONE
+    "AsyncLLM", "vllm_steer_live_traces", why="The poller of the traces of running requests.", gone_when=_GONE
 )

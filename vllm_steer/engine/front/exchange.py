@@ -1,8 +1,8 @@
-"""What the plugin keeps of one HTTP request while vLLM answers it.
+"""The plugin's state for one HTTP request while vLLM answers it.
 
-The middleware makes an ``Exchange`` and binds it to the task that serves the request; the engine's front end, which
-runs in that task or in one that it started, finds it there. So a readout can only ever reach the request that asked for
-it, whatever ids clients choose, and it is gone with its request.
+The middleware makes an ``Exchange`` and binds it to the task that serves the request. The engine's front end, which
+runs in that task or in one started by it, finds it there. So a readout can only reach the request that asked for it,
+whatever ids clients choose, and it is freed with its request.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vllm_steer.schema import RequestSpec
 
 @dataclass(slots=True)
 class Sample:
-    """What is known so far of one sample of the reply.
+    """The values known so far of one sample of the reply.
 
     Attributes:
-        trace: direction name -> one projection a token of the readout's span; may run a token or two ahead.
-        span_length: how many of these are known to belong to the sample.
-        told: how many have been sent already.
-        readout: the finished readout as it stands in the reply; None before the sample is finished.
+        trace: direction name -> one projection per token of the readout's span; can be one or two tokens ahead.
+        span_length: how many of these values are known to belong to the sample.
+        told: how many of them have been sent already.
+        readout: the finished readout in the reply's JSON form; None before the sample is finished.
     """
 
     trace: dict[str, list[float | None]] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Exchange:
     """One HTTP request and its reply.
 
     Attributes:
-        spec: what its body asks, an alias's entries included; None where it says nothing.
-        whole: the same with the server's default steering.
+        spec: the body's spec, an alias's entries included; None if there is neither.
+        whole: the same together with the server's default steering.
         choices_per_prompt: the body's ``n``.
-        is_background: its reply comes before anything is generated; steered by default only.
-        allowed: the directions that engine requests of it may name which bring a spec of their own; None is any.
-        samples: by (id of the engine request as vLLM's server names it, sample index), oldest first.
-        is_applied: whether an engine request of it was admitted with ``whole``.
-        refusal: why an engine request of this exchange was refused, if one was.
+        is_background: whether the reply comes before anything is generated; then only default steering applies.
+        allowed: the directions that its engine requests may name if they bring their own spec; None means any.
+        samples: samples by (engine request id in vLLM's server, sample index), oldest first.
+        is_applied: whether one of its engine requests was admitted with ``whole``.
+        refusal: the refusal of one of its engine requests, if there was one.
     """
 
     spec: RequestSpec | None = None
@@ -57,11 +57,11 @@ class Exchange:
     refusal: SteerError | None = None
 
     def mark_applied(self) -> None:
-        """Note that an engine request of it was admitted with ``whole``."""
+        """Note that an engine request of this exchange was admitted with ``whole``."""
         self.is_applied = True
 
     def sample(self, request_id: str, index: int) -> Sample:
-        """The sample of that id and index, made where there is none yet."""
+        """The sample of this id and index, created if there is none yet."""
         return self.samples.setdefault((request_id, index), Sample())
 
 

@@ -1,4 +1,4 @@
-"""The slots that the requests of this process use, from their admission to the moment the engine is done with them."""
+"""The bank slots that requests of this process use, from admission until the engine is done with the request."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ DRAIN_SECONDS = 0.05
 
 @dataclass(eq=False)
 class Hold:
-    """What one call of ``AsyncLLM.generate`` holds; ``slots`` is None until its request is admitted."""
+    """The slots that one call of ``AsyncLLM.generate`` holds; None until its request is admitted."""
 
     slots: tuple[int, ...] | None = None
 
 
 class InFlight:
-    """Keeps slots from being written again while a request may still read them.
+    """Keeps slots from being overwritten while a request may still read them.
+
+    A request's readout must be collected before its hold ends, because it is projected onto the bank's contents at that
+    time.
 
     Args:
-        use: where the uses are counted.
-        engine_is_past: returns when the engine has handled every message that this process sent it before. A request
-            whose client is gone, or that ended at a stop string, runs on until the engine has seen its abort.
-        released: told the slots of requests that the engine is done with.
-
-    A request's readout must have been collected before its hold ends: it is projected onto the bank as it is then.
+        use: counts the uses.
+        engine_is_past: returns once the engine has handled every message that this process sent before the call. A
+            request whose client is gone, or that ended at a stop string, runs on until the engine has seen its abort.
+        released: called with the slots of requests that the engine is done with.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class InFlight:
 
     @contextmanager
     def hold(self, request_id: str) -> Iterator[None]:
-        """Around one call of ``AsyncLLM.generate``, the closing of its generator included; on its event loop.
+        """Hold a request's slots during one call of ``AsyncLLM.generate``, until its generator is closed.
+
+        Must be entered and left on the call's event loop.
 
         Args:
-            request_id: the id the caller knows. Two requests may have the same.
+            request_id: the caller's id. Two requests may have the same.
         """
         hold = Hold()
         self._holds.setdefault(request_id, []).append(hold)
@@ -66,14 +69,14 @@ class InFlight:
                 self._leave(hold.slots)
 
     def acquire(self, request_id: str, slots: Sequence[int]) -> None:
-        """Count a request's slots as used. A request that nothing holds keeps them for ever, which is safe."""
+        """Count a request's slots as used. Without a ``hold`` they stay in use for ever, which is safe."""
         waiting = [hold for hold in self._holds.get(request_id, ()) if hold.slots is None]
         if waiting:
             waiting[0].slots = tuple(slots)
         self.use.add(slots)
 
     def withdraw(self, request_id: str, slots: Sequence[int]) -> None:
-        """Take ``acquire`` back before the request has gone to the engine."""
+        """Undo ``acquire`` before the request has gone to the engine."""
         for hold in self._holds.get(request_id, ()):
             if hold.slots == tuple(slots):
                 hold.slots = None
@@ -86,12 +89,12 @@ class InFlight:
             self._drain = run_in_background(self._drained(), "The release of slots")
 
     async def _drained(self) -> None:
-        """One question to the engine for all requests that ended in the last moment, not one each."""
+        """Ask the engine once for all requests that ended within ``DRAIN_SECONDS``, not once for each."""
         try:
             while self._leaving:
                 await asyncio.sleep(DRAIN_SECONDS)
                 leaving, self._leaving = self._leaving, []
-                # A dead engine is done with all of them; the requests themselves are told that it is.
+                # A dead engine is done with all of them; the requests themselves fail with the error.
                 with suppress(EngineDeadError):
                     await self._engine_is_past()
                 self.use.subtract(leaving)

@@ -1,4 +1,4 @@
-"""Traces of requests that are still under way, fetched from the workers for all of them together."""
+"""Traces of running requests, fetched from the workers for all of them together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ POLL_SECONDS = 0.05
 
 
 class LiveTraces:
-    """One question to the workers every ``POLL_SECONDS`` as long as any sample is followed, and none otherwise.
+    """Asks the workers once every ``POLL_SECONDS`` while any sample is followed, and never otherwise.
 
     Args:
-        engine: an ``AsyncLLM``; its ``collective_rpc`` is asked.
+        engine: the ``AsyncLLM`` whose ``collective_rpc`` is called.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -28,18 +28,19 @@ class LiveTraces:
         self._task: asyncio.Task[None] | None = None
 
     def follow(self, key: str, index: int, sample: Sample) -> None:
-        """Keep ``sample.trace`` up to date, until ``leave``.
+        """Keep ``sample.trace`` up to date until ``leave``. Must be called on the event loop.
 
         Args:
             key: the name under which the workers keep the request's readouts.
-            index: which sample of it.
+            index: the sample's index in the request.
+            sample: the sample to update.
         """
         self._followed[key, index] = sample
         if self._task is None:
             self._task = run_in_background(self._poll(), "The poll of running traces")
 
     def leave(self, key: str, index: int) -> None:
-        """Follow a sample no longer; also where it has never been followed."""
+        """Stop following a sample; does nothing if it is not followed."""
         self._followed.pop((key, index), None)
 
     async def _poll(self) -> None:
@@ -51,13 +52,13 @@ class LiveTraces:
                     answers = whole_traces(await self._engine.collective_rpc("vllm_steer_traces", args=(asked,)))
                     for (key, index, _), answer in zip(asked, answers, strict=True):
                         self._take(key, index, answer)
-        except EngineDeadError:  # of which the requests themselves are told
+        except EngineDeadError:  # the requests themselves fail with it
             self._followed.clear()
         finally:
             self._task = None
 
     def _take(self, key: str, index: int, answer: LiveTrace | None) -> None:
-        if answer is None or (key, index) not in self._followed:  # not begun yet, or finished while we asked
+        if answer is None or (key, index) not in self._followed:  # not begun yet, or finished during the call
             return
         if isinstance(answer, dict):  # it failed; its readout will say why
             self.leave(key, index)

@@ -1,6 +1,6 @@
-"""The plugin's Prometheus series, on the ``/metrics`` that vLLM serves.
+"""The plugin's Prometheus metrics, on vLLM's ``/metrics``.
 
-They live in prometheus_client's default registry, as vLLM's own do: with several API server processes vLLM points
+They are in prometheus_client's default registry, like vLLM's own. For several API server processes vLLM points
 ``PROMETHEUS_MULTIPROC_DIR`` at a directory before it starts them, and their counts are added up.
 """
 
@@ -15,7 +15,7 @@ from vllm_steer.schema import RequestSpec
 
 MAX_LABELS = 64
 OTHER = "other"
-"""Stands for every direction after the first ``MAX_LABELS`` that a process counts, so the series stay few."""
+"""Label of every direction after the first ``MAX_LABELS`` that a process counts; it limits the number of series."""
 
 _requests = Counter("vllm_steer_requests", "Steered requests that were admitted, by direction.", ["direction"])
 _tokens = Counter("vllm_steer_tokens", "Tokens generated for steered requests, by direction.", ["direction"])
@@ -25,18 +25,18 @@ _bank_slots = Gauge(
     "vllm_steer_bank_slots",
     "Slots of the direction bank: registered, held (no longer registered, a running request uses it), free.",
     ["state"],
-    multiprocess_mode="mostrecent",  # every process knows the whole bank; the last to look is right
+    multiprocess_mode="mostrecent",  # every process knows the whole bank, so the latest value is right
 )
 _labels: dict[str, str] = {}
 
 
 def directions_of(spec: RequestSpec) -> tuple[str, ...]:
-    """The names of directions that a request is steered along, each once."""
+    """The names of the directions that steer a request, each once."""
     return tuple(dict.fromkeys(entry.direction for entry in spec.entries))
 
 
 def admitted(spec: RequestSpec) -> None:
-    """Count a request that was let through. Its directions must have been found in the registry."""
+    """Count an admitted request. Its directions must have been found in the registry."""
     for direction in directions_of(spec):
         _requests.labels(_label(direction)).inc()
     if spec.readout is not None:
@@ -44,18 +44,18 @@ def admitted(spec: RequestSpec) -> None:
 
 
 def tokens(directions: Iterable[str], count: int) -> None:
-    """Count generated tokens of a request along each of its directions (``directions_of`` its spec)."""
+    """Count the generated tokens of a request for each of its directions (see ``directions_of``)."""
     for direction in directions:
         _tokens.labels(_label(direction)).inc(count)
 
 
 def refused(error: SteerError) -> None:
-    """Count a refusal; the reasons are the classes of ``vllm_steer.errors``."""
+    """Count a refusal by its class, one of ``vllm_steer.errors``."""
     _refusals.labels(type(error).__name__).inc()
 
 
 def bank(registered: int, held: int, free: int) -> None:
-    """Show how the bank's slots are used."""
+    """Set the numbers of bank slots that are registered, held and free."""
     for state, slots in (("registered", registered), ("held", held), ("free", free)):
         _bank_slots.labels(state).set(slots)
 

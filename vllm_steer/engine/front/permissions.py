@@ -1,4 +1,4 @@
-"""Which directions a caller may name: ``allowed_directions`` of the settings, by API key and by alias."""
+"""The directions that a caller may name: ``allowed_directions`` of the settings, by API key and by alias."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _KEY_DIGITS = 12
 
 
 def allowed_for(settings: SteerSettings, key: str | None, alias: str | None = None) -> frozenset[str] | None:
-    """The directions that a caller with this API key, speaking to this alias, may name; None is any.
+    """The directions that a caller with this API key may name in requests to this alias; None means any.
 
-    The entries that an alias or the default steering stand for are the operator's own and need no leave.
+    The entries of an alias or of the default steering are the operator's own and need no permission.
     """
     callers = [] if alias is None else [alias]
     if key is not None:
@@ -24,10 +24,10 @@ def allowed_for(settings: SteerSettings, key: str | None, alias: str | None = No
 
 
 def check_allowed(spec: RequestSpec, allowed: frozenset[str] | None) -> None:
-    """Refuse a spec that names a direction outside ``allowed``, be it to steer with or to read; None is any.
+    """Refuse a spec that steers with or reads a direction outside ``allowed``; None allows any.
 
     Raises:
-        DirectionNotAllowed
+        DirectionNotAllowed: the spec names another direction.
     """
     if allowed is None:
         return

@@ -1,4 +1,4 @@
-"""The JSON of a readout, as it stands in replies."""
+"""The JSON form of readouts in replies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """A worker's answer (``FinishedReadout.answer``) as it stands in a reply, the trace aside."""
+    """Convert a worker's answer (``FinishedReadout.answer``) to the JSON of a reply, without the values of its trace.
+
+    Each layer's mean is base64 of D little-endian float32.
+    """
     if "error" in answer:
         return {"error": answer["error"]}
     projections: dict[str, dict[str, float | None]] = {}
@@ -30,5 +33,5 @@ def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """A float32 with the nine digits that tell it from all others, or None where JSON has no number for it."""
+    """A float32 value to nine digits, which identify it; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.9g}") if math.isfinite(value) else None

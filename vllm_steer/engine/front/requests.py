@@ -1,4 +1,4 @@
-"""The way of every request through vLLM's front end: admitted, marked for the workers, keyed for the prefix cache."""
+"""Handles every request in vLLM's front end: admission, marks for the workers, the key for the prefix cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _process_inputs(original: Any) -> Any:
             asked = asked_of(self, params.extra_args or {})
             if asked is not None and kwargs.get("resumable"):
                 raise MalformedSpec(
-                    "a streaming-input session was to be steered or read; allowed: whole prompts. Send one."
+                    "a streaming-input session asks for steering or a readout; allowed: whole prompts. Send one."
                 )
             request = original(self, request_id, prompt, params, *args, **kwargs)
             _check_salt(request)
@@ -47,7 +47,7 @@ def _process_inputs(original: Any) -> Any:
                 return request
             if request.prompt_token_ids is None or request.prompt_embeds is not None:
                 raise MalformedSpec(
-                    "a prompt of embeddings was to be steered or read; allowed: text or token ids. Send these."
+                    "a prompt of embeddings asks for steering or a readout; allowed: text or token ids. Send these."
                 )
             _admit(admission_of(self), asked, request)
             return request
@@ -62,11 +62,11 @@ def _assign_request_id(original: Any) -> Any:
         params = request.sampling_params
         extra = params.extra_args if params is not None and params.extra_args else {}
         if RESOLVED_KEY in extra:
-            admission_of(self)  # another engine may have admitted it, and this one may have no hooks
+            admission_of(self)  # raises if this engine has no hooks: another one may have admitted the request
         elif WIRE_KEY in extra or (params is not None and _default_of(configured_admission_of(self))):
             raise MalformedSpec(
-                "an EngineCoreRequest made by hand came to an engine that has to steer it, and nothing has checked it; "
-                "allowed: prompts with SamplingParams. Pass these."
+                "an EngineCoreRequest made by hand needs steering and has not passed admission; allowed: prompts with "
+                "SamplingParams. Pass these."
             )
         original(request)
 
@@ -86,15 +86,15 @@ def _beam_search(original: Any) -> Any:
 
 
 def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | None:
-    """What a request asks of an engine, the engine's default included; None for nothing.
+    """The steering and readout of a request, the engine's default included; None if there is neither.
 
     Args:
-        processor: the engine's.
+        processor: the engine's input processor.
         extra: ``SamplingParams.extra_args``.
 
     Raises:
-        NotConfigured: it asks for something and the engine has no hooks.
-        SpecError: the wire is malformed.
+        NotConfigured: the request asks for something and the engine has no hooks.
+        SpecError: the request's spec is malformed.
     """
     if RESOLVED_KEY in extra:
         raise UnknownField(
@@ -122,10 +122,11 @@ def _default_of(admission: Admission | None) -> tuple[Steering, ...]:
 
 
 def translated(error: SteerError) -> SteerError:
-    """The refusal that reaches an HTTP client with its own status.
+    """The refusal as an exception that reaches HTTP clients with the refusal's own status.
 
-    vLLM's asynchronous front end answers 500 to any exception but its own (vllm/v1/engine/async_llm.py, ``generate``),
-    so a refusal becomes both: the class that callers of the offline API catch, and vLLM's error that carries a status.
+    vLLM's asynchronous front end answers 500 to any exception but its own (vllm/v1/engine/async_llm.py, ``generate``).
+    So the result has two bases: the refusal's class, which callers of the offline API catch, and vLLM's error that
+    carries a status.
     """
     both = _with_status(type(error))
     refusal = both.__new__(both)
@@ -150,14 +151,14 @@ def _check_salt(request: Any) -> None:
 
 
 def _admit(admission: Admission, asked: Asked, request: Any) -> None:
-    """Write into the request, which is vLLM's own copy of the caller's, what workers and scheduler need to know."""
+    """Admit the request and write the result into it, for workers and scheduler. It is vLLM's copy of the caller's."""
     resolved = admission.admit(request.request_id, asked.spec, len(request.prompt_token_ids), asked.key)
     params = request.sampling_params
     EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
     if resolved.prompt_digest:
         CACHE_SALT.put(request, salt(request.cache_salt, resolved.prompt_digest))
     if asked.spec.readout is not None:
-        # Every activation has to be computed, so cached KV cannot stand in for any token, not even after a preemption.
+        # Every activation must be computed, so cached KV cannot replace any token, not even after a preemption.
         SKIP_READING_PREFIX_CACHE.put(params, True)
         admission.remember(request.request_id, asked)
     if asked.admitted is not None:
@@ -165,7 +166,7 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
 
 
 def _pass(admission: Admission | None, request: Any) -> None:
-    """Mark a request that is neither steered nor read as seen, where it might have been steered by default."""
+    """Mark a request without steering and readout as checked if the engine has a default; remove its spec."""
     params = request.sampling_params
     if _default_of(admission):
         EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: None})
@@ -178,7 +179,7 @@ def _without_wire(params: SamplingParams) -> dict[str, Any]:
 
 
 def salt(own: str | None, prompt_digest: str) -> str:
-    """The cache salt of a request whose prompt is steered, on top of the salt it may have of its own."""
+    """The cache salt of a request with a steered prompt; it depends on the request's own salt, ``own``, too."""
     return SALT_PREFIX + sha256(f"{own or ''}\0{prompt_digest}".encode()).hexdigest()
 
 
@@ -187,8 +188,8 @@ PROCESS_INPUTS = patch(
     "process_inputs",
     _process_inputs,
     takes="self, request_id, prompt, params, ..., resumable=",
-    contains="sampling_params = params.clone()",  # we write into the request's parameters
-    why="The one place that every front end passes before a request is scheduled.",
+    contains="sampling_params = params.clone()",  # so we may write into the request's parameters
+    why="Every front end calls it before a request is scheduled.",
     gone_when="there is an admission hook.",
 )
 ASSIGN_REQUEST_ID = patch(
@@ -197,29 +198,29 @@ ASSIGN_REQUEST_ID = patch(
     _assign_request_id,
     takes="static request",
     contains="f'{request.external_req_id}-{random_uuid():.8}'",  # worker_steering.sample_key reads this form
-    why="Ready-made EngineCoreRequest objects do not pass process_inputs, but they pass here; one that carries a spec "
-    "nobody has checked would run unsteered.",
-    gone_when="vLLM drops that deprecated way in.",
+    why="Ready-made EngineCoreRequest objects skip process_inputs but pass here; one with an unchecked spec would run "
+    "unsteered.",
+    gone_when="vLLM no longer takes ready-made requests, which is deprecated.",
 )
 BEAM_SEARCH = patch(
     LLM,
     "beam_search",
     _beam_search,
     takes="self, ...",
-    why="It computes generated tokens again as prompts, which would steer them as such where an engine has a default.",
-    gone_when="beam search keeps a request's parameters and tells prompt from answer.",
+    why="It computes generated tokens again as prompt tokens, so an engine's default would steer them as such.",
+    gone_when="beam search keeps a request's parameters and distinguishes prompt from generated tokens.",
 )
 _SPEC_GONE = "requests have typed fields for plugins."
 EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
     "SamplingParams",
     "extra_args",
-    why="Carries what a request asks to the front end, and what admission made of it to scheduler and workers.",
+    why="Carries a request's spec to the front end, and the resolved spec to scheduler and workers.",
     gone_when=_SPEC_GONE,
 )
 SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
     "SamplingParams",
     "skip_reading_prefix_cache",
-    why="A readout needs every activation computed, so cached KV cannot stand in for any token.",
+    why="A readout needs every activation computed, so cached KV cannot replace any token.",
     gone_when=_SPEC_GONE,
 )
 CACHE_SALT: Attribute[str] = Attribute(

@@ -1,4 +1,4 @@
-"""Which slots of the bank running requests use, in a file of each front-end process that the others can read."""
+"""The bank slots that running requests use: one file per front-end process, which the others can read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SUFFIX = ".slots"
 
 
 class SlotUse:
-    """One process's count of uses of each slot.
+    """One process's use count of each slot.
 
-    The file is locked as long as its process lives, and the kernel unlocks it whatever ends the process: so a file that
-    can be locked belongs to nobody any more.
+    The file is locked as long as its process lives, and the kernel unlocks it however the process ends. So a file that
+    can be locked belongs to a dead process.
 
     Args:
-        folder: where the files of all processes of a server lie; it must exist.
-        capacity: slots of the bank.
+        folder: existing folder with the files of all processes of a server.
+        capacity: number of bank slots.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
@@ -34,7 +34,7 @@ class SlotUse:
         self._descriptor = descriptor
         self._counts_S = np.memmap(name, np.uint32, "r+", shape=(capacity,))
         self.path = Path(name).with_suffix(_SUFFIX)
-        os.rename(name, self.path)  # only now do others see it: locked and whole
+        os.rename(name, self.path)  # others see it only now, locked and complete
 
     def add(self, slots: Iterable[int]) -> None:
         """Count one more use of each slot."""
@@ -43,14 +43,14 @@ class SlotUse:
                 self._counts_S[slot] += 1
 
     def subtract(self, slots: Iterable[int]) -> None:
-        """Count one use less of each slot."""
+        """Count one use fewer of each slot."""
         with self._lock:
             for slot in slots:
                 self._counts_S[slot] -= 1
 
     @staticmethod
     def living(folder: Path) -> list[Path]:
-        """Files of the processes that live; those of the dead are removed."""
+        """Files of living processes; removes the files of dead ones."""
         found = []
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
             if _is_locked(path):
@@ -60,18 +60,18 @@ class SlotUse:
         return found
 
     def others(self) -> list[Path]:
-        """Files of the other processes that live."""
+        """Files of the other living processes."""
         return [path for path in self.living(self.folder) if path != self.path]
 
     def busy(self) -> set[int]:
-        """Slots that a request of any living process uses."""
+        """Slots that requests of any living process use."""
         used_S = self._counts_S > 0
         for path in self.others():
             used_S = used_S | (np.fromfile(path, np.uint32, used_S.size) > 0)
         return {int(slot) for slot in np.flatnonzero(used_S)}
 
     def close(self) -> None:
-        """Give up all uses. Nothing can be counted afterwards."""
+        """Drop all uses and remove the file. Nothing can be counted afterwards."""
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 

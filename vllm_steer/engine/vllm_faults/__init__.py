@@ -1,1 +1,1 @@
-"""Faults of vLLM that steering would meet, each mended in a module of its own until vLLM does it."""
+"""Fixes for faults of vLLM that affect steering, one module each, until vLLM has its own."""

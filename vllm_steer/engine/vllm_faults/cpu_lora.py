@@ -1,9 +1,9 @@
-"""LoRA on the CPU engine: a token without an adapter gets none.
+"""LoRA on the CPU engine: keeps adapters off tokens that have none.
 
-A token's adapter is the number of a slot, -1 where it has none. vLLM's CPU operations index the slots with it, and -1
-finds the last one: beside a request with an adapter, one without runs with whatever adapter sits there (vllm/lora/ops/
-torch_ops/lora_ops.py, 0.32.0; vLLM's pull requests 48421 and 49656). Here the rows of such tokens are zero before any
-adapter's weights see them, so what is added to their outputs is zero too.
+A token's adapter is a slot number, or -1 for none. vLLM's CPU operations index the slots with it, and -1 selects the
+last slot. So in a batch with an adapter, a request without one runs with the adapter in the last slot (vllm/lora/ops/
+torch_ops/lora_ops.py, 0.32.0; vLLM's pull requests 48421 and 49656). This module zeroes the input rows of such tokens
+before an adapter's weights are applied, so the values added to their outputs are zero too.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def _for_logits(original: Any) -> Any:
 
 
 def _with_adapter(x: torch.Tensor, slot_N: torch.Tensor) -> torch.Tensor:
-    """``x`` as (N, D), with zeros for what has no adapter."""
+    """``x`` reshaped to (N, D), with zero rows for tokens without an adapter."""
     return x.reshape(-1, x.shape[-1]).masked_fill((slot_N < 0)[:, None], 0.0)
 
 
 _WHY = (
-    "Beside a request with an adapter, vLLM's CPU operations put the adapter of the last slot on one without: "
-    "they index with its mark for none, -1."
+    "In a batch with an adapter, vLLM's CPU operations apply the adapter of the last slot to requests without one: "
+    "they use -1, the mark for no adapter, as an index."
 )
-_GONE = "they leave such tokens alone (vLLM's pull requests 48421, 49656)."
+_GONE = "they skip tokens without an adapter (vLLM's pull requests 48421, 49656)."
 _WHEN = "workers of an engine with steer_config, classic runner, with LoRA"
 ADD_SHRINK, ADD_EMBEDDING, ADD_LOGITS = (
     patch(PunicaWrapperCPU, name, wrap, takes="self, y, x, ...", why=_WHY, gone_when=_GONE, when=_WHEN)

@@ -1,9 +1,9 @@
 """Seeded requests on the CPU engine.
 
-A request samples once a step even while its prompt is still being prefilled; vLLM throws that sample away and turns the
-request's generator back with ``Generator.set_offset``, which exists for CUDA generators only. On CPU that raises and
-takes the engine down (vllm/v1/worker/gpu_model_runner.py, ``_bookkeeping_sync``, 0.32.0). Here the generator's state is
-kept before such a step and put back after it, so chunking a prompt changes no sample.
+A request samples once per step even while its prompt is still being prefilled. vLLM discards that sample and rewinds
+the request's generator with ``Generator.set_offset``, which only CUDA generators have. On a CPU the call raises and
+takes the engine down (vllm/v1/worker/gpu_model_runner.py, ``_bookkeeping_sync``, 0.32.0). This module saves the
+generator's state before such a step and restores it afterwards, so chunking a prompt changes no sample.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _bookkeeping_sync(original: Any) -> Any:
 
 
 def _states_to_restore(runner: Any) -> dict[int, tuple[torch.Generator, torch.Tensor]]:
-    """Batch index -> generator and its state, of seeded requests whose sample of this step will be thrown away."""
+    """Batch index -> (generator, state) of seeded requests whose sample of this step will be discarded."""
     discarded = runner.discard_request_mask.np
     return {
         index: (generator, generator.get_state())
@@ -60,8 +60,8 @@ def _states_to_restore(runner: Any) -> dict[int, tuple[torch.Generator, torch.Te
 
 
 _WHY = (
-    "vLLM rewinds the generator of a seeded request whose prompt is not finished with set_offset, which CPU generators "
-    "do not have: the engine dies."
+    "vLLM calls set_offset to rewind the generator of a seeded request whose prompt is not finished. CPU generators "
+    "have no set_offset, so the engine dies."
 )
 _GONE = "vLLM rewinds CPU generators."
 _WHEN = "workers of an engine with steer_config, classic runner, on a CPU"
@@ -79,7 +79,7 @@ RESTORE_STATES = patch(
     "_bookkeeping_sync",
     _bookkeeping_sync,
     takes="self, ...",
-    contains="set_offset",  # once it is gone, so can this module
+    contains="set_offset",  # once it is gone, this module can be removed
     why=_WHY,
     gone_when=_GONE,
     when=_WHEN,

@@ -1,4 +1,4 @@
-"""Deaths of processes: whoever waits for one that has died is told, and what served it ends."""
+"""Watches for dead processes: calls to a dead engine fail, and an engine ends when its parent has died."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
-    """Install the patches that watch for processes that die."""
+    """Install the patches that watch for dead processes."""
     for one in (WATCH_ENGINE, WATCH_PARENT):
         one.install()
 
@@ -34,7 +34,7 @@ def _start_engine_core_monitor(original: Any) -> Any:
         original(self)
         manager = self.resources.engine_manager
         if manager is not None and SteerSettings.of(self.vllm_config.additional_config) is not None:
-            # No reference to the client, which ends its engine when it is collected.
+            # A weak reference: the client ends its engine when it is garbage-collected.
             watched = (weakref.ref(self), manager.sentinels())
             Thread(target=_watch, args=watched, daemon=True, name="SteerDeathWatch").start()
 
@@ -52,7 +52,7 @@ def _while_parent_lives(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process, an engine core, in vLLM's own way once its parent is gone; in an orderly end it goes first."""
+    """End this engine core with SIGTERM, as vLLM does, once its parent is dead; normally the core ends first."""
     connection.wait([parent])
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -64,8 +64,8 @@ def _watch(client_ref: weakref.ref[Any], sentinels: list[Any]) -> None:
         client = client_ref()
         if client is None:
             return
-        # Until vLLM has marked the engine dead, more may be asked of it; what is asked is booked before the mark is
-        # looked at, so the round after the mark misses nothing.
+        # New calls may come until vLLM has marked the engine dead. A call is recorded before it checks the mark, so a
+        # release after the mark misses none.
         is_over = client.resources.engine_dead
         _release(client)
         del client
@@ -73,7 +73,7 @@ def _watch(client_ref: weakref.ref[Any], sentinels: list[Any]) -> None:
 
 
 def _release(client: Any) -> None:
-    """Fail all that waits for the engine of ``client``; nothing does after an orderly shutdown."""
+    """Fail all calls that wait for the engine of ``client``; there are none after an orderly shutdown."""
     for future in list(client.utility_results.values()):
         if isinstance(future, concurrent.futures.Future):
             _fail(future)
@@ -84,7 +84,7 @@ def _release(client: Any) -> None:
 
 
 def _fail(future: concurrent.futures.Future[Any] | asyncio.Future[Any]) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # an answer just came
+    with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):  # it was just answered
         future.set_exception(EngineDeadError())
 
 
@@ -93,16 +93,15 @@ WATCH_ENGINE = patch(
     "start_engine_core_monitor",
     _start_engine_core_monitor,
     takes="self",
-    why="Where the engine core's process is killed, vLLM 0.32 leaves LLM.generate and every RPC under way waiting "
-    "for ever.",
-    gone_when="vLLM fails what is pending when it finds its engine dead.",
+    why="When the engine core's process is killed, LLM.generate and all pending RPCs of vLLM 0.32 wait for ever.",
+    gone_when="vLLM fails pending calls when it finds its engine dead.",
 )
 WATCH_PARENT = patch(
     (EngineCoreProc, DPEngineCoreProc),
     "run_busy_loop",
     _while_parent_lives,
     takes="self",
-    why="Where the front end's process is killed, vLLM 0.32 leaves the engine core and its workers running for ever, "
-    "with all their memory.",
+    why="When the front end's process is killed, the engine core of vLLM 0.32 and its workers run for ever and keep "
+    "all their memory.",
     gone_when="an engine core ends with its parent.",
 )

@@ -1,1 +1,1 @@
-"""The worker's process: hooks on decoder layers, one plan a step, sums and traces of readouts."""
+"""The worker's side: hooks on decoder layers, one plan per step, sums and traces of readouts."""

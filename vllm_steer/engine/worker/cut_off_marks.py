@@ -1,4 +1,4 @@
-"""A worker hands over which requests' streams the op has cut off, with the output of the same step."""
+"""Marks of the requests whose stream the op cut off; a worker returns them with the output of the same step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vllm_steer.engine.stream_overflow import CUT_OFF
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
 
 Marks = Callable[[], list[str]]
-"""Gives the ids of requests whose stream was cut off, once they have come from the device."""
+"""Returns the ids of requests whose stream was cut off; to be called once the device has finished the step."""
 
 
 def watch(worker: Any) -> None:
-    """Let a worker hand over the marks of each step; to be called once its model is loaded.
+    """Make a worker return the marks of each step; call it once the worker's model is loaded.
 
-    Patches ``execute_model`` and ``sample_tokens`` of this one worker, where the residual stream is float16.
+    Patches ``execute_model`` and ``sample_tokens`` of this worker alone, if its residual stream is float16.
     """
     steering = steering_of(worker.model_runner)
     if steering is None or not steering.buffers.can_cut:
@@ -34,7 +34,7 @@ def _execute_model(original: Any, steering: WorkerSteering, pending: list[Marks]
     def execute_model(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         marks = steering.start_reading_marks()
-        if marks is not None and output is None:  # sample_tokens comes next
+        if marks is not None and output is None:  # sample_tokens will return the output
             pending.append(marks)
         elif marks is not None:
             return _with_marks(output, marks)
@@ -52,7 +52,7 @@ def _sample_tokens(original: Any, pending: list[Marks]) -> Any:
 
 
 class _OutputWithMarks(AsyncModelRunnerOutput):
-    """An output that is still under way, with the marks that arrive no later than it does."""
+    """An output that has not arrived yet, with the marks, which arrive no later than the output."""
 
     def __init__(self, output: AsyncModelRunnerOutput, marks: Marks) -> None:
         self._output = output
@@ -71,7 +71,7 @@ def _with_marks(output: Any, marks: Marks) -> Any:
 def _marked(output: Any, request_ids: list[str]) -> Any:
     if not request_ids or output is None:
         return output
-    output = copy(output)  # vLLM hands out one empty output for all steps without tokens
+    output = copy(output)  # vLLM returns the same empty output for all steps without tokens
     CUT_OFF.put(output, request_ids)
     return output
 
@@ -82,7 +82,7 @@ EXECUTE_MODEL, SAMPLE_TOKENS = (
         name,
         wrap,
         takes=None,
-        why="Hands the marks of requests whose stream was cut off over with the output of the step.",
+        why="Returns the marks of requests whose stream was cut off with the output of the step.",
         gone_when="a worker can fail one request.",
         when="each worker object of a float16 engine with steer_config",
     )

@@ -1,11 +1,11 @@
-"""The way of readouts to the host: those that end in one step together, and nobody waits for the device.
+"""Copies readouts to the host: those that end in one step together, and without waiting for the device.
 
-A readout alone takes some ten calls to the device, and on an accelerator pinned memory to be copied into, of which each
-new piece costs more than all of them. So what is asked alike is gathered and copied at once, and the pinned memory is
-given back, for the next ones to take, as soon as the copies have arrived.
+A single readout takes about ten calls to the device. On an accelerator it also needs pinned memory for the copy, and
+each new piece of pinned memory costs more than all these calls. So readouts with the same layers and projections are
+gathered and copied together, and the pinned memory is released for reuse as soon as the copies have arrived.
 
-Letters of shapes: L layers that were asked, P projections, D hidden size; for one readout N rows of sums and M rows of
-last tokens, see ``FinishedReadout``; R rows of many.
+Letters of shapes: L requested layers, P projections, D hidden size; for one readout N rows of sums and M rows of last
+tokens, see ``FinishedReadout``; R rows of several readouts.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from vllm_steer.engine.worker.readouts import FinishedReadout
 from vllm_steer.plan.batch_plan import PoolingState
 
 _Alike = tuple[tuple[int, ...], tuple[tuple[int, int], ...], bool]
-"""What readouts that are taken at once share: layer indices, (row of these, slot) of each projection, ``vectors``."""
+"""Readouts that are taken together share these: layer indices, (row of these, slot) per projection, ``vectors``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """A sample whose readout is to be taken, as it stands.
+    """A sample whose readout is to be taken in its present state.
 
     Attributes:
-        spec, state, trace: see ``FinishedReadout``, whose they become.
-        before_last: the rows, at all hooked layers, of the tokens before the last one in the sum: ``TailRows``.
+        spec, state, trace: see ``FinishedReadout``, which takes them over.
+        before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
     spec: ResolvedReadout
@@ -43,12 +43,13 @@ class Summed:
 
     @property
     def alike(self) -> _Alike:
+        """Key of the readouts that are taken together with this one."""
         projections = tuple((self.spec.layers.index(layer), slot) for _, layer, slot in self.spec.project)
         return tuple(self.spec.layer_indices), projections, self.spec.vectors
 
     @property
     def is_open(self) -> bool:
-        """Whether tokens may have to be taken back out, or drafts added; an end that was told is not overrun."""
+        """Whether tokens may have to be subtracted or drafts added; sums never run past a fixed end."""
         return self.spec.end is None
 
 
@@ -56,7 +57,7 @@ class ReadoutFlow:
     """Takes readouts out of the accumulators of one worker.
 
     Args:
-        buffers: they, and the bank.
+        buffers: hold the accumulators and the bank.
     """
 
     def __init__(self, buffers: SteerBuffers) -> None:
@@ -64,10 +65,10 @@ class ReadoutFlow:
         self._under_way: deque[tuple[list[FinishedReadout], Callable[[], bool]]] = deque()
 
     def take(self, samples: Sequence[Summed]) -> list[FinishedReadout]:
-        """Copy the accumulators of samples, in their order. Never waits; the values are there behind a synchronised
-        device, or once ``fetch`` has found them.
+        """Start to copy the accumulators of samples to the host, and return the readouts in the same order.
 
-        The projections are taken here and not when they are collected: the bank may have changed by then.
+        Never waits. The values are valid after a synchronisation of the device, or once ``fetch`` finds the copies
+        complete. Projections are computed now and not at collection, because the bank may have changed by then.
         """
         groups: dict[_Alike, list[int]] = {}
         for number, sample in enumerate(samples):
@@ -81,24 +82,24 @@ class ReadoutFlow:
         return [taken[number] for number in range(len(samples))]
 
     def fetch(self) -> None:
-        """Let go of what was brought to the host, where it has arrived. Never waits."""
+        """Release the shared host buffers whose copies have arrived. Never waits."""
         while self._under_way and self._under_way[0][1]():
             readouts, _ = self._under_way.popleft()
             for readout in readouts:
                 readout.settle()
 
     def _start(self, alike: _Alike, samples: Sequence[Summed]) -> tuple[list[FinishedReadout], Callable[[], bool]]:
-        """Readouts with values that have arrived on the host once the answer is yes."""
+        """The readouts, and a function that returns whether their values have arrived on the host."""
         layer_indices, projections, vectors = alike
         rows_LRD = self._rows(layer_indices, samples)
         layer_P, slot_P = [layer for layer, _ in projections], [slot for _, slot in projections]
         if projections:
             projected_PR = (rows_LRD[layer_P] * self._buffers.bank_SD[slot_P][:, None]).sum(dim=2)
-        else:  # five calls for nothing
+        else:  # saves five calls
             projected_PR = rows_LRD.new_zeros(0, rows_LRD.shape[1])
         if not vectors:
             rows_LRD = rows_LRD[:0]
-        # One after another, so the last one's arrival is that of both.
+        # The copies run in order: when the second has arrived, so has the first.
         rows_LRD, _ = traces.start_copy(rows_LRD)
         projected_PR, has_arrived = traces.start_copy(projected_PR)
         readouts, sums_end, tail_end = [], 0, sum(map(_num_sums, samples))
@@ -119,12 +120,12 @@ class ReadoutFlow:
         return readouts, has_arrived
 
     def _rows(self, layer_indices: Sequence[int], samples: Sequence[Summed]) -> torch.Tensor:
-        """A copy of all rows of these samples: the sums of each, and then the last tokens of each, oldest first."""
+        """A copy of all rows of these samples: first the sums of each, then the last tokens of each, oldest first."""
         buffers, layers = self._buffers, list(layer_indices)
         with_tail = [one for one in samples if one.is_open]
         summed_N = [row for one in samples for row in _summed_rows(one)]
         num_sums, size = len(summed_N), buffers.bank_SD.shape[1]
-        # Where each tail ends; the rows of last tokens are in the buffers, and those before them were kept.
+        # The end of each tail. Rows of last tokens are in the buffers, earlier ones in ``before_last``.
         end_M = list(accumulate(map(_num_tail, with_tail), initial=num_sums))[1:]
         rows_LRD = buffers.bank_SD.new_empty(len(layers), end_M[-1] if end_M else num_sums, size)
         indices = torch.tensor([*summed_N, *(one.state.accumulator for one in with_tail)])
@@ -143,7 +144,7 @@ class ReadoutFlow:
 
 
 def _summed_rows(sample: Summed) -> list[int]:
-    """The accumulator, and those of drafts of which nobody has told yet whether they were accepted."""
+    """The accumulator, and those of the drafts that may have been accepted."""
     return [sample.state.accumulator, *(sample.state.drafts if sample.is_open else ())]
 
 

@@ -1,4 +1,4 @@
-"""Finished readouts on a worker: what is kept of a request's sums until someone asks for it."""
+"""Finished readouts on a worker: the sums of requests, kept until they are collected."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class FinishedReadout:
     """The sums of one sample, copied out of the accumulators by ``ReadoutFlow``.
 
     Attributes:
-        spec: what was asked.
-        state: how many tokens are in the sums, up to which position, and what went wrong if something did.
-        sums_LND: the sum at each layer that was asked, and behind it the rows of the draft tokens of the last step, of
-            which nobody has told yet whether they were accepted; None with ``vectors=False``.
-        tail_LMD: the rows of the last tokens in the sum that can be taken back out, in order, or None likewise.
-        sums_PN, tail_PM: the same two, projected onto each direction of ``spec.project``.
-        trace: the projections token by token, or None where none were asked.
+        spec: the requested readout.
+        state: number of tokens in the sums, the position that they reach, and the failure if there was one.
+        sums_LND: (L, N, D) float32: the sum at each requested layer, then the rows of the last step's draft tokens,
+            which may have been accepted; None with ``vectors=False``.
+        tail_LMD: (L, M, D) float32: the rows of the last tokens in the sum, oldest first, which can be subtracted from
+            it; None with ``vectors=False``.
+        sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
+        trace: the projections of each token, or None if none were requested.
     """
 
     spec: ResolvedReadout
@@ -37,7 +38,7 @@ class FinishedReadout:
     trace: Trace | None
 
     def settle(self) -> None:
-        """Go on with copies of its own, instead of a share in what was brought to the host for many at once."""
+        """Clone the slices so that the host buffer shared with other readouts can be freed."""
         if self.spec.project:
             self.sums_PN, self.tail_PM = self.sums_PN.clone(), self.tail_PM.clone()
         if self.sums_LND is not None and self.tail_LMD is not None:
@@ -45,6 +46,7 @@ class FinishedReadout:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensors and the trace in bytes."""
         tensors = (self.sums_LND, self.tail_LMD, self.sums_PN, self.tail_PM)
         pooled = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
         return pooled + (self.trace.num_bytes if self.trace is not None else 0)
@@ -53,8 +55,8 @@ class FinishedReadout:
         """The readout as plain types for the RPC.
 
         Args:
-            computed_end: how many tokens of the request have been computed if everything went as it should: the prompt
-                and all generated tokens but the last.
+            computed_end: number of tokens of the sample that the model must have computed: the prompt and all generated
+                tokens but the last.
 
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "mean": bytes of (L, D) float32 or None,
@@ -67,16 +69,16 @@ class FinishedReadout:
         most = self.tail_PM.shape[1]
         if not -len(self.state.drafts) <= over <= most:
             return {
-                "error": f"the sum goes up to token {self.state.next_position} where {computed_end} is the end; tokens "
-                f"too many that can be taken back out: {most} (an abort can cause this, or a stop string that a front "
-                "end beside the engine's process was slow to find)"
+                "error": f"the sum goes up to token {self.state.next_position} but the sample ends at {computed_end}; "
+                f"allowed: up to {most} tokens too many, which can be subtracted (an abort can cause this, or a stop "
+                "string that a front end in another process was slow to find)"
             }
         if self.spec.end is not None and self.state.next_position < self.spec.end:
             return {"error": f"{self.state.next_position} of {self.spec.end} prompt tokens were computed"}
         num_accepted, over = max(-over, 0), max(over, 0)
-        over = min(over, self.state.num_tokens)  # a token too many that lies before the span is not in the sum
+        over = min(over, self.state.num_tokens)  # a surplus token before the span is not in the sum
         count = self.state.num_tokens + num_accepted - over
-        # A mean over no token is NaN, as numpy has it, and not a made-up zero.
+        # A mean over no tokens is NaN, as in numpy, and not zero.
         weight = np.float32(1.0 / count) if count else np.float32(np.nan)
 
         def mean(sums: torch.Tensor, tail: torch.Tensor) -> Any:
@@ -110,7 +112,10 @@ class FinishedReadout:
 class ReadoutStore:
     """Finished readouts by (``Resolved.key``, sample index), bounded in bytes.
 
-    When it is full, the oldest that were collected already go first, then the oldest of all.
+    A full store first drops the oldest readouts that were collected already, then the oldest of all.
+
+    Args:
+        capacity_bytes: the bound. A single readout is kept even if it is larger.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -120,7 +125,7 @@ class ReadoutStore:
         self._bytes = 0
 
     def put(self, request_key: str, index: int, readout: FinishedReadout) -> None:
-        """Keep a readout; an older one of the same sample is replaced."""
+        """Store a readout, in place of an older one of the same sample."""
         key = (request_key, index)
         for kept in (self._fresh, self._collected):
             replaced = kept.pop(key, None)
@@ -132,7 +137,7 @@ class ReadoutStore:
             self._bytes -= evicted.num_bytes
 
     def get(self, request_key: str, index: int) -> FinishedReadout | None:
-        """The readout of a sample, which stays in the store for another look while there is room."""
+        """The readout of a sample, or None. It stays in the store for another call while there is room."""
         key = (request_key, index)
         if key in self._fresh:
             self._collected[key] = self._fresh.pop(key)

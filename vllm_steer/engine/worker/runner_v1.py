@@ -1,4 +1,4 @@
-"""The classic runner: GPUModelRunner, and CPUModelRunner which derives from it. Only wrappers here."""
+"""The classic runner: wrappers for GPUModelRunner and for CPUModelRunner, which derives from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _prepare_inputs(original: Any) -> Any:
         if steering is not None:
             if self.get_model() is not steering.model:
                 raise UnsupportedFeature(
-                    "the runner's model was replaced after the hooks went onto it, so nothing would be steered; "
+                    "the runner's model was replaced after the hooks were put on it, so nothing would be steered; "
                     "allowed: new weights in the model that was loaded. Start the engine again."
                 )
             for request_id in scheduler_output.preempted_req_ids or ():
@@ -78,7 +78,7 @@ LOAD_MODEL = patch(
     "load_model",
     _load_model,
     takes="self, ...",
-    why="Hooks go on after the weights are loaded and before the first, traced, call.",
+    why="Hooks must be registered after the weights are loaded and before the first call, which is traced.",
     gone_when="a plugin is called with the loaded model.",
     when=_CLASSIC,
 )
@@ -87,7 +87,7 @@ PREPARE_INPUTS = patch(
     "_prepare_inputs",
     _prepare_inputs,
     takes="self, scheduler_output, num_scheduled_tokens, ...",
-    why="The batch's order and token spans are final here, and nothing of the step has run yet.",
+    why="Here the order and the token spans of the batch are final, and no part of the step has run yet.",
     gone_when="the classic runner is gone, or has an extension point like the V2 runner's ModelState.",
     when=_CLASSIC,
 )

@@ -1,10 +1,10 @@
-"""The V2 runner: a ``ModelState`` that derives from the one the model would have had, so that vLLM's own stays.
+"""The V2 runner: a ``ModelState`` that derives from the model's own one, so vLLM's part stays in effect.
 
 vLLM makes the model state right after loading the weights and before profiling, compiling and capturing (vllm/v1/
-worker/gpu/model_runner.py, ``load_model``, 0.32.0), tells it of every request, and asks it for the inputs of every
-forward pass, real or dummy. What it asks with is on the host: request ids in batch order, tokens computed before the
-step and tokens of the step. Without draft tokens the first of these counts is exact also under asynchronous scheduling,
-where a step is prepared before the tokens of the one before it are known.
+worker/gpu/model_runner.py, ``load_model``, 0.32.0). It passes every request to the state, and asks it for the inputs of
+every forward pass, real or dummy. The arguments are on the host: request ids in batch order, numbers of tokens computed
+before the step and scheduled in it. Without draft tokens the number of computed tokens is exact even under asynchronous
+scheduling, where a step is prepared before the tokens of the previous step are known.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ def install() -> None:
 
 
 class SteeringState(ModelState):
-    """Put before a model's own ``ModelState`` class: each method does what that class does, and steering's part."""
+    """Base that precedes a model's own ``ModelState`` class: each method calls that class and adds the steering."""
 
     def __init__(self, vllm_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, model, *args, **kwargs)
         equip(self, model)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """A request that is new, or back after a preemption: V2 tells the two alike."""
+        """Begin a new request, or resume one after a preemption: V2 makes the same call for both."""
         super().add_request(req_index, new_req_data)
         self._steering.begin(new_req_data.req_id, new_req_data.sampling_params)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """The last call before a forward pass, of a real batch or of a dummy one, whose request ids are made up.
+        """Update the steering buffers for a forward pass; this is vLLM's last call before it.
 
-        The requests of vLLM's warm-up make real batches, but nobody has begun them: their tokens stay untouched, as
-        the padding behind a batch does.
+        A dummy batch has invented request ids. The requests of vLLM's warm-up form real batches but carry no steering:
+        their tokens stay untouched, like the padding after a batch.
+
+        Returns:
+            The inputs of the model's own class.
         """
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         if input_batch.req_ids[0] in req_states.req_id_to_index:
@@ -58,7 +61,7 @@ class SteeringState(ModelState):
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Before a graph is captured, and outside of it."""
+        """Mark every token untouched. vLLM calls this before it captures a graph, outside the capture."""
         self._steering.silence()
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         return inputs
@@ -82,7 +85,7 @@ def _resolve_model_state_cls(original: Any) -> Any:
 
 def _finish_requests(original: Any) -> Any:
     def finish_requests(self: Any, scheduler_output: Any) -> None:
-        # ModelState.remove_request cannot do this: it hears of finished and preempted requests alike, and of new ones.
+        # ModelState.remove_request cannot do this: vLLM calls it for finished, preempted and new requests alike.
         steering = steering_of(self)
         if steering is not None:
             for request_id in scheduler_output.preempted_req_ids or ():
@@ -100,8 +103,8 @@ RESOLVE_MODEL_STATE = patch(
     "resolve_model_state_cls",
     _resolve_model_state_cls,
     takes="vllm_config, model",
-    why="The V2 runner's extension point, ModelState, is chosen by the model's class, which is vLLM's; whichever class "
-    "it chooses gets steering put before it.",
+    why="vLLM chooses the ModelState class, the V2 runner's extension point, by the model's class. The plugin derives "
+    "its own from the chosen one.",
     gone_when="a plugin can name a ModelState.",
     when=_V2,
 )
@@ -111,6 +114,6 @@ FINISH_REQUESTS = patch(
     _finish_requests,
     takes="self, scheduler_output",
     why="ModelState.remove_request is called for finished, preempted and new requests alike.",
-    gone_when="it is told which.",
+    gone_when="that method learns which of the three applies.",
     when=_V2,
 )

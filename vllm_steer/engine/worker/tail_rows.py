@@ -1,7 +1,7 @@
-"""The rows of the last few tokens of requests that may end at a stop string, so that these can be taken back out.
+"""Rows of the last few tokens of requests that may end at a stop string, to subtract surplus tokens from the sums.
 
-A stop string is found where tokens become text: in the front end, by default another process than the engine's. The
-engine runs on until it hears of it, so the sums hold some tokens too many, one or two as a rule.
+The front end finds a stop string when it turns tokens into text, by default in another process than the engine's. The
+engine continues until the abort arrives, so the sums contain some tokens too many, usually one or two.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from vllm_steer.plan.batch_plan import PoolingState
 
 MAX_TOKENS_BACK = 8
-"""How many tokens can be taken back out, the last one included. Each costs a float32 row a hooked layer and request."""
+"""How many tokens can be subtracted, the last one included. Each costs one float32 row per hooked layer and request."""
 
 
 class TailRows:
-    """The rows that older forward passes left in ``SteerBuffers.last_L_AD``, on the device.
+    """The rows that earlier forward passes wrote to ``SteerBuffers.last_L_AD``, on the device.
 
     Args:
-        last_L_AD: the row of the last token in each accumulator, one tensor a layer.
+        last_L_AD: the row of the last token in each accumulator, one (A, D) float32 tensor per layer.
     """
 
     def __init__(self, last_L_AD: Sequence[torch.Tensor]) -> None:
@@ -30,10 +30,10 @@ class TailRows:
         self._passes: deque[tuple[dict[tuple[str, int], int], torch.Tensor]] = deque(maxlen=MAX_TOKENS_BACK - 1)
 
     def keep(self, states: Mapping[str, PoolingState]) -> None:
-        """Copy what the last forward pass left of these requests, before the next one; never waits for the device.
+        """Copy the rows that the last forward pass wrote for these requests; never waits for the device.
 
         Args:
-            states: request -> its sum as it stood in that pass.
+            states: request id -> the state of its sum in that pass.
         """
         if not states:
             self._passes.clear()
@@ -44,9 +44,9 @@ class TailRows:
         self._passes.append((places, torch.stack([last_AD[accumulators_N] for last_AD in self._last_L_AD])))
 
     def before(self, request_id: str, position: int) -> list[torch.Tensor]:
-        """(L, D) rows of the request's tokens right before the one at ``position``, oldest first, as far as kept.
+        """(L, D) rows of the request's tokens right before ``position``, oldest first, as far as they were kept.
 
-        Tokens that were computed together with a later one (a chunk of a prompt, accepted drafts) have left none.
+        Tokens that were computed together with a later one (a chunk of a prompt, accepted drafts) have no row.
         """
         rows_LD: list[torch.Tensor] = []
         for places, rows_LND in reversed(self._passes):

@@ -1,10 +1,10 @@
-"""Traces on a worker: what the op wrote token by token, brought to the host and sorted by request.
+"""Traces on a worker: the op's values for each token, copied to the host and sorted by request.
 
-The rows of a step are in the buffer once its forward pass has run and stay there until the next one. So they are
-fetched at the last moment before that: when the next step is prepared, before a dummy run, or when somebody asks. Then
-sampling, which the next step waits for, is under way already, and no further method of the runner has to be patched.
-On an accelerator the copy is queued on the runner's own stream, behind that pass and before the next one, and is not
-waited for: it is sorted in at a later fetch, once its event has passed.
+A forward pass writes its rows to the buffer, where they stay until the next pass. They are fetched at the last moment
+before that: when the next step is prepared, before a dummy run, or on request. By then sampling, which the next step
+waits for, is under way, and no further method of the runner needs a patch. On an accelerator the copy is queued on the
+runner's own stream, between that pass and the next one. Nothing waits for it: a later fetch sorts it in once its event
+has passed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FloatArray = npt.NDArray[np.float32]
 class Trace:
     """The projections of one request's tokens onto its traced directions, as far as they are known.
 
-    Tokens are counted from the first one of the request's span. A prompt that is computed again after a preemption
-    writes the same values to the same places. A draft token's value is known once a later token's is: by then the place
-    of a rejected one has been written over.
+    Tokens count from the first token of the request's span. A prompt that is computed again after a preemption writes
+    the same values to the same places. The value of a draft token counts as known once that of a later token is: by
+    then the value of a rejected draft has been overwritten.
 
     Args:
-        num_directions: C, how many directions are traced.
+        num_directions: C, the number of traced directions.
         failure: why this trace cannot be given, or None.
     """
 
@@ -40,10 +40,11 @@ class Trace:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the values in bytes, reserved space included."""
         return self._values_CN.nbytes
 
     def reserve(self, count: int) -> None:
-        """Make room for ``count`` tokens; room doubles, so that a long generation is not copied for every token."""
+        """Make room for ``count`` tokens. The room doubles, so that a long generation is not copied for every token."""
         directions, room = self._values_CN.shape
         if count > room:
             grown_CN = np.empty((directions, max(count, 2 * room)), np.float32)
@@ -51,25 +52,31 @@ class Trace:
             self._values_CN = grown_CN
 
     def write(self, start: int, values_CN: FloatArray, num_drafts: int = 0) -> None:
-        """Put in the values of consecutive tokens from ``start`` on, the last of them drafts; room was reserved."""
+        """Store the values of consecutive tokens; ``reserve`` must have made room for them.
+
+        Args:
+            start: the first of these tokens.
+            values_CN: (C, N) float32, one column per token.
+            num_drafts: how many of the last tokens are draft tokens.
+        """
         end = start + values_CN.shape[1]
         self._values_CN[:, start:end] = values_CN
         self._num_known = max(self._num_known, end - num_drafts)
         self._num_written = max(self._num_written, end)
 
     def values(self, start: int, end: int | None = None) -> FloatArray:
-        """(C, n) float32: what is known of the tokens [start, end).
+        """(C, n) float32: the known values of the tokens [start, end).
 
-        Whoever gives ``end`` knows that all tokens before it were accepted.
+        Give ``end`` only if all tokens before it are known to be accepted.
         """
         return self._values_CN[:, start : self._num_known if end is None else min(end, self._num_written)]
 
 
 @dataclass(frozen=True, slots=True)
 class TraceRows:
-    """Rows [token, token + count) and ``columns`` of the buffer are the trace's values from ``start`` on.
+    """Rows [token, token + count) of the buffer, at ``columns``, are the values of ``trace`` from ``start`` on.
 
-    The last ``num_drafts`` of them are of draft tokens.
+    The last ``num_drafts`` rows belong to draft tokens.
     """
 
     trace: Trace
@@ -82,7 +89,7 @@ class TraceRows:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """Rows of the buffer from ``token`` on, under way to the host until ``has_arrived``."""
+    """A copy to the host of the buffer's rows from ``token`` on, complete once ``has_arrived`` returns True."""
 
     rows: Sequence[TraceRows]
     token: int
@@ -94,7 +101,7 @@ class TraceFlow:
     """Moves the rows of each step from the buffer into the traces.
 
     Args:
-        trace_TK: the buffer that the op writes, float32, on the model's device.
+        trace_TK: (tokens, trace columns) float32, the buffer that the op writes, on the model's device.
     """
 
     def __init__(self, trace_TK: torch.Tensor) -> None:
@@ -103,15 +110,15 @@ class TraceFlow:
         self._copies: deque[_Copy] = deque()
 
     def expect(self, rows: Sequence[TraceRows]) -> None:
-        """Say what the forward pass that is about to run will leave in the buffer."""
+        """Announce the rows that the next forward pass will write to the buffer."""
         for row in rows:
             row.trace.reserve(row.start + row.count)
         self._in_buffer = rows
 
     def fetch(self) -> None:
-        """Take the last forward pass's rows out of the buffer, and sort in whatever copies have arrived.
+        """Start to copy the last forward pass's rows from the buffer, and sort in the copies that have arrived.
 
-        Never waits. Behind a synchronised device everything is sorted in.
+        Never waits. After a synchronisation of the device, everything is sorted in.
         """
         rows, self._in_buffer = self._in_buffer, ()
         if rows:
@@ -127,14 +134,17 @@ class TraceFlow:
 
 
 def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:
-    """The values on the host, and the question whether they have arrived.
+    """Start to copy a tensor to the host.
 
-    On an accelerator a copy, queued behind what runs and before what comes. On the host they are there already, and are
-    the very same memory: they are taken over before the next pass writes to it.
+    On an accelerator the copy is queued after the work already queued and before later work. On a CPU there is no copy:
+    the result is the same memory, and is read before the next pass writes to it.
+
+    Returns:
+        The tensor on the host, and a function that returns whether its values have arrived.
     """
     if values_TK.device.type == "cpu":
         return values_TK, lambda: True
-    host_TK = values_TK.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
+    host_TK = values_TK.to("cpu", non_blocking=True)  # PyTorch allocates pinned memory for it
     arrived = torch.Event(values_TK.device)
     arrived.record()
     return host_TK, arrived.query

@@ -1,4 +1,4 @@
-"""The methods that ``collective_rpc`` finds on a worker. Arguments and results are plain types: they cross msgpack."""
+"""Worker methods for ``collective_rpc``. Arguments and results are plain types that pass msgpack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
-    """Install the methods on ``WorkerBase``, and let configured workers patch their runner."""
+    """Add the methods to ``WorkerBase``, and make configured workers patch their runner."""
     for one in (INIT, WRITE, COLLECT, TRACES):
         one.install()
 
@@ -47,14 +47,14 @@ def _init(original: Any) -> Any:
 
 
 def _checked(load_model: Any, worker: Any) -> Any:
-    """``load_model`` of one worker, which must leave hooks behind: a platform may bring a runner of its own."""
+    """One worker's ``load_model`` that fails unless it puts hooks on: a platform may bring its own runner."""
 
     def checked(*args: Any, **kwargs: Any) -> None:
         load_model(*args, **kwargs)
         if steering_of(worker.model_runner) is None:
             raise UnsupportedFeature(
                 f"{type(worker.model_runner).__name__} has loaded its model and put no hooks on it; allowed: vLLM's "
-                "own runners and what inherits their load_model. Start the engine without steer_config."
+                "own runners and subclasses that keep their load_model. Start the engine without steer_config."
             )
         cut_off_marks.watch(worker)
 
@@ -62,9 +62,19 @@ def _checked(load_model: Any, worker: Any) -> Any:
 
 
 def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
-    """Write directions, each (slot, name, layer, float32 bytes), into the bank; answers how many.
+    """Write directions into the bank.
 
-    RPCs run between steps, so no request sees half of it.
+    RPCs run between steps, so no request sees a partial write.
+
+    Args:
+        worker: the vLLM worker.
+        directions: (slot, name, layer, vector as float32 bytes) of each.
+
+    Returns:
+        The number of directions.
+
+    Raises:
+        NotConfigured: the worker has no hooks.
     """
     _of(worker).write_directions(
         [
@@ -76,9 +86,18 @@ def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
 
 
 def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | None] | None:
-    """The readouts of samples, each (``Resolved.key``, sample index, computed end); None where not here.
+    """The readouts of samples, for the layers of this worker's pipeline stage.
 
-    Of the layers that this worker's pipeline stage holds; ``stages.whole_readouts`` puts them together.
+    Args:
+        worker: the vLLM worker.
+        samples: (``Resolved.key``, sample index, ``computed_end`` of ``FinishedReadout.answer``) of each.
+
+    Returns:
+        ``FinishedReadout.answer`` for each sample, None for one that is not here; or None from a worker that is not
+        rank 0 of its tensor-parallel group. ``worker_answers.whole_readouts`` merges the stages.
+
+    Raises:
+        NotConfigured: the worker has no hooks.
     """
     if not _answers(worker):
         return None
@@ -86,26 +105,31 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
     steering.fetch()
     found = steering.find([(key, index) for key, index, _ in samples])
     if worker.device is not None and worker.device.type != "cpu":
-        torch.accelerator.synchronize()  # all copies to the host, the last ones just now, were started without waiting
+        torch.accelerator.synchronize()  # the copies to the host were started without waiting for them
         steering.fetch()
     ends = (computed_end for _, _, computed_end in samples)
     return [None if one is None else one.answer(end) for one, end in zip(found, ends, strict=True)]
 
 
 def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace | None] | None:
-    """What is known by now of the traces of samples that are still under way.
+    """The values known so far of the traces of running samples.
 
-    Never waits for the device, so that it can be asked often: on an accelerator the values of the last steps may come
-    with the next call. A token too many (asynchronous scheduling) is among them; the caller knows where a sample ended.
+    Never waits for the device, so it can be called often: on an accelerator the values of the last steps may come with
+    the next call. Asynchronous scheduling can add one token too many; the caller knows where a sample ended.
 
     Args:
-        samples: (``Resolved.key``, sample index, ``start``) of each, ``start`` counted from the first token of the
+        worker: the vLLM worker.
+        samples: (``Resolved.key``, sample index, ``start``) of each; ``start`` counts from the first token of the
             readout's span.
 
     Returns:
         For each sample (name, values from ``start`` on) of each name of ``Readout.trace`` that is traced on this
-        worker's pipeline stage; ``{"error": reason}``; or None for one that has not begun or is over, whose trace comes
-        with its readout. ``stages.whole_traces`` puts them together.
+        worker's pipeline stage; ``{"error": reason}`` if the trace failed; None if the sample has not begun or is over,
+        since its trace then comes with its readout. Or None from a worker that is not rank 0 of its tensor-parallel
+        group. ``worker_answers.whole_traces`` merges the stages.
+
+    Raises:
+        NotConfigured: the worker has no hooks.
     """
     if not _answers(worker):
         return None
@@ -124,7 +148,7 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
 
 
 def _answers(worker: Any) -> bool:
-    """Whether it is this worker that answers for its tensor-parallel group, which all hold the same stream."""
+    """Whether this worker answers for its tensor-parallel group, whose members all hold the same stream."""
     return bool(worker.rank % worker.parallel_config.tensor_parallel_size == 0)
 
 
@@ -157,7 +181,7 @@ LOAD_MODEL = patch(
     "load_model",
     _checked,
     takes=None,
-    why="A platform may bring a runner of its own, on which no hooks would be: then the engine must not start.",
+    why="A platform may bring its own runner, which would get no hooks: then the engine must not start.",
     gone_when="a plugin is called with the loaded model.",
     when="each worker object of an engine with steer_config",
 )

@@ -1,4 +1,4 @@
-"""One worker's side of the plugin: planner, buffers, traces and finished readouts of one model runner."""
+"""The worker's side of the plugin: planner, buffers, traces and finished readouts of one model runner."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 
 SampleKey = tuple[str, int]
-"""``Resolved.key`` of the request, and sample index."""
+"""(``Resolved.key`` of the request, sample index)."""
 
 
 class WorkerSteering:
-    """Everything that one runner tells of its requests and steps comes here.
+    """The steering of one runner, which reports its requests and steps here.
 
     Args:
-        settings: what the engine was started with.
+        settings: the engine's settings.
         runner: the classic runner or the V2 runner's model state; its ``vllm_config`` and ``device`` are read.
         model: the runner's model, loaded and not yet called.
+
+    Raises:
+        UnsupportedModel, LayerNotHooked: the hooks cannot be put on the model.
     """
 
     def __init__(self, settings: SteerSettings, runner: Any, model: nn.Module) -> None:
@@ -65,7 +68,7 @@ class WorkerSteering:
         self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
         self._traces: dict[str, Trace] = {}
         self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
-        self._taken: dict[str, FinishedReadout] = {}  # internal id -> what was last taken of a live request
+        self._taken: dict[str, FinishedReadout] = {}  # internal id -> last readout taken of a live request
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
         self._tails = TailRows(self.buffers.last_L_AD)
         self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
@@ -73,26 +76,27 @@ class WorkerSteering:
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
         self._may_cut = False  # whether the step that was last prepared steers a float16 stream
         self._held = {settings.layers.index(layer) for layer in hooked_layers(model)}  # of this pipeline stage
-        # The front end books the same files in the same order, so both agree on the slots without a message.
+        # The front end registers the same files in the same order, so both assign the same slots without a message.
         self.write_directions(
             DirectionRegistry(settings.max_directions, hidden_size).register(configured_directions(settings))
         )
 
     def write_directions(self, writes: list[tuple[int, Direction]]) -> None:
-        """Put vectors into their slots of the bank."""
-        self._take_ended()  # their projections are onto what is there now
+        """Write vectors to their bank slots."""
+        self._take_ended()  # ended requests project onto the present contents
         for slot, direction in writes:
             self.buffers.write_direction(slot, direction.vector)
             self._contents[slot] = direction.content_hash
 
     def begin(self, request_id: str, params: Any) -> None:
-        """Take up a request that has come to the worker with these ``SamplingParams``.
+        """Start to track a request that has reached the worker with these ``SamplingParams``.
 
-        One that comes back after a preemption is known already and goes on with its prompt, trace and columns.
+        A request that resumes after a preemption is known already and keeps its prompt, trace and columns.
 
         Raises:
-            MalformedSpec, DirectionError: it would run unsteered or with another vector. No request can bring that
-                about, so the engine stops with it.
+            MalformedSpec: admission has not resolved the spec, so the request would run unsteered.
+            DirectionError: a slot of the request holds another vector. No request can cause either of these errors, so
+                the engine stops.
         """
         extra = (params.extra_args if params is not None else None) or {}
         if WIRE_KEY in extra and RESOLVED_KEY not in extra:
@@ -109,7 +113,7 @@ class WorkerSteering:
                 self._may_stop.add(request_id)
 
     def preempt(self, request_id: str) -> None:
-        """Drop what was summed of a request that will be computed again from its first token."""
+        """Drop the sums of a request that will be computed again from its first token."""
         self.planner.preempt(request_id)
         self._taken.pop(request_id, None)
 
@@ -120,9 +124,9 @@ class WorkerSteering:
         num_scheduled: Sequence[int],
         drafts: Mapping[str, Sequence[int]],
     ) -> None:
-        """Bring the buffers up to date for the step that is about to run; arguments as of ``BatchPlanner.build``."""
+        """Update the buffers for the step that is about to run. The arguments are those of ``BatchPlanner.build``."""
         self.fetch()
-        self._take_ended()  # before their accumulators are others'
+        self._take_ended()  # before their accumulators are reused
         poolings = self.planner.poolings
         self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
         plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
@@ -132,11 +136,11 @@ class WorkerSteering:
             self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
 
     def start_reading_marks(self) -> Callable[[], list[str]] | None:
-        """To be called once after each step's forward pass: which requests' streams were cut off in it.
+        """Start to read the marks of the requests whose stream was cut off; call it after each step's forward pass.
 
         Returns:
-            A function that may be called once the device is past that pass, and gives their internal ids; None where
-            the step could not cut anything off.
+            A function that returns the internal ids of these requests, to be called once the device has finished the
+            pass; None if the step could not cut anything off.
         """
         if not self._may_cut:
             return None
@@ -145,18 +149,17 @@ class WorkerSteering:
         return partial(_marked_requests, self.planner.rows(), cut_R)
 
     def silence(self) -> None:
-        """Mark every token untouched for a forward pass that no request stands behind."""
-        self.fetch()  # that pass writes over the rows of the last one
+        """Mark every token untouched, for a forward pass that serves no request."""
+        self.fetch()  # that pass overwrites the rows of the last one
         self.buffers.silence()
 
     def fetch(self) -> None:
-        """Take in traces and readouts up to the last forward pass, as far as can be done without waiting for the
-        device."""
+        """Take in the traces and readouts up to the last forward pass that have arrived; never waits for the device."""
         self._trace_flow.fetch()
         self._readout_flow.fetch()
 
     def finish(self, request_id: str) -> None:
-        """Forget a finished request; its readout goes to the store with those of all that end in this step."""
+        """Forget a finished request. Its readout goes to the store together with the others that end in this step."""
         resolved = self._resolved.get(request_id)
         if resolved is not None and resolved.readout is not None:
             key = sample_key(request_id, resolved)
@@ -173,10 +176,10 @@ class WorkerSteering:
         self.planner.remove(request_id)
 
     def find(self, samples: Sequence[SampleKey]) -> list[FinishedReadout | None]:
-        """The readouts of samples: from the store, or of requests that are finished but not yet removed."""
+        """The readouts of samples, from the store or of requests that are finished but not yet removed; else None."""
         self._take_ended()
         found = [self.store.get(*key) for key in samples]
-        # vLLM tells the runner of a finished request with its next step; after the last step there is none.
+        # vLLM reports a finished request to the runner with the next step; after the last step there is none.
         live = [self._reading.get(key, "") for key in samples]
         to_take = {
             request_id: summed
@@ -187,12 +190,12 @@ class WorkerSteering:
         return [readout or self._taken.get(request_id) for readout, request_id in zip(found, live, strict=True)]
 
     def trace(self, key: str, index: int) -> tuple[list[str], Trace] | None:
-        """The trace of a sample that is still under way, with its directions; None if it has not begun or is over."""
+        """The names of the traced directions and the trace of a running sample; None if it has not begun or is over."""
         request_id = self._reading.get((key, index))
         if request_id is None:
             return None
         readout = self._resolved[request_id].readout
-        assert readout is not None  # or it would not be reading
+        assert readout is not None  # only requests with a readout are in _reading
         return [name for name, _, _ in readout.trace], self._traces[request_id]
 
     def _check_bank(self, resolved: Resolved) -> None:
@@ -202,7 +205,7 @@ class WorkerSteering:
                 raise DirectionError(
                     f"request {resolved.request_id!r} names a direction that is not in slot {slot} of the worker's "
                     "bank: a direction file has changed since the engine started, or a registration has failed; "
-                    "allowed: what front end and workers both hold. Start the engine again."
+                    "allowed: directions that front end and workers both hold. Start the engine again."
                 )
 
     def _begin(self, request_id: str, resolved: Resolved) -> None:
@@ -223,19 +226,19 @@ class WorkerSteering:
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
-        assert readout is not None  # it is the readout that traces
+        assert readout is not None  # only requests with a readout are traced
         trace, columns = self._traces[traced.request_id], self.planner.columns[traced.request_id]
         start = traced.position - readout.first
         return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
 
     def _to_take(self, request_id: str) -> Summed | None:
-        """The readout of a request as it stands; None if nothing has been computed of it since it was last taken."""
+        """The present readout of a request; None if nothing was computed for it since it was last taken."""
         state = self.planner.poolings.get(request_id)
         taken = self._taken.get(request_id)
         if state is None or (taken is not None and taken.state == state):
             return None
         readout = self._resolved[request_id].readout
-        assert readout is not None  # it is what is pooled
+        assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
         return Summed(readout, replace(state), self._traces.get(request_id), before_last)
 
@@ -247,7 +250,7 @@ class WorkerSteering:
 
 
 def _marked_requests(first_rows: Mapping[str, int], cut_R: torch.Tensor) -> list[str]:
-    """The requests with a mark at their row for prompt tokens, or at that for generated tokens behind it."""
+    """The requests with a mark at their row for prompt tokens, or at the next row, for generated tokens."""
     marked = set(cut_R.nonzero()[:, 0].tolist())
     return [one for one, row in first_rows.items() if not marked.isdisjoint((row, row + 1))] if marked else []
 
@@ -255,8 +258,8 @@ def _marked_requests(first_rows: Mapping[str, int], cut_R: torch.Tensor) -> list
 def sample_key(request_id: str, resolved: Resolved) -> SampleKey:
     """The key of the sample with this internal request id.
 
-    vLLM 0.32 names the only sample of a request ``<external>-<random>``, sample i of more ``<i>_<external>-<random>``
-    (vllm/v1/engine/input_processor.py, parallel_sampling.py).
+    vLLM 0.32 names the only sample of a request ``<external>-<random>``, and sample i of several
+    ``<i>_<external>-<random>`` (vllm/v1/engine/input_processor.py, parallel_sampling.py).
     """
     if request_id == resolved.request_id or request_id.startswith(f"{resolved.request_id}-"):
         return resolved.key, 0
@@ -265,15 +268,15 @@ def sample_key(request_id: str, resolved: Resolved) -> SampleKey:
 
 
 def steering_of(runner: Any) -> WorkerSteering | None:
-    """The steering of a runner, or None where its engine is not configured for it.
+    """The steering of a runner; None if its engine is not configured for it.
 
-    The classic runner carries it itself, the V2 runner on its model state.
+    It is an attribute of the classic runner, or of the V2 runner's model state.
     """
     return STEERING.of(getattr(runner, "model_state", runner))
 
 
 def equip(runner: Any, model: nn.Module) -> None:
-    """Give a runner (or model state) whose model has just been loaded its steering, if its engine is configured."""
+    """Attach steering to a runner or model state whose model has just been loaded, if its engine is configured."""
     settings = SteerSettings.of(runner.vllm_config.additional_config)
     if settings is not None:
         with torch.inference_mode(False):
@@ -281,7 +284,7 @@ def equip(runner: Any, model: nn.Module) -> None:
 
 
 def _most_tokens(config: Any) -> int:
-    """The most token rows that one forward pass can have, graph padding included."""
+    """The maximum number of token rows in one forward pass, graph padding included."""
     captured = config.compilation_config.cudagraph_capture_sizes or [0]
     return int(max(config.scheduler_config.max_num_batched_tokens, max(captured)))
 
@@ -290,5 +293,5 @@ STEERING: Attribute[WorkerSteering] = Attribute(
     "GPUModelRunner, or the V2 runner's ModelState",
     "vllm_steer",
     why="The steering of a runner's model.",
-    gone_when="a plugin can bring a part of a runner of its own.",
+    gone_when="a plugin can add its own part to a runner.",
 )

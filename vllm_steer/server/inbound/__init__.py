@@ -1,1 +1,1 @@
-"""A request on its way in: which route it came to, what its body asks, what is misplaced in it."""
+"""Incoming requests: their routes, their bodies and misplaced fields in them."""

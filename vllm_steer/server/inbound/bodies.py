@@ -1,7 +1,8 @@
-"""Request bodies: what they ask of the plugin, checked, and what is left of them for vLLM.
+"""Takes the plugin's fields out of request bodies and checks them; the rest of the body goes to vLLM.
 
-A request asks by ``"steering"`` and ``"readout"`` at the top of its body, by the wire in ``vllm_xargs["vllm_steer"]``,
-or by a model name that is an alias. None of it stays in the body: the request's ``Exchange`` carries it on.
+A request can ask for steering or a readout in three ways: ``"steering"`` and ``"readout"`` at the top of its body, the
+wire format in ``vllm_xargs["vllm_steer"]``, and a model name that is an alias. None of this stays in the body; the
+request's ``Exchange`` carries it on.
 """
 
 from __future__ import annotations
@@ -22,35 +23,48 @@ _OURS = tuple(f'"{name}"'.encode() for name in (*FIELDS, WIRE_KEY, "vllm_xargs",
 
 
 class Book(Protocol):
-    """Registered directions: ``vllm_steer.engine.registry.DirectionBook``."""
+    """The registered directions, as in ``vllm_steer.engine.registry.DirectionBook``."""
 
-    def current(self) -> Book: ...
+    def current(self) -> Book:
+        """The book as it is now."""
 
-    def layers_of(self, name: str) -> Mapping[int, Any]: ...
+    def layers_of(self, name: str) -> Mapping[int, Any]:
+        """Layer -> the direction of this name there.
+
+        Raises:
+            UnknownDirection: the name is not registered.
+        """
 
 
 class Checker(Protocol):
-    """What a body is checked against: ``vllm_steer.engine.front.admission.Admission``."""
+    """The checks for a body, as in ``vllm_steer.engine.front.admission.Admission``."""
 
     @property
-    def settings(self) -> SteerSettings: ...
+    def settings(self) -> SteerSettings:
+        """The engine's settings."""
 
     @property
-    def registry(self) -> Book: ...
+    def registry(self) -> Book:
+        """The registered directions."""
 
-    def check(self, spec: RequestSpec) -> None: ...
+    def check(self, spec: RequestSpec) -> None:
+        """Check a spec against the engine.
+
+        Raises:
+            SteerError: the engine cannot honour it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """What becomes of a body.
+    """The result of translating a body.
 
     Attributes:
-        body: the bytes for vLLM; None where those that came are right.
-        spec: what the request asks of the plugin, an alias's entries included; None where it says nothing.
-        choices_per_prompt: the body's ``n``, 1 where it has none.
-        is_background: its reply is to come before anything is generated.
-        model: the model's name in the body, where there is one.
+        body: the bytes for vLLM; None if vLLM gets the original bytes.
+        spec: the request's steering and readout, an alias's entries included; None if it asks for neither.
+        choices_per_prompt: the body's ``n``; 1 without it.
+        is_background: whether the reply comes before anything is generated.
+        model: the model's name in the body, if there is one.
     """
 
     body: bytes | None = None
@@ -68,18 +82,18 @@ def translate(
     base_model: str,
     query: Mapping[str, str] | None = None,
 ) -> Translated:
-    """Take out of a body what is the plugin's, and check it.
+    """Take the plugin's fields out of a body and check them.
 
     Args:
         path: the route.
-        body: as it came. What is not a JSON object stays as it is: vLLM answers it.
-        key: the API key it came with, if any.
+        body: the original bytes. If they are not a JSON object, vLLM answers them unchanged.
+        key: the request's API key, if any.
         checker: settings, registered directions and the checks of admission.
-        base_model: the name that vLLM serves its model by; it replaces an alias.
+        base_model: the name under which vLLM serves its model; it replaces an alias.
         query: the parameters of the URL.
 
     Raises:
-        SteerError: the request is refused; nothing of it has been scheduled.
+        SteerError: the request is refused; no part of it has been scheduled.
     """
     settings, route = checker.settings, STEERED.get(path)
     try:
@@ -117,16 +131,16 @@ def translate(
 def check_unsteered(
     path: str, fields: Mapping[str, Any], alias: str | None = None, query: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse a body that asks something of the plugin on a route that cannot honour it.
+    """Refuse a body that asks for steering, a readout or an alias on a route that cannot honour it.
 
     Args:
         path: the route.
         fields: the body.
-        alias: the steered alias that its model is, if it is one.
+        alias: the body's model, if it is a steered alias.
         query: the parameters of the URL.
 
     Raises:
-        NotOnThisRoute.
+        NotOnThisRoute: the message names the first such field.
     """
     asked = next((repr(name) for name in FIELDS if fields.get(name) is not None), misplaced(fields, (), query or {}))
     if asked is None and alias is not None and path not in NAMING:
@@ -178,8 +192,8 @@ def _spec(
 
 
 def _check_count(entries: Any, settings: SteerSettings) -> None:
-    """Refuse a list that is longer than all hooked layers take, before its entries are looked at one by one."""
-    most = 2 * settings.max_entries * len(settings.layers)  # a layer takes so many over the prompt, and over the answer
+    """Refuse a list that is longer than all hooked layers allow, before its entries are checked one by one."""
+    most = 2 * settings.max_entries * len(settings.layers)  # max_entries for the prompt, and for the answer
     if isinstance(entries, list) and len(entries) > most:
         raise TooManyEntries(
             f"{len(entries)} entries in steering; allowed: {settings.max_entries} at each of {len(settings.layers)} "
@@ -193,7 +207,7 @@ def _choices_per_prompt(fields: Mapping[str, Any]) -> int:
 
 
 def _without_ours(fields: Mapping[str, Any], route: SteeredRoute) -> dict[str, Any]:
-    """The body without the plugin's fields and without the wire."""
+    """The body without the plugin's fields, at its top and in ``extra_args``."""
     changed = {name: value for name, value in fields.items() if name not in FIELDS}
     inner = changed
     for name in route.extra:
@@ -214,7 +228,7 @@ def _check_lora_name(fields: Mapping[str, Any], field: str, settings: SteerSetti
 
 
 def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] | None:
-    """The wire object of a body, from whichever of the two places it came in; None where there is none."""
+    """The wire object of a body, from either of its two places; None if there is none."""
     own = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
     inner: Any = fields
     for name in extra:
@@ -234,8 +248,9 @@ def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] |
 
 
 def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
-    """A readout with what HTTP requests may leave out: vectors are moved only when they are asked or nothing else is,
-    and the layers are those of the directions that it names.
+    """Fill in the fields of a readout that HTTP requests may leave out.
+
+    ``vectors`` is true by default only if no direction is named. ``layers`` are those of the named directions.
     """
     named = [
         name
@@ -248,7 +263,7 @@ def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
     if named and "layers" not in readout:
         book = checker.registry.current()
         layers = {layer for name in named for layer in book.layers_of(name)}
-        # A name may also belong to layers that this engine does not hook; where it belongs to no other, admission says.
+        # Layers that this engine does not hook are dropped. If no other is left, admission refuses them.
         completed["layers"] = sorted(layers & set(checker.settings.layers) or layers)
     return completed
 

@@ -1,4 +1,4 @@
-"""Steering and readouts in places where vLLM would not look at them, or misspelt: both would be ignored in silence."""
+"""Finds misplaced and misspelt steering and readouts, which vLLM would silently ignore."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_steer.schema import WIRE_KEY
 FIELDS = ("steering", "readout")
 # Also after punctuation: a client that splits JSON at its commas sends keys such as '{"steering": [{"direction": "x"'.
 _LIKE_OURS = re.compile(r"[\W_]*(vllm[-_ ]?)?(steer|read[-_ ]?outs?(\W|$))", re.IGNORECASE)
-# Names of objects in which clients pack what they would send at the top of a body.
+# Objects into which clients pack fields that belong at the top of a body.
 _CONTAINERS = frozenset(
     {
         *("extra_body", "extra_args", "extra_params", "extra_query", "extra_headers", "additional_params"),
@@ -23,22 +23,21 @@ _CONTAINERS = frozenset(
 
 
 def misplaced(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mapping[str, str]) -> str | None:
-    """A place in a request that holds steering or a readout where nobody looks for them; None where there is none.
+    """Describe the first place in a request with misplaced steering or a misplaced readout; None if there is none.
 
     Args:
         fields: the body.
-        extra: the keys on the way to the body's ``extra_args``, in which ``WIRE_KEY`` is right; none where the route
-            has none.
+        extra: path of keys to the body's ``extra_args``, where ``WIRE_KEY`` is right; empty if the route has none.
         query: the parameters of the URL.
     """
     return next(iter([*_in_body(fields), *_in_extra(fields, extra), *_in_query(query)]), None)
 
 
 def check_places(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mapping[str, str]) -> None:
-    """Refuse what ``misplaced`` finds.
+    """Refuse a request in which ``misplaced`` finds something; the arguments are the same.
 
     Raises:
-        MisplacedField: naming the place and the right spelling.
+        MisplacedField: the message names the place and the right spelling.
     """
     place = misplaced(fields, extra, query)
     if place is not None:
@@ -49,12 +48,12 @@ def check_places(fields: Mapping[str, Any], extra: tuple[str, ...], query: Mappi
         )
 
 
-# Whose names are a user's own: schemas of tools and answers, and what a tool was called with.
+# Objects whose keys are the user's own: schemas of tools and answers, and arguments of tool calls.
 _USERS_NAMES = frozenset({"properties", "schema", "parameters", "input_schema", "arguments", "$defs", "definitions"})
 
 
 def _deeper(value: Any, where: str) -> Iterator[str]:
-    """What looks like ours, with an object or a list for a value, at any depth of a value of the body."""
+    """Names like the plugin's, with an object or a list as value, at any depth of a value of the body."""
     pending = [value]
     while pending:
         one = pending.pop()
@@ -87,7 +86,7 @@ def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_extra(fields: Mapping[str, Any], extra: tuple[str, ...]) -> Iterator[str]:
-    """What looks like ours among the extra arguments, beside the wire itself."""
+    """Names like the plugin's among the extra arguments, except for ``WIRE_KEY`` in its right place."""
     for keys in {extra, ("vllm_xargs",)}:
         found: Any = fields
         for key in keys:

@@ -1,7 +1,7 @@
-"""What each POST route of vLLM's server does with steering, a readout or an alias: honour it, or refuse it.
+"""The POST routes of vLLM's server that honour steering, a readout or an alias, and those that refuse them.
 
-A route that is in none of the lists is treated as one that cannot honour anything, so a route of a later vLLM never
-ignores steering; a test holds the lists against the routes of the installed one.
+A route that is in none of the lists refuses them, so a route of a later vLLM never ignores steering. A test compares
+the lists with the routes of the installed vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ CHAT_BATCH, MESSAGES = "/v1/chat/completions/batch", "/v1/messages"
 INVOCATIONS, TOKENS = "/invocations", "/inference/v1/generate"
 COHERE = "/cohere/v2/chat"
 LORA_NAMES = {"/v1/load_lora_adapter": "lora_name", "/adapters": "name"}
-"""Routes that load a LoRA module, and the field of their bodies that names it."""
+"""Route that loads a LoRA module -> the field of its body that names the module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class SteeredRoute:
     """A route whose requests the engine generates for.
 
     Attributes:
-        reads: its replies have a place for readouts.
-        extra: where in its bodies vLLM looks for ``extra_args``: the keys on the way there, none where nowhere.
+        reads: whether its replies have a place for readouts.
+        extra: path of keys to ``extra_args`` in its bodies; empty if vLLM reads none.
     """
 
     reads: bool = True
@@ -43,7 +43,7 @@ STEERED = {
 }
 
 NAMING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
-"""They only count or split text, which steering does not change, so an alias stands for its model."""
+"""Routes that only count or split text. Steering does not change that, so an alias stands for its model."""
 
 REFUSING = frozenset(
     {

@@ -1,1 +1,1 @@
-"""A reply on its way out: readouts and traces are put beside what vLLM answers; refusals; streams."""
+"""Outgoing replies: readouts and traces beside vLLM's own fields, refusals, and event streams."""

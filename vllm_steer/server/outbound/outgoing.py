@@ -1,4 +1,4 @@
-"""The ``send`` side of the middleware: what vLLM sends, held back only as long as it takes to know what it is."""
+"""The ``send`` side of the middleware. It holds vLLM's messages back only until the kind of reply is known."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ _OK, _NOT_FOUND = 200, 404
 
 
 class WholeSender:
-    """Sends a reply on in one piece, its JSON object changed.
+    """Collects a reply, changes its JSON object and sends it on in one piece.
 
     Args:
-        send: where to.
-        change: changes the object in place. What is not a JSON object, or another status, is left as it is.
-        status: of the replies to change.
+        send: the ``send`` of the request.
+        change: changes the object in place. A body that is not a JSON object stays as it is. If ``change`` raises
+            ``SteerError``, the client gets this refusal.
+        status: the only HTTP status whose replies are changed.
     """
 
     def __init__(self, send: Send, change: Callable[[dict[str, Any]], None], status: int = _OK) -> None:
@@ -38,6 +39,7 @@ class WholeSender:
         self._chunks: list[bytes] = []
 
     async def __call__(self, message: Message) -> None:
+        """Take one message of vLLM's reply."""
         if message["type"] == _START and message["status"] == self._status:
             self._start = message
         elif message["type"] == _BODY and self._start is not None:
@@ -63,13 +65,13 @@ class WholeSender:
 
 
 class AliasListingSender(WholeSender):
-    """Adds the steered aliases to the message of a reply that says that there is no such model."""
+    """Adds the steered aliases to the error message for an unknown model."""
 
     def __init__(self, send: Send, aliases: Iterable[str], model: str) -> None:
         listed = ", ".join(aliases)
 
         def list_them(reply: dict[str, Any]) -> None:
-            error = reply.get("error", reply)  # Cohere's errors are the message itself
+            error = reply.get("error", reply)  # Cohere's errors have the message at the top
             if isinstance(error, dict) and isinstance(error.get("message"), str) and model in error["message"]:
                 error["message"] += f" Steered aliases of this server: {listed}."
 
@@ -77,10 +79,10 @@ class AliasListingSender(WholeSender):
 
 
 class StreamSender:
-    """Sends an event stream on, its events completed.
+    """Sends an event stream on, with readouts and traces added to its events.
 
-    The stream is opened once an engine request was admitted. If it ends, or brings an error, before that, the client
-    gets a true HTTP error and no stream: the request was refused for a reason that only the engine could know.
+    The stream starts once an engine request has been admitted. If it ends or reports an error before that, the client
+    gets an HTTP error instead of a stream: the request was refused for a reason that only the engine could know.
     """
 
     def __init__(self, send: Send, path: str, exchange: Exchange, start: Message) -> None:
@@ -94,6 +96,7 @@ class StreamSender:
         self._is_refused = False
 
     async def __call__(self, message: Message) -> None:
+        """Take one message of vLLM's reply."""
         if message["type"] != _BODY:
             await self._send(message)
         elif not self._is_refused:
@@ -124,12 +127,12 @@ class StreamSender:
         await self._send({"type": _BODY, "body": b"".join(map(self._completed, events)), "more_body": more})
 
     async def fail(self, error: RuntimeError) -> bool:
-        """Answer an error that ended the stream before it was opened; False where it had been opened.
+        """Answer an error that ended the stream before it started; False if it cannot be answered here.
 
-        To vLLM the stream had begun, so that its handlers could not answer the error that is this one's cause.
+        vLLM's handlers could not answer the original error, ``error.__cause__``, because for vLLM the stream had begun.
         """
         if self._is_refused:
-            return True  # its end came before the error did
+            return True  # the client already has the refusal
         if self._start is None:
             return False
         cause = error.__cause__
@@ -153,10 +156,10 @@ class StreamSender:
 
 
 class ReplySender:
-    """Sends on the reply to a request that asks something of the plugin, whichever way vLLM answers it.
+    """Sends on the reply to a request that uses the plugin: whole replies, streams and errors.
 
-    A success is marked as steered. One that comes without any engine request having been steered is none: the client
-    gets an error.
+    A successful reply gets ``STEERED_HEADER``. If no engine request was steered or read, the client gets an error
+    instead.
     """
 
     def __init__(self, send: Send, path: str, exchange: Exchange) -> None:
@@ -166,6 +169,7 @@ class ReplySender:
         self._sender: Send = send
 
     async def __call__(self, message: Message) -> None:
+        """Take one message of vLLM's reply."""
         if message["type"] == _START:
             self._sender = self._sender_for(message)
             if isinstance(self._sender, StreamSender):
@@ -181,7 +185,7 @@ class ReplySender:
         if exchange.refusal is not None:
             return _RefusalSender(self._send, exchange.refusal, self._path)
         if start["status"] == _OK and not exchange.is_applied:
-            # The answer to a background request comes before anything is generated.
+            # The reply to a background request comes before anything is generated.
             if exchange.is_background:
                 return self._send
             return _RefusalSender(self._send, _unsteered(self._path), self._path)
@@ -190,12 +194,12 @@ class ReplySender:
         return WholeSender(self._send, lambda reply: complete_reply(self._path, reply, exchange))
 
     async def fail(self, error: RuntimeError) -> bool:
-        """Answer an error that ended the reply before its first byte was sent; False where it cannot be answered."""
+        """Answer an error that ended the reply before its first byte was sent; False if it cannot be answered."""
         return isinstance(self._sender, StreamSender) and await self._sender.fail(error)
 
 
 class _RefusalSender:
-    """Sends an error of the plugin's own in place of what vLLM answers."""
+    """Sends a refusal of the plugin in place of vLLM's reply."""
 
     def __init__(self, send: Send, refusal: SteerError, path: str) -> None:
         self._send = send
@@ -215,13 +219,13 @@ def _unsteered(path: str) -> NotOnThisRoute:
 
 
 def _marked(start: Message) -> Message:
-    """The head of a reply, which tells the client that its request was steered or read."""
+    """Add the header that tells the client that its request was steered or read."""
     mark = (STEERED_HEADER.encode(), str(SCHEMA_VERSION).encode())
     return {**start, "headers": [*start["headers"], mark]}
 
 
 def _first_error(events: Iterable[bytes]) -> Mapping[str, Any] | None:
-    """The data of the first of a stream's events that tells of an error."""
+    """The data of the first event that reports an error; None if there is none."""
     for event in events:
         data = data_of(event)
         if data is not None and isinstance(data.get("error"), dict):
@@ -230,12 +234,12 @@ def _first_error(events: Iterable[bytes]) -> Mapping[str, Any] | None:
 
 
 async def _send_error(send: Send, exchange: Exchange, error: Mapping[str, Any], path: str) -> None:
-    """The error that a stream would have begun with, as a whole reply."""
+    """Send, as a whole reply, the error with which a stream would have begun."""
     if exchange.refusal is not None:
         await _send_refusal(send, exchange.refusal, error_body(exchange.refusal, path))
         return
     code = error["error"].get("code")
-    if not isinstance(code, int) or not 400 <= code < 600:  # Anthropic's errors carry none
+    if not isinstance(code, int) or not 400 <= code < 600:  # Anthropic's errors have none
         code = 400 if str(error["error"].get("type")).startswith("BadRequest") else 500
     await _send_json(send, code, error)
 

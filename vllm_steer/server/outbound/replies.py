@@ -1,4 +1,4 @@
-"""Replies: readouts and traces are put beside what vLLM answers; nothing of its own is changed.
+"""Adds readouts and traces to replies. vLLM's own fields stay as they are.
 
 =====================  ==============================================  =============================================
 route                  a whole reply                                   a streamed one
@@ -12,9 +12,9 @@ messages               ``readout``                                     ``readout
 =====================  ==============================================  =============================================
 
 A readout is ``{"num_tokens", "projections": {name: {layer: value}}, "mean": {layer: base64 of little-endian float32}}``
-with ``mean`` only where vectors were asked, and with ``trace`` in a whole reply; one that cannot be given is
-``{"error": reason}``. A trace is ``{name: {"start": k, "values": [...]}}``, k counted from the span's first token. A
-number that does not exist, such as the mean of no token, is null.
+with ``mean`` only if vectors were requested, and with ``trace`` in a whole reply. A failed readout is
+``{"error": reason}``. A trace is ``{name: {"start": k, "values": [...]}}``, with k counted from the span's first token.
+A number that does not exist, such as the mean of no tokens, is null.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HEADS = frozenset({"message_start", "ping"})
 
 
 def complete_reply(path: str, reply: dict[str, Any], exchange: Exchange) -> None:
-    """Put the readouts into a whole reply.
+    """Add the readouts to a whole reply, in place.
 
     Raises:
         NotOnThisRoute: the reply has no place for any of them.
@@ -56,7 +56,7 @@ def complete_reply(path: str, reply: dict[str, Any], exchange: Exchange) -> None
 
 
 def complete_event(path: str, event: dict[str, Any], exchange: Exchange) -> bool:
-    """Put what has become known into one event of a stream.
+    """Add to one event of a stream, in place, the trace values and the readout that have become known.
 
     Returns:
         Whether the event was changed.
@@ -76,7 +76,7 @@ def complete_event(path: str, event: dict[str, Any], exchange: Exchange) -> bool
 
 
 def list_aliases(models: dict[str, Any], aliases: Iterable[str]) -> None:
-    """Add the aliases to the reply of ``/v1/models``: cards like the base model's, whose children they are."""
+    """Add the aliases to the reply of ``/v1/models``, in place, as cards whose parent is the base model."""
     cards = models.get("data")
     if not isinstance(cards, list) or not cards:
         return
@@ -85,7 +85,7 @@ def list_aliases(models: dict[str, Any], aliases: Iterable[str]) -> None:
 
 
 def _complete_named_event(event: dict[str, Any], exchange: Exchange) -> bool:
-    """An event of a route whose replies are one sample, which tells by its ``type`` what it is."""
+    """``complete_event`` for routes whose replies are one sample and whose events have a ``type``."""
     sample = _latest(exchange)
     if sample is None:
         return False
@@ -100,12 +100,13 @@ def _complete_named_event(event: dict[str, Any], exchange: Exchange) -> bool:
 
 
 def _placed(path: str, reply: dict[str, Any], exchange: Exchange) -> Iterator[tuple[dict[str, Any], Sample]]:
-    """The choices of a reply or of a stream's chunk, each with the sample that it shows.
+    """The choices of a reply or of a stream's chunk, each with its sample.
 
-    vLLM 0.32 runs prompt i of a completion as ``<reply id>-<i>``, conversation i of a batch as ``<reply id>_<i>``, and
-    anything else under the reply's own id; the samples of prompt i of a completion are the choices from i·n on, those
-    of conversation i all carry the index i (vllm/entrypoints/openai/{completion,chat_completion}/serving.py,
-    batch_serving.py, scale_out/token_in_token_out/serving.py).
+    The engine's request ids in vLLM 0.32 are ``<reply id>-<i>`` for prompt i of a completion, ``<reply id>_<i>`` for
+    conversation i of a batch, and the reply's own id for anything else. The samples of prompt i of a completion are the
+    choices from i·n on; those of conversation i all have the index i
+    (vllm/entrypoints/openai/{completion,chat_completion}/serving.py, batch_serving.py,
+    scale_out/token_in_token_out/serving.py).
     """
     choices = reply.get("choices")
     seen: Counter[int] = Counter()
@@ -125,7 +126,7 @@ def _placed(path: str, reply: dict[str, Any], exchange: Exchange) -> Iterator[tu
 
 
 def _latest(exchange: Exchange) -> Sample | None:
-    """The sample of a response's last turn: those before it only called the server's own tools."""
+    """The sample of a response's last turn; earlier turns only called the server's own tools."""
     return next(reversed(exchange.samples.values()), None)
 
 
@@ -136,7 +137,7 @@ def _whole(sample: Sample) -> dict[str, Any] | None:
 
 
 def _news(sample: Sample) -> dict[str, Any]:
-    """The trace's values that have not been told yet; from now on they have been."""
+    """The trace's values that have not been sent yet; marks them as sent."""
     start = sample.told
     end = min(sample.span_length, max((len(values) for values in sample.trace.values()), default=0))
     if end <= start:

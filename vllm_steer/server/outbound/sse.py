@@ -10,7 +10,7 @@ _DATA = b"data: "
 
 
 class EventSplitter:
-    """Cuts a byte stream into whole events, wherever its chunks were cut."""
+    """Splits a byte stream into whole events, however its chunks are split."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -21,13 +21,13 @@ class EventSplitter:
         return [event + _END for event in events]
 
     def rest(self) -> bytes:
-        """What is left of an event that never ended."""
+        """The bytes of an unfinished event, which are then forgotten."""
         rest, self._rest = self._rest, b""
         return rest
 
 
 def data_of(event: bytes) -> dict[str, Any] | None:
-    """The JSON object that an event carries; None where it carries something else, as the closing ``[DONE]``."""
+    """The JSON object of an event; None for any other data, such as the closing ``[DONE]``."""
     for line in event.split(b"\n"):
         if line.startswith(_DATA):
             try:
@@ -39,6 +39,6 @@ def data_of(event: bytes) -> dict[str, Any] | None:
 
 
 def with_data(event: bytes, data: dict[str, Any]) -> bytes:
-    """The same event, of the same type, with other data."""
+    """The same event, of the same type, with ``data`` in place of its own."""
     text = _DATA + json.dumps(data, separators=(",", ":")).encode()
     return b"\n".join(text if line.startswith(_DATA) else line for line in event.split(b"\n"))

@@ -1,1 +1,1 @@
-"""The playground: one page that steers in the browser."""
+"""The playground: one page for steering in the browser."""

@@ -40,7 +40,7 @@ class Column {
     }
   }
 
-  /** The slider's end; the number field takes anything up to `limit`. */
+  /** The slider's end; the number field accepts values up to `limit`. */
   setReach(reach, limit) {
     const wanted = Math.min(Math.max(reach, Math.abs(this.alpha ?? 0)), limit);
     const step = 10 ** Math.floor(Math.log10(wanted) - 1.5);
@@ -141,8 +141,8 @@ class Column {
 }
 
 /**
- * One scale for all columns, so that equal colours are equal numbers; centred on the unsteered reply, where there is one.
- * Taken `apart`, it is as wide as what remains without each column's own mean.
+ * One scale for all columns, so that equal colours are equal numbers; centred on the unsteered reply, if there is one.
+ * With `apart`, its width is that of the values without each column's own mean.
  */
 function scaleOf(columns, apart) {
   const plain = finite(columns.filter((column) => column.alpha === 0).flatMap((column) => column.values));
@@ -152,6 +152,6 @@ function scaleOf(columns, apart) {
     return finite(values).map((value) => Math.abs(value - middle));
   }).sort((a, b) => a - b);
   if (!far.length) return undefined;
-  // the farthest 2 % share the ends' colour, or one outlier would leave the rest without any
+  // the farthest 2 % share the ends' colour; otherwise one outlier would leave the rest without colour
   return { centre, reach: far[Math.floor(0.98 * (far.length - 1))] || 1, unsteered: plain.length > 0 };
 }

@@ -4,7 +4,7 @@
 const byId = (id) => document.getElementById(id);
 const form = byId("settings");
 const DEFAULTS = { prompt: "My friend told me that her cat has died. What should I say to her?", span: "all", mode: "chat", temperature: 0.7, seed: 0, max_tokens: 120 };
-const SLIDER_REACH = 50; // in the direction's own units, where the server does not know the layer's norm
+const SLIDER_REACH = 50; // in the direction's own units, if the server does not know the layer's norm
 const columns = [];
 const running = new Map(); // column -> AbortController
 let server = { layers: [], directions: [] };
@@ -52,7 +52,7 @@ function addColumn(alpha) {
     onAlpha: (changed) => {
       share();
       if (!changed.hasRun || !byId("again").checked || !form.reportValidity()) return;
-      // replies to other settings would stand beside this one
+      // replies to other settings would stay next to this one
       run(JSON.stringify(settings()) === lastAsked ? [changed] : [...columns]);
     },
     onValues: () => { repaint ||= requestAnimationFrame(paint); },
@@ -78,7 +78,7 @@ function paint() {
   byId("legend").hidden = !scale;
   if (!scale) return;
   const { reach, unsteered } = scale;
-  const apart = byId("apart").checked; // α shifts a whole reply: without the shift, what differs from token to token shows
+  const apart = byId("apart").checked; // α shifts a whole reply; without the shift, differences between tokens show
   for (const column of columns) column.shade({ centre: apart ? meanOf(column.values) : scale.centre, reach });
   const centre = apart ? 0 : scale.centre;
   const asked = JSON.parse(lastAsked);
@@ -141,7 +141,7 @@ async function copy(text, field) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
-  } catch { // not a secure context, or not allowed: the selection at least can be copied
+  } catch { // not a secure context, or not allowed: the user can copy the selection
     field?.select();
     return Boolean(field) && document.execCommand("copy");
   }

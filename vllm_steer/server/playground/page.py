@@ -1,9 +1,9 @@
-"""The playground: one page that steers in the browser, with nothing to build and nothing to load from elsewhere.
+"""The playground: one page for steering in the browser, with no build step and nothing loaded from elsewhere.
 
-It is served at two paths. ``/v1/steering/playground`` is the one to open where no API key is set: vLLM guards all of
-``/v1`` with the key, and a browser that opens a page cannot send one. Behind a key, ``/steering/playground`` serves the
-same page. It holds no more than this package's own text; what it shows it asks of ``/v1``, with the key that its user
-types in, which it keeps in memory and puts into no URL.
+Two paths serve the page. On a server without an API key, open ``/v1/steering/playground``. With a key, vLLM guards all
+of ``/v1``, and a browser cannot send the key when it opens a page, so open ``/steering/playground`` instead. The page
+holds only this package's own text. It fetches its data from ``/v1`` with the key that its user types in. It keeps the
+key in memory and puts it into no URL.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _SCRIPTS = {"requests": "requests.js", "columns": "columns.js", "page": "page.js
 
 
 def playground_router(is_on: Callable[[Request], bool]) -> APIRouter:
-    """The routes of the page; ``is_on`` says whether the request's server has ``playground`` in its settings."""
+    """The routes of the page; ``is_on`` says whether the settings of the request's server enable ``playground``."""
     router = APIRouter()
 
     async def show_playground(request: Request) -> Response:
         if not is_on(request):
             message = (
-                "this server has no playground; allowed: servers whose settings switch it on. Start it with "
-                "vllm-steer serve --playground, or with playground: true in its vllm_steer settings."
+                "the playground is disabled; start the server with vllm-steer serve --playground, or with playground: "
+                "true in its vllm_steer settings."
             )
             error = {"message": message, "type": "NotFoundError", "param": None, "code": HTTPStatus.NOT_FOUND}
             return JSONResponse({"error": error}, status_code=HTTPStatus.NOT_FOUND)
@@ -53,9 +53,9 @@ def playground_router(is_on: Callable[[Request], bool]) -> APIRouter:
 
 @cache
 def playground_page() -> tuple[str, str]:
-    """The page, and the Content-Security-Policy under which its own scripts run and no others.
+    """The page, and the Content-Security-Policy that allows its own scripts and styles only.
 
-    The page may talk to the server it came from, and to nothing else.
+    The page may connect to the server it came from, and to no other.
     """
     page = _read("page.html")
     hashes = {}

@@ -1,5 +1,5 @@
 "use strict";
-// What the page sends and what comes back, without a look at the page itself.
+// Requests and replies of the page, independent of the page itself.
 
 const ROOT = location.pathname.replace(/(\/v1)?\/steering\/playground\/?$/, "");
 let apiKey = null; // in memory only: neither stored nor part of a link
@@ -77,7 +77,7 @@ async function* stream(settings, body, signal) {
   }
 }
 
-// The settings travel in the URL's fragment, which browsers send to nobody.
+// The settings are in the URL's fragment, which browsers do not send to servers.
 const TEXTS = ["prompt", "direction", "span", "mode"];
 const NUMBERS = ["layer", "temperature", "seed", "max_tokens"];
 
@@ -108,7 +108,7 @@ function asCurl(settings, body) {
 
 function asPython(settings, body) {
   const { steering, readout, ...standard } = body;
-  const literal = (value) => { // what JSON.stringify writes, in Python's words
+  const literal = (value) => { // the output of JSON.stringify as a Python literal
     if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
     if (value !== null && typeof value === "object") {
       return `{${Object.entries(value).map(([name, one]) => `${JSON.stringify(name)}: ${literal(one)}`).join(", ")}}`;

@@ -1,14 +1,14 @@
-"""The folder in which the API server processes of one server agree on what is registered.
+"""The folder through which the API server processes of one server share the registered directions.
 
 ::
 
-    index.json        what lies in which slot; a new file for every change, so a reader sees all of it or none
-    lock              held while one process changes something
-    vectors/          one safetensors file a direction
+    index.json        which direction is in which slot; a new file for every change, so a reader sees all of it or none
+    lock              held by the process that makes a change
+    vectors/          one safetensors file per direction
     use/              the slots that requests of each living process use (``vllm_steer.engine.front.slot_use``)
 
-A configured folder outlives its server: the next one registers again what clients had registered. Without one there is
-a private folder that goes with the last process of its server.
+A configured folder outlives its server: the next server registers its clients' directions again. Otherwise the server
+has a private folder, which its last process removes.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server, the same for all its API server processes and for no other server.
+    """Identity of a running server: the same for all its API server processes, and different for every server.
 
     Attributes:
         pid: the process that started the server.
-        started: when that process started, in seconds since the epoch; a pid alone is used again.
+        started: start time of that process, in seconds since the epoch; a pid alone can be reused.
     """
 
     pid: int
@@ -55,14 +55,15 @@ class Server:
         """The server that this process belongs to.
 
         Args:
-            processes: API server processes. One is the server itself; several are children of the one that runs
-                ``vllm serve`` (vllm/v1/utils.py, ``APIServerProcessManager``).
+            processes: number of API server processes. A single one is the server itself; several are children of the
+                process that runs ``vllm serve`` (vllm/v1/utils.py, ``APIServerProcessManager``).
         """
         pid = os.getppid() if processes > 1 else os.getpid()
         return cls(pid, psutil.Process(pid).create_time())
 
     @property
     def is_alive(self) -> bool:
+        """Whether the process that started the server still runs."""
         try:
             return bool(psutil.Process(self.pid).create_time() == self.started)
         except psutil.NoSuchProcess:
@@ -70,17 +71,18 @@ class Server:
 
     @property
     def name(self) -> str:
+        """``<pid>-<started>``, for indexes and folder names."""
         return f"{self.pid}-{self.started}"
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What ``index.json`` says.
+    """The contents of ``index.json``.
 
     Attributes:
-        server: name of the server whose bank the slots are of.
+        server: name of the server to whose bank the slots belong.
         registered: all directions.
-        uploaded: (name, layer) of those that came over HTTP; the others come from the configured files.
+        uploaded: (name, layer) of directions registered over HTTP; the others come from the configured files.
     """
 
     server: str
@@ -88,6 +90,7 @@ class Index:
     uploaded: frozenset[tuple[str, int]]
 
     def write(self, file: IO[str]) -> None:
+        """Write the index as JSON."""
         entries = [
             {**asdict(one), "uploaded": (one.name, one.layer) in self.uploaded, "file": _file_name(one)}
             for one in self.registered
@@ -96,9 +99,10 @@ class Index:
 
     @classmethod
     def read(cls, file: IO[str]) -> Index:
-        """
+        """Read an index that ``write`` wrote.
+
         Raises:
-            SettingsError: the file is not what ``write`` writes.
+            SettingsError: the file is not such an index.
         """
         try:
             told = json.load(file)
@@ -119,7 +123,10 @@ class RegistryDirectory:
     """The files of one registry.
 
     Args:
-        path: the folder; made where there is none.
+        path: the folder; created if it does not exist.
+
+    Attributes:
+        use: the folder for ``SlotUse``.
 
     Raises:
         SettingsError: the folder cannot be made or written.
@@ -139,15 +146,15 @@ class RegistryDirectory:
 
     @classmethod
     def private(cls, server: Server) -> RegistryDirectory:
-        """The folder of a server that is configured with none; what dead servers left behind is removed.
+        """Create the private folder of a server without ``registry_dir``; removes the folders of dead servers.
 
         Raises:
-            SettingsError: another user was there first.
+            SettingsError: the folder cannot be made, or belongs to another user.
         """
         prefix = f"vllm-steer-server-{os.getuid()}-"
         for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
             named = re.fullmatch(r"(\d+)-(\d+\.\d+)", left.name.removeprefix(prefix))
-            # Uses that are locked are alive whatever the pids say, which other containers count for themselves.
+            # A locked use is alive whatever the pid says, because other containers number their processes themselves.
             if named and not Server(int(named[1]), float(named[2])).is_alive and not SlotUse.living(left / "use"):
                 shutil.rmtree(left, ignore_errors=True)
         directory = cls(Path(tempfile.gettempdir(), prefix + server.name))
@@ -159,13 +166,13 @@ class RegistryDirectory:
         return directory
 
     def remove_if_unused(self) -> None:
-        """Remove the folder unless a living process has its uses in it."""
+        """Remove the folder unless a living process still uses it."""
         if not SlotUse.living(self.use):
             shutil.rmtree(self.path, ignore_errors=True)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """Change something alone, among all tasks of all processes. The event loop goes on while this waits."""
+        """Hold the lock, which one task of all processes can have. The event loop runs on while this waits."""
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             while not _try_lock(descriptor):
@@ -175,9 +182,9 @@ class RegistryDirectory:
             os.close(descriptor)  # unlocks
 
     def version(self) -> tuple[int, int] | None:
-        """Device and inode of the index; None where there is none.
+        """Device and inode of the index; None if there is none.
 
-        While somebody has ``open_index`` open, no later index has the same: the inode is not given out again.
+        While a file from ``open_index`` is open, no later index has the same version, because its inode is not reused.
         """
         try:
             status = os.stat(self._index)
@@ -186,15 +193,15 @@ class RegistryDirectory:
         return status.st_dev, status.st_ino
 
     def open_index(self) -> IO[str]:
-        """The index as it is now, for ``Index.read``.
+        """Open the current index, for ``Index.read``.
 
         Raises:
-            FileNotFoundError: nothing was ever published here.
+            FileNotFoundError: no index has been published here.
         """
         return self._index.open(encoding="utf-8")
 
     def publish(self, index: Index) -> None:
-        """Replace the index, at once for all who read it, and remove the vectors that it does not name."""
+        """Replace the index atomically, and remove the vectors that it does not name."""
         descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=".index.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -210,15 +217,15 @@ class RegistryDirectory:
                 path.unlink(missing_ok=True)
 
     def save_vectors(self, directions: Iterable[Direction]) -> None:
-        """Write vectors, to be there before the index names them."""
+        """Write vectors; call it before publishing an index that names them."""
         for direction in directions:
             save_directions(self._vectors / _file_name(direction), [direction])
 
     def load_vector(self, one: Registered) -> Direction:
-        """The vector of a registered direction.
+        """Read the vector of a registered direction.
 
         Raises:
-            BadDirectionFile: its file is gone or damaged.
+            BadDirectionFile: its file is missing or damaged.
         """
         (direction,) = load_directions(self._vectors / _file_name(one))
         return direction
@@ -233,5 +240,5 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _file_name(one: Direction | Registered) -> str:
-    """Names may hold characters that file systems do not take, so a digest stands for them."""
+    """A digest, because names may hold characters that file systems do not accept."""
     return sha256(f"{one.name}@{one.layer}:{one.content_hash}".encode()).hexdigest()[:32] + ".safetensors"

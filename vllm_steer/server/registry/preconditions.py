@@ -15,12 +15,12 @@ _ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 
 
 def entries_of(book: DirectionBook, name: str, layer: int | None) -> list[Registered]:
-    """What is registered under a name, at one layer or at all, by layer; empty where nothing is."""
+    """The registered directions of a name, at one layer or at all, by layer; empty if there are none."""
     return [one for one in book.all() if one.name == name and layer in (None, one.layer)]
 
 
 def etag_of(entries: Sequence[Registered]) -> str:
-    """The content hash of a direction, or a hash over layers and content hashes of several; quoted, a strong tag."""
+    """A strong ETag, quoted: the content hash of one direction, or a hash over layers and content hashes of several."""
     if len(entries) == 1:
         return f'"{entries[0].content_hash}"'
     told = json.dumps([[one.layer, one.content_hash] for one in entries])
@@ -29,34 +29,34 @@ def etag_of(entries: Sequence[Registered]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Preconditions:
-    """The conditions of one request, as its headers give them.
+    """The conditions of one request, from its headers.
 
     Attributes:
-        if_match: it must be one of these, ``*`` for anything that exists.
-        if_none_match: it must be none of these, ``*`` for nothing that exists.
+        if_match: the current ETag must be one of these; ``*`` means that anything is registered.
+        if_none_match: the current ETag must be none of these; ``*`` means that nothing is registered.
     """
 
     if_match: str | None = None
     if_none_match: str | None = None
 
     def check(self, entries: Sequence[Registered]) -> None:
-        """Let a change go on or not.
+        """Check both conditions against the registered directions.
 
         Raises:
-            DirectionChanged: what is registered is not what the request was made for.
+            DirectionChanged: a condition does not hold.
         """
-        is_now = f"it is {etag_of(entries)}" if entries else "nothing is registered there"
+        is_now = f"the current ETag is {etag_of(entries)}" if entries else "nothing is registered there"
         if self.if_match is not None and not _names(self.if_match, entries, weak=False):
             raise DirectionChanged(
-                f"If-Match is {self.if_match}, and {is_now}; allowed: the ETag of what is registered. Fetch it again."
+                f"If-Match is {self.if_match}, but {is_now}; allowed: the current ETag. Fetch the direction again."
             )
         if self.if_none_match is not None and _names(self.if_none_match, entries, weak=True):
             raise DirectionChanged(
-                f"If-None-Match is {self.if_none_match}, and {is_now}; leave the condition out to replace it."
+                f"If-None-Match is {self.if_none_match}, but {is_now}; leave the condition out to replace it."
             )
 
     def is_known(self, entries: Sequence[Registered]) -> bool:
-        """Whether a GET need not send what the client has already."""
+        """Whether a GET need not send the directions, because the client already has them."""
         return self.if_none_match is not None and _names(self.if_none_match, entries, weak=True)
 
 

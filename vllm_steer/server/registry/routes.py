@@ -1,4 +1,4 @@
-"""The routes under ``/v1/steering``: what a server steers, and its registry. The API key of ``/v1`` guards them all."""
+"""The routes under ``/v1/steering``: settings and registry of a server. The API key of ``/v1`` guards them all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vllm_steer.server.registry.upload import packed_directions, read_upload, up
 from vllm_steer.settings import SteerSettings
 
 ADMIN_KEY_VARIABLE = "VLLM_STEER_ADMIN_KEY"
-_MOST_LAYERS = 10**6  # what a key of a direction file can spell
+_MOST_LAYERS = 10**6  # the keys of direction files have six digits for the layer
 
 Layer = Annotated[int | None, Query(ge=0, lt=_MOST_LAYERS)]
 Condition = Annotated[str | None, Header()]
@@ -47,6 +47,7 @@ class RefusingRoute(APIRoute):
     """Answers a ``SteerError`` with its status and OpenAI's error body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler of the route, with refusals answered."""
         handler = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
@@ -54,7 +55,7 @@ class RefusingRoute(APIRoute):
                 return await handler(request)
             except SteerError as error:
                 metrics.refused(error)
-                if type(error) is UnknownDirection:  # here a URL names it, and not a body
+                if type(error) is UnknownDirection:  # here the URL names it, not a body
                     error = DirectionNotFound(str(error))
                 return JSONResponse(error_body(error), error.status)
 
@@ -66,10 +67,10 @@ router = APIRouter(route_class=RefusingRoute)
 
 @dataclass(frozen=True, slots=True)
 class SteeredServer:
-    """What the routes serve.
+    """The data that the routes serve.
 
     Attributes:
-        settings: what the server was started with.
+        settings: the server's settings.
         registry: its directions.
     """
 
@@ -111,7 +112,7 @@ def show_steering(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/steering/directions")
 def list_directions(request: Request) -> dict[str, Any]:
-    """What is registered, without the vectors."""
+    """The registered directions, without their vectors."""
     return {"directions": _listed(_server(request).registry.all())}
 
 
@@ -126,7 +127,7 @@ def get_direction(
         book = registry.current()
         entries = entries_of(book, name, layer)
         if not entries:
-            layers = sorted(book.layers_of(name))  # or this raises: there is no such name
+            layers = sorted(book.layers_of(name))  # raises for an unknown name
             raise UnknownDirection(f"direction {name!r} belongs to layers {layers}, not {layer}; name one of these.")
         if conditions.is_known(entries):
             return Response(status_code=304, headers={"ETag": etag_of(entries)})
@@ -136,7 +137,7 @@ def get_direction(
         except BadDirectionFile:
             if registry.current() is book:
                 raise
-            continue  # replaced or removed in this very moment
+            continue  # replaced or removed in the meantime
         return Response(body, media_type="application/octet-stream", headers={"ETag": etag_of(entries)})
 
 
@@ -149,10 +150,10 @@ async def put_direction(
     if_none_match: Condition = None,
     x_admin_key: Condition = None,
 ) -> JSONResponse:
-    """Register or replace a name at the layers that the body has; other layers of the name stay as they are.
+    """Register or replace a name at the layers in the body; other layers of the name stay as they are.
 
-    Requests in flight keep what they were admitted with. The body is a safetensors file, or with ``?layer=`` one vector
-    of float32 little-endian numbers.
+    Requests in flight keep the vectors they were admitted with. The body is a safetensors file, or with ``?layer=`` one
+    vector of float32 little-endian numbers.
     """
     server = _server(request)
     _check_admin(x_admin_key)
@@ -182,7 +183,7 @@ async def delete_direction(
     if_match: Condition = None,
     x_admin_key: Condition = None,
 ) -> dict[str, Any]:
-    """Forget a name, at one layer or at all. Requests in flight go on with it."""
+    """Remove a name, at one layer or at all. Requests in flight keep its vectors."""
     server = _server(request)
     _check_admin(x_admin_key)
 
@@ -220,7 +221,7 @@ def _check_admin(sent: str | None) -> None:
     key = os.environ.get(ADMIN_KEY_VARIABLE)
     if not key:
         raise ChangeNotAllowed(
-            f"this server has no admin key, so nobody can change its directions; start it with {ADMIN_KEY_VARIABLE} in "
+            f"this server has no admin key, so its directions cannot be changed; start it with {ADMIN_KEY_VARIABLE} in "
             "its environment."
         )
     if sent is None:
@@ -230,17 +231,17 @@ def _check_admin(sent: str | None) -> None:
 
 
 def _check_needed(settings: SteerSettings, before: DirectionBook, after: DirectionBook) -> None:
-    """Refuse a change after which an alias or the default steering, usable before, could not be used.
+    """Refuse a change that makes a usable alias or a usable default steering unusable.
 
     Raises:
-        DirectionNeeded.
+        DirectionNeeded: the message names the alias or the default.
     """
     needs = [(who, one) for who, entries in settings.own_steering().items() for one in entries]
     for who, steering in needs:
         if _is_usable(before, steering, settings) and not _is_usable(after, steering, settings):
             raise DirectionNeeded(
-                f"{who} names {steering.direction!r} and could not be used after this; allowed: replacing the "
-                "direction. Start the server without it to delete the direction."
+                f"{who} needs {steering.direction!r} and could not be used after this change; allowed: replacing the "
+                f"direction. To delete it, start the server without {who}."
             )
 
 

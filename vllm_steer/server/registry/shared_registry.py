@@ -1,8 +1,8 @@
-"""The registry of a server: one truth for all its API server processes, changed while requests run.
+"""The registry of a server, shared by all its API server processes and changed while requests run.
 
-A slot is written again only when nothing is registered in it and no request uses it. That holds across processes
-without a lock on the way of requests: a request counts its slots as used and then looks whether the index is still the
-one it found them in (``Admission.admit``); a change publishes an index without a slot and counts uses after that.
+A slot is rewritten only when nothing is registered in it and no request uses it. Requests need no lock for that, even
+across processes. A request first counts its slots as used, and then checks that the index is still the one in which it
+found them (``Admission.admit``). A change first publishes an index without the slot, and then counts the uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_steer.server.registry.directory import Index, RegistryDirectory, Serve
 
 Write = Callable[[list[tuple[int, Direction]]], Awaitable[None]]
 Check = Callable[[DirectionBook, DirectionBook], None]
-"""Called with the book before a change and after it, alone among all processes; what it raises prevents the change."""
+"""Called under the lock with the book before a change and the book after it; an exception prevents the change."""
 
 
 class SharedRegistry(DirectionBook):
@@ -31,7 +31,7 @@ class SharedRegistry(DirectionBook):
         server: the server they belong to.
         capacity: slots of the bank.
         hidden_size: D; every vector must have this length.
-        write: puts vectors into slots of the bank, on all workers.
+        write: writes vectors into slots of the bank, on all workers.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class SharedRegistry(DirectionBook):
         self._last_server = ""
 
     async def start(self, configured: Sequence[Direction]) -> None:
-        """Join the other processes of the server, or be the first; to be awaited before any request is served.
+        """Join the other processes of the server, or be the first. Await it before serving any request.
 
         Args:
-            configured: the directions of the configured files, which the workers have written at start-up.
+            configured: the directions of the configured files, which the workers wrote at start-up.
 
         Raises:
             SettingsError: another server uses the folder.
@@ -79,7 +79,7 @@ class SharedRegistry(DirectionBook):
                     )
             files = DirectionRegistry(self.capacity, self.hidden_size)
             files.register(configured)
-            # An upload takes the place of what a file has of the same name and layer, and may have its slot.
+            # An upload replaces a file's direction of the same name and layer, and may have its slot.
             rest = [one for one in files.all() if _key(one) not in self._uploaded]
             draft = DirectionRegistry(self.capacity, self.hidden_size, rest)
             uploaded = [self.directory.load_vector(one) for one in self._book.all() if _key(one) in self._uploaded]
@@ -95,25 +95,30 @@ class SharedRegistry(DirectionBook):
     def current(self) -> DirectionBook:
         """The book as last published by any process; the same object until something changes."""
         version = self.directory.version()
-        # A folder that somebody removed under the running server changes nothing of what the bank holds.
+        # If the folder is removed under a running server, the bank and the book stay as they are.
         if version is not None and version != self._version:
             self._load()
         return self._book
 
     def find(self, name: str, layer: int | None, hooked: Collection[int]) -> Registered:
+        """See ``DirectionBook.find``; uses the current book."""
         return self.current().find(name, layer, hooked)
 
     def layers_of(self, name: str) -> dict[int, Registered]:
+        """See ``DirectionBook.layers_of``; uses the current book."""
         return self.current().layers_of(name)
 
     def all(self) -> Iterable[Registered]:
+        """See ``DirectionBook.all``; uses the current book."""
         return self.current().all()
 
     async def put(self, directions: Sequence[Direction], check: Check) -> DirectionBook:
-        """Register directions, all or none; returns the book with them.
+        """Register all directions or none, and return the new book.
 
         Raises:
-            WrongDimension, BankFull, or what ``check`` raises.
+            WrongDimension: a vector's length is not the hidden size.
+            BankFull: there is no free slot.
+            Exception: any exception of ``check``.
         """
         async with self.directory.locked():
             before = self.current()
@@ -129,10 +134,13 @@ class SharedRegistry(DirectionBook):
             return self.current()
 
     async def remove(self, name: str, layer: int | None, check: Check) -> list[Registered]:
-        """Forget a name, at one layer or at all; returns what that was. A direction of a file is back at a restart.
+        """Remove a name, at one layer or at all, and return its directions.
+
+        A direction from a configured file is registered again at a restart.
 
         Raises:
-            UnknownDirection, or what ``check`` raises.
+            UnknownDirection: the name is not registered, or not at this layer.
+            Exception: any exception of ``check``.
         """
         async with self.directory.locked():
             before = self.current()
@@ -143,7 +151,7 @@ class SharedRegistry(DirectionBook):
             return removed
 
     def show_bank(self) -> tuple[int, int, int]:
-        """Slots that are registered, held by running requests only, and free; sets the metric too."""
+        """Numbers of slots that are registered, held only by running requests, and free; also sets the metric."""
         registered = {one.slot for one in self.all()}
         held = len(self.use.busy() - registered)
         slots = (len(registered), held, self.capacity - len(registered) - held)
@@ -151,12 +159,12 @@ class SharedRegistry(DirectionBook):
         return slots
 
     def released(self, slots: Iterable[int]) -> None:
-        """To be called when requests have ended that used these slots."""
+        """Update the metric; call it when requests that used these slots have ended."""
         if not {one.slot for one in self._book.all()}.issuperset(slots):
             self.show_bank()
 
     def close(self) -> None:
-        """Leave the registry: this process uses no slot any more."""
+        """Leave the registry and free the slots of this process."""
         self.use.close()
         if self._index_file is not None:
             self._index_file.close()
@@ -174,7 +182,7 @@ class SharedRegistry(DirectionBook):
             raise
         if self._index_file is not None:
             self._index_file.close()
-        # Kept open: as long as the file exists, no other index has its inode, so the version cannot be mistaken.
+        # Kept open, so that no later index gets its inode and with it the same version.
         self._index_file = file
         status = os.fstat(file.fileno())
         self._version = status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Puts a server's shared registry in the place of an engine's own."""
+"""Replaces an engine's own registry by the server's shared one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from vllm_steer.server.registry.shared_registry import SharedRegistry
 
 
 async def share_registry(admission: Admission, engine_client: Any) -> SharedRegistry:
-    """Let ``admission`` find its directions in the registry that all API server processes share.
+    """Make ``admission`` use the registry that all API server processes share.
 
-    To be awaited in each of them before it serves any request.
+    Each process awaits it before it serves any request.
 
     Args:
         admission: the admission of this process.
         engine_client: vLLM's ``AsyncLLM``.
 
     Raises:
-        What ``SharedRegistry.start`` raises.
+        SettingsError, SteerError: as ``SharedRegistry.start``.
     """
 
     async def write(writes: list[tuple[int, Direction]]) -> None:
@@ -38,9 +38,9 @@ async def share_registry(admission: Admission, engine_client: Any) -> SharedRegi
     else:
         directory = RegistryDirectory(Path(settings.registry_dir))
     registry = SharedRegistry(directory, server, settings.max_directions, config.model_config.get_hidden_size(), write)
-    atexit.register(registry.close)  # before the folder is looked at: the last registered goes first
+    atexit.register(registry.close)  # runs before remove_if_unused: atexit goes backwards
     await registry.start(configured_directions(settings))
-    # The engine answers a process's messages in order, so this answer means that all before it have been handled.
+    # The engine answers a process's messages in order, so an answer to is_sleeping means that all before are handled.
     admission.in_flight = InFlight(registry.use, engine_client.is_sleeping, registry.released)
     admission.registry = registry
     return registry

@@ -1,4 +1,4 @@
-"""Uploads of directions: the bytes of a request, checked. No format that could carry code is read."""
+"""Reads and checks uploads of directions. It reads no format that could carry code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _ITEM_BYTES = 4
 
 
 async def read_upload(chunks: AsyncIterator[bytes], announced: str | None, max_mib: int) -> bytes:
-    """The body of a request, not read any further than is allowed.
+    """Read the body of a request, up to the allowed size.
 
     Args:
+        chunks: the body.
         announced: its ``Content-Length``, if it has one.
+        max_mib: the allowed size in MiB.
 
     Raises:
         UploadTooLarge: more than ``max_mib`` MiB.
@@ -42,9 +44,10 @@ def uploaded_directions(name: str, layer: int | None, body: bytes) -> list[Direc
     """The directions of an upload.
 
     Args:
-        name: what all of them must be named.
-        layer: where given, the body is one vector of float32 little-endian numbers for that layer; else it is a
+        name: the name that all of them must have.
+        layer: if given, the body is one vector of float32 little-endian numbers for that layer; otherwise it is a
             safetensors file with tensors ``name@layer``.
+        body: the bytes.
 
     Raises:
         BadDirectionFile, BadVector, MalformedSpec: as ``load_directions`` and ``Direction``.
@@ -62,7 +65,7 @@ def uploaded_directions(name: str, layer: int | None, body: bytes) -> list[Direc
         try:
             directions = load_directions(file)
         except (DirectionError, MalformedSpec) as error:
-            # Where the server keeps its temporary files is nothing to tell a client.
+            # Clients must not learn where the server keeps its temporary files.
             raise type(error)(str(error).replace(str(file), "the upload")) from None
     others = sorted({direction.name for direction in directions} - {name})
     if others:
@@ -74,7 +77,7 @@ def uploaded_directions(name: str, layer: int | None, body: bytes) -> list[Direc
 
 
 def packed_directions(directions: list[Direction]) -> bytes:
-    """The safetensors file that holds these directions."""
+    """The bytes of a safetensors file with these directions."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "directions.safetensors"
         save_directions(file, directions)
