@@ -10,25 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batch_jobs.rows.store import SCHEMA
 from vllm_steer.errors import SteerError
 
 GROUP_COLUMNS: Final = ("model", "layer", "scenario", "direction", "op", "span")
 
-COLUMN_TYPES: Mapping[str, pa.DataType] = {
-    **dict.fromkeys(GROUP_COLUMNS, pa.string()),
-    "layer": pa.int32(),
-    "alpha": pa.float64(),
-    "alpha_residual_norm": pa.float64(),
-    "completion": pa.string(),
-    "completion_tokens": pa.int32(),
-    "projection_generated": pa.float64(),
-    "error": pa.string(),
-    "row_id": pa.string(),
-    "projection_unsteered": pa.float64(),
-    "log_likelihood": pa.float64(),
-    "thought": pa.string(),
-}
 _OPTIONAL_COLUMNS = ("row_id", "projection_unsteered", "log_likelihood", "thought")
+_NEEDED_COLUMNS = ("alpha", "alpha_residual_norm", "completion", "completion_tokens", "projection_generated", "error")
+COLUMN_TYPES: Mapping[str, pa.DataType] = {
+    name: SCHEMA.field(name).type for name in (*GROUP_COLUMNS, *_NEEDED_COLUMNS, *_OPTIONAL_COLUMNS)
+}
 _BATCH_ROWS = 1024  # about 1 MB of completions
 
 
@@ -84,7 +75,7 @@ def scoring_columns(table: pa.Table) -> pa.Table:
             neither completion, error nor thought.
     """
     if missing := [name for name in COLUMN_TYPES if name not in {*table.column_names, *_OPTIONAL_COLUMNS}]:
-        needed = [name for name in COLUMN_TYPES if name not in _OPTIONAL_COLUMNS]
+        needed = [*GROUP_COLUMNS, *_NEEDED_COLUMNS]
         raise ScoreError(f"The table lacks the columns {missing}; it must hold {', '.join(needed)}.")
     columns = {
         name: table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,46 +26,17 @@ import pyarrow.parquet as pq
 
 from batch_jobs.errors import StudyError
 
-SCHEMA = pa.schema(
-    [
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("model_revision", pa.string()),
-        pa.field("direction", pa.string(), nullable=False),
-        pa.field("direction_hash", pa.string(), nullable=False),
-        pa.field("layer", pa.int32(), nullable=False),
-        pa.field("op", pa.string(), nullable=False),
-        pa.field("span", pa.string(), nullable=False),
-        pa.field("alpha", pa.float64(), nullable=False),
-        pa.field("alpha_residual_norm", pa.float64(), nullable=False),
-        pa.field("scenario", pa.string(), nullable=False),
-        pa.field("sample", pa.int32(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("thought", pa.string()),
-        pa.field("completion", pa.string()),
-        pa.field("finish_reason", pa.string()),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("completion_tokens", pa.int32()),
-        pa.field("projection_prompt", pa.float64()),
-        pa.field("projection_generated", pa.float64()),
-        pa.field("projection_unsteered", pa.float64()),
-        pa.field("log_likelihood", pa.float64()),
-        pa.field("attempts", pa.int32(), nullable=False),
-        pa.field("started_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("seconds", pa.float64()),
-        pa.field("error", pa.string()),
-    ]
-)
-
 _LATER_COLUMNS = ("thought",)
 """Columns that parts of earlier versions lack."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One row of SCHEMA, one field per column. Either `completion` or `error` is set. Neither is set if the generation
-    ended inside a thought: then `thought` is set, and there is no answer to score."""
+    """One row; its fields are the columns of SCHEMA, in this order.
+
+    Either `completion` or `error` is set. Neither is set if the generation ended inside a thought: then `thought` is
+    set, and there is no answer to score.
+    """
 
     row_id: str
     model: str
@@ -78,9 +51,12 @@ class Generation:
     alpha_residual_norm: float
     scenario: str
     sample: int
-    seed: int
+    seed: Annotated[int, pa.int64()]
     prompt: str
     """The exact text the model read, chat template included."""
+    thought: str | None = None
+    """The text between `<think>` and `</think>`, stripped; None if there is no thought. Rows of earlier versions have
+    none: their completion is the whole text."""
     completion: str | None
     """The answer: the generated text without its thought. An empty text is an answer too; None means no answer."""
     finish_reason: str | None
@@ -109,9 +85,21 @@ class Generation:
     """From first scheduling to last token. Rows of a batch overlap in time, so their seconds do not add up."""
     error: str | None
     """Why the engine gave no completion; None when it gave one."""
-    thought: str | None = None
-    """The text between `<think>` and `</think>`, stripped; None if there is no thought. Rows of earlier versions have
-    none: their completion is the whole text."""
+
+
+_ARROW_TYPES = {str: pa.string(), int: pa.int32(), float: pa.float64(), datetime: pa.timestamp("us", tz="UTC")}
+
+
+def _column(name: str, annotation: Any) -> pa.Field:
+    """The column of a field of Generation: `X | None` may be null; Annotated names another type than X's own."""
+    chosen = next(iter(getattr(annotation, "__metadata__", ())), None)
+    types = [one for one in get_args(annotation) if isinstance(one, type)] or [annotation]
+    kind = chosen or _ARROW_TYPES[types[0]]
+    return pa.field(name, kind, nullable=NoneType in types)
+
+
+SCHEMA = pa.schema([_column(*field) for field in get_type_hints(Generation, include_extras=True).items()])
+"""The columns of a part."""
 
 
 def model_slug(model: str) -> str:
