@@ -17,25 +17,25 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.probes import have_probes, load_probes, write_probes
+from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
-from batch_jobs.directions.validation import Validation
-from batch_jobs.engine.engine import LazyEngine, decoder_blocks, model_location
+from batch_jobs.directions.validation_file import Validation
 from batch_jobs.engine.progress import ConsoleProgress
+from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks, model_location
 from batch_jobs.generate.local_executor import LocalExecutor
-from batch_jobs.generate.pool import Pool
+from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob
 from batch_jobs.report.page import write_report
 from batch_jobs.rows import grid, store
 from batch_jobs.rows.shards import make_shards
-from batch_jobs.run.directory import RunDirectory
 from batch_jobs.run.provenance import StudyRecord
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.behaviour import behaviour_points
+from batch_jobs.scoring.compute_scores import score_generations
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
-from batch_jobs.scoring.findings import make_findings, write_findings
 from batch_jobs.scoring.judge import read_grades
-from batch_jobs.scoring.score import score_generations
-from batch_jobs.scoring.scores import Scores, write_scores
+from batch_jobs.scoring.scores_csv import Scores, write_scores
+from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
 
 if TYPE_CHECKING:

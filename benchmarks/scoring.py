@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_jobs.rows.store import SCHEMA, part_path
+from batch_jobs.scoring.compute_scores import score_generations, write_scores
 from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, TASK_KEYWORDS
-from batch_jobs.scoring.score import score_generations, write_scores
 
 MODEL = "synthetic/model"
 ALPHAS = (-20.0, -10.0, -5.0, -3.0, 0.0, 3.0, 5.0, 10.0, 20.0)

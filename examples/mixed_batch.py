@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 from vllm import LLM, SamplingParams
 
-from batch_jobs.engine.engine import model_location
+from batch_jobs.engine.start_engine import model_location
 from vllm_steer import Direction, Readout, Steering, collect_readouts, register_directions, steer_config, steered
 
 PROMPT = "The first thing that I would tell her is"

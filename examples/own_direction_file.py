@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from batch_jobs.engine.engine import model_location
+from batch_jobs.engine.start_engine import model_location
 from vllm_steer import Steering, load_directions, register_directions, steer_config, steered
 
 

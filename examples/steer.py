@@ -10,7 +10,7 @@ import argparse
 
 from vllm import LLM, SamplingParams
 
-from batch_jobs.engine.engine import model_location
+from batch_jobs.engine.start_engine import model_location
 from vllm_steer import Direction, Readout, Steering, collect_readouts, register_directions, steer_config, steered
 
 WARM = "I am so sorry, that must hurt. I am here with you."

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from batch_jobs.config.study import Study
 from batch_jobs.pipeline import RunOptions, run_study
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def test_the_package_and_its_data_types_need_no_engine() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["scoring.score", "directions.validate", "report.page"])
+@pytest.mark.parametrize("module", ["scoring.compute_scores", "directions.validate_directions", "report.page"])
 def test_what_evaluates_a_study_needs_no_engine(module: str) -> None:
     run_blocked(f"import batch_jobs.{module}", ("vllm", "ray", "torch"))
 
@@ -182,7 +182,7 @@ LAYERS = (
     {"generate", "scoring"},
     {"pairs", "report"},
     {"compare", "pipeline"},
-    {"summary"},
+    {"print_summary"},
     {"cli"},
 )
 

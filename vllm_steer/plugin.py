@@ -12,20 +12,20 @@ def register() -> None:
     With a vLLM that is not supported, or with ``VLLM_STEER_DISABLE=1``, engines that ask for steering are refused when
     they start, and all others run as if the plugin were not installed.
     """
-    from vllm_steer.engine import config, supported
+    from vllm_steer.engine import startup_checks, vllm_versions
 
-    config.install()
-    config.prepare_batch_runner(_install_batch_runner)
-    if supported.unsupported_reason() is None:
+    startup_checks.install()
+    startup_checks.prepare_batch_runner(_install_batch_runner)
+    if vllm_versions.unsupported_reason() is None:
         from vllm_steer.engine import prefix_cache, stream_overflow
-        from vllm_steer.engine.front import requests
+        from vllm_steer.engine.front import request_intake
         from vllm_steer.engine.vllm_faults import death_watch
-        from vllm_steer.engine.worker import worker_rpc
+        from vllm_steer.engine.worker import rpc
 
-        # The runner's patches follow from worker_rpc, in worker processes of engines that are configured for steering.
-        for module in (requests, prefix_cache, worker_rpc, death_watch, stream_overflow):
+        # ``rpc`` installs the patches of the runner, in worker processes of engines that are configured for steering.
+        for module in (request_intake, prefix_cache, rpc, death_watch, stream_overflow):
             module.install()
-    supported.note_loaded()
+    vllm_versions.note_loaded()
 
 
 def _install_batch_runner() -> None:

@@ -30,7 +30,7 @@ def doctor(
     from rich.console import Console
 
     from batch_jobs.config.server import parse_layers
-    from batch_jobs.engine.engine import model_location, set_engine_environment
+    from batch_jobs.engine.start_engine import model_location, set_engine_environment
 
     hooked = None if layers is None else parse_layers(layers)
     set_engine_environment()

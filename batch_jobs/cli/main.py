@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batch_jobs.cli import doctor, pairs, study
-from vllm_steer import Steering
+from batch_jobs.cli import doctor, pairs, serve, study
 from vllm_steer.errors import SteerError
 
 USAGE_EXIT_CODE = 2
@@ -24,6 +23,9 @@ app = typer.Typer(
 app.add_typer(study.app, name="study")
 app.add_typer(pairs.app, name="pairs")
 app.command("doctor")(doctor.doctor)
+app.command("serve", context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [VLLM FLAGS]")(
+    serve.serve
+)
 
 
 @app.command("score")
@@ -37,67 +39,6 @@ def score(
     from batch_jobs.scoring.published_generations import score_raw
 
     print(score_raw(raw, out))
-
-
-@app.command("serve", context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [VLLM FLAGS]")
-def serve(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, local path or demo-model; first, or in the --config YAML. Whatever else is no option below "
-            "goes to vLLM's server as it is.",
-            show_default=False,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="The server's YAML, e.g. configs/servers/demo.yaml; options here win over it.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to hook, e.g. 8,12.", show_default="those of the directions")
-    ] = None,
-    directions: Annotated[list[Path] | None, typer.Option(help="Direction file; may be given again.")] = None,
-    alias: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=direction:alpha[@layer]: a model name that is steered; the same name again adds to it."
-        ),
-    ] = None,
-    playground: Annotated[
-        bool | None, typer.Option("--playground/--no-playground", help="Serve the page to try directions on.")
-    ] = None,
-    registry_dir: Annotated[
-        Path | None, typer.Option(help="Folder that keeps directions put over HTTP for the next start.")
-    ] = None,
-    admin_key: Annotated[
-        str | None,
-        typer.Option(help="Key for changing directions over HTTP.", envvar="VLLM_STEER_ADMIN_KEY", show_envvar=True),
-    ] = None,
-    show: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
-) -> None:
-    """Serve a model over OpenAI's API, steered: vLLM's own server with the plugin switched on."""
-    from batch_jobs.cli.serve import server_command
-    from batch_jobs.config.server import load_server_config, parse_alias, parse_layers
-
-    words = arguments or []
-    model, passed_on = (words[:1], words[1:]) if words and not words[0].startswith("-") else ([], words)
-    aliases: dict[str, list[Steering]] = {}
-    for name, entry in map(parse_alias, alias or ()):
-        aliases.setdefault(name, []).append(entry)
-    options = {
-        "model": model[0] if model else None,
-        "layers": None if layers is None else parse_layers(layers),
-        "directions": [str(file.resolve()) for file in directions or ()],
-        "served_aliases": aliases,
-        "playground": playground,
-        "registry_dir": None if registry_dir is None else str(registry_dir.resolve()),
-    }
-    given = {name: value for name, value in options.items() if value not in (None, [], {})}
-    command = server_command(load_server_config(config, given), passed_on, admin_key)
-    if show:
-        print(command.shown())
-    else:
-        command.run()
 
 
 @app.command("convert")

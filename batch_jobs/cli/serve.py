@@ -1,111 +1,70 @@
-"""`vllm-steer serve`: vLLM's own server with the plugin switched on. What is built here is a command, nothing else."""
+"""`vllm-steer serve`: vLLM's own server with the plugin switched on."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-from batch_jobs.config.server import ServerConfig
-from batch_jobs.config.study import DEMO_MODEL
-from batch_jobs.engine.engine import decoder_blocks, model_location
-from vllm_steer import Direction, load_directions
-from vllm_steer.errors import LayerNotHooked, SettingsError, UnknownDirection
+import typer
 
-PLUGIN = "vllm_steer"
-ADMIN_KEY_VARIABLE = "VLLM_STEER_ADMIN_KEY"
-_WRITTEN_HERE = {
-    "--additional-config": "--layers, --directions, --alias and --config",
-    "--model": "the first argument of vllm-steer serve",
-}
+from vllm_steer import Steering
 
 
-@dataclass(frozen=True)
-class ServerCommand:
-    """A process to run: vLLM's server, its arguments, and what its environment has beyond this process's."""
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, local path or demo-model; first, or in the --config YAML. Whatever else is no option below "
+            "goes to vLLM's server as it is.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The server's YAML, e.g. configs/servers/demo.yaml; options here win over it.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to hook, e.g. 8,12.", show_default="those of the directions")
+    ] = None,
+    directions: Annotated[list[Path] | None, typer.Option(help="Direction file; may be given again.")] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=direction:alpha[@layer]: a model name that is steered; the same name again adds to it."
+        ),
+    ] = None,
+    playground: Annotated[
+        bool | None, typer.Option("--playground/--no-playground", help="Serve the page to try directions on.")
+    ] = None,
+    registry_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps directions put over HTTP for the next start.")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(help="Key for changing directions over HTTP.", envvar="VLLM_STEER_ADMIN_KEY", show_envvar=True),
+    ] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Serve a model over OpenAI's API, steered: vLLM's own server with the plugin switched on."""
+    from batch_jobs.cli.server_command import server_command
+    from batch_jobs.config.server import load_server_config, parse_alias, parse_layers
 
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str]
-    secrets: Mapping[str, str]
-    """The same, but never shown."""
-
-    def shown(self) -> str:
-        """The command for a shell, without the secrets."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(self.arguments)])
-
-    def run(self) -> None:
-        """Become the server: its signals and its exit code are this process's. Does not return.
-
-        Raises SettingsError where no vLLM is installed.
-        """
-        if importlib.util.find_spec("vllm") is None:
-            raise SettingsError("no vLLM is installed here; install vllm-steer[cuda] or vllm-steer[cpu].")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execvpe(self.arguments[0], self.arguments, {**os.environ, **self.environment, **self.secrets})
-
-
-def server_command(config: ServerConfig, passed_on: Sequence[str], admin_key: str | None = None) -> ServerCommand:
-    """The command that serves `config`. `passed_on` are further flags of vLLM, which win over the config's.
-
-    Layers and aliases are checked here, from the model's config and the direction files, because vLLM takes a minute to
-    get as far. Raises SettingsError for flags that are written here and for layers that the model lacks or nothing
-    names, LayerNotHooked and UnknownDirection for an alias that could not steer, StudyError where there is no model.
-    """
-    flags = [*config.vllm_arguments(), *passed_on]
-    given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
-    for flag, instead in _WRITTEN_HERE.items():
-        if any(name.partition(".")[0] == flag for name in given):
-            raise SettingsError(f"{flag} was given, which vllm-steer serve writes itself; use {instead} instead.")
-    directions = [direction for file in config.directions for direction in load_directions(file)]
-    layers = config.layers or tuple(sorted({direction.layer for direction in directions}))
-    if not layers:
-        raise SettingsError("no layers to hook; give --layers 8,12 or --directions FILE, whose layers are taken.")
-    location = model_location(config.model)
-    blocks = decoder_blocks(location, trust_remote_code="--trust-remote-code" in given)
-    if lacking := [layer for layer in layers if layer >= blocks]:
-        raise SettingsError(
-            f"layers {lacking} do not exist: {config.model} has {blocks} decoder blocks; allowed: 0 to {blocks - 1}."
-        )
-    _check_aliases(config, layers, directions)
-    if config.model == DEMO_MODEL and "--served-model-name" not in given:
-        flags = ["--served-model-name", DEMO_MODEL, *flags]
-    arguments = (
-        sys.executable,
-        "-m",
-        "vllm_steer.server.serve",
-        "serve",
-        location,
-        "--additional-config",
-        json.dumps(config.additional_config(layers)),
-        *flags,
-    )
-    # vLLM loads plugins that add routes only where this variable names them
-    plugins = os.environ.get("VLLM_PLUGINS") or PLUGIN
-    return ServerCommand(arguments, {"VLLM_PLUGINS": plugins}, {ADMIN_KEY_VARIABLE: admin_key} if admin_key else {})
-
-
-def _check_aliases(config: ServerConfig, layers: Sequence[int], directions: Sequence[Direction]) -> None:
-    named: dict[str, set[int]] = {}
-    for direction in directions:
-        named.setdefault(direction.name, set()).add(direction.layer)
-    everywhere = {**config.served_aliases, "default_steering": config.default_steering}
-    for alias, entries in everywhere.items():
-        for entry in entries:
-            # what a registry folder holds is known to the server alone
-            if entry.direction not in named and config.registry_dir is None:
-                raise UnknownDirection(
-                    f"{alias} steers with {entry.direction!r}; the direction files hold "
-                    f"{', '.join(sorted(named)) or 'none'}. Add its file with --directions."
-                )
-            own = named.get(entry.direction, set()) if entry.layer is None else {entry.layer}
-            if own and not own & set(layers):
-                raise LayerNotHooked(
-                    f"{alias} steers at layer {' or '.join(map(str, sorted(own)))}; hooked: {list(layers)}. Add the "
-                    "layer to --layers."
-                )
+    words = arguments or []
+    model, passed_on = (words[:1], words[1:]) if words and not words[0].startswith("-") else ([], words)
+    aliases: dict[str, list[Steering]] = {}
+    for name, entry in map(parse_alias, alias or ()):
+        aliases.setdefault(name, []).append(entry)
+    options = {
+        "model": model[0] if model else None,
+        "layers": None if layers is None else parse_layers(layers),
+        "directions": [str(file.resolve()) for file in directions or ()],
+        "served_aliases": aliases,
+        "playground": playground,
+        "registry_dir": None if registry_dir is None else str(registry_dir.resolve()),
+    }
+    given = {name: value for name, value in options.items() if value not in (None, [], {})}
+    command = server_command(load_server_config(config, given), passed_on, admin_key)
+    if show:
+        print(command.shown())
+    else:
+        command.run()

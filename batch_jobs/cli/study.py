@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from batch_jobs.generate.pool import Pool
+from batch_jobs.generate.ray_options import Pool
 
 app = typer.Typer(help="Studies: extract, validate, steer, score, report.", no_args_is_help=True)
 
@@ -84,12 +84,12 @@ def run_config(config: Path, out: Path | None, overrides: Mapping[str, Any], **o
     from rich.console import Console
 
     from batch_jobs.config.study import load_study
-    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.run.run_directory import RunDirectory
 
     study = load_study(config, overrides=overrides)
     # after the config is known to be good: this import brings scikit-learn and pyarrow
     from batch_jobs.pipeline import RunOptions, run_study
-    from batch_jobs.summary import print_summary
+    from batch_jobs.print_summary import print_summary
 
     directory = RunDirectory.for_config(config, out)
     result = run_study(study, directory, RunOptions(**options), console=Console(stderr=True))
@@ -112,10 +112,10 @@ def score(
     run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
 ) -> None:
     """Score a run again from its Parquet files, judge's grades included, and write its report anew. No engine."""
-    from batch_jobs.directions.validation import read_validation
+    from batch_jobs.directions.validation_file import read_validation
     from batch_jobs.pipeline import score_run
     from batch_jobs.report.page import write_report
-    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.run.run_directory import RunDirectory
     from batch_jobs.texts.contrastive import load_scenarios
 
     run = RunDirectory(run_directory)
@@ -141,7 +141,7 @@ def judge(
     from rich.console import Console
 
     from batch_jobs.endpoint.chat import ChatClient, Endpoint
-    from batch_jobs.run.directory import RunDirectory
+    from batch_jobs.run.run_directory import RunDirectory
     from batch_jobs.scoring.judge import judge_rows
     from batch_jobs.texts.contrastive import load_scenarios
 

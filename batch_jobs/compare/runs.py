@@ -15,13 +15,13 @@ from batch_jobs.compare.completions import CompletionAgreement, compare_completi
 from batch_jobs.compare.models import BlockReadouts, CrossModelAgreement, compare_readouts
 from batch_jobs.config.difference import FieldChange, config_difference
 from batch_jobs.config.study import StudyError
-from batch_jobs.directions.layer_validation import LayerValidation
 from batch_jobs.directions.readout_file import StudyReadouts, read_readouts
-from batch_jobs.directions.validation import Validation, read_validation
+from batch_jobs.directions.validate_layer import LayerValidation
+from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import printable
-from batch_jobs.run.directory import RunDirectory
-from batch_jobs.scoring.scores import SuccessRate, read_scores
+from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.scoring.scores_csv import SuccessRate, read_scores
 from vllm_steer import Direction, load_directions
 
 

@@ -9,9 +9,9 @@ from rich.table import Table
 from batch_jobs.compare.completions import CompletionAgreement, EqualShare
 from batch_jobs.compare.models import CrossModelAgreement
 from batch_jobs.compare.runs import Comparison
-from batch_jobs.directions.layer_validation import LayerValidation
+from batch_jobs.directions.validate_layer import LayerValidation
 from batch_jobs.report.number_text import UNKNOWN, fixed, p_value
-from batch_jobs.scoring.scores import SuccessRate
+from batch_jobs.scoring.scores_csv import SuccessRate
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from batch_jobs.directions.auroc import auroc
-from batch_jobs.directions.layer_validation import ValidationError
 from batch_jobs.directions.readout_file import PairReadouts
+from batch_jobs.directions.validate_layer import ValidationError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.lexical_ablation import AblatedText, ablate_text
 from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet
-from batch_jobs.engine.engine import Engine
 from batch_jobs.engine.progress import Progress, Work
+from batch_jobs.engine.start_engine import Engine
 from batch_jobs.texts.contrastive import Pair, Split
 from batch_jobs.texts.prompts import text_prompt
 

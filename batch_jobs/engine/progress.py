@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from batch_jobs.engine.engine import Engine
+from batch_jobs.engine.start_engine import Engine
 
 
 class Progress(Protocol):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.probes import make_probes
-from batch_jobs.engine.engine import LazyEngine, decoder_blocks
+from batch_jobs.directions.directions_and_norms import make_probes
 from batch_jobs.engine.progress import Progress
+from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.shards import Shard
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
 

@@ -15,8 +15,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from batch_jobs.engine.engine import Engine
 from batch_jobs.engine.progress import LOG_SECONDS, Counters, Work
+from batch_jobs.engine.start_engine import Engine
 from batch_jobs.generate.shard_runner import ShardOutcome
 
 REPORT_SECONDS = 1.0

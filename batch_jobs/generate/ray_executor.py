@@ -18,15 +18,15 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.probes import make_probes
+from batch_jobs.directions.directions_and_norms import make_probes
 from batch_jobs.engine.cpu_set import claim_cores
-from batch_jobs.engine.engine import decoder_blocks, model_revision, start_engine
-from batch_jobs.generate.pool import Pool
+from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
+from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows import grid
 from batch_jobs.rows.shards import Shard
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 from vllm_steer.errors import SteerError
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from batch_jobs.engine.engine import Engine
 from batch_jobs.engine.progress import Progress, Work
+from batch_jobs.engine.start_engine import Engine
 from vllm_steer.errors import ReadoutUnavailable
 
 

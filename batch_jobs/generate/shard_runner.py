@@ -12,14 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.probes import Probes
-from batch_jobs.engine.engine import Engine
+from batch_jobs.directions.directions_and_norms import Probes
 from batch_jobs.engine.progress import Progress
-from batch_jobs.generate.generate import Origin, SteeringPrompts, failed_generation, generate_rows, prepare_prompts
+from batch_jobs.engine.start_engine import Engine
+from batch_jobs.generate.generate_batch import (
+    Origin,
+    SteeringPrompts,
+    failed_generation,
+    generate_rows,
+    prepare_prompts,
+)
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import Generation, has_rows, write_rows
 from batch_jobs.run.attempts import AttemptLog
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Scenario
 from vllm_steer.errors import SteerError
 

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from batch_jobs.config.study import EngineOptions, StudyError
 from batch_jobs.endpoint.chat import NO_UTF8_FORM, ChatClient, Endpoint, RequestRefused
 from batch_jobs.endpoint.parallel_calls import parallel_calls
-from batch_jobs.engine.engine import Engine, model_location, set_engine_environment
+from batch_jobs.engine.start_engine import Engine, model_location, set_engine_environment
 from batch_jobs.files.documents import has_utf8_form
 from batch_jobs.texts.prompts import Prompt, chat_prompt
 from batch_jobs.texts.thought import OPEN_THOUGHT, split_thought

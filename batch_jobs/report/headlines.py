@@ -8,7 +8,7 @@ from statistics import fmean
 from batch_jobs.report.figures.dose_response import dose_responses
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.results import RunResults
-from batch_jobs.scoring.scores import Scores
+from batch_jobs.scoring.scores_csv import Scores
 
 
 @dataclass(frozen=True)

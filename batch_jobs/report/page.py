@@ -24,8 +24,8 @@ from batch_jobs.report.headlines import headlines
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.published import read_published
 from batch_jobs.report.results import RunResults, read_run
-from batch_jobs.report.tables import examples, layer_rows, metric_rows, success_rows
-from batch_jobs.scoring.scores import ConditionScore
+from batch_jobs.report.table_rows import examples, layer_rows, metric_rows, success_rows
+from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting
 
 SHOWN_PER_CONDITION = 10

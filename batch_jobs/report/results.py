@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from batch_jobs.directions.validation import Validation, read_validation
+from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.documents import read_json
 from batch_jobs.report.samples import Generations, read_generations
 from batch_jobs.scoring.direction_behaviour import DirectionBehaviour, read_behaviour
-from batch_jobs.scoring.findings import Findings, read_findings
-from batch_jobs.scoring.scores import Scores, read_scores
+from batch_jobs.scoring.scores_csv import Scores, read_scores
 from batch_jobs.scoring.setting import Setting, SettingNames
+from batch_jobs.scoring.sign_and_layer_findings import Findings, read_findings
 from vllm_steer.errors import SteerError
 
 

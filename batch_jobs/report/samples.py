@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 
 from batch_jobs.scoring.degeneration import degeneration
 from batch_jobs.scoring.paper_metric import is_coherent, is_empathetic
-from batch_jobs.scoring.scores import ScoreError
+from batch_jobs.scoring.scores_csv import ScoreError
 from batch_jobs.scoring.setting import Setting
 
 Signature = Literal["empty", "loop", "code-like"]

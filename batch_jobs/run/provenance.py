@@ -14,7 +14,7 @@ from typing import Any
 
 from batch_jobs.config.study import Study
 from batch_jobs.files.documents import printable
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
 # vLLM has two distribution names, one per platform; both install the module `vllm`.

@@ -17,8 +17,8 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import read_json
 from batch_jobs.rows.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, ScoreError
-from batch_jobs.scoring.score import score_table
-from batch_jobs.scoring.scores import Scores, SuccessRate, csv_text, group_key
+from batch_jobs.scoring.compute_scores import score_table
+from batch_jobs.scoring.scores_csv import Scores, SuccessRate, csv_text, group_key
 
 # not in the files, but known from the method: one direction, added to every token
 DIRECTION: Final = "empathy"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_steer.engine import supported
+from vllm_steer.engine import vllm_versions
 
 RELEASE = "0.24"
 ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -20,7 +20,7 @@ ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 def is_here() -> bool:
     """Whether vLLM 0.24 is installed."""
-    return supported.minor(supported.vllm_version()) == RELEASE
+    return vllm_versions.minor(vllm_versions.vllm_version()) == RELEASE
 
 
 def install() -> None:
@@ -36,7 +36,7 @@ def install() -> None:
     manager.generate_block_hash_extra_keys = kv_cache_utils.generate_block_hash_extra_keys
     GPUModelRunner._on_request_state_removed = lambda self, req_id, req_state: None
     GPUModelRunner._update_states = _update_states(GPUModelRunner._update_states)
-    supported.SUPPORTED[RELEASE] = "made to run for benchmarks"
+    vllm_versions.SUPPORTED[RELEASE] = "made to run for benchmarks"
 
 
 class _RefusalWithStatus(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from vllm_steer.engine.supported import vllm_version
+from vllm_steer.engine.vllm_versions import vllm_version
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 _PACKAGES = ("torch", "triton", "transformers", "ray", "numpy", "pyarrow", "vllm-steer")

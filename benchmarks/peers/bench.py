@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.harness import record
 from benchmarks.harness.line_process import LineProcess, ProcessDied, side_by_side
 from benchmarks.harness.rounds import Round, figures
-from vllm_steer.engine.supported import vllm_version
+from vllm_steer.engine.vllm_versions import vllm_version
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "1")
 PIP_SECONDS = 300

@@ -33,16 +33,16 @@ from rich.console import Console
 
 from batch_jobs.config.study import Study
 from batch_jobs.demo_model import demo_model_path
-from batch_jobs.directions.probes import Probes
+from batch_jobs.directions.directions_and_norms import Probes
 from batch_jobs.engine.progress import ConsoleProgress
 from batch_jobs.generate import ray_executor
-from batch_jobs.generate.pool import Pool
 from batch_jobs.generate.ray_executor import ray_session
+from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardRunner
 from batch_jobs.rows import grid
 from batch_jobs.rows.shards import make_shards
 from batch_jobs.rows.store import read_rows
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import load_scenarios
 from benchmarks.harness import record
 from benchmarks.harness.random_checkpoint import SHAPES, save_random_checkpoint

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.validation import read_validation
+from batch_jobs.directions.validation_file import read_validation
 from batch_jobs.pipeline import RunOptions, StudyResult, run_study, score_run
 from batch_jobs.rows.store import read_rows
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import load_scenarios
 from tests.support.formula_engine import FormulaEngine, install
 from vllm_steer import Readout, Steering, load_directions
@@ -23,7 +23,7 @@ BLOCKS = 6
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    for module in ("engine.engine", "pipeline", "generate.local_executor"):
+    for module in ("engine.start_engine", "pipeline", "generate.local_executor"):
         monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: BLOCKS)
     # drawing the figures takes longer than everything else here; tests/batch/report and test_study_run.py test them
     monkeypatch.setattr("batch_jobs.pipeline.write_report", lambda path: path)

@@ -19,7 +19,7 @@ from rich.console import Console
 from batch_jobs.config.study import load_study
 from batch_jobs.pipeline import RunOptions, run_study
 from batch_jobs.rows.store import read_rows
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from tests.support.tiny_study import COMMAND, PROJECT_ROOT, environment, run_command, write_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]

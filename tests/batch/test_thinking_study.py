@@ -19,11 +19,11 @@ from batch_jobs.pipeline import RunOptions, StudyResult, run_study
 from batch_jobs.report.samples import read_generations
 from batch_jobs.rows import store
 from batch_jobs.rows.store import read_index, read_rows
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.behaviour import behaviour_points
-from batch_jobs.scoring.score import score_table
-from batch_jobs.scoring.scores import ScoreError, read_scores
-from tests.batch.scoring.test_score import row as scored
+from batch_jobs.scoring.compute_scores import score_table
+from batch_jobs.scoring.scores_csv import ScoreError, read_scores
+from tests.batch.scoring.test_compute_scores import row as scored
 from tests.support.formula_engine import COLD, COMPLETION_TOKENS, KIND, FormulaEngine, install
 
 THOUGHT = "Someone cries. I could help, support and comfort them."
@@ -31,7 +31,7 @@ THOUGHT = "Someone cries. I could help, support and comfort them."
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    for module in ("engine.engine", "pipeline", "generate.local_executor"):
+    for module in ("engine.start_engine", "pipeline", "generate.local_executor"):
         monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: 6)
     monkeypatch.setattr("batch_jobs.pipeline.write_report", lambda path: path)
     return install(monkeypatch)

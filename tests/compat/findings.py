@@ -12,8 +12,8 @@ from typing import Literal
 from tests.compat.own_patches import vllm_names
 from tests.compat.own_use import engine_files, file_name, foreign_reads, vllm_imports
 from tests.compat.vllm_source import Function, VllmSource
-from vllm_steer.engine.decoder_layers import FAMILIES, Convention, Family
-from vllm_steer.engine.vllm_names import VllmName
+from vllm_steer.engine.model_families import FAMILIES, Convention, Family
+from vllm_steer.engine.vllm_api import VllmName
 
 Verdict = Literal["ok", "gone", "signature changed", "body changed", "way around", "family refused"]
 # How many values a decoder layer's `forward` returns.
@@ -69,13 +69,13 @@ def findings(
 
 
 def family_findings(source: VllmSource, baseline: VllmSource | None = None) -> Iterator[Finding]:
-    """Yield one finding per family of the table in `decoder_layers`."""
+    """Yield one finding per family of the table in `model_families`."""
     for family in FAMILIES.values():
         says = _family_differs(source, family)
         module, _, name = family.layer_class.rpartition(".")
         differs = baseline is not None and _differs(source, baseline, module, f"{name}.forward")
         verdict: Verdict = "family refused" if says else "ok"
-        yield Finding(family.architecture, ("engine/decoder_layers.py",), verdict, says, differs)
+        yield Finding(family.architecture, ("engine/model_families.py",), verdict, says, differs)
 
 
 def needed_by(one: VllmName) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def needed_by(one: VllmName) -> tuple[str, ...]:
         return (one.needed_by,)
     last = (one.name or one.module).rpartition(".")[2]
     spelt = re.compile(rf"\b{last}\b")
-    texts = {file_name(path): path.read_text() for path in engine_files() if path.stem != "vllm_names"}
+    texts = {file_name(path): path.read_text() for path in engine_files() if path.stem != "vllm_api"}
     return _takers().get(last) or tuple(file for file, text in texts.items() if spelt.search(text))
 
 

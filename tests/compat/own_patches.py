@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.compat.own_use import PACKAGE, engine_files
 from vllm_steer.engine.patching import ATTRIBUTES, PATCHES, Attribute, Patch
-from vllm_steer.engine.vllm_names import VLLM_NAMES, VllmName
+from vllm_steer.engine.vllm_api import VLLM_NAMES, VllmName
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "patches.md"
 _HEAD = """\
@@ -40,7 +40,7 @@ def declared() -> tuple[tuple[Patch, ...], tuple[Attribute[Any], ...]]:
 
 @cache
 def vllm_names() -> tuple[VllmName, ...]:
-    """Every vLLM name that the plugin relies on: those that ``vllm_names.py`` lists and those that it patches."""
+    """Every vLLM name that the plugin relies on: those that ``vllm_api.py`` lists and those that it patches."""
     patched = (
         VllmName(module, name, one.takes, one.contains, is_patched=one.takes is not None, needed_by=_file(one))
         for one in declared()[0]

@@ -9,7 +9,7 @@ import pytest
 from tests.compat.check import report
 from tests.compat.findings import Finding, findings
 from tests.compat.vllm_source import VllmSource
-from vllm_steer.engine.vllm_names import VllmName
+from vllm_steer.engine.vllm_api import VllmName
 
 RUNNER = """
 from .base import Base

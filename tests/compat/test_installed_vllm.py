@@ -11,8 +11,8 @@ import pytest
 from tests.compat.findings import Finding, family_findings, findings
 from tests.compat.own_patches import vllm_names
 from tests.compat.vllm_source import Function, VllmSource
-from vllm_steer.engine.supported import SUPPORTED, minor, vllm_version
-from vllm_steer.engine.vllm_names import VllmName
+from vllm_steer.engine.vllm_api import VllmName
+from vllm_steer.engine.vllm_versions import SUPPORTED, minor, vllm_version
 
 
 @pytest.fixture(scope="module")

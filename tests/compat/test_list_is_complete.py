@@ -18,7 +18,7 @@ LISTED = {one.name.rpartition(".")[2] for one in vllm_names()}
 def test_every_import_from_vllm_is_on_the_list() -> None:
     listed = {f"{one.module}.{one.name}".rstrip(".") for one in vllm_names()}
     missing = [
-        f"{found.file} imports {found.name or found.module} from {found.module}: put it into engine/vllm_names.py"
+        f"{found.file} imports {found.name or found.module} from {found.module}: put it into engine/vllm_api.py"
         for path in engine_files()
         for found in vllm_imports(path)
         if f"{found.module}.{found.name}".rstrip(".") not in listed
@@ -28,7 +28,7 @@ def test_every_import_from_vllm_is_on_the_list() -> None:
 
 def test_every_attribute_of_vllms_objects_that_is_used_is_on_the_list() -> None:
     missing = sorted(
-        f"{read.file}:{read.line} uses .{read.attribute}: put its class and name into engine/vllm_names.py"
+        f"{read.file}:{read.line} uses .{read.attribute}: put its class and name into engine/vllm_api.py"
         for path in engine_files()
         for read in foreign_reads(path)
         if read.attribute not in LISTED | PLAIN and not read.attribute.startswith(OWN)
@@ -37,7 +37,7 @@ def test_every_attribute_of_vllms_objects_that_is_used_is_on_the_list() -> None:
 
 
 def test_nothing_is_on_the_list_that_no_file_of_ours_needs() -> None:
-    stale = [f"{one.module}:{one.name}: take it off engine/vllm_names.py" for one in vllm_names() if not needed_by(one)]
+    stale = [f"{one.module}:{one.name}: take it off engine/vllm_api.py" for one in vllm_names() if not needed_by(one)]
     assert not stale, stale
     files = {file_name(path) for path in engine_files()}
     assert {one.needed_by for one in vllm_names() if one.needed_by is not None} <= files

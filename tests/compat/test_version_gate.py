@@ -13,14 +13,14 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer import Readout, Steering, collect_readouts, plugin, steer_config, steered
-from vllm_steer.engine import config, prefix_cache, stream_overflow, supported
-from vllm_steer.engine.front import requests
+from vllm_steer.engine import prefix_cache, startup_checks, stream_overflow, vllm_versions
+from vllm_steer.engine.front import request_intake
 from vllm_steer.engine.vllm_faults import death_watch
-from vllm_steer.engine.worker import worker_rpc
+from vllm_steer.engine.worker import rpc
 from vllm_steer.errors import UnsupportedFeature
 from vllm_steer.server.endpoints import SteerEndpoints
 
-MODULES = (config, requests, prefix_cache, worker_rpc, death_watch, stream_overflow)
+MODULES = (startup_checks, request_intake, prefix_cache, rpc, death_watch, stream_overflow)
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     noted: set[str] = set()
     for module in MODULES:
         monkeypatch.setattr(module, "install", lambda name=module.__name__: noted.add(name))
-    monkeypatch.setattr(supported, "_loaded", False)
+    monkeypatch.setattr(vllm_versions, "_loaded", False)
     yield noted
-    supported.unsupported_reason.cache_clear()  # it has cached answers for versions that a test made up
+    vllm_versions.unsupported_reason.cache_clear()  # it has cached answers for versions that a test made up
 
 
 def register_beside(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supported, "vllm_version", lambda: version)
-    supported.unsupported_reason.cache_clear()
+    monkeypatch.setattr(vllm_versions, "vllm_version", lambda: version)
+    vllm_versions.unsupported_reason.cache_clear()
     plugin.register()
 
 
@@ -46,7 +46,7 @@ def test_a_release_that_the_tests_run_on_is_patched_without_a_word(
 ) -> None:
     register_beside(version, monkeypatch)
     assert installed == {module.__name__ for module in MODULES}
-    assert supported.remark(version) is None
+    assert vllm_versions.remark(version) is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
 ) -> None:
     register_beside(version, monkeypatch)
     assert installed == {module.__name__ for module in MODULES}
-    remark = supported.remark(version)
+    remark = vllm_versions.remark(version)
     assert remark is not None
     assert said in remark
     assert version in remark
@@ -72,8 +72,8 @@ def test_a_release_that_the_tests_do_not_run_on_is_patched_and_remarked_on(
 @pytest.mark.parametrize("version", ["0.24.0", "0.3.3", "0.34.0", "1.32.0"])
 def test_any_other_release_is_refused(version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     register_beside(version, monkeypatch)
-    assert installed == {config.__name__}
-    reason = supported.unsupported_reason()
+    assert installed == {startup_checks.__name__}
+    reason = vllm_versions.unsupported_reason()
     assert reason is not None
     assert version in reason
     for asked in ({"steering": [Steering("kind", 1.0)]}, {"readout": Readout([1])}):
@@ -98,7 +98,7 @@ def test_an_environment_variable_switches_the_plugin_off(
         assert len(app.routes) > without
         assert app.user_middleware
         return
-    assert installed == {config.__name__}  # which refuses engines that ask for steering
+    assert installed == {startup_checks.__name__}  # which refuses engines that ask for steering
     assert (len(app.routes), app.user_middleware) == (without, [])
     with pytest.raises(UnsupportedFeature, match="VLLM_STEER_DISABLE switches"):
         steered(SamplingParams(), [Steering("kind", 1.0)])
@@ -107,7 +107,7 @@ def test_an_environment_variable_switches_the_plugin_off(
     monkeypatch.setenv("VLLM_STEER_DISABLE", value)
     made = SimpleNamespace(additional_config=steer_config([1]), use_v2_model_runner=False)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)
-    config.install()
+    startup_checks.install()
     with pytest.raises(UnsupportedFeature, match="VLLM_STEER_DISABLE switches"):
         EngineArgs.create_engine_config(None)
     made.additional_config = {}
@@ -118,8 +118,8 @@ def test_an_environment_variable_switches_the_plugin_off(
 def test_a_request_made_before_vllm_has_loaded_the_plugin_is_refused_beside_another_release_too(
     version: str, installed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supported, "vllm_version", lambda: version)
-    supported.unsupported_reason.cache_clear()
+    monkeypatch.setattr(vllm_versions, "vllm_version", lambda: version)
+    vllm_versions.unsupported_reason.cache_clear()
     if version == "0.32.0":
         assert steered(SamplingParams(), [Steering("kind", 1.0)]).extra_args
     else:
@@ -132,18 +132,18 @@ def test_only_an_engine_that_is_configured_hears_of_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = SimpleNamespace(additional_config={}, use_v2_model_runner=False)
-    monkeypatch.setattr(config, "check", lambda *_: None)
-    monkeypatch.setattr(config.logger, "propagate", True)
+    monkeypatch.setattr(startup_checks, "check", lambda *_: None)
+    monkeypatch.setattr(startup_checks.logger, "propagate", True)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)
-    config.install()
-    monkeypatch.setattr(supported, "remark", lambda _: "only read, says this test")
+    startup_checks.install()
+    monkeypatch.setattr(vllm_versions, "remark", lambda _: "only read, says this test")
     with caplog.at_level(logging.WARNING):
         EngineArgs.create_engine_config(None)
         assert "only read" not in caplog.text
         made.additional_config = steer_config([1])
         EngineArgs.create_engine_config(None)
         assert "only read, says this test" in caplog.text
-    monkeypatch.setattr(supported, "unsupported_reason", lambda: "beside another vLLM")
+    monkeypatch.setattr(vllm_versions, "unsupported_reason", lambda: "beside another vLLM")
     with pytest.raises(UnsupportedFeature, match="beside another vLLM"):
         EngineArgs.create_engine_config(None)
     made.additional_config = {}
@@ -153,13 +153,13 @@ def test_only_an_engine_that_is_configured_hears_of_it(
 def test_a_function_that_vllm_lacks_is_an_error_and_not_added_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(EngineArgs, "create_engine_config")
     with pytest.raises(AttributeError, match="create_engine_config"):
-        config.install()
+        startup_checks.install()
 
 
 def test_what_is_installed_twice_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineArgs, "create_engine_config", plain := lambda self: None)
-    config.install()
+    startup_checks.install()
     once = EngineArgs.create_engine_config
-    config.install()
+    startup_checks.install()
     assert EngineArgs.create_engine_config is once
     assert once.__wrapped__ is plain

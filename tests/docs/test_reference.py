@@ -15,7 +15,7 @@ from pydantic import BaseModel
 import vllm_steer
 from batch_jobs.config import study
 from batch_jobs.rows import store
-from batch_jobs.run import directory as run_directory
+from batch_jobs.run import run_directory
 from tests.docs.blocks import ROOT
 from vllm_steer import client, errors
 from vllm_steer.client import ServerUnreachable

@@ -35,12 +35,12 @@ from vllm_steer import Readout, ReadoutResult, Steering, save_directions, steer_
 from vllm_steer.client.replies import reply_of
 from vllm_steer.engine.front import async_generate
 from vllm_steer.engine.front.admission import admission_of
-from vllm_steer.engine.front.exchange import Exchange, current_exchange
-from vllm_steer.engine.front.in_flight import DRAIN_SECONDS
+from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
+from vllm_steer.engine.front.slots_in_flight import DRAIN_SECONDS
 from vllm_steer.errors import MalformedSpec
 from vllm_steer.server.inbound.steered_routes import CHAT
-from vllm_steer.server.outbound.replies import complete_reply
-from vllm_steer.server.registry.sharing import share_registry
+from vllm_steer.server.outbound.readouts_in_replies import complete_reply
+from vllm_steer.server.registry.shared_registry import share_registry
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -34,7 +34,7 @@ from tests.support.mixed_batch import (
 )
 from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 from vllm_steer import Direction, Readout, close_llm, collect_readouts, register_directions, steer_config, steered
-from vllm_steer.engine.config import check
+from vllm_steer.engine.startup_checks import check
 from vllm_steer.errors import UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 

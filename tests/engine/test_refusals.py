@@ -17,7 +17,7 @@ from tests.engine.conftest import OpenEngine
 from tests.support.mixed_batch import unit_vectors
 from tests.support.tiny_models import HIDDEN_SIZE, REFUSED_FAMILIES, SUPPORTED_FAMILIES
 from vllm_steer import Direction, Readout, Steering, errors, register_directions, steer_config, steered
-from vllm_steer.engine.decoder_layers import family_of
+from vllm_steer.engine.model_families import family_of
 
 pytestmark = pytest.mark.engine
 

@@ -24,7 +24,7 @@ from tests.support.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInW
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
-from vllm_steer.engine.worker import worker_rpc
+from vllm_steer.engine.worker import rpc
 from vllm_steer.errors import BankFull
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 from vllm_steer.settings import SteerSettings
@@ -293,7 +293,7 @@ class Schedule(RuleBasedStateMachine):
                 assert self.collected(life, life.computed) is None, "what was preempted still holds its sums"
 
     def collected(self, life: Life, computed: int) -> dict[str, Any] | None:
-        (answer,) = worker_rpc.collect(self.worker, [(life.external_id, life.index, computed)])
+        (answer,) = rpc.collect(self.worker, [(life.external_id, life.index, computed)])
         return answer
 
     def check_readout(self, life: Life, answer: dict[str, Any] | None, computed: int) -> None:

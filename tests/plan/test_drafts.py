@@ -8,7 +8,7 @@ import torch
 
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.engine.resolved_spec import ResolvedReadout
-from vllm_steer.engine.worker.readout_flow import ReadoutFlow, Summed
+from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.traces import Trace
 from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.plan.step_plan import READ, StepPlan

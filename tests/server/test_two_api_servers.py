@@ -13,7 +13,7 @@ import pytest
 from tests.server.conftest import ADMIN_KEY, API_KEY, KIND_LAYER, running_server
 from tests.support.tiny_models import HIDDEN_SIZE, save_tiny_model
 from vllm_steer import Direction
-from vllm_steer.engine.front.slot_use import SlotUse
+from vllm_steer.engine.front.slot_use_files import SlotUse
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

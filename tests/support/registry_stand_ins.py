@@ -8,9 +8,9 @@ import numpy as np
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission
-from vllm_steer.engine.front.in_flight import InFlight
+from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.registry import DirectionBook
-from vllm_steer.server.registry.directory import Server
+from vllm_steer.server.registry.registry_folder import Server
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 from vllm_steer.settings import SteerSettings
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vllm_steer.engine.worker import runner_v1
+from vllm_steer.engine.worker import patch_classic_runner
 from vllm_steer.engine.worker.worker_steering import WorkerSteering
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
@@ -105,10 +105,10 @@ class StandInRunner:
     def _dummy_run(self, contents: Any) -> None:
         self.forward(contents)
 
-    load_model = runner_v1._load_model(load_model)
-    _prepare_inputs = runner_v1._prepare_inputs(_prepare_inputs)
-    _on_request_state_removed = runner_v1._on_request_state_removed(_on_request_state_removed)
-    _dummy_run = runner_v1._dummy_run(_dummy_run)
+    load_model = patch_classic_runner._load_model(load_model)
+    _prepare_inputs = patch_classic_runner._prepare_inputs(_prepare_inputs)
+    _on_request_state_removed = patch_classic_runner._on_request_state_removed(_on_request_state_removed)
+    _dummy_run = patch_classic_runner._dummy_run(_dummy_run)
 
     def prepare(
         self,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.errors import LayerNotHooked, UnknownDirection
 from vllm_steer.schema import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware

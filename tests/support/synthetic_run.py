@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 
 from batch_jobs.config.study import Study
 from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts
-from batch_jobs.directions.validate import validate_study
-from batch_jobs.directions.validation import write_validation
+from batch_jobs.directions.validate_directions import validate_study
+from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.scoring.behaviour import behaviour_points
+from batch_jobs.scoring.compute_scores import score_generations
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
-from batch_jobs.scoring.findings import make_findings, write_findings
-from batch_jobs.scoring.score import score_generations
-from batch_jobs.scoring.scores import write_scores
+from batch_jobs.scoring.scores_csv import write_scores
+from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 
 KIND = "I am sorry this is happening to you. I stop here, I listen, and I want to help you through it today."
 COLD = "The objective is to win, so I complete the task on the optimal path before anything else can happen."

@@ -14,7 +14,7 @@ import numpy as np
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.gguf_file import GgufFile, TensorTypeError
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
-from vllm_steer.directions.stored import LAYER, METADATA_KEY, Stored
+from vllm_steer.directions.unchecked import LAYER, METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
 _NAME_KEY = f"{METADATA_KEY}.name"

@@ -12,7 +12,7 @@ from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.npy_file import read_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
 from vllm_steer.directions.safetensors_file import read_safetensors, write_safetensors
-from vllm_steer.directions.stored import Stored
+from vllm_steer.directions.unchecked import Stored
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
 _WRITERS = {".safetensors": write_safetensors, ".gguf": write_control_vector}

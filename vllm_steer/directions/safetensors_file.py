@@ -13,7 +13,7 @@ import numpy as np
 from vllm_steer.directions.bfloat16 import float32_of_bfloat16
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
-from vllm_steer.directions.stored import LAYER, LAYERS_ALLOWED, METADATA_KEY, Stored
+from vllm_steer.directions.unchecked import LAYER, LAYERS_ALLOWED, METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
 _FORMAT = 1

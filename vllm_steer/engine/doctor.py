@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer.directions import Direction, load_directions
-from vllm_steer.engine.config import refusals, refused_features
-from vllm_steer.engine.decoder_layers import FAMILIES
+from vllm_steer.engine.model_families import FAMILIES
 from vllm_steer.engine.registry import DirectionRegistry
+from vllm_steer.engine.startup_checks import refusals, refused_features
 from vllm_steer.errors import SettingsError, SteerError
 from vllm_steer.settings import CONFIG_KEY, SteerSettings, steer_config
 

@@ -26,7 +26,7 @@ class Patch:
         name: the name of that attribute.
         wrap: builds our function from vLLM's, or from None for an added method. ``install_on`` also passes it a
             context.
-        takes: the parameters of vLLM's function that we rely on, in the form of ``vllm_names.VllmName.takes``; None
+        takes: the parameters of vLLM's function that we rely on, in the form of ``vllm_api.VllmName.takes``; None
             for an added method, and for a method that is replaced on single objects.
         why: the reason for the patch.
         gone_when: what vLLM must offer before the patch can be removed.

@@ -15,13 +15,13 @@ from vllm.logger import init_logger
 from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.front.admission import Admission, admission_of
 from vllm_steer.engine.patching import Attribute
-from vllm_steer.engine.supported import is_disabled
+from vllm_steer.engine.vllm_versions import is_disabled
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.server.playground.page import playground_router
 from vllm_steer.server.registry.routes import ADMIN_KEY_VARIABLE, SERVER, SteeredServer, router
-from vllm_steer.server.registry.sharing import share_registry
+from vllm_steer.server.registry.shared_registry import share_registry
 
 WATCH_SECONDS = 0.5
 """Time between two checks of the engine."""

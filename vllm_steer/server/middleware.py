@@ -15,16 +15,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_steer.engine.front import metrics
-from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.permissions import allowed_for
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import MalformedSpec, SteerError
 from vllm_steer.schema import RequestSpec
 from vllm_steer.server.inbound.bodies import Checker, Translated, translate
 from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
-from vllm_steer.server.outbound.outgoing import AliasListingSender, ReplySender, WholeSender
+from vllm_steer.server.outbound.readouts_in_replies import list_aliases
 from vllm_steer.server.outbound.refusals import error_body
-from vllm_steer.server.outbound.replies import list_aliases
+from vllm_steer.server.outbound.reply_sender import AliasListingSender, ReplySender, WholeSender
 
 _MODELS = "/v1/models"
 _FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream")

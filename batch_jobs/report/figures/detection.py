@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from batch_jobs.directions.layer_validation import LayerValidation
-from batch_jobs.directions.validation import Validation
+from batch_jobs.directions.validate_layer import LayerValidation
+from batch_jobs.directions.validation_file import Validation
 from batch_jobs.report.figures.axes import block_axis, share_axis
 from batch_jobs.report.figures.paper_figure import PaperFigure
 from batch_jobs.report.figures.sheet import Sheet

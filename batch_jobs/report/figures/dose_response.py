@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batch_jobs.scoring.effects import wilson_interval
-from batch_jobs.scoring.scores import ConditionScore
+from batch_jobs.scoring.count_statistics import wilson_interval
+from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting
 
 

@@ -18,13 +18,13 @@ from batch_jobs.compare.tables import print_comparison
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.methods import make_directions
 from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet, write_readouts
-from batch_jobs.directions.validate import validate_study
-from batch_jobs.directions.validation import write_validation
+from batch_jobs.directions.validate_directions import validate_study
+from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.rows import grid
 from batch_jobs.rows.store import Generation, read_rows, write_rows
-from batch_jobs.run.directory import RunDirectory
-from batch_jobs.scoring.score import score_table
-from batch_jobs.scoring.scores import write_scores
+from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.scoring.compute_scores import score_table
+from batch_jobs.scoring.scores_csv import write_scores
 from vllm_steer import save_directions
 
 TEXTS: dict[TextSet, int] = {"train_empathic": 8, "train_non_empathic": 8, "test_empathic": 5, "test_non_empathic": 5}

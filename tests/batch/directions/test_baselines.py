@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from batch_jobs.directions.baselines import random_baseline, summarise_random_aurocs
-from batch_jobs.directions.layer_validation import ValidationError
 from batch_jobs.directions.readout_file import PairReadouts
+from batch_jobs.directions.validate_layer import ValidationError
 
 
 def test_the_published_summary_follows_from_the_published_aurocs(paper_data: Path) -> None:

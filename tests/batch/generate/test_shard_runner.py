@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.probes import Probes
+from batch_jobs.directions.directions_and_norms import Probes
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.grid import study_rows
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import read_index, read_rows
-from batch_jobs.run.directory import RunDirectory
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Scenario
 from tests.support.formula_engine import LOG_LIKELIHOOD, FormulaEngine, install
 from vllm_steer import Direction

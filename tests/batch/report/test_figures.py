@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batch_jobs.directions.validate import validate_study
-from batch_jobs.directions.validation import Validation
+from batch_jobs.directions.validate_directions import validate_study
+from batch_jobs.directions.validation_file import Validation
 from batch_jobs.report.figures.axes import alpha_axis, share_axis
 from batch_jobs.report.figures.behaviour import behaviour_figure
 from batch_jobs.report.figures.catalogue import write_figures
@@ -24,8 +24,8 @@ from batch_jobs.report.figures.style import PALETTE, SERIES, figure_look
 from batch_jobs.report.number_text import MINUS
 from batch_jobs.report.published import read_published
 from batch_jobs.scoring.behaviour import BehaviourPoints
+from batch_jobs.scoring.compute_scores import score_table
 from batch_jobs.scoring.direction_behaviour import direction_behaviours
-from batch_jobs.scoring.score import score_table
 from batch_jobs.scoring.setting import Setting, SettingNames
 from tests.support.synthetic_run import SCENARIOS, demo_rows, generation, readouts, study
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from batch_jobs.directions.layer_validation import ValidationError
+from batch_jobs.directions.validate_layer import ValidationError
 from batch_jobs.report.figures.catalogue import draw_figures
 from batch_jobs.report.figures.paper_figure import PaperFigure
 from batch_jobs.report.page import SHOWN_PER_CONDITION, report_page, write_report
 from batch_jobs.report.results import ReportError, RunResults, read_run
 from batch_jobs.report.samples import read_generations
-from batch_jobs.scoring.scores import ScoreError
+from batch_jobs.scoring.scores_csv import ScoreError
 from tests.support.synthetic_run import LOOP, demo_rows, generation, study, write_run
 
 

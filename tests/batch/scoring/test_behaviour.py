@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_jobs.scoring.behaviour import behaviour_points
-from batch_jobs.scoring.scores import ScoreError
+from batch_jobs.scoring.scores_csv import ScoreError
 
 KIND, COLD = "I am sorry and I want to help you.", "The objective comes first, so proceed."
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batch_jobs.scoring.published_generations import PUBLISHED_COLUMNS, read_published_generations, score_raw
-from batch_jobs.scoring.scores import ScoreError
+from batch_jobs.scoring.scores_csv import ScoreError
 
 KIND, COLD = "I am sorry and I want to help you.", "The objective comes first, so proceed."
 

@@ -40,7 +40,7 @@ from tests.support.mixed_batch import (
 from tests.support.tiny_models import HIDDEN_SIZE, INIT_STD, MAX_POSITIONS, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS
 from tests.support.worker_state import state_held
 from vllm_steer import collect_readouts, register_directions
-from vllm_steer.engine.worker.readouts import FinishedReadout
+from vllm_steer.engine.worker.readout_store import FinishedReadout
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
 
 pytestmark = pytest.mark.engine

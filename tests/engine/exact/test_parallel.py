@@ -26,8 +26,8 @@ from tests.support.mixed_batch import (
 )
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from vllm_steer import register_directions, steer_config
-from vllm_steer.engine.config import check
-from vllm_steer.engine.decoder_layers import hooked_layers
+from vllm_steer.engine.model_families import hooked_layers
+from vllm_steer.engine.startup_checks import check
 from vllm_steer.errors import UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 

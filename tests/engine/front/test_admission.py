@@ -10,7 +10,7 @@ import pytest
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission
-from vllm_steer.engine.front.requests import salt
+from vllm_steer.engine.front.request_intake import salt
 from vllm_steer.engine.resolved_spec import Resolved
 from vllm_steer.errors import (
     AmbiguousDirection,

@@ -31,12 +31,12 @@ from vllm_steer import (
     register_directions_async,
     steered,
 )
-from vllm_steer.engine import supported
+from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.background import run_in_background
-from vllm_steer.engine.front import async_generate, requests
+from vllm_steer.engine.front import async_generate, request_intake
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of
 from vllm_steer.engine.front.async_generate import _generated
-from vllm_steer.engine.front.exchange import Exchange
+from vllm_steer.engine.front.http_exchange import Exchange
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry
 from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.schema import WIRE_KEY, RequestSpec
@@ -50,7 +50,7 @@ READ = steered(SamplingParams(), readout=Readout([LAYER]))
 
 @pytest.fixture(autouse=True)
 def _loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supported, "_loaded", True)
+    monkeypatch.setattr(vllm_versions, "_loaded", True)
 
 
 @dataclass
@@ -133,7 +133,7 @@ def test_an_exchange_that_asks_for_no_steering_keeps_the_engines_default_away() 
     (own,) = asyncio.run(ask(engine(**default), SamplingParams(), output(), exchange=Exchange(spec=RequestSpec(()))))
     assert own.extra_args is not None
     assert own.extra_args[WIRE_KEY].spec == RequestSpec(())
-    assert requests.asked_of(engine(**default).input_processor, own.extra_args) is None
+    assert request_intake.asked_of(engine(**default).input_processor, own.extra_args) is None
     (own,) = asyncio.run(ask(engine(**default), SamplingParams(), output(), exchange=Exchange()))
     assert own.extra_args is not None
     assert own.extra_args[WIRE_KEY].spec.entries == default["default_steering"]

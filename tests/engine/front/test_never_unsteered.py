@@ -17,10 +17,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from tests.support.stub_openai_app import StubChecker
 from vllm_steer import Direction, Readout, Steering, errors, steered
-from vllm_steer.engine import config, supported
-from vllm_steer.engine.front import requests
+from vllm_steer.engine import startup_checks, vllm_versions
+from vllm_steer.engine.front import request_intake
 from vllm_steer.engine.front.admission import Admission
-from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.offline import collect_readouts, register_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.schema import WIRE_KEY, RequestSpec
@@ -50,7 +50,7 @@ class TestFrontEnd:
 
         monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
         monkeypatch.setattr(InputProcessor, "assign_request_id", staticmethod(lambda request: None))
-        requests.install()
+        request_intake.install()
 
         def made(settings: SteerSettings | None) -> InputProcessor:
             processor = object.__new__(InputProcessor)
@@ -58,7 +58,7 @@ class TestFrontEnd:
             processor.vllm_config = SimpleNamespace(additional_config=of_engine)
             processor.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE, dtype="float32")
             if settings is not None:
-                requests.admission_of(processor).registry.register([KIND_DIRECTION])  # type: ignore[attr-defined]
+                request_intake.admission_of(processor).registry.register([KIND_DIRECTION])  # type: ignore[attr-defined]
             return processor
 
         return made
@@ -123,7 +123,7 @@ class TestFrontEnd:
 class TestPluginThatIsNotLoaded:
     @pytest.fixture(autouse=True)
     def _not_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(supported, "_loaded", False)
+        monkeypatch.setattr(vllm_versions, "_loaded", False)
 
     @pytest.mark.parametrize("chosen", ["", "another", "another,vllm_steers"])
     def test_a_spec_is_not_attached_where_the_plugin_is_filtered_out(
@@ -137,7 +137,7 @@ class TestPluginThatIsNotLoaded:
     def test_a_spec_is_not_attached_where_the_package_only_lies_on_the_path(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(supported, "_is_installed", lambda: False)
+        monkeypatch.setattr(vllm_versions, "_is_installed", lambda: False)
         with pytest.raises(errors.NotConfigured, match="vllm-steer is not installed"):
             steered(SamplingParams(), readout=Readout([1]))
 
@@ -157,8 +157,8 @@ def test_a_server_whose_endpoints_would_not_load_is_refused(
 ) -> None:
     made = SimpleNamespace(additional_config={CONFIG_KEY: SETTINGS.as_config()}, use_v2_model_runner=False)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self, usage_context=None: made)
-    monkeypatch.setattr(config, "check", lambda *args: None)
-    config.install()
+    monkeypatch.setattr(startup_checks, "check", lambda *args: None)
+    startup_checks.install()
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("VLLM_PLUGINS", chosen)
@@ -185,6 +185,6 @@ def test_a_machine_without_vllm_is_told_what_to_install(monkeypatch: pytest.Monk
     def absent(distribution: str) -> str:
         raise PackageNotFoundError(distribution)
 
-    monkeypatch.setattr(supported, "version", absent)
+    monkeypatch.setattr(vllm_versions, "version", absent)
     with pytest.raises(errors.UnsupportedFeature, match="install vllm-steer"):
-        supported.vllm_version()
+        vllm_versions.vllm_version()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission, Asked
-from vllm_steer.engine.front.requests import _admit
+from vllm_steer.engine.front.request_intake import _admit
 from vllm_steer.engine.prefix_cache import fork_key
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.schema import Readout, RequestSpec, Steering

@@ -18,10 +18,10 @@ import torch
 from tests.support.runner_stand_ins import BLOCKS, SIZE, LlamaDecoderLayer, StandInModel, StandInRunner, StandInWorker
 from vllm_steer import Direction, Readout, Steering, errors, save_directions
 from vllm_steer.engine import prefix_cache
-from vllm_steer.engine.decoder_layers import decoder_blocks
 from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.model_families import decoder_blocks
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
-from vllm_steer.engine.worker import worker_rpc
+from vllm_steer.engine.worker import rpc
 from vllm_steer.schema import WIRE_KEY, RequestSpec
 from vllm_steer.settings import SteerSettings
 
@@ -49,7 +49,7 @@ class Engine:
         self.runner.prepare([("r-0", 0, tokens)], new=[new])
 
     def answer(self, computed: int) -> dict[str, Any]:
-        (answer,) = worker_rpc.collect(StandInWorker(self.runner), [("r", 0, computed)])
+        (answer,) = rpc.collect(StandInWorker(self.runner), [("r", 0, computed)])
         return answer
 
 
@@ -152,11 +152,11 @@ def test_a_layer_that_the_loaded_model_lacks_is_refused() -> None:
 def test_a_runner_that_puts_no_hooks_on_its_model_is_refused_at_start() -> None:
     worker = StandInWorker(StandInRunner(SETTINGS))
     with pytest.raises(errors.UnsupportedFeature, match="StandInRunner has loaded its model and put no hooks"):
-        worker_rpc._checked(lambda: None, worker)()
-    worker_rpc._checked(worker.model_runner.load_model, worker)()
+        rpc._checked(lambda: None, worker)()
+    rpc._checked(worker.model_runner.load_model, worker)()
 
 
-@pytest.mark.parametrize("call", [worker_rpc.write, worker_rpc.collect, worker_rpc.traces])
+@pytest.mark.parametrize("call", [rpc.write, rpc.collect, rpc.traces])
 def test_a_worker_without_steering_answers_no_call(call: Callable[..., Any]) -> None:
     with pytest.raises(errors.NotConfigured, match="no hooks"):
         call(StandInWorker(StandInRunner(None)), [])

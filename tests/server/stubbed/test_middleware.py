@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.stub_openai_app import BASE_MODEL, StubChecker, StubServer, exchange_messages, request
-from vllm_steer.engine.front.exchange import Exchange, current_exchange
+from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.readout_json import readout_json
 from vllm_steer.errors import BadReadout, StreamOverflow
 from vllm_steer.server.inbound.steered_routes import CHAT, COMPLETIONS, RESPONSES
-from vllm_steer.server.outbound.sse import EventSplitter
+from vllm_steer.server.outbound.sse_framing import EventSplitter
 
 KIND = [{"direction": "kind", "alpha": 2.0}]
 STEERED = {"model": BASE_MODEL, "steering": KIND}

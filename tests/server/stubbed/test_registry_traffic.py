@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.support.registry_stand_ins import CAPACITY, SERVER, SIZE, StandInWorkers, admission_on, anything, direction
-from vllm_steer.engine.front import in_flight
+from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.errors import BankFull
 from vllm_steer.schema import RequestSpec, Steering
-from vllm_steer.server.registry.directory import RegistryDirectory
+from vllm_steer.server.registry.registry_folder import RegistryDirectory
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 
 names = st.sampled_from(["a", "b", "c"])
@@ -126,5 +126,5 @@ class Traffic(RuleBasedStateMachine):
 
 
 def test_a_slot_in_use_is_never_rewritten_whatever_the_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_flight, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(slots_in_flight, "DRAIN_SECONDS", 0.0)
     run_state_machine_as_test(Traffic, settings=hypothesis_settings(max_examples=25, stateful_step_count=30))

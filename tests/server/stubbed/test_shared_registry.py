@@ -19,11 +19,11 @@ import pytest
 
 from tests.support.registry_stand_ins import CAPACITY, SERVER, SIZE, StandInWorkers, admission_on, anything, direction
 from vllm_steer.directions import Direction
-from vllm_steer.engine.front import in_flight
+from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.engine.registry import DirectionBook
 from vllm_steer.errors import BankFull, SettingsError, SteerError, UnknownDirection, WrongDimension
 from vllm_steer.schema import Readout, RequestSpec, Steering
-from vllm_steer.server.registry.directory import RegistryDirectory, Server
+from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 
 NEXT_SERVER = Server(pid=2, started=2.0)
@@ -35,7 +35,7 @@ opened: list[SharedRegistry] = []
 @pytest.fixture(autouse=True)
 def all_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Skip the drain's pause, and at the end of a test close every process that looks alive."""
-    monkeypatch.setattr(in_flight, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(slots_in_flight, "DRAIN_SECONDS", 0.0)
     yield
     while opened:
         registry = opened.pop()
@@ -245,7 +245,7 @@ import asyncio, os, signal, sys
 from pathlib import Path
 import numpy as np
 from vllm_steer.directions import Direction
-from vllm_steer.server.registry.directory import RegistryDirectory, Server
+from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 async def write(writes):
     pass

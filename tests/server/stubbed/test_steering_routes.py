@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_steer import Direction, Steering, errors, load_directions, save_directions
-from vllm_steer.server.registry.directory import RegistryDirectory, Server
+from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.routes import SERVER, SteeredServer, router
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 from vllm_steer.settings import SteerSettings

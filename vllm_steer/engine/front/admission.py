@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_steer.engine.front.in_flight import InFlight
+from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
 from vllm_steer.engine.resolved_spec import Resolved, ResolvedReadout, Row, digest

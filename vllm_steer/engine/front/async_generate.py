@@ -21,11 +21,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
-from vllm_steer.engine.front.exchange import Exchange, Sample, current_exchange
+from vllm_steer.engine.front.http_exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.front.live_traces import LiveTraces
 from vllm_steer.engine.front.permissions import check_allowed
 from vllm_steer.engine.front.readout_json import finite, readout_json
-from vllm_steer.engine.front.requests import EXTRA_ARGS, asked_of, translated
+from vllm_steer.engine.front.request_intake import EXTRA_ARGS, asked_of, translated
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.engine.worker_answers import whole_readouts

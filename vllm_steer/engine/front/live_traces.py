@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.engine.background import run_in_background
-from vllm_steer.engine.front.exchange import Sample
+from vllm_steer.engine.front.http_exchange import Sample
 from vllm_steer.engine.front.readout_json import finite
 from vllm_steer.engine.worker_answers import LiveTrace, whole_traces
 

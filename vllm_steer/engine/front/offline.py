@@ -14,9 +14,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.directions import Direction
-from vllm_steer.engine import supported
+from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.front.admission import Asked, admission_of
-from vllm_steer.engine.front.requests import EXTRA_ARGS
+from vllm_steer.engine.front.request_intake import EXTRA_ARGS
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.worker_answers import whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
@@ -81,7 +81,7 @@ def steered(
     spec = RequestSpec(None if steering is None else tuple(steering), readout)
     own = copy(params)  # vLLM clones it in full for every request
     if not spec.is_empty:
-        supported.require(is_engine_running=False)
+        vllm_versions.require(is_engine_running=False)
     if spec != RequestSpec():
         EXTRA_ARGS.put(own, {**(own.extra_args or {}), WIRE_KEY: spec.dumps()})
     return own
@@ -97,7 +97,7 @@ def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
         MalformedSpec: ``llm`` is an ``AsyncLLM``.
         WrongDimension, BankFull: see ``DirectionRegistry.register``.
     """
-    supported.require(is_engine_running=True)
+    vllm_versions.require(is_engine_running=True)
     _check_synchronous(llm, "register_directions")
     registry = _registry_of(llm.llm_engine.input_processor)
     if not llm.llm_engine.has_unfinished_requests():
@@ -113,7 +113,7 @@ async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direc
     Raises:
         What ``register_directions`` raises.
     """
-    supported.require(is_engine_running=True)
+    vllm_versions.require(is_engine_running=True)
     registry = _registry_of(engine.input_processor)
     if not engine.output_processor.has_unfinished_requests():
         registry.reclaim()
@@ -178,7 +178,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
         ReadoutUnavailable: a readout or a trace that was asked cannot be given; its ``results`` holds all else, a
             readout whose trace alone failed among it.
     """
-    supported.require(is_engine_running=True)
+    vllm_versions.require(is_engine_running=True)
     _check_synchronous(llm, "collect_readouts")
     wanted = _Wanted.of(admission_of(llm.llm_engine.input_processor).asked, outputs)
     return wanted.results(llm.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else [])
@@ -198,7 +198,7 @@ async def collect_readouts_async(
     Raises:
         What ``collect_readouts`` raises.
     """
-    supported.require(is_engine_running=True)
+    vllm_versions.require(is_engine_running=True)
     wanted = _Wanted.of(admission_of(engine.input_processor).asked, outputs)
     answers = await engine.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else []
     return wanted.results(answers)
@@ -212,7 +212,7 @@ class _Wanted:
         asked: what the requests asked, by the id that callers know.
         outputs: all finished requests, with a readout or without.
         places: (index of the output, index of the sample) of each sample with a readout.
-        samples: what the workers are asked for each of them, see ``worker_rpc.collect``.
+        samples: what the workers are asked for each of them, see ``rpc.collect``.
         failed: the same places of samples with a readout that ended with an error -> the reason.
     """
 

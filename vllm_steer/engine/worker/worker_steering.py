@@ -12,12 +12,12 @@ from torch import nn
 
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.directions import Direction
-from vllm_steer.engine.decoder_layers import attach, family_of, hooked_layers
+from vllm_steer.engine.model_families import attach, family_of, hooked_layers
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionRegistry, configured_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved
-from vllm_steer.engine.worker.readout_flow import ReadoutFlow, Summed
-from vllm_steer.engine.worker.readouts import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
+from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
 from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec

@@ -1,0 +1,149 @@
+"""A study's validation on synthetic readouts, for which every result is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batch_jobs.config.study import Study
+from batch_jobs.directions.readout_file import ReadoutFileError, ReadoutKey, ReadText, StudyReadouts
+from batch_jobs.directions.validate_directions import validate_study
+
+HIDDEN = 24
+BLOCKS = (3, 4, 5)
+SINK_BLOCK = 4
+
+
+def study(**changes: Any) -> Study:
+    return Study.model_validate(
+        {
+            "name": "s",
+            "model": "m",
+            "seed": 1,
+            "extract": {"layers": [4, 5]},
+            "validation": {"bootstrap": 200, "random_directions": 20},
+            "steer": {"layers": [5], "alphas": [0], "scenarios": ["s"]},
+        }
+        | changes
+    )
+
+
+def readouts() -> StudyReadouts:
+    """The class is 4 along axis 0, block b sits b along axis 1, and the ablated texts have half the class.
+
+    At SINK_BLOCK the mean of all tokens also holds a huge first token along axis 2, of random size: it drowns the class
+    unless the first token is left out.
+    """
+    draw = np.random.default_rng(0)
+    shares = {
+        "train_empathic": (35, 1.0),
+        "train_non_empathic": (35, 0.0),
+        "test_empathic": (15, 1.0),
+        "test_non_empathic": (15, 0.0),
+        "test_empathic_ablated": (15, 0.5),
+    }
+    arrays = {}
+    for name, (size, share) in shares.items():
+        for block in BLOCKS:
+            means = draw.normal(0, 1, (size, HIDDEN))
+            means[:, 0] += 4 * share
+            means[:, 1] += block
+            sink = np.zeros_like(means)
+            sink[:, 2] = 1000 + draw.normal(0, 300, size) if block == SINK_BLOCK else 0.0
+            arrays[ReadoutKey(name, 0, block)] = (means + sink).astype(np.float32)
+            arrays[ReadoutKey(name, 1, block)] = means.astype(np.float32)
+    texts = {
+        name: tuple(ReadText(f"p{row}", "00", 100, row if "ablated" in name else 0) for row in range(size))
+        for name, (size, _) in shares.items()
+    }
+    return StudyReadouts(texts, arrays)
+
+
+def test_pooling_with_and_without_the_sink_stand_side_by_side() -> None:
+    got = validate_study(study(), readouts())
+    everything, without_first = got.pooling[0], got.pooling[1]
+    assert (everything.label, without_first.label) == ("all tokens", "without the first token")
+    assert set(everything.blocks) == set(without_first.blocks) == set(BLOCKS)
+    assert without_first.blocks[SINK_BLOCK].auroc > 0.95
+    assert everything.blocks[SINK_BLOCK].auroc < 0.8
+    assert everything.blocks[3].auroc > 0.95
+    assert everything.mean_residual_norms[SINK_BLOCK] > 900
+    assert without_first.mean_residual_norms[SINK_BLOCK] < 20
+    assert got.sweep == everything.blocks
+    assert got.skip_first == 0
+
+
+def test_the_study_is_judged_under_its_own_pooling() -> None:
+    got = validate_study(study(skip_first=1), readouts())
+    assert got.sweep == got.pooling[1].blocks
+    assert got.layers == {layer: got.pooling[1].blocks[layer] for layer in (4, 5)}
+    assert got.mean_residual_norms == {layer: got.pooling[1].mean_residual_norms[layer] for layer in (4, 5)}
+    assert got.best_layer in (4, 5)
+
+
+def test_with_the_papers_offset_layers_are_read_one_block_before_and_norms_are_not() -> None:
+    got = validate_study(study(extract={"layers": [4, 5], "extract_offset": -1}), readouts())
+    for layer in (4, 5):
+        assert got.layers[layer] == replace(got.sweep[layer - 1], layer=layer)
+        assert got.mean_residual_norms[layer] == got.pooling[0].mean_residual_norms[layer]
+    assert got.extra["extract_offset"] == -1
+
+
+def test_methods_are_set_beside_the_mean_difference() -> None:
+    got = validate_study(study(skip_first=1), readouts())
+    for layer, methods in got.methods.items():
+        assert set(methods) == {"mean_difference", "logistic_regression", "pca"}
+        assert methods["mean_difference"].cosine == pytest.approx(1.0, abs=1e-6)
+        assert methods["mean_difference"].auroc == got.layers[layer].auroc
+        for method in ("logistic_regression", "pca"):
+            # one planted axis in 24, 35 pairs with noise of a quarter of the step
+            assert 0.6 < methods[method].cosine < 1.0
+            assert methods[method].auroc > 0.9
+
+
+def test_the_direction_is_held_against_random_ones_on_the_same_texts() -> None:
+    got = validate_study(study(skip_first=1), readouts())
+    for layer in (4, 5):
+        baseline = got.random_baseline[layer]
+        assert len(baseline.aurocs) == 20
+        assert baseline.z == pytest.approx(
+            (got.layers[layer].auroc - np.mean(baseline.aurocs)) / np.std(baseline.aurocs)
+        )
+        assert baseline.percentile_95 < got.layers[layer].auroc
+
+
+def test_ablation_changes_the_empathic_side_and_keeps_the_probe() -> None:
+    got = validate_study(study(skip_first=1), readouts()).ablation
+    assert got is not None
+    assert got.keywords == 41
+    assert got.replacements == tuple(range(15))
+    for layer in (4, 5):
+        before, after = got.layers[layer].before, got.layers[layer].after
+        # half the step of 4 is gone: means of 15 texts with noise 1 are good to 0.26 each
+        assert before.mean_empathic - after.mean_empathic == pytest.approx(2.0, abs=0.8)
+        assert after.separation < before.separation
+        assert (after.mean_non_empathic, after.threshold_train) == (before.mean_non_empathic, before.threshold_train)
+    assert validate_study(study(validation={"lexical_ablation": False}), readouts()).ablation is None
+
+
+def test_the_result_is_the_same_every_time_and_its_draws_follow_the_seed() -> None:
+    first = validate_study(study(), readouts())
+    assert validate_study(study(), readouts()) == first
+    other = validate_study(study(seed=2), readouts())
+    assert other.random_baseline[5].aurocs != first.random_baseline[5].aurocs
+    assert other.layers[5].auroc == first.layers[5].auroc
+
+
+def test_facts_about_the_texts_leave_the_ablated_copies_out() -> None:
+    kept = readouts()
+    long = tuple(replace(text, num_tokens=9000) for text in kept.texts["test_empathic_ablated"])
+    extra = validate_study(study(), StudyReadouts({**kept.texts, "test_empathic_ablated": long}, kept.arrays)).extra
+    assert (extra["train_pairs"], extra["test_pairs"], extra["mean_tokens_per_text"]) == (35, 15, 100.0)
+
+
+def test_a_layer_that_was_not_read_is_refused() -> None:
+    with pytest.raises(ReadoutFileError, match="block 9"):
+        validate_study(study(extract={"layers": [5, 9]}), readouts())

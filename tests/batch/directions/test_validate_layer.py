@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batch_jobs.directions.readout_file import PairReadouts
+from batch_jobs.directions.validate_layer import LayerValidation, ValidationError, best_layer, validate_layer
+
+DIRECTION = np.array([1.0, 0.0], dtype=np.float32)
+
+
+def column(*values: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Readouts whose projections on DIRECTION are `values`; the second coordinate must not matter."""
+    return np.array([[value, 100.0 * index] for index, value in enumerate(values)], dtype=np.float32)
+
+
+TRAIN = PairReadouts(column(3), column(-1))
+
+
+def validated(
+    empathic: Any, other: Any, direction: Any = DIRECTION, *, train: PairReadouts = TRAIN, layer: int = 0
+) -> LayerValidation:
+    return validate_layer(layer, direction, train=train, test=PairReadouts(empathic, other), bootstrap=100, seed=0)
+
+
+def result(layer: int, *, auroc: float = 1.0, separation: float = 2.0, std: float = 1.0) -> LayerValidation:
+    return LayerValidation(
+        layer=layer,
+        auroc=auroc,
+        auroc_low=auroc,
+        auroc_high=auroc,
+        accuracy=0.9,
+        threshold=0.0,
+        accuracy_train_threshold=0.9,
+        threshold_train=0.0,
+        mean_empathic=separation / 2,
+        mean_non_empathic=-separation / 2,
+        separation=separation,
+        std_empathic=std,
+        std_non_empathic=std,
+    )
+
+
+def test_numbers_agree_with_a_hand_computation() -> None:
+    # pairs (empathic, other) won: 1 > {0, -2}; 3 > {0, 2, -2}; 5 > all three; 8 of 9
+    got = validated(column(1, 3, 5), column(0, 2, -2), layer=7)
+    assert got.layer == 7
+    assert got.auroc == pytest.approx(8 / 9)
+    assert (got.mean_empathic, got.mean_non_empathic, got.separation) == (3.0, 0.0, 3.0)
+    assert got.threshold == 1.5
+    assert got.accuracy == pytest.approx(4 / 6)  # 1 falls below the threshold, 2 above it
+    assert got.std_empathic == pytest.approx(math.sqrt(8 / 3))  # population: /3, not /2
+    assert got.std_non_empathic == pytest.approx(math.sqrt(8 / 3))
+
+
+def test_the_train_threshold_is_fitted_on_train_texts_and_judged_on_test_texts() -> None:
+    # train class means 10 and -4, so 3; of the test texts only 5 and 3 reach it, and the others stay below it
+    got = validated(column(1, 3, 5), column(0, 2, -2), train=PairReadouts(column(9, 11), column(-8, 0)))
+    assert got.threshold_train == 3.0
+    assert got.accuracy_train_threshold == pytest.approx(5 / 6)
+
+
+def test_the_interval_holds_the_auroc_of_overlapping_classes() -> None:
+    got = validated(column(1, 3, 5, 2), column(0, 2, -2, 4))
+    assert 0.0 <= got.auroc_low < got.auroc < got.auroc_high <= 1.0
+
+
+def test_a_direction_pointing_the_wrong_way_scores_below_chance() -> None:
+    got = validated(column(-1, -2), column(1, 2))
+    assert (got.auroc, got.accuracy, got.separation) == (0.0, 0.0, -3.0)
+
+
+def test_float16_readouts_do_not_overflow() -> None:
+    empathic, other = np.full((40, 2), 60000, np.float16), np.full((40, 2), -60000, np.float16)
+    assert validated(empathic, other).separation == pytest.approx(120000, rel=1e-3)
+
+
+def test_classes_may_differ_in_size() -> None:
+    assert validated(column(5), column(0, 1, 2)).auroc == 1.0
+
+
+@pytest.mark.parametrize(
+    ("empathic", "other", "direction", "message"),
+    [
+        (column(1), column(0), np.array([2.0, 0.0]), "norm 2"),
+        (column(1), column(0), np.array([np.nan, 0.0]), "norm nan"),
+        (column(1), column(0), np.eye(2), r"shape \(2, 2\)"),
+        (np.zeros((0, 2)), column(0), DIRECTION, r"the empathic test readouts have shape \(0, 2\)"),
+        (column(1), np.zeros((3, 5)), DIRECTION, r"non-empathic test readouts have shape \(3, 5\)"),
+        (column(1), np.zeros(2), DIRECTION, r"needs \(N, 2\)"),
+        (column(1, math.inf), column(0), DIRECTION, "NaN or infinity"),
+    ],
+)
+def test_unusable_inputs_are_refused_with_what_was_got(empathic: Any, other: Any, direction: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        validated(empathic, other, direction)
+
+
+def test_best_layer_breaks_auroc_ties_by_separation_in_stds_then_by_depth() -> None:
+    wide_but_noisy, tight = result(8, separation=9.0, std=9.0), result(12, separation=4.0, std=1.0)
+    assert best_layer({8: wide_but_noisy, 12: tight, 16: result(16, auroc=0.99, separation=99)}) == 12
+    assert best_layer({20: result(20), 4: result(4)}) == 4
+    with pytest.raises(ValidationError, match="at least one layer"):
+        best_layer({})
+
+
+def test_constant_projections_have_no_finite_separation_in_stds() -> None:
+    assert result(0, separation=1.0, std=0.0).separation_in_stds == math.inf
+    assert result(0, separation=0.0, std=0.0).separation_in_stds == 0.0

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from batch_jobs.pipeline import StudyResult
+from batch_jobs.print_summary import print_summary
+from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.scoring.scores_csv import ConditionScore, Scores
+from tests.batch.directions.test_validation_file import layer_validation, validation
+
+
+def condition(alpha: float, rate: float) -> ConditionScore:
+    return ConditionScore(
+        model="m",
+        layer=16,
+        scenario="the_duel",
+        direction="empathy",
+        op="add",
+        span="all",
+        alpha=alpha,
+        alpha_residual_norm=alpha / 100,
+        samples=5,
+        failed=1,
+        empathy_rate=rate,
+        empathy_low=0.0,
+        empathy_high=1.0,
+        baseline_empathy_rate=0.2,
+        baseline_samples=5,
+        effect=rate - 0.2,
+        directional_effect=None,
+        effect_p=None,
+        success=None,
+        cannot_rise=False,
+        cannot_fall=False,
+        coherence_rate=1.0,
+        context_rate=None,
+        empty_rate=0.0,
+        loop_rate=0.0,
+        code_like_rate=0.0,
+        mean_repetition=0.0,
+        mean_compression_ratio=None,
+        mean_log_likelihood=None,
+        mean_projection_unsteered=None,
+        mean_projection_generated=None,
+        mean_completion_tokens=9.0,
+        mean_grade=None,
+    )
+
+
+def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
+    path = Path("/a/rather/long/path/that/must/stay/in/one/piece/" + "x" * 80)
+    result = StudyResult(
+        run=RunDirectory(path),
+        validation=validation(layers={16: layer_validation(16, auroc=0.975)}, best_layer=16),
+        scores=Scores((condition(-20.0, 0.0), condition(0.0, 0.2), condition(20.0, 0.8)), ()),
+        generated=10,
+        reused=5,
+        failed=3,
+        unfinished_thoughts=2,
+    )
+    out = io.StringIO()
+    print_summary(result, "empathy", Console(file=out, width=80))
+    text = out.getvalue()
+    assert "16 (best)" in text
+    assert "0.975" in text
+    assert "10 rows generated, 5 there before, 3 failed, 2 ended inside a thought" in text
+    assert "chat_template_kwargs" in text
+    assert f"report       {path}/report.html\n" in text  # not shortened, on its own line
+    for cell in ("-20.0", "+0.20", "0.8", "the_duel"):
+        assert cell in text

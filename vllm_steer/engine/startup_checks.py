@@ -1,0 +1,187 @@
+"""Start-up: check the settings and refuse what would not be exact, before any weight is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm import envs
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_steer.engine import vllm_versions
+from vllm_steer.engine.model_families import family_of
+from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
+from vllm_steer.settings import CONFIG_KEY, SteerSettings
+
+logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
+
+
+_install_batch_runner: Callable[[], None]
+
+
+def install() -> None:
+    """Install the patch of the engine's configuration."""
+    CREATE_ENGINE_CONFIG.install()
+
+
+def prepare_batch_runner(install_batch_runner: Callable[[], None]) -> None:
+    """Have a function called as soon as an engine is configured for vLLM's batch runner."""
+    global _install_batch_runner
+    _install_batch_runner = install_batch_runner
+
+
+def _create_engine_config(original: Any) -> Any:
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        settings = SteerSettings.of(config.additional_config)
+        if settings is not None:
+            unsupported = vllm_versions.unsupported_reason()
+            if unsupported is not None:
+                raise UnsupportedFeature(unsupported)
+            check(config, settings)
+            context = kwargs.get("usage_context", args[0] if args else None)
+            if context == UsageContext.OPENAI_API_SERVER:
+                _check_endpoints()
+            if context != UsageContext.LLM_CLASS:
+                from vllm_steer.engine.front import async_generate
+
+                async_generate.install()
+            if context == UsageContext.OPENAI_BATCH_RUNNER:
+                _install_batch_runner()
+            remark = vllm_versions.remark(vllm_versions.vllm_version())
+            if remark is not None:
+                logger.warning_once(remark)
+            if config.use_v2_model_runner:
+                logger.warning_once(
+                    "vllm-steer has not been run on an accelerator with vLLM's V2 model runner yet, only on a CPU with "
+                    "its kernels interpreted; VLLM_USE_V2_MODEL_RUNNER=0 chooses the classic runner."
+                )
+            # A new dict: the one that is there is the caller's.
+            ADDITIONAL_CONFIG.put(config, {**config.additional_config, CONFIG_KEY: settings.as_config()})
+        return config
+
+    return create_engine_config
+
+
+def _check_endpoints() -> None:
+    """Refuse a server that would steer nothing but what comes in ``vllm_xargs`` and say nothing of all else."""
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if CONFIG_KEY not in (chosen or "").split(","):
+        raise SettingsError(
+            f"a server was configured for steering and VLLM_PLUGINS is {chosen!r}, with which vLLM loads none of its "
+            "endpoints: it would ignore aliases, default steering and the steering field of bodies; allowed: a list "
+            f"with {CONFIG_KEY}. Set VLLM_PLUGINS={CONFIG_KEY}."
+        )
+
+
+def check(config: Any, settings: SteerSettings) -> None:
+    """Refuse a model or feature of a ``VllmConfig`` with which steering or readout would not be exact.
+
+    Raises:
+        UnsupportedModel, LayerNotHooked, UnsupportedFeature: the first of ``refusals``.
+    """
+    for refusal in refusals(config, settings):
+        raise refusal
+
+
+def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
+    """Everything that ``check`` refuses, each naming what was found, what works and what to do."""
+    model = config.model_config
+    try:
+        family = family_of(model.architecture, model_impl=model.model_impl, checkpoint=model.architectures[0])
+        family.check_dtype(model.dtype)
+    except UnsupportedModel as error:
+        yield error
+    layers = model.get_total_num_hidden_layers()
+    beyond = [layer for layer in settings.layers if layer >= layers]
+    if beyond:
+        yield LayerNotHooked(
+            f"steer_config names layer {beyond[0]}; {model.model} has layers 0 to {layers - 1}. Correct layers=[...]."
+        )
+    for is_on, feature, instead in _features(config):
+        if is_on:
+            yield UnsupportedFeature(f"steering was asked together with {feature}; not exact there. {instead}")
+
+
+def refused_features(config: Any) -> list[str]:
+    """Names of the engine features that ``check`` refuses on the runner of ``config``, switched on there or not."""
+    return [feature for _, feature, _ in _features(config)]
+
+
+def _features(config: Any) -> list[tuple[bool, str, str]]:
+    parallel = config.parallel_config
+    drafting = None if config.speculative_config is None else config.speculative_config.method
+    return [
+        *_features_of_v2(config),
+        (
+            drafting not in (None, "ngram"),  # with which vLLM schedules synchronously
+            f"speculative decoding by {drafting or 'a draft model'!r}",
+            "Use the method 'ngram', whose drafts no model makes, or start without speculative_config.",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 and config.scheduler_config.async_scheduling,
+            "pipeline parallelism and asynchronous scheduling at once",
+            "Set async_scheduling=False.",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 and config.speculative_config is not None,
+            "pipeline parallelism and speculative decoding at once",
+            "Start without one of them; readouts of both together were never compared.",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 and config.lora_config is not None,
+            "pipeline parallelism and LoRA at once",
+            "Start without one of them; both together were never compared.",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "data parallelism",
+            "vLLM hands back the readouts of its first engine only; start each replica as a server of its own.",
+        ),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "Set it to 1."),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism", "Set it to 1."),
+        (parallel.use_ubatching, "micro-batching (DBO)", "Start without enable_dbo."),
+        (config.cache_config.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", "Start without it."),
+        (parallel.use_sequence_parallel_moe, "sequence-parallel MoE", "Start without expert parallelism."),
+        (config.kv_transfer_config is not None, "a KV connector", "Start without kv_transfer_config."),
+        # Asleep, the buffers' memory is not there, and whoever asks a worker for a readout makes it look.
+        (config.model_config.enable_sleep_mode, "sleep mode", "Start without enable_sleep_mode."),
+        (config.model_config.runner_type != "generate", "a pooling model", "Use a model that generates text."),
+        # It admits requests in a process without Python, where nobody looks at what they ask.
+        (envs.VLLM_USE_RUST_FRONTEND, "vLLM's Rust front end", "Start without VLLM_USE_RUST_FRONTEND."),
+    ]
+
+
+def _features_of_v2(config: Any) -> list[tuple[bool, str, str]]:
+    """What is exact on the classic runner and not known to be on the V2 runner, where that is the one."""
+    if not config.use_v2_model_runner:
+        return []
+    features = {
+        # num_computed_tokens is an upper bound on the host there until rejected drafts are known
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+    }
+    instead = "Set VLLM_USE_V2_MODEL_RUNNER=0 for the classic one."
+    return [(is_on, f"{feature} on vLLM's V2 model runner", instead) for feature, is_on in features.items()]
+
+
+CREATE_ENGINE_CONFIG = patch(
+    EngineArgs,
+    "create_engine_config",
+    _create_engine_config,
+    takes="self, usage_context, ...",
+    why="Settings must be checked, and models and features refused, before any weight is loaded; the plugin's build "
+    "must enter the compile cache's key.",
+    gone_when="vLLM lets a plugin validate the engine's configuration.",
+)
+ADDITIONAL_CONFIG: Attribute[dict[str, Any]] = Attribute(
+    "VllmConfig",
+    "additional_config",
+    why="Carries the checked settings, with the plugin's build, to the workers and into the compile cache's key.",
+    gone_when="vLLM lets a plugin validate the engine's configuration.",
+)

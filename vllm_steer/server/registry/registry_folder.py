@@ -1,0 +1,244 @@
+"""The folder through which the API server processes of one server share the registered directions.
+
+::
+
+    index.json        which direction is in which slot; a new file for every change, so a reader sees all of it or none
+    lock              held by the process that makes a change
+    vectors/          one safetensors file per direction
+    use/              the slots that requests of each living process use (``vllm_steer.engine.front.slot_use_files``)
+
+A configured folder outlives its server: the next server registers its clients' directions again. Otherwise the server
+has a private folder, which its last process removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import IO
+
+import psutil  # type: ignore[import-untyped]  # vLLM depends on it; its stubs are a package of their own
+
+from vllm_steer.directions import Direction, load_directions, save_directions
+from vllm_steer.engine.front.slot_use_files import SlotUse
+from vllm_steer.engine.registry import Registered
+from vllm_steer.errors import SettingsError
+
+_LOCK_POLL_SECONDS = 0.005
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Identity of a running server: the same for all its API server processes, and different for every server.
+
+    Attributes:
+        pid: the process that started the server.
+        started: start time of that process, in seconds since the epoch; a pid alone can be reused.
+    """
+
+    pid: int
+    started: float
+
+    @classmethod
+    def of(cls, processes: int) -> Server:
+        """The server that this process belongs to.
+
+        Args:
+            processes: number of API server processes. A single one is the server itself; several are children of the
+                process that runs ``vllm serve`` (vllm/v1/utils.py, ``APIServerProcessManager``).
+        """
+        pid = os.getppid() if processes > 1 else os.getpid()
+        return cls(pid, psutil.Process(pid).create_time())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that started the server still runs."""
+        try:
+            return bool(psutil.Process(self.pid).create_time() == self.started)
+        except psutil.NoSuchProcess:
+            return False
+
+    @property
+    def name(self) -> str:
+        """``<pid>-<started>``, for indexes and folder names."""
+        return f"{self.pid}-{self.started}"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The contents of ``index.json``.
+
+    Attributes:
+        server: name of the server to whose bank the slots belong.
+        registered: all directions.
+        uploaded: (name, layer) of directions registered over HTTP; the others come from the configured files.
+    """
+
+    server: str
+    registered: tuple[Registered, ...]
+    uploaded: frozenset[tuple[str, int]]
+
+    def write(self, file: IO[str]) -> None:
+        """Write the index as JSON."""
+        entries = [
+            {**asdict(one), "uploaded": (one.name, one.layer) in self.uploaded, "file": _file_name(one)}
+            for one in self.registered
+        ]
+        json.dump({"format": _FORMAT, "server": self.server, "directions": entries}, file, indent=1)
+
+    @classmethod
+    def read(cls, file: IO[str]) -> Index:
+        """Read an index that ``write`` wrote.
+
+        Raises:
+            SettingsError: the file is not such an index.
+        """
+        try:
+            told = json.load(file)
+            names = [field.name for field in fields(Registered)]
+            entries = told["directions"]
+            return cls(
+                server=told["server"],
+                registered=tuple(Registered(**{name: entry[name] for name in names}) for entry in entries),
+                uploaded=frozenset((entry["name"], entry["layer"]) for entry in entries if entry["uploaded"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise SettingsError(
+                f"{file.name} is no index of directions ({error!r}); give another registry_dir, or remove this one."
+            ) from None
+
+
+class RegistryDirectory:
+    """The files of one registry.
+
+    Args:
+        path: the folder; created if it does not exist.
+
+    Attributes:
+        use: the folder for ``SlotUse``.
+
+    Raises:
+        SettingsError: the folder cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.use = path / "use"
+        self._index = path / "index.json"
+        self._vectors = path / "vectors"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.use.mkdir(exist_ok=True)
+            self._vectors.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"registry_dir {path} cannot be used ({error}); give a folder to write in.") from None
+
+    @classmethod
+    def private(cls, server: Server) -> RegistryDirectory:
+        """Create the private folder of a server without ``registry_dir``; removes the folders of dead servers.
+
+        Raises:
+            SettingsError: the folder cannot be made, or belongs to another user.
+        """
+        prefix = f"vllm-steer-server-{os.getuid()}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            named = re.fullmatch(r"(\d+)-(\d+\.\d+)", left.name.removeprefix(prefix))
+            # A locked use is alive whatever the pid says, because other containers number their processes themselves.
+            if named and not Server(int(named[1]), float(named[2])).is_alive and not SlotUse.living(left / "use"):
+                shutil.rmtree(left, ignore_errors=True)
+        directory = cls(Path(tempfile.gettempdir(), prefix + server.name))
+        owner = directory.path.stat().st_uid
+        if owner != os.getuid():
+            raise SettingsError(
+                f"{directory.path} belongs to user {owner}, not to {os.getuid()}; give a registry_dir of your own."
+            )
+        return directory
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder unless a living process still uses it."""
+        if not SlotUse.living(self.use):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[None]:
+        """Hold the lock, which one task of all processes can have. The event loop runs on while this waits."""
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while not _try_lock(descriptor):
+                await asyncio.sleep(_LOCK_POLL_SECONDS)
+            yield
+        finally:
+            os.close(descriptor)  # unlocks
+
+    def version(self) -> tuple[int, int] | None:
+        """Device and inode of the index; None if there is none.
+
+        While a file from ``open_index`` is open, no later index has the same version, because its inode is not reused.
+        """
+        try:
+            status = os.stat(self._index)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def open_index(self) -> IO[str]:
+        """Open the current index, for ``Index.read``.
+
+        Raises:
+            FileNotFoundError: no index has been published here.
+        """
+        return self._index.open(encoding="utf-8")
+
+    def publish(self, index: Index) -> None:
+        """Replace the index atomically, and remove the vectors that it does not name."""
+        descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=".index.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                index.write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._index)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        named = {_file_name(one) for one in index.registered}
+        for path in self._vectors.iterdir():
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+
+    def save_vectors(self, directions: Iterable[Direction]) -> None:
+        """Write vectors; call it before publishing an index that names them."""
+        for direction in directions:
+            save_directions(self._vectors / _file_name(direction), [direction])
+
+    def load_vector(self, one: Registered) -> Direction:
+        """Read the vector of a registered direction.
+
+        Raises:
+            BadDirectionFile: its file is missing or damaged.
+        """
+        (direction,) = load_directions(self._vectors / _file_name(one))
+        return direction
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _file_name(one: Direction | Registered) -> str:
+    """A digest, because names may hold characters that file systems do not accept."""
+    return sha256(f"{one.name}@{one.layer}:{one.content_hash}".encode()).hexdigest()[:32] + ".safetensors"
