@@ -10,7 +10,8 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_steer import Direction
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved, ResolvedReadout
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved, ResolvedReadout, Traced
+from vllm_steer.plan.entry_rows import Entry
 
 SIZE, VOCAB = 8, 50
 HOOKED = [0, 2]
@@ -124,9 +125,9 @@ def random_jobs(seed: int, count: int) -> list[Job]:
     """`count` requests with random prompts, steering and readouts."""
     rng = np.random.default_rng(seed)
 
-    def entries() -> list[tuple[int, int, float, float]]:
+    def entries() -> list[Entry]:
         chosen = [key for key in DIRECTIONS if rng.random() < 0.5]
-        return [(index, slot, float(rng.normal() * 3), float(rng.choice([0.0, -1.0]))) for index, slot in chosen]
+        return [Entry(index, slot, float(rng.normal() * 3), float(rng.choice([0.0, -1.0]))) for index, slot in chosen]
 
     jobs = []
     for number in range(count):
@@ -139,7 +140,7 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             end=prompt_len if span == "prompt" else None,
             project=[],
             vectors=True,
-            trace=[("one", 0, 0), ("two", 1, 2)],
+            trace=[Traced("one", 0, 0), Traced("two", 1, 2)],
         )
         name = f"request-{seed}-{number}"
         asked = Resolved(

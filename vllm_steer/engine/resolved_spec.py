@@ -10,14 +10,28 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import Entry
 
-Row = tuple[int, int, float, float]
-"""(layer index, slot, a, b) of one entry; the workers turn it into an ``Entry``."""
 RESOLVED_KEY = "vllm_steer_resolved"
+
+
+class Projected(NamedTuple):
+    """A direction onto which a readout's mean is projected; ``layer`` is the model's layer number."""
+
+    name: str
+    layer: int
+    slot: int
+
+
+class Traced(NamedTuple):
+    """A direction onto which every token is projected, after hooked layer number ``layer_index``."""
+
+    name: str
+    layer_index: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +42,33 @@ class ResolvedReadout:
         layers: layer numbers in the model.
         layer_indices: the layer indices of ``layers``, in the same order.
         first, end: average over the positions [first, end); ``end`` is None for a span without a fixed end.
-        project: (name, layer, slot) of each projection of the mean.
+        project: the projections of the mean.
         vectors: whether to return the means themselves.
-        trace: (name, layer index, slot) of each direction to project every token onto.
+        trace: the projections of every token.
     """
 
     layers: list[int]
     layer_indices: list[int]
     first: int
     end: int | None
-    project: list[tuple[str, int, int]]
+    project: list[Projected]
     vectors: bool
-    trace: list[tuple[str, int, int]]
+    trace: list[Traced]
+
+    @property
+    def directions(self) -> tuple[Projected | Traced, ...]:
+        """Everything that the readout projects onto."""
+        return (*self.project, *self.trace)
+
+    @classmethod
+    def load(cls, value: dict[str, Any]) -> ResolvedReadout:
+        """Rebuild an object from its part of the result of ``Resolved.dump``."""
+        project = list(map(Projected._make, value["project"]))
+        return cls(**{**value, "project": project, "trace": list(map(Traced._make, value["trace"]))})
 
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
-        trace = tuple((layer_index, slot) for _, layer_index, slot in self.trace)
+        trace = tuple((one.layer_index, one.slot) for one in self.trace)
         return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
@@ -54,8 +79,8 @@ class ResolvedReadout:
             self,
             layers=layers,
             layer_indices=[index for _, index in kept],
-            project=[one for one in self.project if one[1] in layers],
-            trace=[one for one in self.trace if one[1] in held],
+            project=[one for one in self.project if one.layer in layers],
+            trace=[one for one in self.trace if one.layer_index in held],
         )
 
 
@@ -76,8 +101,8 @@ class Resolved:
     request_id: str
     key: str
     prompt_len: int
-    prompt: list[Row]
-    generated: list[Row]
+    prompt: list[Entry]
+    generated: list[Entry]
     prompt_digest: str
     generated_digest: str
     readout: ResolvedReadout | None
@@ -86,11 +111,11 @@ class Resolved:
     @property
     def slots(self) -> tuple[int, ...]:
         """Every bank slot that the request reads, each once, sorted."""
-        found = {slot for _, slot, _, _ in self.prompt}
+        found = {entry.slot for entry in self.prompt}
         if self.generated != self.prompt:
-            found |= {slot for _, slot, _, _ in self.generated}
+            found |= {entry.slot for entry in self.generated}
         if self.readout is not None:
-            found |= {slot for _, _, slot in (*self.readout.project, *self.readout.trace)}
+            found |= {one.slot for one in self.readout.directions}
         return tuple(sorted(found))
 
     def dump(self) -> dict[str, Any]:
@@ -100,16 +125,19 @@ class Resolved:
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
         """Rebuild an object from the result of ``dump``."""
-        readout = value["readout"]
-        return cls(**{**value, "readout": None if readout is None else ResolvedReadout(**readout)})
+        prompt = list(map(Entry._make, value["prompt"]))
+        is_one = value["generated"] == value["prompt"]
+        generated = prompt if is_one else list(map(Entry._make, value["generated"]))
+        readout = None if value["readout"] is None else ResolvedReadout.load(value["readout"])
+        return cls(**{**value, "prompt": prompt, "generated": generated, "readout": readout})
 
     def plan(self) -> RequestPlan:
         """The same request in the form that ``batch_plan`` takes."""
-        prompt = tuple(map(Entry._make, self.prompt))
+        prompt = tuple(self.prompt)
         return RequestPlan(
             prompt_len=self.prompt_len,
             prompt_entries=prompt,
-            generated_entries=prompt if self.generated == self.prompt else tuple(map(Entry._make, self.generated)),
+            generated_entries=prompt if self.generated is self.prompt else tuple(self.generated),
             pooling=None if self.readout is None else self.readout.pooling(),
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_steer.engine.resolved_spec import ResolvedReadout
+from vllm_steer.engine.resolved_spec import Projected, ResolvedReadout, Traced
 from vllm_steer.engine.worker_answers import whole_readouts, whole_traces
 
 
@@ -69,8 +69,8 @@ def test_a_stage_reads_what_it_holds_and_counts_the_tokens_of_the_rest() -> None
         first=1,
         end=None,
         vectors=True,
-        project=[("kind", 2, 5), ("kind", 9, 6)],
-        trace=[("far", 3, 6), ("between", 1, 8), ("near", 0, 5)],
+        project=[Projected("kind", 2, 5), Projected("kind", 9, 6)],
+        trace=[Traced("far", 3, 6), Traced("between", 1, 8), Traced("near", 0, 5)],
     )
     first, second, third = (whole.on_stage(held) for held in ({0, 1}, {2, 3}, {4}))
     assert (first.layers, first.layer_indices, first.project) == ([2], [0], [("kind", 2, 5)])

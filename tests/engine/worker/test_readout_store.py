@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_steer.device.buffers import SteerBuffers
-from vllm_steer.engine.resolved_spec import ResolvedReadout
+from vllm_steer.engine.resolved_spec import Projected, ResolvedReadout, Traced
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
 from vllm_steer.engine.worker.traces import Trace
@@ -24,8 +24,8 @@ TRACED = np.random.default_rng(1).standard_normal((2, 5)).astype(np.float32)  # 
 
 
 def spec(end: int | None = None, *, vectors: bool = True, project: bool = True, trace: bool = False) -> ResolvedReadout:
-    projections = [("kind", 7, 3)] if project else []
-    traced = [("kind", 1, 3), ("cold", 0, 2)] if trace else []
+    projections = [Projected("kind", 7, 3)] if project else []
+    traced = [Traced("kind", 1, 3), Traced("cold", 0, 2)] if trace else []
     return ResolvedReadout([4, 7], [0, 1], first=0, end=end, project=projections, vectors=vectors, trace=traced)
 
 
@@ -178,7 +178,7 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
         buffers.sums_L_AD[layer].copy_(torch.from_numpy(rows_ALD[:, layer]))
         buffers.last_L_AD[layer].copy_(torch.from_numpy(-rows_ALD[:, layer]))
     before = [torch.full((2, SIZE), value) for value in (10.0, 20.0)]
-    one_layer = ResolvedReadout([7], [1], first=0, end=None, project=[("kind", 7, 3)], vectors=True, trace=[])
+    one_layer = ResolvedReadout([7], [1], first=0, end=None, project=[Projected("kind", 7, 3)], vectors=True, trace=[])
     asked = [
         (Summed(spec(), PoolingState(2, 5, 5), None, before), [2], [10.0, 20.0, -2]),
         (Summed(spec(end=5), PoolingState(0, 5, 5), None), [0], []),

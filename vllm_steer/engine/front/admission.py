@@ -19,7 +19,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
-from vllm_steer.engine.resolved_spec import Resolved, ResolvedReadout, Row, digest
+from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
@@ -30,6 +30,7 @@ from vllm_steer.errors import (
     TooManyEntries,
 )
 from vllm_steer.ops.stream_range import LARGEST_ADDITION
+from vllm_steer.plan.entry_rows import Entry
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings
 
@@ -61,18 +62,18 @@ class Asked:
         return self  # vLLM deep-copies a request's parameters
 
 
-class _Entry(NamedTuple):
-    """One entry of a request, resolved."""
+class _NamedEntry(NamedTuple):
+    """One entry of a request, and the registered direction that it names."""
 
     layer: int
     span: str
-    row: Row
+    entry: Entry
     direction: Registered
 
     @property
     def multiplier(self) -> float:
         """|α| of the added vector; ablation adds none."""
-        return abs(self.row[2])
+        return abs(self.entry.a)
 
 
 class Admission:
@@ -138,7 +139,7 @@ class Admission:
     ) -> Resolved:
         entries = [self._entry(book, steering) for steering in spec.entries]
         # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
-        entries = [entry for entry in entries if entry.row[2:] != (0.0, 0.0)]
+        entries = [entry for entry in entries if (entry.entry.a, entry.entry.b) != (0.0, 0.0)]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         prompt = [entry for entry in entries if entry.span != "generated"]
@@ -151,15 +152,16 @@ class Admission:
         readout = None
         if spec.readout is not None:
             readout = self._readout(book, spec.readout, prompt_len)
-            for name, _, slot in (*readout.project, *readout.trace):
-                contents[slot] = next(one.content_hash for one in book.layers_of(name).values() if one.slot == slot)
+            for read in readout.directions:
+                own = book.layers_of(read.name).values()
+                contents[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
         prompt_digest = _digest(prompt)
         return Resolved(
             request_id=request_id,
             key=request_id if key is None else key,
             prompt_len=prompt_len,
-            prompt=[entry.row for entry in prompt],
-            generated=[entry.row for entry in generated],
+            prompt=[one.entry for one in prompt],
+            generated=[one.entry for one in generated],
             prompt_digest=prompt_digest,
             generated_digest=prompt_digest if is_one else _digest(generated),
             readout=readout,
@@ -190,7 +192,7 @@ class Admission:
             )
         return self._index_of[layer]
 
-    def _entry(self, book: DirectionBook, steering: Steering) -> _Entry:
+    def _entry(self, book: DirectionBook, steering: Steering) -> _NamedEntry:
         direction = book.find(steering.direction, steering.layer, self._index_of)
         layer = direction.layer if steering.layer is None else steering.layer
         hook = self._hooked(layer)
@@ -199,9 +201,9 @@ class Admission:
                 f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
                 "or a unit direction. Register Direction(...).normalised()."
             )
-        return _Entry(layer, steering.span, (hook, direction.slot, *steering.coefficients), direction)
+        return _NamedEntry(layer, steering.span, Entry(hook, direction.slot, *steering.coefficients), direction)
 
-    def _check_bounds(self, entries: Sequence[_Entry]) -> None:
+    def _check_bounds(self, entries: Sequence[_NamedEntry]) -> None:
         """Refuse entries for one token, sorted by layer, that together exceed a limit at any layer."""
         for layer, group in groupby(entries, attrgetter("layer")):
             here = list(group)
@@ -214,16 +216,16 @@ class Admission:
             self._check_residual_norm(layer, here)
             self._check_range(layer, here)
 
-    def _check_alpha(self, layer: int, here: Sequence[_Entry]) -> None:
+    def _check_alpha(self, layer: int, here: Sequence[_NamedEntry]) -> None:
         total, most = sum(entry.multiplier for entry in here), self.settings.max_alpha
         if total > most:
-            got = f"alpha is {here[0].row[2]:g}" if len(here) == 1 else f"|alpha| adds up to {total:g}"
+            got = f"alpha is {here[0].entry.a:g}" if len(here) == 1 else f"|alpha| adds up to {total:g}"
             raise BadAlpha(
                 f"{got} at layer {layer}; allowed: up to {most:g}, over all entries there together. Use smaller ones, "
                 "or start the engine with steer_config(max_alpha=...) larger."
             )
 
-    def _check_residual_norm(self, layer: int, here: Sequence[_Entry]) -> None:
+    def _check_residual_norm(self, layer: int, here: Sequence[_NamedEntry]) -> None:
         multiple = self.settings.max_alpha_residual_norm
         if multiple is None:
             return
@@ -237,7 +239,7 @@ class Admission:
                 "steer_config(max_alpha_residual_norm=...) larger."
             )
 
-    def _check_range(self, layer: int, here: Sequence[_Entry]) -> None:
+    def _check_range(self, layer: int, here: Sequence[_NamedEntry]) -> None:
         most = LARGEST_ADDITION[self._dtype]
         total = sum(entry.multiplier * entry.direction.peak for entry in here)
         if total > most:
@@ -250,7 +252,7 @@ class Admission:
 
     def _readout(self, book: DirectionBook, readout: Readout, prompt_len: int) -> ResolvedReadout:
         indices = [self._hooked(layer) for layer in readout.layers]
-        project = []
+        project: list[Projected] = []
         for name in readout.project:
             layers = book.layers_of(name)
             shared = sorted(set(layers) & set(readout.layers))
@@ -259,7 +261,7 @@ class Admission:
                     f"project names {name!r}, which belongs to layers {sorted(layers)}; the readout reads layers "
                     f"{list(readout.layers)}. Add one of its layers to the readout, or leave it out."
                 )
-            project += [(name, layer, layers[layer].slot) for layer in shared]
+            project += [Projected(name, layer, layers[layer].slot) for layer in shared]
         if readout.span != "generated" and readout.skip_first >= prompt_len:
             has = "no prompt is that long" if prompt_len == sys.maxsize else f"the prompt has {prompt_len} tokens"
             raise BadReadout(
@@ -270,8 +272,8 @@ class Admission:
         trace = self._trace(book, readout)
         return ResolvedReadout(list(readout.layers), indices, first, end, project, readout.vectors, trace)
 
-    def _trace(self, book: DirectionBook, readout: Readout) -> list[tuple[str, int, int]]:
-        trace = []
+    def _trace(self, book: DirectionBook, readout: Readout) -> list[Traced]:
+        trace: list[Traced] = []
         for name in readout.trace:
             layers = book.layers_of(name)
             # a trace has one value per token, so it is taken at one layer
@@ -283,8 +285,8 @@ class Admission:
                     f"trace names {name!r}, which belongs to layers {sorted(layers)}, and the readout reads layers "
                     f"{list(readout.layers)}; allowed: exactly one of its layers among those read. Read one of them."
                 )
-            trace.append((name, self._hooked(own[0]), layers[own[0]].slot))
-        distinct = len({(index, slot) for _, index, slot in trace})
+            trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot))
+        distinct = len({(one.layer_index, one.slot) for one in trace})
         if distinct > self.settings.trace_columns:
             raise BadReadout(
                 f"{distinct} directions to trace; allowed: {self.settings.trace_columns}. Trace fewer, or start the "
@@ -293,8 +295,8 @@ class Admission:
         return trace
 
 
-def _digest(entries: Sequence[_Entry]) -> str:
-    return digest([(one.layer, one.row[2], one.row[3], one.direction.content_hash) for one in entries])
+def _digest(entries: Sequence[_NamedEntry]) -> str:
+    return digest([(one.layer, one.entry.a, one.entry.b, one.direction.content_hash) for one in entries])
 
 
 def admission_of(processor: InputProcessor) -> Admission:

@@ -44,7 +44,7 @@ class Summed:
     @property
     def alike(self) -> _Alike:
         """Key of the readouts that are taken together with this one."""
-        projections = tuple((self.spec.layers.index(layer), slot) for _, layer, slot in self.spec.project)
+        projections = tuple((self.spec.layers.index(one.layer), one.slot) for one in self.spec.project)
         return tuple(self.spec.layer_indices), projections, self.spec.vectors
 
     @property

@@ -95,9 +95,7 @@ class FinishedReadout:
             "num_tokens": count,
             "layers": self.spec.layers,
             "mean": vectors,
-            "projections": [
-                [name, layer, value] for (name, layer, _), value in zip(self.spec.project, values, strict=True)
-            ],
+            "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
             "trace": self._traced(count),
             "trace_error": self.trace.failure if self.trace is not None else None,
         }
@@ -106,7 +104,7 @@ class FinishedReadout:
         if self.trace is None or self.trace.failure is not None:
             return []
         values_CN = self.trace.values(0, count)
-        return [[name, values_N.tobytes()] for (name, _, _), values_N in zip(self.spec.trace, values_CN, strict=True)]
+        return [[one.name, values_N.tobytes()] for one, values_N in zip(self.spec.trace, values_CN, strict=True)]
 
 
 class ReadoutStore:
