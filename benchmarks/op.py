@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_roun
     target = torch.empty_like(source)
     ways = {COPY: seconds_of(lambda: target.copy_(source), device)}
     for name, implementation in implementations(device).items():
-        ways[name] = seconds_of(lambda run=implementation: run(hidden, residual, *tables), device)
+        ways[name] = seconds_of(partial(implementation, hidden, residual, *tables), device)
     with torch.inference_mode():
         rounds = in_turn(ways, num_rounds)
     found = {

@@ -56,7 +56,7 @@ class LineProcess:
 
     start_seconds: float
 
-    def __init__(self, module: str, argument: str, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, module: str, argument: str, environment: Mapping[str, str], log: Path) -> None:
         self._log = log
         self._began = time.perf_counter()
         with log.open("wb") as output:
@@ -66,7 +66,7 @@ class LineProcess:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
-                env=os.environ | ENGINE_ENVIRONMENT | environment,
+                env={**os.environ, **ENGINE_ENVIRONMENT, **environment},
             )
 
     def wait(self) -> None:

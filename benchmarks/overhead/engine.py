@@ -20,7 +20,7 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import psutil
 import torch
 from vllm import LLM, SamplingParams
 

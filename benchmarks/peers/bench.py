@@ -190,7 +190,7 @@ def one_round(engines: Mapping[str, LineProcess], is_reversed: bool) -> Round:
     Raises:
         NotSteered: one of them gave the tokens of plain vLLM.
     """
-    kinds = [*reversed(engines)] if is_reversed else [*engines]
+    kinds = [*reversed([*engines])] if is_reversed else [*engines]
     answers = {kind: json.loads(one) for kind, one in side_by_side({k: engines[k].turns() for k in kinds}).items()}
     for kind, answer in answers.items():
         if kind != PLAIN and answer["tokens"] == answers[PLAIN]["tokens"]:

@@ -33,7 +33,7 @@ from benchmarks.server.api_server import is_healthy, running
 from vllm_steer import Direction, save_directions
 
 LAYER = 16
-INVALID = (
+INVALID: tuple[dict[str, Any], ...] = (
     {"steering": [{"direction": "nobody", "alpha": 1.0}]},
     {"steering": [{"direction": "noise", "alpha": 1e9}]},
     {"steering": [{"direction": "noise", "alpha": 1.0, "layer": 3}]},

@@ -31,7 +31,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for small matrices, waiting threads cost more than they save
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import psutil
 from vllm import LLM, RequestOutput, SamplingParams
 
 from benchmarks.harness import record
@@ -243,7 +243,7 @@ def is_near_tie(one: RequestOutput, other: RequestOutput) -> bool:
     for ours, theirs in zip(one.outputs[0].logprobs or (), other.outputs[0].logprobs or (), strict=True):
         (mine, mine_at), (its, its_at) = next(iter(ours.items())), next(iter(theirs.items()))
         if mine != its:
-            return abs(mine_at.logprob - its_at.logprob) < NEAR_TIE
+            return bool(abs(mine_at.logprob - its_at.logprob) < NEAR_TIE)
     return False
 
 
@@ -264,7 +264,7 @@ def growth_mib(samples: Sequence[tuple[int, float]]) -> float:
     """Rise in MiB of the least-squares line through the memory after warm-up."""
     kept = [one for one in samples if one[0] >= WARM_REQUESTS]
     requests, rss = zip(*kept, strict=True)
-    return float(np.polyfit(requests, rss, 1)[0]) * (requests[-1] - requests[0])
+    return float(np.polyfit(requests, rss, 1)[0] * (requests[-1] - requests[0]))
 
 
 def check(soak: Soak, requests: int) -> dict[str, bool]:

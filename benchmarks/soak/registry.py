@@ -31,7 +31,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import numpy.typing as npt
-import psutil  # type: ignore[import-untyped]  # its stubs are a package of their own
+import psutil
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -7,9 +7,7 @@ import functools
 from collections.abc import Coroutine
 from typing import Any
 
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
+from vllm_steer.engine.log import logger
 
 
 def run_in_background(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

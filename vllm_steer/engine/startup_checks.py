@@ -8,17 +8,14 @@ from typing import Any
 
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_steer.engine import vllm_versions
+from vllm_steer.engine.log import logger
 from vllm_steer.engine.model_families import family_of
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
-
-logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
-
 
 _install_batch_runner: Callable[[], None]
 

@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.datastructures import State
 from vllm.entrypoints.launchers.launcher import terminate_if_errored
-from vllm.logger import init_logger
 
 from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.front.admission import Admission, admission_of
+from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.vllm_versions import is_disabled
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
@@ -25,8 +25,6 @@ from vllm_steer.server.registry.shared_registry import share_registry
 
 WATCH_SECONDS = 0.5
 """Time between two checks of the engine."""
-
-logger = init_logger("vllm.vllm_steer")  # vLLM configures the loggers under its own name
 
 
 class SteerEndpoints:

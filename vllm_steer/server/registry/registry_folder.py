@@ -27,7 +27,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
-import psutil  # type: ignore[import-untyped]  # vLLM depends on it; its stubs are a package of their own
+import psutil
 
 from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.engine.front.slot_use_files import SlotUse
