@@ -18,8 +18,7 @@ from markupsafe import Markup
 
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures.catalogue import draw_figures, write_figures
-from batch_jobs.report.figures.inline_svg import inline_svg
-from batch_jobs.report.figures.paper_figure import PaperFigure
+from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
 from batch_jobs.report.headlines import headlines
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.published import read_published

@@ -15,8 +15,7 @@ from batch_jobs.report.figures.behaviour import behaviour_figure
 from batch_jobs.report.figures.catalogue import write_figures
 from batch_jobs.report.figures.detection import ablation_figure, auroc_figure, models_figure
 from batch_jobs.report.figures.dose_response import DoseResponse, dose_responses
-from batch_jobs.report.figures.inline_svg import inline_svg
-from batch_jobs.report.figures.paper_figure import PaperFigure
+from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
 from batch_jobs.report.figures.resistance import focus_scenario, layers_figure, resistance_figure
 from batch_jobs.report.figures.sheet import Drawing, Sheet
 from batch_jobs.report.figures.steering import dose_response_figure, projection_figure
