@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from tests.server.conftest import ALIAS, ALIAS_ALPHA, KIND_LAYER, OTHER_LAYER, ServedModel
 from tests.server.test_fuzz import REPEATABLE
-from tests.support.asking import (
+from tests.support.server.asking import (
     EXACT,
     GENERATED,
     MESSAGES_BODY,

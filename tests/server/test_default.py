@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import ALIAS, API_KEY, KIND_LAYER, OTHER_LAYER, running_server, save_two_directions
-from tests.support.asking import READ, READING, ROUTES, USES, events_of, post, readout_of, said
+from tests.support.server.asking import READ, READING, ROUTES, USES, events_of, post, readout_of, said
 from tests.support.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from tests.browser import DESKTOP, PHONE, chromium, playwright
 from tests.server.conftest import API_KEY, ServedModel
-from tests.support.fake_steering_server import FakeSteeringServer, fake_steering_server
+from tests.support.server.fake_steering_server import FakeSteeringServer, fake_steering_server
 from vllm_steer.server.playground.page import PATHS, playground_page, playground_router
 
 pytestmark = pytest.mark.slow

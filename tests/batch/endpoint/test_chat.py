@@ -16,7 +16,7 @@ from batch_jobs.endpoint.chat import (
 )
 from batch_jobs.endpoint.parallel_calls import parallel_calls
 from batch_jobs.texts.thought import OPEN_THOUGHT
-from tests.support.fake_endpoint import Answer, fake_endpoint, said
+from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 

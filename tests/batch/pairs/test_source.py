@@ -19,7 +19,7 @@ from batch_jobs.files.json_lines import read_records
 from batch_jobs.pairs.source import PairGeneration, SystemPrompts, generate_pairs, load_system_prompts
 from batch_jobs.pairs.writer import EndpointWriter, TextWriter
 from batch_jobs.texts.contrastive import Scenario, load_pairs
-from tests.support.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
+from tests.support.server.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
 
 PROJECT = Path(__file__).resolve().parents[3]
 PROMPTS = SystemPrompts("Be kind.", "Be quick.")

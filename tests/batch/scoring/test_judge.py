@@ -24,7 +24,7 @@ from batch_jobs.scoring.judge import (
     read_grades,
 )
 from batch_jobs.texts.contrastive import Scenario
-from tests.support.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
+from tests.support.server.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
 
 RUBRIC = ("passes by", "nods", "stops to help")
 SCENARIOS = {"duel": Scenario("duel", "Duel", "Win the duel.", "Someone cries.", (), RUBRIC)}

@@ -23,7 +23,7 @@ from batch_jobs.scoring.judge import (
 )
 from batch_jobs.texts.contrastive import Scenario, write_scenarios
 from tests.batch.scoring.test_judge import SCENARIOS, answer_of, judge, write_completions
-from tests.support.fake_endpoint import Answer, fake_endpoint, said
+from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.input_processor import InputProcessor
 
-from tests.support.stub_openai_app import StubChecker
+from tests.support.server.stub_openai_app import StubChecker
 from vllm_steer import Direction, Readout, Steering, errors, steered
 from vllm_steer.engine import startup_checks, vllm_versions
 from vllm_steer.engine.front import request_intake

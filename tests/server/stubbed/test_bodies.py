@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.stub_openai_app import BASE_MODEL, StubChecker
+from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker
 from vllm_steer.errors import (
     DirectionNotAllowed,
     LayerNotHooked,

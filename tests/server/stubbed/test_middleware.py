@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.stub_openai_app import BASE_MODEL, StubChecker, StubServer, exchange_messages, request
+from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker, StubServer, exchange_messages, request
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.readout_json import readout_json
 from vllm_steer.errors import BadReadout, StreamOverflow

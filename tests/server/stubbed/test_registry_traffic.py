@@ -13,7 +13,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.support.registry_stand_ins import CAPACITY, SERVER, SIZE, StandInWorkers, admission_on, anything, direction
+from tests.support.server.registry_stand_ins import (
+    CAPACITY,
+    SERVER,
+    SIZE,
+    StandInWorkers,
+    admission_on,
+    anything,
+    direction,
+)
 from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.errors import BankFull
 from vllm_steer.schema import RequestSpec, Steering

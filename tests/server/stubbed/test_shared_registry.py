@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.registry_stand_ins import CAPACITY, SERVER, SIZE, StandInWorkers, admission_on, anything, direction
+from tests.support.server.registry_stand_ins import (
+    CAPACITY,
+    SERVER,
+    SIZE,
+    StandInWorkers,
+    admission_on,
+    anything,
+    direction,
+)
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.engine.registry import DirectionBook
