@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.client.sync_from_async import TARGET, sync_source
 from tests.test_imports import run_blocked
 from vllm_steer import Direction, Readout, Steering
 from vllm_steer.client import AsyncSteerClient, Piece, ServerRefusal, ServerUnreachable, SteerClient
@@ -266,3 +267,7 @@ def test_an_answer_of_a_server_without_the_plugin_is_not_taken_for_a_steered_one
                 [piece async for piece in client.stream_chat("Hello", **asked)]
 
     asyncio.run(ask())
+
+
+def test_the_synchronous_client_is_that_of_the_asynchronous_source() -> None:
+    assert sync_source() == TARGET.read_text(encoding="utf-8"), "run `python -m tests.client.sync_from_async`"

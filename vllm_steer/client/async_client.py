@@ -1,4 +1,4 @@
-"""The asynchronous client."""
+"""The asynchronous client, from which the synchronous one is made: `python -m tests.client.sync_from_async`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,21 @@ from vllm_steer.schema import Readout, Steering
 
 
 class AsyncSteerClient:
-    """``SteerClient`` for an event loop, with the same arguments, replies and exceptions.
+    """Client of one server.
 
-    Await the methods, and iterate streams with ``async for``. Use it as an asynchronous context manager, or
+    Its methods are awaited, its streams iterated with ``async for``. Use it as an asynchronous context manager, or
     ``await close()``.
+
+    Args:
+        base_url: the server's address, with or without ``/v1``.
+        model: name of the model or steered alias.
+        api_key: the server's ``--api-key``.
+        admin_key: the server's ``VLLM_STEER_ADMIN_KEY``; required to change its directions.
+        timeout: longest wait for a connection and between two parts of a reply, in seconds.
+        transport: httpx transport that replaces the default one.
+
+    Every method raises the ``vllm_steer.errors`` class that the server's error names, ``ServerRefusal`` for any other
+    error of the server, and ``ServerUnreachable`` if no complete reply comes.
     """
 
     def __init__(
@@ -80,7 +91,19 @@ class AsyncSteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Reply:
-        """See ``SteerClient.chat``."""
+        """Send a chat request and return the whole reply.
+
+        Args:
+            messages: OpenAI message objects, or the text of one user message.
+            steering: entries, in addition to those of an alias. ``None`` leaves the server's default steering on; an
+                empty list turns it off.
+            readout: the activations to read.
+            options: any other field of the request's body, such as ``max_tokens`` or ``n``.
+
+        Raises:
+            MalformedSpec: an option repeats a field that the client writes itself.
+            NotConfigured: the server ignored steering or readout.
+        """
         return reply_of((await self._send(chat_call(self.model, messages, steering, readout, options))).json())
 
     async def complete(
@@ -91,7 +114,7 @@ class AsyncSteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> Reply:
-        """See ``SteerClient.complete``."""
+        """Complete one prompt or several and return the whole reply; other arguments as in ``chat``."""
         return reply_of((await self._send(completion_call(self.model, prompt, steering, readout, options))).json())
 
     def stream_chat(
@@ -102,7 +125,7 @@ class AsyncSteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> AsyncIterator[Piece]:
-        """See ``SteerClient.stream_chat``."""
+        """Stream a chat reply piece by piece; arguments as in ``chat``. Closing the iterator ends the request."""
         return self._stream(chat_call(self.model, messages, steering, readout, options, stream=True))
 
     def stream_complete(
@@ -113,29 +136,57 @@ class AsyncSteerClient:
         readout: Readout | None = None,
         **options: Any,
     ) -> AsyncIterator[Piece]:
-        """See ``SteerClient.stream_complete``."""
+        """Stream completions piece by piece; arguments as in ``complete``. Closing the iterator ends the request."""
         return self._stream(completion_call(self.model, prompt, steering, readout, options, stream=True))
 
     async def show(self) -> ServerSteering:
-        """See ``SteerClient.show``."""
+        """Layers, limits, aliases and directions of the server."""
         return server_steering((await self._send(Call("GET", STEERING))).json())
 
     async def list_directions(self) -> tuple[StoredDirection, ...]:
-        """See ``SteerClient.list_directions``."""
+        """The registered directions, without their vectors."""
         return stored_directions((await self._send(Call("GET", DIRECTIONS))).json()["directions"])
 
     async def get_directions(self, name: str, layer: int | None = None) -> list[Direction]:
-        """See ``SteerClient.get_directions``."""
+        """Fetch the directions of one name, at every layer or at one.
+
+        Raises:
+            UnknownDirection: the name is not registered, or not at this layer.
+        """
         return directions_in((await self._send(get_call(name, layer))).content)
 
     async def put_directions(
         self, name: str, directions: Sequence[Direction], *, if_match: str | None = None, only_new: bool = False
     ) -> str:
-        """See ``SteerClient.put_directions``."""
+        """Register or replace the directions of one name. Requests in flight keep the vectors they started with.
+
+        Args:
+            name: the name that all ``directions`` have.
+            directions: one or more, each at its own layer.
+            if_match: ETag that the name must have now; for a name with one direction, that direction's content hash.
+            only_new: refuse the call if the name is already registered.
+
+        Returns:
+            The new ETag of the name.
+
+        Raises:
+            MalformedSpec: there are no directions, or one has another name.
+            DirectionChanged: ``if_match`` or ``only_new`` does not hold.
+        """
         return etag_of(await self._send(put_call(name, directions, if_match, only_new=only_new), self._admin))
 
     async def delete_directions(self, name: str, layer: int | None = None, *, if_match: str | None = None) -> None:
-        """See ``SteerClient.delete_directions``."""
+        """Remove the directions of one name, at every layer or at one.
+
+        Args:
+            name: the name.
+            layer: None for every layer.
+            if_match: as in ``put_directions``.
+
+        Raises:
+            UnknownDirection: the name is not registered, or not at this layer.
+            DirectionChanged: ``if_match`` does not hold.
+        """
         await self._send(delete_call(name, layer, if_match), self._admin)
 
     def _request(self, call: Call, headers: dict[str, str]) -> httpx.Request:

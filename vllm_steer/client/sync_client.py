@@ -1,4 +1,4 @@
-"""The synchronous client."""
+"""The synchronous client, made from `async_client.py`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ from vllm_steer.schema import Readout, Steering
 
 
 class SteerClient:
-    """Client of one server. Close it, or use it as a context manager. Several threads may share it.
+    """Client of one server.
+
+    Close it, or use it as a context manager. Several threads may share it.
 
     Args:
         base_url: the server's address, with or without ``/v1``.
