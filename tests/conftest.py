@@ -22,8 +22,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = PROJECT_ROOT.parent / "shared" / "paper" / "data"
 
 IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-# A cache of the run's own, for all its processes: a graph left behind by an earlier state of the code must not be what
-# a test runs, and what vLLM notes down of a model's class need not be found out again by every server and engine.
+# All processes of a run share one new cache. No test runs a graph that an earlier state of the code has compiled, and
+# vLLM inspects each model class only once.
 _CACHE_ROOT = os.environ["VLLM_CACHE_ROOT"] if IS_XDIST_WORKER else tempfile.mkdtemp(prefix="vllm-steer-tests-")
 
 os.environ.update(
@@ -34,10 +34,10 @@ os.environ.update(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # every checkpoint is local, so a look-up at the hub could only time out
         "TOKENIZERS_PARALLELISM": "false",
-        # Matrices this small gain nothing from a second thread, and on a busy machine two threads that spin for each
-        # other take several times as long.
+        # Such small matrices gain nothing from a second thread. On a busy machine, two threads that spin while they
+        # wait for each other take several times as long.
         "OMP_NUM_THREADS": "1",
-        # Numba, which finds n-grams, sets the number of OpenMP's threads as well, for torch too and to stay: everything
+        # Numba, which finds n-grams, also sets OpenMP's number of threads, for torch too and permanently. Everything
         # that ran later in the process took up to thirty times as long.
         "NUMBA_NUM_THREADS": "1",
     }
@@ -58,13 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if floor is not None:
         from tests.coverage_floor import CoverageFloor
 
-        worker = os.environ.get("PYTEST_XDIST_WORKER")
-        data_file = PROJECT_ROOT / "build" / "coverage" / "data"
-        if worker is None:
-            shutil.rmtree(data_file.parent, ignore_errors=True)
-            data_file.parent.mkdir(parents=True)
-        has_workers = worker is None and bool(config.getoption("numprocesses", default=None))
-        config.pluginmanager.register(CoverageFloor(floor, worker, data_file, has_workers))
+        config.pluginmanager.register(CoverageFloor(floor, config))
     target = config.getoption("--conformance")
     if target is not None and not hasattr(config, "workerinput"):  # the process that all reports come to
         config.pluginmanager.register(ConformanceMatrix(target))

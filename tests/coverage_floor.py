@@ -6,6 +6,8 @@ Python 3.11's tracer makes engines start half as slow again, so it pauses while 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import coverage
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+FOLDER = PROJECT / "build" / "coverage"
+DATA_FILE = str(FOLDER / "data")
 _UNMEASURED = ("engine", "server", "slow", "ray")
 
 
@@ -21,24 +25,24 @@ class CoverageFloor:
 
     Args:
         floor: percentage of statements and branches below which the run fails.
-        worker: name of this process in a parallel run; None for the only one, or the one that only distributes.
-        data_file: where the measurements are kept during the run.
-        has_workers: this process runs no tests, others do.
+        config: of this process.
     """
 
-    def __init__(self, floor: float, worker: str | None, data_file: Path, has_workers: bool) -> None:
+    def __init__(self, floor: float, config: pytest.Config) -> None:
         self._floor = floor
-        self._worker = worker
-        self._data_file = data_file
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        self._adds_up = worker is None
+        self._measures = worker is not None or not config.getoption("numprocesses", default=None)
+        self._result = ""
+        if self._adds_up:
+            shutil.rmtree(FOLDER, ignore_errors=True)
+            FOLDER.mkdir(parents=True)
         self._coverage = coverage.Coverage(
-            data_file=str(data_file),
+            data_file=DATA_FILE,
             data_suffix=worker or "main",
             source=[str(PROJECT / name) for name in ("vllm_steer", "batch_jobs")],
             branch=True,
         )
-        self._coverage.exclude("if TYPE_CHECKING:")
-        self._result = ""
-        self._measures = not has_workers
         if self._measures:
             self._coverage.start()  # modules are imported, and their statements run, while tests are collected
 
@@ -64,19 +68,20 @@ class CoverageFloor:
         if self._measures:
             self._coverage.stop()
             self._coverage.save()
-        if self._worker is not None:
+        if not self._adds_up or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return
-        whole = coverage.Coverage(data_file=str(self._data_file))
+        whole = coverage.Coverage(data_file=DATA_FILE)
         whole.combine()
         whole.exclude("if TYPE_CHECKING:")
-        table = self._data_file.parent / "coverage.txt"
+        table = FOLDER / "coverage.txt"
         with table.open("w", encoding="utf-8") as file:
             total = whole.report(file=file, show_missing=True)
         verdict = "" if total >= self._floor else f", below the floor of {self._floor:g} %"
         self._result = f"coverage without engines and servers: {total:.1f} %{verdict}; {table}"
-        if verdict and session.exitstatus == pytest.ExitCode.OK:
+        if verdict:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the total."""
-        terminalreporter.write_line(self._result)
+        if self._result:
+            terminalreporter.write_line(self._result)

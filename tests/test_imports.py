@@ -138,7 +138,7 @@ def test_front_end_and_worker_do_not_import_each_other(one: str, other: str) -> 
 
 
 def test_every_module_that_a_string_names_is_there() -> None:
-    """Such as those that are started with ``python -m``, which no import checks."""
+    """No import checks the modules that are started with ``python -m``."""
     own = re.compile(r"(vllm_steer|batch_jobs|benchmarks|tests)(\.\w+)+")
     named = {
         node.value: file
@@ -155,19 +155,12 @@ def test_every_module_that_a_string_names_is_there() -> None:
 
 
 def is_there(name: str) -> bool:
-    """Whether a dotted name is that of a file, a module, or of something that a module defines."""
+    """Whether a dotted name belongs to a package, a module, or something that a module defines."""
     path = PROJECT.joinpath(*name.split("."))
-    module = path.parent.with_suffix(".py")
-    return (
-        path.is_dir()
-        or path.with_suffix(".py").exists()
-        or (PROJECT / name).exists()
-        or (module.exists() and re.search(rf"\b{path.name}\b", module.read_text()) is not None)
-        or (
-            (path.parent / "__init__.py").exists()
-            and re.search(rf"\b{path.name}\b", (path.parent / "__init__.py").read_text()) is not None
-        )
-    )
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    homes = (path.parent.with_suffix(".py"), path.parent / "__init__.py")
+    return any(home.exists() and re.search(rf"\b{path.name}\b", home.read_text()) for home in homes)
 
 
 # The packages of the jobs, lowest first: each imports only from lines above its own, and from itself.

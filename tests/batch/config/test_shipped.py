@@ -18,6 +18,11 @@ def test_the_written_config_runs_as_it_is(tmp_path: Path) -> None:
     assert 0 in study.steer.alphas
 
 
+@pytest.mark.parametrize("name", ["2026", "1e5", "true", "null"])
+def test_a_name_that_yaml_would_read_as_something_else_stays_a_name(tmp_path: Path, name: str) -> None:
+    assert load_study(write_study_config(name, tmp_path)).name == name
+
+
 def _fields(model: type[BaseModel]) -> set[str]:
     """The names of all fields, those of sections included."""
     names: set[str] = set()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from unittest.mock import patch
 
 from batch_jobs.endpoint.chat import Endpoint
+from tests.support.server.loopback import serving
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ def fake_endpoint(answer: Callable[[dict[str, Any]], Answer]) -> Iterator[FakeEn
 
     with (
         patch.dict(os.environ, {"NO_PROXY": "127.0.0.1"}),  # a proxy of this machine cannot reach the endpoint
-        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        serving(Handler) as url,
     ):
-        fake = FakeEndpoint(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield fake
-        finally:
-            server.shutdown()
-            thread.join()
+        fake = FakeEndpoint(url)
+        yield fake

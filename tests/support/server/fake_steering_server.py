@@ -7,15 +7,15 @@ Its replies are computed from α alone, so a test knows what the page must show:
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.support.server.loopback import serving
 from vllm_steer.server.playground.page import PATHS, playground_page
 
 LAYERS = (1, 2)
@@ -130,13 +130,6 @@ def fake_steering_server() -> Iterator[FakeSteeringServer]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        fake = FakeSteeringServer(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield fake
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        fake = FakeSteeringServer(url)
+        yield fake

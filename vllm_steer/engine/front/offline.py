@@ -1,4 +1,4 @@
-"""The offline API: what a script does with an ``LLM`` (see the example in the package's README)."""
+"""The offline API: functions for scripts that use an ``LLM`` or an ``AsyncLLM``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def load_llm(
         directions: direction file or files to load at start-up.
         steer: other settings of ``steer_config``, such as ``max_alpha``.
         **engine_args: passed to ``vllm.LLM``.
+
+    Raises:
+        SettingsError: a setting of ``steer_config`` is wrong.
     """
     config = {**engine_args.pop("additional_config", {}), **steer_config(layers, directions, **(steer or {}))}
     return LLM(model=model, additional_config=config, **engine_args)
@@ -50,20 +53,20 @@ def steered(
     steering: Sequence[Steering] | None = None,
     readout: Readout | None = None,
 ) -> SamplingParams:
-    """A copy of ``params`` that carries steering and a readout; the original stays as it is.
+    """Copy sampling parameters and add steering and a readout to the copy.
 
-    The copy is shallow: a list in ``params``, such as ``stop``, is the copy's too.
+    The copy is shallow: it shares lists such as ``stop`` with ``params``.
 
     Args:
         params: sampling parameters, or a mapping of their fields.
-        steering: any number of entries at any hooked layers; entries at one layer apply in this order. None leaves it
-            to the engine's ``default_steering``, an empty list asks for none.
-        readout: what to read, if anything.
+        steering: any number of entries at any hooked layers; entries at one layer apply in this order. None
+            leaves the engine's ``default_steering`` on; an empty list turns it off.
+        readout: the activations to read, or None.
 
     Raises:
-        MalformedSpec: an argument of another type. What depends on the engine is checked when the request gets there.
-        NotConfigured: vLLM would not load the plugin in this process, or loads it beside a release of vLLM in which it
-            steers nothing.
+        MalformedSpec: an argument has another type. The engine checks the rest when it gets the request.
+        NotConfigured: vLLM does not load the plugin in this process.
+        UnsupportedFeature: the installed vLLM is not supported, or ``VLLM_STEER_DISABLE`` switches the plugin off.
     """
     if isinstance(params, Mapping):
         params = SamplingParams(**params)
@@ -88,9 +91,9 @@ def steered(
 
 
 def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
-    """Register directions at run time, on all workers; all of them or none.
+    """Register directions on all workers while the engine runs; either all of them or none.
 
-    A name and layer that exist already get the new content; requests in flight keep the old one.
+    A direction replaces one of the same name and layer. Requests in flight keep the old vector.
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
@@ -108,16 +111,16 @@ def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
 
 
 async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direction]) -> None:
-    """``register_directions`` for vLLM's ``AsyncLLM``; requests that are added meanwhile find the old content.
+    """``register_directions`` for vLLM's ``AsyncLLM``. Requests added during the call get the old vectors.
 
     Raises:
-        What ``register_directions`` raises.
+        SteerError: as ``register_directions``.
     """
     vllm_versions.require(is_engine_running=True)
     registry = _registry_of(engine.input_processor)
     if not engine.output_processor.has_unfinished_requests():
         registry.reclaim()
-    # The workers first: a request that is admitted before they have the vectors must not find the new entries.
+    # Workers first: a request that is admitted before they have the vectors must not find the new entries.
     writes = registry.reserve(directions)
     try:
         if writes:
@@ -131,18 +134,18 @@ async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direc
 def close_llm(llm: LLM) -> None:
     """Shut an engine down, so that another one can start in this process.
 
-    Left to the garbage collector, an old in-process engine takes the process groups of vLLM with it whenever it happens
-    to go, and with them those of an engine that has started meanwhile. Drop every reference to ``llm`` afterwards.
+    Without this call, the garbage collector destroys vLLM's process groups at an unknown time, even while another
+    in-process engine uses them. Drop every reference to ``llm`` afterwards.
     """
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
 
 
 def abandon_requests(llm: LLM) -> int:
-    """Abort whatever is unfinished in the engine; returns how many requests that were.
+    """Abort all unfinished requests and return their number.
 
-    After a step that raised, ``LLM.generate`` leaves its requests behind, and the next call would run them and return
-    their outputs among its own. Safe to call at any time; does nothing when nothing is unfinished.
+    After a step that raised, ``LLM.generate`` leaves its requests in the engine; the next call would run them and
+    return their outputs among its own. The function can be called at any time.
 
     Raises:
         MalformedSpec: ``llm`` is an ``AsyncLLM``.
@@ -155,7 +158,7 @@ def abandon_requests(llm: LLM) -> int:
 
 
 async def abandon_requests_async(engine: AsyncLLM) -> int:
-    """``abandon_requests`` for vLLM's ``AsyncLLM``: whoever waits for one of them gets what it has so far."""
+    """``abandon_requests`` for vLLM's ``AsyncLLM``. Waiting callers get the tokens generated so far."""
     unfinished = list(engine.output_processor.request_states)
     if unfinished:
         await engine.abort(unfinished, internal=True)
@@ -167,16 +170,16 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
 
     Args:
         llm: the engine that made ``outputs``.
-        outputs: what ``llm.generate`` or ``llm.chat`` returned.
+        outputs: the result of ``llm.generate`` or ``llm.chat``.
 
     Returns:
-        ``reads[i][j]`` of sample j of prompt i; None where no readout was asked.
+        ``reads[i][j]``: the readout of sample j of prompt i; None if none was requested.
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
         MalformedSpec: ``llm`` is an ``AsyncLLM``.
-        ReadoutUnavailable: a readout or a trace that was asked cannot be given; its ``results`` holds all else, a
-            readout whose trace alone failed among it.
+        ReadoutUnavailable: a requested readout or trace is missing. ``results`` of the error holds all others, and
+            also readouts of which only the trace failed.
     """
     vllm_versions.require(is_engine_running=True)
     _check_synchronous(llm, "collect_readouts")
@@ -191,12 +194,11 @@ async def collect_readouts_async(
 
     Args:
         engine: the engine that made ``outputs``.
-        outputs: the last output that ``engine.generate`` gave for each request. With ``RequestOutputKind.DELTA``, which
-            shows each sample's last tokens only, readouts cannot be told apart from those of a shorter answer, so ask
-            for ``CUMULATIVE`` or ``FINAL_ONLY``.
+        outputs: the last output of ``engine.generate`` for each request. Use ``RequestOutputKind.CUMULATIVE`` or
+            ``FINAL_ONLY``: with ``DELTA`` the last output has only the last tokens, so the sample's length is unknown.
 
     Raises:
-        What ``collect_readouts`` raises.
+        SteerError: as ``collect_readouts``, except for the check of ``llm``.
     """
     vllm_versions.require(is_engine_running=True)
     wanted = _Wanted.of(admission_of(engine.input_processor).asked, outputs)
@@ -206,14 +208,14 @@ async def collect_readouts_async(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """The samples whose readouts are to be fetched.
+    """The samples whose readouts to fetch.
 
     Attributes:
-        asked: what the requests asked, by the id that callers know.
-        outputs: all finished requests, with a readout or without.
+        asked: request id of the caller -> the request's steering and readout.
+        outputs: all finished requests, with or without a readout.
         places: (index of the output, index of the sample) of each sample with a readout.
-        samples: what the workers are asked for each of them, see ``rpc.collect``.
-        failed: the same places of samples with a readout that ended with an error -> the reason.
+        samples: the argument of ``rpc.collect`` for each of ``places``.
+        failed: place of a sample that ended with an error -> the reason.
     """
 
     asked: Mapping[str, Asked]
@@ -239,7 +241,11 @@ class _Wanted:
         return cls(asked, outputs, places, samples, failed)
 
     def results(self, workers: Sequence[Any]) -> list[list[ReadoutResult | None]]:
-        """The readouts, from the workers' answers; raises what ``collect_readouts`` raises."""
+        """Build the result of ``collect_readouts`` from the workers' answers.
+
+        Raises:
+            ReadoutUnavailable: as ``collect_readouts``.
+        """
         results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in self.outputs]
         answers = whole_readouts(workers) if self.samples else []
         reasons = dict(self.failed)
@@ -272,7 +278,7 @@ def _registry_of(processor: InputProcessor) -> DirectionRegistry:
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
-        ChangeNotAllowed: it is a server's, which other processes share.
+        ChangeNotAllowed: the engine belongs to a server, whose processes share the registry.
     """
     registry = admission_of(processor).registry
     if not isinstance(registry, DirectionRegistry):
@@ -298,7 +304,7 @@ def _result(answer: Mapping[str, Any], traced: Sequence[str]) -> ReadoutResult:
     projections: dict[str, dict[int, float]] = {}
     for name, layer, value in answer["projections"]:
         projections.setdefault(name, {})[layer] = value
-    # In the order that was asked: pipeline stages answer in that of their layers.
+    # In the requested order; pipeline stages answer in the order of their layers.
     trace = {
         name: np.frombuffer(values, dtype=np.float32).copy()
         for name, values in sorted(answer["trace"], key=lambda one: traced.index(one[0]))
