@@ -8,7 +8,8 @@ Runs before anything is installed, so it uses only the standard library. `make s
 - vLLM's CPU wheel requires torchvision, torchaudio and torchcodec, but not their CPU builds. Those on PyPI are
   linked against CUDA's torch, and with them the import of any transformers model fails (`operator
   torchvision::nms does not exist`). Where PyTorch's CPU wheel index answers, the `+cpu` builds of the same
-  version replace them; elsewhere they are removed, since nothing here reads pictures or sound.
+  version replace them. Elsewhere torchvision, which models with images need, gets empty definitions of the two
+  operators (no image processor calls them), and the others are removed, since nothing here reads sound.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ OLDEST_PYTHON = (3, 11)
 PYTORCH_CPU_INDEX = os.environ.get("PYTORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
 PROBE_SECONDS = 5
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+# Appended to torchvision's extension.py, which it imports before anything that names its operators.
+OPERATORS = """
+# Added by the set-up of vllm-steer: without these definitions torchvision cannot be imported where its library is
+# built for another torch. They have no implementation.
+if not _has_ops():
+    _operators = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 MODEL_IMPORT = "from transformers import LlamaForCausalLM"
 
 
@@ -135,8 +145,16 @@ def model_import_error() -> str | None:
     return (check.stderr.strip().splitlines() or [f"exit status {check.returncode}"])[-1]
 
 
+def define_torchvision_operators() -> None:
+    """Make the installed torchvision importable beside a torch that its library is not built for."""
+    for file in VENV.glob("lib/python*/site-packages/torchvision/extension.py"):
+        text = file.read_text(encoding="utf-8")
+        if OPERATORS not in text:
+            file.write_text(text + OPERATORS, encoding="utf-8")
+
+
 def repair_media_packages(index: str | None) -> None:
-    """Replace media packages other than CPU builds by those of `index`; remove them where there is no index."""
+    """Replace media packages other than CPU builds by those of `index`, or make do with torchvision without kernels."""
     foreign = {name: v for name, v in installed_media_packages().items() if not v.endswith("+cpu")}
     if foreign and index is not None:
         wanted = [f"{name}=={version.split('+')[0]}+cpu" for name, version in foreign.items()]
@@ -146,6 +164,10 @@ def repair_media_packages(index: str | None) -> None:
             print(f"setup: {index} lacks one of {', '.join(wanted)}", flush=True)
         else:
             foreign = {}
+    if "torchvision" in foreign:
+        print("setup: torchvision is not built for this torch: it stays, without its operators", flush=True)
+        define_torchvision_operators()
+        del foreign["torchvision"]
     if foreign:
         print(f"setup: removing {', '.join(foreign)}: not built for this torch, and not needed", flush=True)
         pip("uninstall", "--yes", *foreign)

@@ -1,8 +1,8 @@
-"""The conformance matrix: what the tests of one run have shown, by feature and model family.
+"""The conformance document: what the tests of one run have shown, by class of decoder layer, feature and family.
 
 A test claims a cell with ``@pytest.mark.conformance(feature, family=..., refused=False)``; without ``family`` it is the
 test's parameter of that name. A cell says ``exact`` or ``refused`` only if a test that claims it passed in this
-run, and ``fails`` if one failed.
+run, and ``fails`` if one failed. A test that has asked the experiment at start-up records ``EXPERIMENT``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.architectures import ARCHITECTURES
+from tests.support.tiny_configs import FAMILIES
+from tests.support.tiny_configs import REFUSED as REFUSED_MODELS
+from vllm_steer.engine.layer_classes import LAYER_CLASSES, REFUSED_ARCHITECTURES
+
 PROPERTY = "conformance"
+EXPERIMENT = "conformance-experiment"
+"""Name of the property ``{"family": ..., "found": {class of decoder layer: convention}}`` of a test."""
+LAYER_FEATURES = ("steering", "readout")  # what each class of decoder layer is compared in
 EXACT, REFUSED, FAILS, NOT_RUN = "exact", "refused", "fails", "not run"
 _LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
 # Features that no test can show on a machine without an accelerator, and why.
@@ -50,9 +58,14 @@ class ConformanceMatrix:
     def __init__(self, target: Path) -> None:
         self.target = target
         self._seen: dict[tuple[str, str], dict[str, str]] = {}  # cell -> outcome -> why, "" where it needs no reason
+        self._found: dict[str, set[str]] = {}  # class of decoder layer -> what the experiment said
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Record the outcome for each claim of a test's report."""
+        for name, value in report.user_properties:
+            if name == EXPERIMENT and report.when == "call" and report.passed:
+                for path, convention in value["found"].items():  # type: ignore[index]
+                    self._found.setdefault(path, set()).add(convention)
         claims = [Claim(**value) for name, value in report.user_properties if name == PROPERTY]  # type: ignore[arg-type]
         for claim in claims:
             outcomes = self._seen.setdefault((claim.feature, claim.family), {})
@@ -99,17 +112,38 @@ class ConformanceMatrix:
         yield from NEVER_RUN.items()
 
     def markdown(self) -> str:
-        """The matrix as a document."""
+        """The document."""
+        layer_features = set(LAYER_FEATURES)
+        families = [one for one in self.families if {f for f, of in self._seen if of == one} - layer_features]
         rows = [
-            ["", *self.families],
-            ["---"] * (len(self.families) + 1),
-            *([feature, *(self.cell(feature, family) for family in self.families)] for feature in self.features),
+            ["", *families],
+            ["---"] * (len(families) + 1),
+            *([feature, *(self.cell(feature, one) for one in families)] for feature in self.features),
         ]
+        compared = {name for row in LAYER_CLASSES.values() for name in row.architectures if self._is_exact(name)}
         lines = [
             "# Conformance",
             "",
             "Made by `make conformance` from its test run; not to be edited. `exact`: steering and readout equal their "
             "float32 reference there. `refused`: asked for, it is refused by name.",
+            "",
+            "## Decoder layers",
+            "",
+            f"{len(compared)} architectures were compared with Hugging Face in float32: a batch of 32 requests with "
+            "all operations, spans, readouts and traces, token for token and vector for vector. `experiment` is what "
+            "the experiment at an engine's start said about the class, without knowing the table.",
+            "",
+            "| class of decoder layer | returns the stream as | steering | readout | experiment | compared in |",
+            "|---|---|---|---|---|---|",
+            *(f"| {' | '.join(cells)} |" for cells in self._layer_rows()),
+            "",
+            "Any other class starts only with `steer_config(unproven_model='experiment')`. Refused by name:",
+            "",
+            "| architecture | why |",
+            "|---|---|",
+            *(f"| {architecture} | {why} |" for architecture, why in sorted(REFUSED_ARCHITECTURES.items())),
+            "",
+            "## Features",
             "",
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
@@ -120,6 +154,24 @@ class ConformanceMatrix:
             *(f"- {what}: {why}" for what, why in self.reasons()),
         ]
         return "\n".join(lines) + "\n"
+
+    def _layer_rows(self) -> Iterator[list[str]]:
+        for row in sorted(LAYER_CLASSES.values(), key=lambda row: (row.convention, row.path)):
+            cells = []
+            for feature in LAYER_FEATURES:
+                outcomes = {self._cell_of(feature, name) for name in row.architectures}
+                cells.append(outcomes.pop() if len(outcomes) == 1 else " / ".join(sorted(outcomes)))
+            found = ", ".join(sorted(self._found.get(row.path, ()))) or NOT_RUN
+            yield [f"`{row.path}`", row.convention, *cells, found, ", ".join(row.architectures)]
+
+    def _cell_of(self, feature: str, architecture: str) -> str:
+        """The verdict on an architecture: the worst of its variants, such as one with experts and one without."""
+        variants = [name for name, row in ARCHITECTURES.items() if (row.name or name) == architecture]
+        outcomes = [self.cell(feature, variant) for variant in variants]
+        return next((one for one in (FAILS, NOT_RUN, REFUSED) if one in outcomes), EXACT if outcomes else NOT_RUN)
+
+    def _is_exact(self, architecture: str) -> bool:
+        return all(self._cell_of(feature, architecture) == EXACT for feature in LAYER_FEATURES)
 
     def letters(self) -> str:
         """The matrix for a terminal: one column per family, with its name from top to bottom."""
@@ -153,4 +205,6 @@ def _claim(item: pytest.Item, feature: str, family: str | None = None, refused: 
         if call is None or "family" not in call.params:
             raise pytest.UsageError(f"{item.nodeid} claims {feature!r} for no family; give family=, or parametrise it.")
         family = str(call.params["family"])
+    # some tests know the architectures by short names
+    family = (FAMILIES | REFUSED_MODELS).get(family, (family,))[0]
     return {"feature": feature, "family": family, "verdict": REFUSED if refused else EXACT}

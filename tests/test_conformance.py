@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.conformance import PROPERTY, ConformanceMatrix, put_claims_on
+from tests.conformance import EXPERIMENT, PROPERTY, ConformanceMatrix, put_claims_on
 
 Outcome = Literal["passed", "failed", "skipped"]
 
@@ -100,9 +100,10 @@ class FakeItem:
 @pytest.mark.parametrize(
     ("item", "claim"),
     [
-        (FakeItem(pytest.mark.conformance("LoRA", family="llama")), ("LoRA", "llama", "exact")),
-        (FakeItem(pytest.mark.conformance("LoRA"), family="opt"), ("LoRA", "opt", "exact")),
-        (FakeItem(pytest.mark.conformance("DP", family="llama", refused=True)), ("DP", "llama", "refused")),
+        (FakeItem(pytest.mark.conformance("LoRA", family="llama")), ("LoRA", "LlamaForCausalLM", "exact")),
+        (FakeItem(pytest.mark.conformance("LoRA"), family="opt"), ("LoRA", "OPTForCausalLM", "exact")),
+        (FakeItem(pytest.mark.conformance("LoRA"), family="AnotherModel"), ("LoRA", "AnotherModel", "exact")),
+        (FakeItem(pytest.mark.conformance("DP", family="llama", refused=True)), ("DP", "LlamaForCausalLM", "refused")),
     ],
 )
 def test_a_marker_becomes_a_claim(item: FakeItem, claim: tuple[str, str, str]) -> None:
@@ -113,3 +114,33 @@ def test_a_marker_becomes_a_claim(item: FakeItem, claim: tuple[str, str, str]) -
 def test_a_claim_for_no_family_is_refused() -> None:
     with pytest.raises(pytest.UsageError, match="claims 'LoRA' for no family"):
         put_claims_on([FakeItem(pytest.mark.conformance("LoRA"))])  # type: ignore[list-item]
+
+
+def experiment(family: str, found: dict[str, str], **fields: Any) -> pytest.TestReport:
+    made = report("passed", feature="steering", family=family, **fields)
+    made.user_properties.append((EXPERIMENT, {"family": family, "found": found}))
+    return made
+
+
+def test_a_class_is_exact_only_where_all_its_architectures_were_compared(matrix: ConformanceMatrix) -> None:
+    path = "vllm.model_executor.models.deepseek_v2.DeepseekV2DecoderLayer"
+
+    def row() -> str:
+        (line,) = [line for line in matrix.markdown().splitlines() if line.startswith(f"| `{path}`")]
+        return line
+
+    assert "| fused | not run | not run | not run | DeepseekV2ForCausalLM, DeepseekV3ForCausalLM |" in row()
+    matrix.pytest_runtest_logreport(experiment("DeepseekV2ForCausalLM", {path: "fused"}))
+    assert "| fused | exact / not run | not run | fused |" in row()
+    for feature in ("steering", "readout"):
+        for family in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"):
+            matrix.pytest_runtest_logreport(report("passed", feature=feature, family=family))
+    assert "| fused | exact | exact | fused |" in row()
+    assert "2 architectures were compared" in matrix.markdown()
+
+
+def test_a_variant_that_fails_is_not_hidden_by_another(matrix: ConformanceMatrix) -> None:
+    for family, outcome in (("Gemma4ForCausalLM", "passed"), ("Gemma4ForCausalLM, experts", "failed")):
+        matrix.pytest_runtest_logreport(report(outcome, feature="steering", family=family))  # type: ignore[arg-type]
+    (line,) = [line for line in matrix.markdown().splitlines() if "gemma4.Gemma4DecoderLayer" in line]
+    assert "fails" in line

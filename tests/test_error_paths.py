@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_steer"
 MODULES = {
-    "engine": "vllm_versions startup_checks model_families prefix_cache stream_overflow",
+    "engine": "vllm_versions startup_checks layer_classes prefix_cache stream_overflow",
     "engine/front": "admission request_intake async_generate offline",
-    "engine/worker": "worker_steering rpc patch_classic_runner patch_v2_runner cut_off_marks",
+    "engine/worker": "worker_steering rpc patch_classic_runner patch_v2_runner cut_off_marks hooked_layers "
+    "layer_experiment",
     "server": "batch_runner",
 }
 
@@ -55,10 +56,15 @@ SHOWN_BY = {
     "startup_checks._create_engine_config.create_engine_config": "compat/test_version_gate.py::test_any_other_releas",
     "startup_checks.check": "engine/test_refusals.py::test_a_layer_that_the_model_lacks_is_refused",
     "startup_checks.refusals": "engine/test_doctor.py::test_every_problem_is_listed_not_only_the_first",
-    "model_families.Family.check_dtype": "engine/test_doctor.py::test_float16_is_refused_where_the_stream_is_rescaled",
-    "model_families.family_of": "engine/test_refusals.py::test_an_unsupported_family_is_refused_by_name",
-    "model_families.attach": "engine/worker/test_never_unsteered.py::test_layers_of_another_class_are_not_hooked_by",
-    "model_families.decoder_blocks": "engine/worker/test_never_unsteered.py::test_a_model_without_layers_is_refused",
+    "layer_classes.refuse_rescaled": "engine/test_doctor.py::test_float16_is_refused_where_the_stream_is_rescaled",
+    "layer_classes.refuse_architecture": "engine/test_refusals.py::test_an_architecture_that_cannot_be_exact_is_re",
+    "hooked_layers.conventions": "engine/worker/test_layer_experiment.py::test_a_table_that_says_otherwise_is_refused",
+    "hooked_layers.put_hooks": "engine/worker/test_never_unsteered.py::test_a_layer_that_the_loaded_model_lacks_is_r",
+    "hooked_layers._answered": "engine/worker/test_layer_experiment.py::test_a_layer_of_which_nobody_speaks_is",
+    "layer_experiment._find_blocks": "engine/worker/test_layer_experiment.py::test_a_model_whose_layers_are_not_found",
+    "layer_experiment._ask": "engine/worker/test_layer_experiment.py::test_a_model_of_which_nothing_can_be_said",
+    "layer_experiment._convention": "engine/worker/test_layer_experiment.py::test_a_stream_that_is_neither_is",
+    "layer_experiment._refuse_partial_sums": "engine/worker/test_layer_experiment.py::test_a_part_of_a_sum_is_refused",
 }
 
 

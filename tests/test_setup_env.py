@@ -1,4 +1,4 @@
-"""The set-up script: done once, redone after an interruption, and never left with CUDA's torchvision."""
+"""The set-up script: done once, redone after an interruption, and never left with a torchvision that breaks models."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class FakeMachine:
         self.index_has_audio = True
         self.interrupt_install = False
         self.engine = "cpu"
+        self.extension = module.VENV / "lib/python3.11/site-packages/torchvision/extension.py"
         monkeypatch.setattr(module, "pip", self.pip)
         monkeypatch.setattr(module, "make_venv", self.make_venv)
         monkeypatch.setattr(module, "succeeds", self.succeeds)
@@ -59,8 +60,10 @@ class FakeMachine:
         return (self.module.VENV / "bin").is_dir()  # the only command here asks whether pip runs in .venv
 
     def model_import_error(self) -> str | None:
+        defined = self.module.OPERATORS in self.extension.read_text() if self.extension.is_file() else False
         fits = self.engine == "cuda" or all(
-            version.endswith("+cpu") and self.index_builds_fit for version in self.media.values()
+            (version.endswith("+cpu") and self.index_builds_fit) or (name == "torchvision" and defined)
+            for name, version in self.media.items()
         )
         return None if fits else "RuntimeError: operator torchvision::nms does not exist"
 
@@ -71,6 +74,8 @@ class FakeMachine:
                 raise KeyboardInterrupt
             self.engine = "cuda" if "[cuda," in arguments[-1] else "cpu"
             self.media = {"torchvision": "0.28.0", "torchaudio": "2.11.0"}
+            self.extension.parent.mkdir(parents=True, exist_ok=True)
+            self.extension.write_text("def _has_ops(): return False\n")
         elif arguments[0] == "uninstall":
             for name in arguments[2:]:
                 del self.media[name]
@@ -86,9 +91,13 @@ def machine(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeMachi
     return FakeMachine(setup_env, monkeypatch)
 
 
-def test_without_pytorchs_index_the_packages_that_break_models_are_removed(machine: FakeMachine) -> None:
+def test_without_pytorchs_index_torchvision_stays_and_the_packages_for_sound_are_removed(
+    machine: FakeMachine,
+) -> None:
     machine.module.set_up("cpu")
-    assert machine.media == {}
+    assert machine.media == {"torchvision": "0.28.0"}
+    machine.module.define_torchvision_operators()
+    assert machine.extension.read_text().count(machine.module.OPERATORS) == 1
     assert machine.calls == ["venv", "install", "uninstall"]
 
 
@@ -102,7 +111,7 @@ def test_an_index_that_lacks_a_build_counts_as_none(machine: FakeMachine) -> Non
     machine.index_reachable = True
     machine.index_has_audio = False
     machine.module.set_up("cpu")
-    assert machine.media == {}
+    assert machine.media == {"torchvision": "0.28.0"}
 
 
 def test_cpu_builds_that_do_not_fit_this_torch_are_removed(machine: FakeMachine) -> None:

@@ -34,6 +34,9 @@ STEERED_HEADER = "x-vllm-steer"
 
 Op = Literal["add", "ablate", "set"]
 Span = Literal["prompt", "generated", "all"]
+Proof = Literal["parity", "experiment"]
+"""Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
+(``parity``), or only the experiment at start-up says so (``experiment``)."""
 OPS: tuple[str, ...] = get_args(Op)
 SPANS: tuple[str, ...] = get_args(Span)
 
@@ -234,12 +237,15 @@ class ReadoutResult:
         projections: direction name -> layer -> ⟨mean, direction⟩, at the layers the direction is registered at.
         trace: direction name -> (num_tokens,) float32, ⟨h, direction⟩ of each token of the span in order, at the
             direction's own layer and after that layer's steering.
+        proof: why the rows are taken to be the residual stream: the model's layers were compared with Hugging Face
+            (``parity``), or only the experiment at start-up says so (``experiment``).
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
     num_tokens: int
     projections: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     trace: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    proof: Proof = "parity"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -56,6 +56,8 @@ class SteerSettings(BaseModel):
         max_alpha_residual_norm: largest Σ|α|·‖d‖ over a request's entries at one layer, in multiples of the layer's
             mean residual norm, see ``residual_norms``.
         residual_norms: layer -> mean norm of the model's residual stream there, in the stream's own units.
+        unproven_model: what to do with a model whose decoder layers were never compared with Hugging Face: ``refuse``
+            it, or take the word of the ``experiment`` at start-up. Every readout then says so.
         playground: serve ``/v1/steering/playground``.
         plugin_build: digest of the plugin's own code. vLLM hashes this object into the key of its compile cache, so a
             graph that was compiled without the plugin, or with another version of it, is never reused.
@@ -77,6 +79,7 @@ class SteerSettings(BaseModel):
     allowed_directions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     max_alpha_residual_norm: Annotated[float, Field(gt=0)] | None = None
     residual_norms: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    unproven_model: Literal["refuse", "experiment"] = "refuse"
     playground: bool = False
     plugin_build: str = ""
 

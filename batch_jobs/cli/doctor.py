@@ -1,10 +1,10 @@
-"""`vllm-steer doctor`: whether a model can be steered, before its weights are loaded."""
+"""`vllm-steer doctor`: whether a model can be steered, without its weights."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
     from vllm_steer import Diagnosis
 
+Unproven = Literal["refuse", "experiment"]
 REFUSED_EXIT_CODE = 1
+PROOFS = {
+    "parity": "parity: steering and readout of these layers were compared with Hugging Face",
+    "experiment": "experiment only: a small random copy says how these layers return the stream",
+    "unknown": "unknown: never compared with Hugging Face under this name",
+    "refused": "refused",
+}
 
 
 def doctor(
@@ -22,6 +29,12 @@ def doctor(
         str | None, typer.Option(help="Layers to hook, e.g. 8,12.", show_default="those of the directions, or all")
     ] = None,
     directions: Annotated[list[Path] | None, typer.Option(help="Direction file; may be given again.")] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also run the experiment of an engine's start on a small random copy.")
+    ] = False,
+    unproven_model: Annotated[
+        Unproven, typer.Option(help="As in steer_config: what to do with a model that was never compared.")
+    ] = "refuse",
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Say whether an engine of a model would start with steering, and why not. Exit code 1 if it would be refused."""
@@ -36,7 +49,9 @@ def doctor(
     set_engine_environment()
     from vllm_steer import diagnose
 
-    diagnosis = diagnose(model_location(model), layers=hooked, directions=directions or ())
+    diagnosis = diagnose(
+        model_location(model), layers=hooked, directions=directions or (), unproven_model=unproven_model, run=run
+    )
     if as_json:
         print(json.dumps({"is_fit": diagnosis.is_fit, **asdict(diagnosis)}, indent=2))
     else:
@@ -53,7 +68,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     answers = {
         "architecture": diagnosis.architecture,
         "vLLM's class": diagnosis.model_class,
-        "decoder layer": diagnosis.layer_class or "not in the family table",
+        "decoder layers": "\n".join(diagnosis.layer_classes) or "known once it is loaded, or with --run",
+        "proof": PROOFS[diagnosis.proof],
         "layers": f"{diagnosis.num_layers}, 0 to {diagnosis.num_layers - 1}",
         "hidden size": str(diagnosis.hidden_size),
         "dtype": diagnosis.dtype,

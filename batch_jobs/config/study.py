@@ -66,17 +66,20 @@ class EngineOptions(_Section):
     trust_remote_code: bool = False
     max_alpha: float | None = Field(default=None, gt=0)
     """Largest |α| (raw) that the engine accepts; None keeps the plugin's own bound."""
+    unproven_model: Literal["refuse", "experiment"] = "refuse"
+    """As in ``steer_config``: what to do with a model whose layers were never compared with Hugging Face."""
 
     def engine_args(self) -> dict[str, Any]:
         """The options as vLLM engine arguments; those left at None keep vLLM's own default."""
-        arguments = self.model_dump(exclude_none=True, exclude={"kv_cache_gib", "max_alpha"})
+        arguments = self.model_dump(exclude_none=True, exclude={"kv_cache_gib", "max_alpha", "unproven_model"})
         if self.kv_cache_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
         return arguments
 
     def steer_settings(self) -> dict[str, Any]:
         """The options for the plugin, as keyword arguments of `steer_config`."""
-        return {} if self.max_alpha is None else {"max_alpha": self.max_alpha}
+        given = {"unproven_model": self.unproven_model}
+        return given if self.max_alpha is None else {**given, "max_alpha": self.max_alpha}
 
 
 class Extraction(_Section):

@@ -26,6 +26,7 @@ from vllm_steer.errors import BadAlpha, DirectionChanged, MalformedSpec, NotConf
 READOUT = {
     "num_tokens": 3,
     "projections": {"kind": {"12": 2.5, "8": None}},
+    "proof": "experiment",
     "mean": {"12": base64.b64encode(np.array([1.5, -2.0], "<f4").tobytes()).decode()},
 }
 CHAT_REPLY = {
@@ -131,6 +132,7 @@ def check_pieces(pieces: list[Piece]) -> None:
     assert pieces[2].finish_reason == "stop"
     assert pieces[2].readout is not None
     assert pieces[2].readout.num_tokens == 3
+    assert pieces[2].readout.proof == "experiment"
 
 
 def test_a_stream_gives_text_trace_and_readout_wherever_the_bytes_are_cut() -> None:

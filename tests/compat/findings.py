@@ -12,12 +12,10 @@ from typing import Literal
 from tests.compat.own_patches import vllm_names
 from tests.compat.own_use import engine_files, file_name, foreign_reads, vllm_imports
 from tests.compat.vllm_source import Function, VllmSource
-from vllm_steer.engine.model_families import FAMILIES, Convention, Family
+from vllm_steer.engine.layer_classes import LAYER_CLASSES
 from vllm_steer.engine.vllm_api import VllmName
 
-Verdict = Literal["ok", "gone", "signature changed", "body changed", "way around", "family refused"]
-# How many values a decoder layer's `forward` returns.
-_RETURNED: dict[Convention, int] = {"fused": 2, "first": 2, "single": 1}
+Verdict = Literal["ok", "gone", "signature changed", "body changed", "way around", "layer refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +23,11 @@ class Finding:
     """What a release has in place of one thing that the plugin relies on.
 
     Attributes:
-        name: `module:name`, or the architecture of a family.
+        name: `module:name`, or the class of a decoder layer.
         needed_by: the plugin's files that need it, relative to `vllm_steer/engine`.
         verdict: `ok`; `gone`; `signature changed`: the plugin's calls no longer fit it; `body changed`: it lacks an
             expression that the plugin relies on; `way around`: something reaches the original past the wrapper;
-            `family refused`: its decoder layers differ, so an engine for it is refused at start-up.
+            `layer refused`: the class of decoder layer is gone, so models made of it are refused at start-up.
         says: what was found instead; empty for `ok`.
         reads_differently: the function's text differs from that of the release it was compared with.
     """
@@ -42,8 +40,8 @@ class Finding:
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the plugin cannot support the release as it is. A refused family, refused by name, is not fatal."""
-        return self.verdict not in ("ok", "family refused")
+        """Whether the plugin cannot support the release as it is. A lost class of decoder layer is not fatal."""
+        return self.verdict not in ("ok", "layer refused")
 
     def __str__(self) -> str:
         if self.verdict == "ok":
@@ -68,14 +66,16 @@ def findings(
         yield Finding(f"{one.module}:{one.name}".rstrip(":"), needed_by(one), verdict, says, differs)
 
 
-def family_findings(source: VllmSource, baseline: VllmSource | None = None) -> Iterator[Finding]:
-    """Yield one finding per family of the table in `model_families`."""
-    for family in FAMILIES.values():
-        says = _family_differs(source, family)
-        module, _, name = family.layer_class.rpartition(".")
-        differs = baseline is not None and _differs(source, baseline, module, f"{name}.forward")
-        verdict: Verdict = "family refused" if says else "ok"
-        yield Finding(family.architecture, ("engine/model_families.py",), verdict, says, differs)
+def layer_findings(source: VllmSource, baseline: VllmSource | None = None) -> Iterator[Finding]:
+    """Yield one finding per class of vLLM in the table of decoder layers. What it returns, the engine asks at start."""
+    for row in LAYER_CLASSES.values():
+        module, _, name = row.path.rpartition(".")
+        if module.startswith("vllm."):
+            is_gone = source.find(module, name) is None
+            differs = baseline is not None and _differs(source, baseline, module, f"{name}.forward")
+            verdict: Verdict = "layer refused" if is_gone else "ok"
+            says = f"vLLM {source.version} has no such class" if is_gone else ""
+            yield Finding(row.path, ("engine/layer_classes.py",), verdict, says, differs)
 
 
 def needed_by(one: VllmName) -> tuple[str, ...]:
@@ -151,28 +151,6 @@ def _ways_around(source: VllmSource, one: VllmName, names: Sequence[VllmName]) -
         return source.holders(method) - {other.module for other in patched if other.name == method}
     wrapped = {f"{other.module}:{other.name.removesuffix(f'.{method}')}" for other in patched}
     return source.overrides(one.module, owner, method) - wrapped
-
-
-def _family_differs(source: VllmSource, family: Family) -> str:
-    """How a release contradicts a row of the family table; empty if it does not."""
-    module, _, name = family.layer_class.rpartition(".")
-    loaded_from = source.model_modules.get(family.architecture)
-    is_native = module.startswith("vllm.")
-    if loaded_from is None or (loaded_from == "transformers") == is_native:
-        return f"vLLM {source.version} loads it from {loaded_from or 'nowhere'}, we expect layers of {module}"
-    if not is_native:
-        return ""
-    forward = source.find(module, f"{name}.forward")
-    if forward is None:
-        return f"vLLM {source.version} has no {family.layer_class}"
-    returned = {
-        len(node.value.elts) if isinstance(node.value, ast.Tuple) else 1
-        for node in ast.walk(forward)
-        if isinstance(node, ast.Return)
-    }
-    if returned != {_RETURNED[family.convention]}:
-        return f"{family.layer_class} returns {sorted(returned)} values, we expect {_RETURNED[family.convention]}"
-    return ""
 
 
 def _differs(source: VllmSource, baseline: VllmSource, module: str, name: str) -> bool:

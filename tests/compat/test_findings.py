@@ -141,4 +141,4 @@ def test_a_release_without_our_names_fails_the_check(
     assert report(other, baseline=source) == 1
     said = capsys.readouterr().out
     assert "gone: vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs" in said
-    assert "family refused: LlamaForCausalLM" in said
+    assert "layer refused: vllm.model_executor.models.llama.LlamaDecoderLayer" in said

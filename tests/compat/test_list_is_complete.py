@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 from tests.compat.findings import needed_by
 from tests.compat.own_patches import PAGE, declared, page, vllm_names
 from tests.compat.own_use import PACKAGE, engine_files, file_name, foreign_reads, hidden_writes, reads_in, vllm_imports
@@ -53,6 +55,18 @@ def test_nothing_but_a_declared_patch_or_attribute_writes_on_vllms_objects() -> 
         if read.is_written
     ]
     assert not written, written
+
+
+def test_no_class_of_ours_lacks_what_a_later_vllm_makes_abstract() -> None:
+    derived = [
+        node.name
+        for path in engine_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and {ast.unparse(base) for base in node.bases} & {found.name for found in vllm_imports(path)}
+    ]
+    # Only ever put before a class of vLLM's own, which has all the methods.
+    assert derived == ["SteeringState"], "register it as a subclass, as _OutputWithMarks is"
 
 
 def test_each_written_attribute_is_the_plugins_own_or_a_field_that_vllm_has() -> None:

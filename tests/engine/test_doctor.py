@@ -17,7 +17,6 @@ from batch_jobs.cli.main import app
 from tests.support.tiny_models import (
     HIDDEN_SIZE,
     NUM_LAYERS,
-    REFUSED_FAMILIES,
     SUPPORTED_FAMILIES,
     VOCAB_SIZE,
     tiny_config,
@@ -60,31 +59,40 @@ def refusal_at_start(model: Path, **engine_args: Any) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("family", [*SUPPORTED_FAMILIES, *REFUSED_FAMILIES])
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_the_doctor_and_an_engines_start_agree(folder: ConfigFolder, family: str) -> None:
     model = folder(family)
     diagnosis = diagnose(model, layers=[1])
-    refusal = refusal_at_start(model, additional_config=steer_config(layers=[1]))
-    assert diagnosis.problems == (() if refusal is None else (refusal,))
-    assert diagnosis.is_fit == (family in SUPPORTED_FAMILIES)
+    assert refusal_at_start(model, additional_config=steer_config(layers=[1])) is None
+    assert diagnosis.problems == ()
+    assert diagnosis.proof == "parity"
     assert (diagnosis.num_layers, diagnosis.hidden_size) == (NUM_LAYERS, HIDDEN_SIZE)
+
+
+def test_an_architecture_that_cannot_be_exact_is_refused_as_an_engines_start_would(tmp_path: Path) -> None:
+    model = tiny_config_of("Gemma3nForCausalLM", tmp_path)
+    diagnosis = diagnose(model, layers=[1])
+    assert diagnosis.problems == (refusal_at_start(model, additional_config=steer_config(layers=[1])),)
+    assert "several residual streams" in diagnosis.problems[0]
+    assert (diagnosis.proof, diagnosis.layer_classes) == ("refused", ())
 
 
 def test_a_diagnosis_names_classes_and_runner(folder: ConfigFolder) -> None:
     diagnosis = diagnose(folder("llama"))
     assert diagnosis.architecture == diagnosis.model_class == "LlamaForCausalLM"
-    assert diagnosis.layer_class == "vllm.model_executor.models.llama.LlamaDecoderLayer"
+    assert diagnosis.layer_classes == ("vllm.model_executor.models.llama.LlamaDecoderLayer",)
     assert diagnosis.layers == tuple(range(NUM_LAYERS))
     assert diagnosis.dtype == "bfloat16"  # vLLM's default for a float32 checkpoint
     assert diagnosis.runner == "classic"  # V2 needs Triton
     assert "a pooling model" in diagnosis.refused_features
 
 
-def test_a_model_that_vllm_runs_through_hugging_faces_modules_is_known_as_such(folder: ConfigFolder) -> None:
-    assert diagnose(folder("olmo2")).model_class == "TransformersForCausalLM"
-    unasked = diagnose(folder("llama"), model_impl="transformers")
-    assert unasked.architecture == "TransformersForCausalLM"
-    assert "model_impl" in unasked.problems[0]
+def test_a_hybrid_has_a_class_for_each_kind_of_layer(tmp_path: Path) -> None:
+    model = tiny_config_of("GraniteMoeHybridForCausalLM", tmp_path)
+    assert [one.rpartition(".")[2] for one in diagnose(model, layers=[1]).layer_classes] == [
+        "GraniteMoeHybridAttentionDecoderLayer",
+        "GraniteMoeHybridMambaDecoderLayer",
+    ]
 
 
 def tiny_config_of(architecture: str, folder: Path) -> Path:
@@ -99,34 +107,53 @@ def tiny_config_of(architecture: str, folder: Path) -> Path:
     ("architecture", "runs_as"),
     [("HeliumForCausalLM", "TransformersForCausalLM"), ("DogeForCausalLM", "TransformersMoEForCausalLM")],
 )
-def test_a_model_without_a_class_of_vllms_is_not_said_to_be_asked_for_that_way(
+def test_a_model_that_was_never_compared_is_unknown_until_a_copy_of_it_runs(
     tmp_path: Path, architecture: str, runs_as: str
 ) -> None:
     model = tiny_config_of(architecture, tmp_path)
-    (problem,) = diagnose(model, layers=[1]).problems
-    assert f"{architecture}, run as {runs_as}: vLLM has no class of its own for it" in problem
-    assert "model_impl" not in problem
-    (asked,) = diagnose(model, layers=[1], model_impl="transformers").problems
-    assert "model_impl='transformers' was given" in asked
-    assert refusal_at_start(model, additional_config=steer_config(layers=[1])) == problem
+    diagnosis = diagnose(model, layers=[1])
+    (problem,) = diagnosis.problems
+    assert f"{architecture}, which vLLM runs as {runs_as}, was never compared" in problem
+    assert "doctor --run" in problem
+    assert (diagnosis.proof, diagnosis.layer_classes) == ("unknown", ())
 
 
-def test_a_model_that_was_asked_for_through_hugging_face_is_said_to_be(folder: ConfigFolder) -> None:
-    (problem,) = diagnose(folder("llama"), layers=[1], model_impl="transformers").problems
-    assert "LlamaForCausalLM, run as TransformersForCausalLM: model_impl='transformers' was given" in problem
-    assert "no class of its own" not in problem
+def test_another_implementation_than_the_compared_one_is_unknown(folder: ConfigFolder) -> None:
+    diagnosis = diagnose(folder("llama"), layers=[1], model_impl="transformers")
+    assert diagnosis.model_class == "TransformersForCausalLM"
+    assert diagnosis.proof == "unknown"
+    assert diagnose(folder("olmo2"), layers=[1], model_impl="transformers").proof == "parity"
 
 
-def test_a_model_that_vllm_lists_as_hugging_faces_keeps_its_name(tmp_path: Path) -> None:
-    (problem,) = diagnose(tiny_config_of("SmolLM3ForCausalLM", tmp_path), layers=[1]).problems
-    assert "SmolLM3ForCausalLM: its decoder layers have not been compared" in problem
+@pytest.mark.slow
+@pytest.mark.engine
+class TestRun:
+    """The experiment on a shrunken random copy, in a process of its own."""
+
+    def test_a_large_model_with_compared_layers_is_proven_by_parity(self, tmp_path: Path) -> None:
+        transformers.Qwen3Config(
+            num_hidden_layers=64, hidden_size=5120, architectures=["Qwen3ForCausalLM"]
+        ).save_pretrained(tmp_path)
+        diagnosis = diagnose(tmp_path, layers=[1], run=True)
+        assert diagnosis.problems == ()
+        assert (diagnosis.num_layers, diagnosis.proof) == (64, "parity")
+        assert diagnosis.layer_classes == ("vllm.model_executor.models.qwen3.Qwen3DecoderLayer",)
+        assert diagnosis.experiment is not None
+        assert {layer["convention"] for layer in diagnosis.experiment["experiment"]["layers"]} == {"fused"}
+
+    def test_a_model_without_a_reference_needs_leave(self, tmp_path: Path) -> None:
+        model = tiny_config_of("HeliumForCausalLM", tmp_path)
+        refused = diagnose(model, layers=[1], run=True)
+        assert refused.proof == "experiment"
+        assert "HeliumDecoderLayer, whose steering was never compared" in refused.problems[0]
+        assert diagnose(model, layers=[1], run=True, unproven_model="experiment").is_fit
 
 
 def test_every_problem_is_listed_not_only_the_first(folder: ConfigFolder, directions: Callable[..., Path]) -> None:
     diagnosis = diagnose(
         folder("bloom"), layers=[1, NUM_LAYERS], directions=directions(2, size=HIDDEN_SIZE + 1), runner="pooling"
     )
-    says = ("BloomForCausalLM", f"layer {NUM_LAYERS}", "a pooling model", f"{HIDDEN_SIZE + 1} elements", "'kind@2'")
+    says = (f"layer {NUM_LAYERS}", "a pooling model", "BloomForCausalLM", f"{HIDDEN_SIZE + 1} elements", "'kind@2'")
     assert len(diagnosis.problems) == len(says)
     for problem, part in zip(diagnosis.problems, says, strict=True):
         assert part in problem

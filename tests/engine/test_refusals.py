@@ -15,9 +15,9 @@ from vllm import LLM, SamplingParams
 
 from tests.engine.conftest import OpenEngine
 from tests.support.mixed_batch import unit_vectors
-from tests.support.tiny_models import HIDDEN_SIZE, REFUSED_FAMILIES, SUPPORTED_FAMILIES
+from tests.support.tiny_models import HIDDEN_SIZE
 from vllm_steer import Direction, Readout, Steering, errors, register_directions, steer_config, steered
-from vllm_steer.engine.model_families import family_of
+from vllm_steer.engine.layer_classes import refuse_architecture
 
 pytestmark = pytest.mark.engine
 
@@ -219,30 +219,25 @@ def test_a_readout_of_an_unhooked_layer_is_refused(llm: LLM) -> None:
 class TestAtStart:
     """Refusals of an engine's start, before weights are loaded. The running engine of this module is not disturbed."""
 
-    @pytest.mark.conformance("steering", refused=True)
-    @pytest.mark.conformance("readout", refused=True)
-    @pytest.mark.parametrize("family", REFUSED_FAMILIES)
-    def test_an_unsupported_family_is_refused_by_name(self, family: str, tiny_model: Callable[[str], Path]) -> None:
-        with pytest.raises(errors.UnsupportedModel, match="have not been compared") as refusal:
-            LLM(str(tiny_model(family)), additional_config=steer_config(layers=[LAYER]))
-        message = str(refusal.value).lower()
-        for named in (family, *SUPPORTED_FAMILIES):
-            assert named in message
-
     @pytest.mark.parametrize(
-        ("architecture", "reason"),
+        ("architecture", "ranks", "reason"),
         [
-            ("DeepseekV4ForCausalLM", "several residual streams"),
-            ("InklingForCausalLM", "no layer returns the complete stream"),
-            ("TransformersForCausalLM", "no class of its own"),
-            ("Gemma3ForConditionalGeneration", "multimodal"),
+            ("DeepseekV4ForCausalLM", 1, "several residual streams"),
+            ("Gemma3nForConditionalGeneration", 1, "several residual streams"),
+            ("InklingForCausalLM", 1, "no layer returns the complete stream"),
+            ("IQuestLoopCoderForCausalLM", 1, "run more than once"),
+            ("WhisperForConditionalGeneration", 1, "does not generate text"),
+            ("DeepseekV32ForCausalLM", 2, "leave the sum over the ranks to the next layer"),
         ],
     )
     def test_an_architecture_that_cannot_be_exact_is_refused_with_the_reason(
-        self, architecture: str, reason: str
+        self, architecture: str, ranks: int, reason: str
     ) -> None:
-        with pytest.raises(errors.UnsupportedModel, match=rf"{architecture}: .*{re.escape(reason)}"):
-            family_of(architecture)
+        with pytest.raises(errors.UnsupportedModel, match=rf"{architecture}.*: .*{re.escape(reason)}"):
+            refuse_architecture(architecture, ranks)
+
+    def test_partial_sums_are_only_a_matter_of_tensor_parallelism(self) -> None:
+        refuse_architecture("DeepseekV32ForCausalLM", 1)
 
     def test_a_layer_that_the_model_lacks_is_refused(self, tiny_model: Callable[[str], Path]) -> None:
         with pytest.raises(errors.LayerNotHooked, match=r"layer 4; .* has layers 0 to 3"):

@@ -10,7 +10,8 @@ token is a *prompt* token when its position is below the prompt length, a *gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from tests.support.tiny_models import hf_class
 
 Entry = dict[str, Any]
 
@@ -81,18 +85,30 @@ def _steer(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
             raise ValueError(f"the reference knows add, ablate and set, not {other!r}")
 
 
+def _class_of(model_dir: Path) -> Any:
+    """The class that a checkpoint names, which for a multimodal one is not the text model its config stands for."""
+    for name in AutoConfig.from_pretrained(model_dir).architectures or ():
+        with suppress(KeyError):
+            return hf_class(name)
+    return AutoModelForCausalLM  # vLLM's own name of a class that transformers knows by the type of its config
+
+
 class Reference:
-    """A float32 Hugging Face model with a forward hook on every decoder block."""
+    """A float32 Hugging Face model with a forward hook on every decoder block of its text model."""
 
     def __init__(self, model_dir: Path) -> None:
         # Parity is about arithmetic, not about kernels, so compare with the plain attention.
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        self.model: PreTrainedModel = (
+            _class_of(model_dir).from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+        )
         body = self.model.get_decoder()
+        body = getattr(body, "model", body)  # Llama 4's decoder is its whole causal model
         # An engine in this process that runs the same class gives it a __call__ for compilation, which reads this.
         body.do_not_compile = True
-        blocks = body.layers if hasattr(body, "layers") else body.h
+        blocks = next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
+        # Layers with a recurrence have a convolution before it, and each family keeps such states in its own way: these
+        # read the whole text again at every step.
+        self._has_cache = not any(isinstance(module, nn.Conv1d) for module in body.modules())
         for layer, block in enumerate(blocks):
             block.register_forward_hook(self._hook_for(layer))
         self.num_layers = len(blocks)
@@ -100,6 +116,16 @@ class Reference:
         self._prompt_len = 0
         self._start = 0
         self._seen: dict[int, list[torch.Tensor]] = {}
+        self._pictures: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
+
+    def show(self, prompt_ids: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> None:
+        """Show the model pictures: from now on it gets `inputs` besides the ids of this prompt.
+
+        Args:
+            inputs: what the checkpoint's processor returns for the pictures.
+        """
+        self._pictures[tuple(prompt_ids)] = inputs
+        self._has_cache = False  # beside a cache, some models go on at the positions of the last picture they saw
 
     def _hook_for(self, layer: int) -> Any:
         def hook(_block: nn.Module, _args: object, output: Any) -> Any:
@@ -117,15 +143,23 @@ class Reference:
 
         return hook
 
-    def _forward(self, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-        """Feed `token_ids` after what `cache` holds; float32 (len(token_ids), V) logits."""
-        self._start = cache.get_seq_length()
-        logits = self.model(input_ids=torch.tensor([list(token_ids)]), past_key_values=cache, use_cache=True).logits
+    def _forward(self, token_ids: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
+        """Feed `token_ids` after what `cache` holds, or as the whole text; float32 (len(token_ids), V) logits."""
+        if cache is None:
+            self._start, self._seen = 0, {}
+        else:
+            self._start = cache.get_seq_length()
+        ids = torch.tensor([list(token_ids)])
+        shown = self._pictures.get(tuple(token_ids[: self._prompt_len]), {})
+        after = len(token_ids) - self._prompt_len
+        # The kind of each token, of picture or text, is the processor's; generated tokens are text.
+        inputs = {name: pad(one, (0, after)) if name.endswith("token_type_ids") else one for name, one in shown.items()}
+        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
         return logits[0].float()
 
-    def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache:
+    def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache | None:
         self._entries, self._prompt_len, self._seen = steering, len(prompt_ids), {}
-        return DynamicCache(config=self.model.config)
+        return DynamicCache(config=self.model.config) if self._has_cache else None
 
     def _finish(self, tokens: list[int], logits: list[torch.Tensor]) -> ReferenceRun:
         top2 = [row.topk(2).values for row in logits]
@@ -148,7 +182,7 @@ class Reference:
         for _ in range(max_tokens):
             logits.append(self._forward(fed, cache)[-1])
             tokens.append(int(logits[-1].argmax()))
-            fed = tokens[-1:]
+            fed = [*prompt_ids, *tokens] if cache is None else tokens[-1:]
         return self._finish(tokens, logits)
 
     def confirm(self, prompt_ids: Sequence[int], tokens: Sequence[int], steering: Sequence[Entry] = ()) -> ReferenceRun:

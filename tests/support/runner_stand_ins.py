@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
-from vllm_steer.engine.worker import patch_classic_runner
+from vllm_steer.engine.worker import patch_classic_runner, worker_steering
+from vllm_steer.engine.worker.layer_experiment import Findings, Layer, class_path
 from vllm_steer.engine.worker.worker_steering import WorkerSteering
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
@@ -56,6 +58,13 @@ def plain_streams(contents: Any) -> list[torch.Tensor]:
     return streams
 
 
+def examined(model: Any, runner: Any) -> tuple[dict[int, nn.Module], Findings]:
+    """What the experiment at start-up, which needs a model of vLLM, would find in one whose layers are fused."""
+    blocks = dict(enumerate(model.layers))
+    layers = (Layer(number, class_path(block), "fused", 0.0, 1.0, 1.0) for number, block in blocks.items())
+    return blocks, Findings(tuple(layers), len(blocks), 0.0, 1e-4, 1e-3, 0.0)
+
+
 class StandInRunner:
     """A runner that takes its batch from the test instead of keeping one.
 
@@ -94,6 +103,10 @@ class StandInRunner:
 
     def load_model(self) -> None:
         """Make the model; the plugin's wrapper puts hooks into it."""
+        with mock.patch.object(worker_steering, "examine", examined):
+            self._load_model()
+
+    def _load_model(self) -> None:
         self.model = StandInModel()
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> None:
@@ -105,7 +118,7 @@ class StandInRunner:
     def _dummy_run(self, contents: Any) -> None:
         self.forward(contents)
 
-    load_model = patch_classic_runner._load_model(load_model)
+    _load_model = patch_classic_runner._load_model(_load_model)
     _prepare_inputs = patch_classic_runner._prepare_inputs(_prepare_inputs)
     _on_request_state_removed = patch_classic_runner._on_request_state_removed(_on_request_state_removed)
     _dummy_run = patch_classic_runner._dummy_run(_dummy_run)

@@ -210,7 +210,9 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
         for layer, packed in told.get("mean", {}).items()
     }
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
-    return ReadoutResult(mean=mean, num_tokens=told["num_tokens"], projections=projections, trace=trace), None
+    # a server of before this field says nothing: it knew compared models only
+    proof = told.get("proof", "parity")
+    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Predicts from the checkpoint's config alone whether an engine would start with steering."""
+"""Predicts whether an engine would start with steering, from the checkpoint's config and without its weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from pydantic import ValidationError
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer.directions import Direction, load_directions
-from vllm_steer.engine.model_families import FAMILIES
+from vllm_steer.engine.layer_classes import LAYER_CLASSES, classes_compared_for
 from vllm_steer.engine.registry import DirectionRegistry
+from vllm_steer.engine.shrunken_model import examine_shrunken
 from vllm_steer.engine.startup_checks import refusals, refused_features
-from vllm_steer.errors import SettingsError, SteerError
+from vllm_steer.engine.worker_answers import ModelRecord
+from vllm_steer.errors import SettingsError, SteerError, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings, steer_config
 
+# Prefix of vLLM's classes that run Hugging Face's modules: TransformersForCausalLM, TransformersMoEForCausalLM.
+_BY_HUGGING_FACE = "Transformers"
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -30,7 +34,12 @@ class Diagnosis:
         architecture: as vLLM resolves it: the name in the checkpoint's config, or a name such as
             ``TransformersForCausalLM`` where vLLM has no class for that one or ``model_impl="transformers"`` was given.
         model_class: name of vLLM's class for the architecture.
-        layer_class: class of its decoder layers, with the module; None for a family that is not supported.
+        layer_classes: the classes of its decoder layers: those with which this architecture was compared with Hugging
+            Face, or, after a run, those of the copy; empty if neither is known.
+        proof: why steering it is taken to be right: ``parity``, its layers' classes were compared with Hugging Face;
+            ``experiment``, the experiment of a start alone, on the copy; ``unknown``, the architecture was not
+            compared and no copy was run; ``refused``.
+        experiment: the record of the experiment on the copy, see ``model_record``; None without a run.
         num_layers: number of decoder layers, which are counted from 0.
         hidden_size: number of elements of a direction's vector.
         dtype: the dtype that the engine would compute in, such as ``bfloat16``.
@@ -44,7 +53,9 @@ class Diagnosis:
     model: str
     architecture: str
     model_class: str
-    layer_class: str | None
+    layer_classes: tuple[str, ...]
+    proof: Literal["parity", "experiment", "unknown", "refused"]
+    experiment: ModelRecord | None
     num_layers: int
     hidden_size: int
     dtype: str
@@ -65,6 +76,8 @@ def diagnose(
     *,
     layers: Sequence[int] | None = None,
     directions: Files = (),
+    unproven_model: Literal["refuse", "experiment"] = "refuse",
+    run: bool = False,
     **engine_args: Any,
 ) -> Diagnosis:
     """Check a model as the start of an engine would, without starting one and without loading weights.
@@ -74,6 +87,9 @@ def diagnose(
         layers: decoder layers to hook, counted from 0. Default: the layers of the directions, or all layers if there
             are no directions.
         directions: path of a direction file, or several paths.
+        unproven_model: the setting of this name, see ``steer_config``.
+        run: perform the experiment of an engine's start too, on a small copy of the model with random weights, in
+            another process; about as long as vLLM takes to start.
         **engine_args: further arguments of ``vllm.LLM`` to include in the check.
 
     Raises:
@@ -88,7 +104,7 @@ def diagnose(
     num_layers, hidden_size = model_config.get_total_num_hidden_layers(), model_config.get_hidden_size()
     if layers is None:
         layers = sorted({direction.layer for direction in found}) or range(num_layers)
-    steering = steer_config(layers, files)
+    steering = steer_config(layers, files, unproven_model=unproven_model)
     settings = SteerSettings.parse(steering[CONFIG_KEY])
     problems = [str(refusal) for refusal in refusals(config, settings)]
     if not problems:
@@ -96,12 +112,32 @@ def diagnose(
             _engine_config(name, {**engine_args, "additional_config": steering})  # the check of an engine's start
         except SteerError as error:
             problems.append(str(error))
-    family = FAMILIES.get(model_config.architecture)
+    model_class: str = model_config._model_info.architecture
+    is_refused = any(isinstance(refusal, UnsupportedModel) for refusal in refusals(config, settings))
+    classes = _compared(model_config.architectures[0], model_class)
+    record = None
+    if run and not is_refused:
+        try:
+            kept: dict[str, Any] = {
+                one: engine_args[one] for one in ("model_impl", "trust_remote_code") if one in engine_args
+            }
+            if model_config.is_multimodal_model:
+                kept["language_model_only"] = True
+            record = examine_shrunken(name, model_config.hf_config, kept)
+            classes = tuple(sorted({layer["path"] for layer in record["experiment"]["layers"]}))
+        except UnsupportedModel as error:
+            problems.append(str(error))
+            is_refused = True
+    proof = "refused" if is_refused else _proof(classes)
+    if proof in ("unknown", "experiment") and unproven_model == "refuse":
+        problems.append(_unproven(model_config.architectures[0], model_class, classes))
     return Diagnosis(
         model=name,
         architecture=model_config.architecture,
-        model_class=model_config._model_info.architecture,
-        layer_class=None if family is None else family.layer_class,
+        model_class=model_class,
+        layer_classes=classes,
+        proof=proof,
+        experiment=record,
         num_layers=num_layers,
         hidden_size=hidden_size,
         dtype=str(model_config.dtype).removeprefix("torch."),
@@ -110,6 +146,37 @@ def diagnose(
         directions=tuple(direction.key for direction in found),
         problems=(*problems, *_misfits(found, settings, hidden_size)),
         refused_features=tuple(refused_features(config)),
+    )
+
+
+def _compared(architecture: str, model_class: str) -> tuple[str, ...]:
+    """The classes with which an architecture was compared, if vLLM runs it through the same kind of model now."""
+    by_hugging_face = model_class.startswith(_BY_HUGGING_FACE)
+    rows = classes_compared_for(architecture)
+    return tuple(row.path for row in rows if row.path.startswith("transformers.") == by_hugging_face)
+
+
+def _proof(classes: Sequence[str]) -> Literal["parity", "experiment", "unknown"]:
+    if not classes:
+        return "unknown"
+    return "parity" if all(path in LAYER_CLASSES for path in classes) else "experiment"
+
+
+def _unproven(architecture: str, model_class: str, classes: Sequence[str]) -> str:
+    as_run = f", which vLLM runs as {model_class}," if model_class != architecture else ""
+    allowed = (
+        "allowed: architectures in docs/conformance.md, others whose decoder layers are of a class that is listed "
+        "there, and any with steer_config(unproven_model='experiment')"
+    )
+    if not classes:
+        return (
+            f"steering of {architecture}{as_run} was never compared with Hugging Face, and what its decoder layers are "
+            f"is known once it is loaded; {allowed}. Run the experiment on a copy to see: vllm-steer doctor --run."
+        )
+    unproven = ", ".join(path for path in classes if path not in LAYER_CLASSES)
+    return (
+        f"the decoder layers of {architecture}{as_run} are of {unproven}, whose steering was never compared with "
+        f"Hugging Face; {allowed}. Set it, or use another model."
     )
 
 

@@ -64,6 +64,10 @@ class Patch:
         if not self._is_in(bound):
             setattr(instance, self.name, self._around(bound, *context))
 
+    def remove_from(self, instance: Any) -> None:
+        """Undo ``install_on``."""
+        delattr(instance, self.name)
+
     def _around(self, theirs: Any, *context: Any) -> Any:
         ours = self.wrap(theirs, *context)
         if theirs is not None:

@@ -11,8 +11,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_steer.engine import vllm_versions
+from vllm_steer.engine.layer_classes import classes_compared_for, refuse_architecture, refuse_rescaled
 from vllm_steer.engine.log import logger
-from vllm_steer.engine.model_families import family_of
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
@@ -93,8 +93,9 @@ def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
     """Yield every refusal of ``check``; each names what was found, what works and what to do."""
     model = config.model_config
     try:
-        family = family_of(model.architecture, model_impl=model.model_impl, checkpoint=model.architectures[0])
-        family.check_dtype(model.dtype)
+        for architecture in dict.fromkeys((model.architecture, *model.architectures)):
+            refuse_architecture(architecture, config.parallel_config.tensor_parallel_size)
+            refuse_rescaled(frozenset(row.path for row in classes_compared_for(architecture)), model.dtype)
     except UnsupportedModel as error:
         yield error
     layers = model.get_total_num_hidden_layers()
@@ -115,14 +116,9 @@ def refused_features(config: Any) -> list[str]:
 
 def _features(config: Any) -> list[tuple[bool, str, str]]:
     parallel = config.parallel_config
-    drafting = None if config.speculative_config is None else config.speculative_config.method
     return [
         *_features_of_v2(config),
-        (
-            drafting not in (None, "ngram"),  # vLLM schedules synchronously with n-grams
-            f"speculative decoding by {drafting or 'a draft model'!r}",
-            "Use the method 'ngram', whose drafts no model makes, or start without speculative_config.",
-        ),
+        *_features_of_speculation(config),
         (
             parallel.pipeline_parallel_size > 1 and config.scheduler_config.async_scheduling,
             "pipeline parallelism and asynchronous scheduling at once",
@@ -139,9 +135,10 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
             "Start without one of them; both together were never compared.",
         ),
         (
-            parallel.data_parallel_size > 1,
-            "data parallelism",
-            "vLLM hands back the readouts of its first engine only; start each replica as a server of its own.",
+            parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
+            "data parallelism with a front end for each rank or node",
+            "Each front end would have directions of its own; let one front end serve all ranks, or start each replica "
+            "as a server of its own.",
         ),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "Set it to 1."),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism", "Set it to 1."),
@@ -154,6 +151,49 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
         (config.model_config.runner_type != "generate", "a pooling model", "Use a model that generates text."),
         # It admits requests in a process without Python, so the plugin cannot check them.
         (envs.VLLM_USE_RUST_FRONTEND, "vLLM's Rust front end", "Start without VLLM_USE_RUST_FRONTEND."),
+    ]
+
+
+# Whoever makes the drafts, the model itself decides which of them become output. Only what was compared is listed.
+_BY_NO_MODEL = ("ngram", "suffix")
+_BY_A_MODEL = ("draft_model", "eagle", "eagle3", "mtp", "medusa")
+_WHY_NOT = {
+    "extract_hidden_states": "it drafts nothing and hands hidden states to a KV connector; a Readout returns them here",
+    "mlp_speculator": "vLLM's classic runner has no such method",
+    "dspark": "only vLLM's V2 model runner has this method, and speculation was not compared there",
+}
+
+
+def _features_of_speculation(config: Any) -> list[tuple[bool, str, str]]:
+    """What was not compared with Hugging Face among the ways to make and to verify drafts."""
+    speculation = config.speculative_config
+    method = None if speculation is None else speculation.method
+    allowed = ", ".join(map(repr, _BY_NO_MODEL + _BY_A_MODEL))
+    is_other = method not in (None, *_BY_NO_MODEL, *_BY_A_MODEL)
+    reason = _WHY_NOT.get(str(method), "its drafts were never compared with output without drafts")
+    return [
+        (
+            is_other,
+            f"speculative decoding by {repr(method) if is_other else f'anything but {allowed}'}",
+            f"Reason: {reason}. Use one of {allowed}, or start without speculative_config.",
+        ),
+        # vLLM schedules synchronously by itself with n-grams, suffixes and Medusa, on accelerators not with the others.
+        (
+            method is not None and config.scheduler_config.async_scheduling,
+            "speculative decoding and asynchronous scheduling at once",
+            "A step is planned there before the host knows which drafts of the last one were accepted. Set "
+            "async_scheduling=False.",
+        ),
+        (
+            getattr(speculation, "rejection_sample_method", None) == "synthetic",
+            "speculative decoding with rejection_sample_method='synthetic'",
+            "It accepts drafts by chance, so the output is not the model's. Set it to 'standard'.",
+        ),
+        (
+            method in _BY_A_MODEL and config.lora_config is not None,
+            "LoRA and drafts by a model at once",
+            "Start without one of them, or with the method 'ngram'; both together were never compared.",
+        ),
     ]
 
 

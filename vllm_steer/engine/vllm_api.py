@@ -1,7 +1,7 @@
 """Every part of vLLM that the plugin relies on; ``tests/compat`` checks the list against any release.
 
 There are three kinds of parts: names (a class, a function, an attribute, a member of an enumeration), signatures, and
-expressions inside a function whose effect we rely on. The family table of ``model_families`` is a separate list.
+expressions inside a function whose effect we rely on. The table of ``layer_classes`` is a separate list.
 """
 
 from __future__ import annotations
@@ -111,13 +111,14 @@ VLLM_NAMES = (
     *_members(
         "vllm.config.parallel",
         "ParallelConfig",
-        "_api_process_count data_parallel_size decode_context_parallel_size pipeline_parallel_size "
+        "_api_process_count data_parallel_external_lb data_parallel_hybrid_lb decode_context_parallel_size "
+        "pipeline_parallel_size "
         "prefill_context_parallel_size tensor_parallel_size use_sequence_parallel_moe use_ubatching",
     ),
     VllmName("vllm.config.cache", "CacheConfig.kv_sharing_fast_prefill"),
     *_members("vllm.config.scheduler", "SchedulerConfig", "async_scheduling max_num_batched_tokens max_num_seqs"),
     VllmName("vllm.config.compilation", "CompilationConfig.cudagraph_capture_sizes"),
-    VllmName("vllm.config.speculative", "SpeculativeConfig.method"),
+    *_members("vllm.config.speculative", "SpeculativeConfig", "method rejection_sample_method"),
     # Requests: the caller's parameters, and the objects that the front end makes from them.
     VllmName("vllm", "SamplingParams"),
     *_members(_SAMPLING, "SamplingParams", "extra_args output_kind skip_reading_prefix_cache stop"),
@@ -162,6 +163,36 @@ VLLM_NAMES = (
     VllmName("vllm.v1.engine.output_processor", "OutputProcessor.propagate_error", "self, e"),
     VllmName(_CLIENT, "EngineCoreClient.shutdown", "self, ..."),
     VllmName("vllm.distributed", "cleanup_dist_env_and_memory", "..."),
+    # The experiment at start-up.
+    VllmName("vllm.distributed", "get_pp_group"),
+    *_members("vllm.distributed.parallel_state", "GroupCoordinator", "is_first_rank is_last_rank"),
+    VllmName("vllm.distributed", "get_tensor_model_parallel_world_size"),
+    VllmName("vllm.distributed", "tensor_model_parallel_all_gather", "input_, dim="),
+    VllmName(
+        "vllm.forward_context", "set_forward_context", "attn_metadata, vllm_config, ..., num_tokens=, skip_compiled="
+    ),
+    VllmName("vllm.model_executor.layers.attention", "Attention"),
+    VllmName("vllm.model_executor.layers.attention", "MLAAttention"),
+    VllmName("vllm.model_executor.layers.attention_layer_base", "AttentionLayerBase"),
+    VllmName(
+        "vllm.model_executor.models.interfaces",
+        "SupportsMultiModal.get_language_model",
+        "self",
+        needed_by="engine/worker/layer_experiment.py",
+    ),
+    VllmName("vllm.model_executor.models.utils", "PPMissingLayer"),
+    VllmName("vllm.sequence", "IntermediateTensors.tensors"),
+    VllmName("vllm.sequence", "IntermediateTensors"),
+    VllmName(_MODEL_CONFIG, "ModelConfig.get_vocab_size", "self"),
+    *_members(_MODEL_CONFIG, "ModelConfig", "max_model_len uses_mrope hf_config is_multimodal_model"),
+    VllmName("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
+    VllmName("vllm.v1.executor.abstract", "Executor.__init__", "self, vllm_config"),
+    VllmName("vllm.v1.executor.abstract", "Executor.collective_rpc", "self, method, ..."),
+    VllmName(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin._set_active_loras",
+        "self, prompt_lora_mapping, token_lora_mapping, lora_requests, ...",
+    ),
     VllmName("vllm", "RequestOutput"),
     *_members("vllm.outputs", "RequestOutput", "outputs prompt_token_ids request_id"),
     *_members("vllm.outputs", "CompletionOutput", "finish_reason index stop_reason token_ids"),
@@ -183,6 +214,9 @@ VLLM_NAMES = (
     VllmName(_ASYNC, "AsyncLLM.abort", "async self, request_id, internal="),
     VllmName(_ASYNC, "AsyncLLM.collective_rpc", "async self, method, ..., args="),
     VllmName(_ASYNC, "AsyncLLM.is_sleeping", "async self"),
+    VllmName(_ASYNC, "AsyncLLM.engine_core"),
+    VllmName(_CLIENT, "AsyncMPClient"),
+    VllmName(_CLIENT, "AsyncMPClient.call_utility_all_async", "async self, method, ..."),
     VllmName("vllm.entrypoints.launchers.api_server.app_state", "init_app_state.openai_serving_models"),
     VllmName(_SERVED_MODELS, "OpenAIServingModels.is_base_model", "self, model_name"),
     VllmName(_SERVED_MODELS, "OpenAIServingModels.lora_requests"),
@@ -247,6 +281,7 @@ VLLM_NAMES = (
     ),
     # LoRA on the CPU.
     VllmName(_CPU_LORA, "PunicaWrapperCPU"),
+    VllmName("vllm.v1.sample.rejection_sampler", ""),
     VllmName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.token_lora_indices"),
     VllmName("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.sampler_indices"),
     VllmName("vllm.v1.utils", "CpuGpuBuffer.np"),

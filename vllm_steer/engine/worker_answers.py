@@ -1,7 +1,8 @@
-"""Merges the answers of an engine's workers: pipeline stages hold different layers of the same readout.
+"""Merges the answers of workers: pipeline stages hold different layers of the same readout.
 
-All functions take the results of ``collective_rpc`` in rank order, in which later stages follow earlier ones. Only
-rank 0 of each tensor-parallel group answers; the others return None.
+All functions take, for each engine behind a front end, its workers' answers in rank order, in which later stages follow
+earlier ones. Only rank 0 of each tensor-parallel group answers; the others return None. With data parallelism there are
+several engines, and a sample runs on one of them.
 """
 
 from __future__ import annotations
@@ -10,23 +11,53 @@ from collections.abc import Sequence
 from typing import Any
 
 Readout = dict[str, Any]
-"""The result of ``FinishedReadout.answer``."""
+"""The result of ``FinishedReadout.answer``, with ``proof``."""
+ModelRecord = dict[str, Any]
+"""The result of ``rpc.model``."""
 LiveTrace = list[tuple[str, list[float]]] | dict[str, str]
 """(name, values) of each traced direction, or ``{"error": reason}``."""
 
 
-def whole_readouts(workers: Sequence[Sequence[Readout | None] | None]) -> list[Readout | None]:
+def whole_readouts(engines: Sequence[Sequence[Sequence[Readout | None] | None]]) -> list[Readout | None]:
     """Merge the answers to ``vllm_steer_collect``: one readout per sample, None where any stage lost it."""
-    return [_whole_readout(parts) for parts in _by_sample(workers)]
+    return _of_any([[_whole_readout(parts) for parts in _by_sample(workers)] for workers in engines])
 
 
-def whole_traces(workers: Sequence[Sequence[LiveTrace | None] | None]) -> list[LiveTrace | None]:
+def whole_traces(engines: Sequence[Sequence[Sequence[LiveTrace | None] | None]]) -> list[LiveTrace | None]:
     """Merge the answers to ``vllm_steer_traces``: one trace per running sample.
 
     The result is None for a sample that any stage does not know (not yet, or no longer). All directions of a sample
     have the same number of values: those of the tokens that every stage knows.
     """
-    return [_whole_trace(parts) for parts in _by_sample(workers)]
+    return _of_any([[_whole_trace(parts) for parts in _by_sample(workers)] for workers in engines])
+
+
+def whole_model(engines: Sequence[Sequence[ModelRecord | None]]) -> ModelRecord:
+    """Merge the answers to ``vllm_steer_model``: one record with the layers of all pipeline stages.
+
+    All engines of a front end have the same model; the first one speaks for them.
+    """
+    stages = [stage for stage in engines[0] if stage is not None]
+    experiments = [stage["experiment"] for stage in stages]
+    return {
+        "architecture": stages[0]["architecture"],
+        "proof": _weakest(stages),
+        "experiment": {
+            **experiments[0],
+            "layers": [layer for one in experiments for layer in one["layers"]],
+            "repeated": max(one["repeated"] for one in experiments),
+            "seconds": max(one["seconds"] for one in experiments),
+        },
+    }
+
+
+def _of_any(engines: Sequence[list[Any]]) -> list[Any]:
+    """For each sample the answer of the engine that knows it; None where none does."""
+    return [next((one for one in answers if one is not None), None) for answers in zip(*engines, strict=True)]
+
+
+def _weakest(stages: Sequence[dict[str, Any]]) -> str:
+    return "experiment" if any(stage["proof"] == "experiment" for stage in stages) else "parity"
 
 
 def _by_sample(workers: Sequence[Sequence[Any] | None]) -> zip[tuple[Any, ...]]:
@@ -54,6 +85,7 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "trace_error": errors[0] if errors else None,
+        "proof": _weakest(stages),
     }
 
 

@@ -13,9 +13,11 @@ from vllm.entrypoints.launchers.launcher import terminate_if_errored
 
 from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.front.admission import Admission, admission_of
+from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.vllm_versions import is_disabled
+from vllm_steer.engine.worker_answers import whole_model
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
@@ -68,7 +70,8 @@ class SteerEndpoints:
                 )
         registry = await share_registry(admission, engine_client)
         _check_own_steering(admission)
-        SERVER.put(state, SteeredServer(admission.settings, registry))
+        model = whole_model(await call_workers(engine_client, "vllm_steer_model"))
+        SERVER.put(state, SteeredServer(admission.settings, registry, model))
         SERVED.put(state, Served(admission, models.model_name()))
         WATCHDOG.put(state, run_in_background(_end_with(engine_client, state), "The watch of the engine"))
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
-from vllm import LLM
-from vllm.v1.core.sched.scheduler import Scheduler
+from vllm import LLM, RequestOutput
 
 from tests.engine.conftest import OpenEngine
+from tests.support.drafters import NUM_WORDS, count_drafts, save_target
 from tests.support.hf_reference import Reference, ReferenceRun
 from tests.support.mixed_batch import (
     Request,
@@ -29,10 +28,9 @@ from tests.support.mixed_batch import (
     trace_name,
     unit_vectors,
 )
-from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, save_tiny_model
-from vllm_steer import collect_readouts, register_directions, steer_config
+from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS
+from vllm_steer import collect_readouts, register_directions
 from vllm_steer.engine.front.admission import admission_of
-from vllm_steer.errors import UnsupportedFeature
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -40,9 +38,6 @@ LAYERS = [0, 2, NUM_LAYERS - 1]
 VECTORS = unit_vectors(LAYERS, HIDDEN_SIZE, seed=61)
 MAX_TOKENS = 24
 NUM_DRAFTS = 3
-# A random model hardly ever repeats itself. With few words it does so now and then: some drafts are accepted and some
-# are rejected.
-NUM_WORDS = 8
 PROMPTS = random_prompts(NUM_WORDS, lengths=(3, 9, 28, 33, 60, 70), seed=62)
 REQUESTS = mixed_batch(VECTORS, PROMPTS)
 NGRAMS = {
@@ -71,12 +66,7 @@ def _other_engines_can_start_in_this_process() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny llama with a head whose rows are zero except for the first few words."""
-    target = save_tiny_model("llama", demo_model, tmp_path_factory.mktemp("few-words"))
-    weights = load_file(target / "model.safetensors")
-    weights["lm_head.weight"][NUM_WORDS:] = 0
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
-    return target
+    return save_target("llama", demo_model, tmp_path_factory.mktemp("few-words"))
 
 
 @pytest.fixture(scope="module")
@@ -104,26 +94,7 @@ def llm(request: pytest.FixtureRequest, checkpoint: Path, open_engine: OpenEngin
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts of accepted, rejected and filler drafts in a test, and of preemptions after a generated token."""
-    counts: Counter[str] = Counter()
-    update, preempt = Scheduler.update_from_output, Scheduler._preempt_request
-
-    def counting_update(self: Scheduler, scheduled: Any, output: Any) -> Any:
-        for request_id, drafts in scheduled.scheduled_spec_decode_tokens.items():
-            proposed = sum(draft >= 0 for draft in drafts)  # -1 fills a step up and is never accepted
-            accepted = len(output.sampled_token_ids[output.req_id_to_index[request_id]]) - 1
-            counts["accepted"] += accepted
-            counts["rejected"] += proposed - accepted
-            counts["fillers"] += len(drafts) - proposed
-        return update(self, scheduled, output)
-
-    def counting_preempt(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
-        counts["preempted"] += request.num_output_tokens > 0
-        preempt(self, request, *args, **kwargs)
-
-    monkeypatch.setattr(Scheduler, "update_from_output", counting_update)
-    monkeypatch.setattr(Scheduler, "_preempt_request", counting_preempt)
-    return counts
+    return count_drafts(monkeypatch)
 
 
 @pytest.mark.conformance("speculative decoding (n-gram)", family="llama")
@@ -191,7 +162,8 @@ class TestEnds:
             for word, span in enumerate(("all", "generated", "prompt"), start=3)
             for steering in ([], [bold])
         ]
-        engine, outs = llm.llm_engine, {}
+        engine = llm.llm_engine
+        outs: dict[str, RequestOutput] = {}
         engine.add_request("first", {"prompt_token_ids": PROMPTS[2]}, REQUESTS[0].params(max_tokens=MAX_TOKENS))
         engine.step()
         for i, request in enumerate(requests):
@@ -223,13 +195,3 @@ class TestEnds:
         assert seen == pytest.approx(expected[: len(seen)].tolist(), abs=1e-2)
         assert len(expected) - NUM_DRAFTS <= len(seen) <= len(expected)
         assert counted["rejected"]
-
-
-@pytest.mark.conformance("speculative decoding (other methods)", family="llama", refused=True)
-@pytest.mark.parametrize("method", ["draft_model", "ngram_gpu"])
-def test_other_ways_to_draft_are_refused_by_name(tiny_model: Callable[[str], Path], method: str) -> None:
-    model = str(tiny_model("llama"))
-    config = {"method": method, "num_speculative_tokens": 2}
-    config |= {"model": model} if method == "draft_model" else {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with pytest.raises(UnsupportedFeature, match=f"speculative decoding by '{method}'.*'ngram'"):
-        LLM(model, speculative_config=config, additional_config=steer_config(layers=LAYERS))

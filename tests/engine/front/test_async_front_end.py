@@ -69,6 +69,8 @@ class StandInEngine:
             request_states=dict.fromkeys(self.unfinished), has_unfinished_requests=lambda: bool(self.unfinished)
         )
 
+    engine_core = None
+
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         self.asked.append((method, args))
         await asyncio.sleep(0)
@@ -192,6 +194,7 @@ def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
         "projections": [],
         "trace": [],
         "trace_error": None,
+        "proof": "parity",
     }
     of_engine.answers = [[answer]]
     ((read,), (none,)) = asyncio.run(collect_readouts_async(of_engine, [output("r"), output("other")]))  # type: ignore[arg-type]
@@ -206,7 +209,17 @@ def test_a_request_that_ended_with_an_error_has_no_readout_and_the_others_have()
     for name in ("r", "s"):
         admission_of(of_engine.input_processor).remember(name, Asked(RequestSpec(None, Readout([LAYER])), key=name))
     of_engine.answers = [
-        [{"num_tokens": 4, "layers": [], "mean": None, "projections": [], "trace": [], "trace_error": None}]
+        [
+            {
+                "num_tokens": 4,
+                "layers": [],
+                "mean": None,
+                "projections": [],
+                "trace": [],
+                "trace_error": None,
+                "proof": "parity",
+            }
+        ]
     ]
     told = [output("r", "error", f"{REASON_PREFIX}too far"), output("s", "length")]
     with pytest.raises(errors.ReadoutUnavailable, match=r"1 of 2 readouts .* too far") as failed:

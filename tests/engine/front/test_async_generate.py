@@ -23,6 +23,8 @@ class FakeEngine:
         self.trace = trace or []
         self.failure: str | None = None
 
+    engine_core = None
+
     async def collective_rpc(self, method: str, args: tuple[list[Any]]) -> list[Any]:
         (samples,) = args
         self.asked.append((method, samples))
@@ -38,6 +40,7 @@ class FakeEngine:
             "projections": [],
             "trace": [["kind", values]],
             "trace_error": self.failure,
+            "proof": "parity",
         }
         return [[None if index == 9 else answer for _, index, _ in samples]]
 

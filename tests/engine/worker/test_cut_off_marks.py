@@ -120,6 +120,9 @@ class LateOutput(AsyncModelRunnerOutput):
         self.buffer[2] = 1
         return ModelRunnerOutput(["a", "b"], {"a": 0, "b": 1})
 
+    def get_kv_connector_output(self) -> str:  # which vLLM asks for from 0.33 on
+        return "transferred"
+
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_worker_hands_over_the_marks_of_the_very_step(is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +146,10 @@ def test_a_worker_hands_over_the_marks_of_the_very_step(is_late: bool, monkeypat
         runner.steering._may_cut = is_steered
         assert worker.execute_model(None) is None
         told = worker.sample_tokens(None)
-        told = told.get_output() if is_late else told
+        assert isinstance(told, AsyncModelRunnerOutput) == is_late  # vLLM tells by it whether to wait
+        if is_late:
+            assert told.get_kv_connector_output() == "transferred"
+            told = told.get_output()
         assert getattr(told, "vllm_steer_cut_off", []) == expected
 
 

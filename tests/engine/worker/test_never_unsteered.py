@@ -19,7 +19,6 @@ from tests.support.runner_stand_ins import BLOCKS, SIZE, LlamaDecoderLayer, Stan
 from vllm_steer import Direction, Readout, Steering, errors, save_directions
 from vllm_steer.engine import prefix_cache
 from vllm_steer.engine.front.admission import Admission
-from vllm_steer.engine.model_families import decoder_blocks
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.engine.worker import rpc
 from vllm_steer.schema import WIRE_KEY, RequestSpec
@@ -137,11 +136,6 @@ def test_layers_of_another_class_are_not_hooked_by_guess(monkeypatch: pytest.Mon
     monkeypatch.setattr(LlamaDecoderLayer, "__module__", "another.implementation")
     with pytest.raises(errors.UnsupportedModel, match=r"another\.implementation"):
         StandInRunner(SETTINGS).load_model()
-
-
-def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(errors.UnsupportedModel, match="no list of decoder layers"):
-        decoder_blocks(torch.nn.Linear(2, 2))
 
 
 def test_a_layer_that_the_loaded_model_lacks_is_refused() -> None:

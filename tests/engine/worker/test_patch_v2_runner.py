@@ -40,11 +40,12 @@ from tests.support.random_schedules import (
     Job,
     random_jobs,
 )
+from tests.support.runner_stand_ins import examined
 from vllm_steer import Direction, steer_config
 from vllm_steer.engine import startup_checks
-from vllm_steer.engine.model_families import FAMILIES, Family
+from vllm_steer.engine.layer_classes import LAYER_CLASSES, LayerClass
 from vllm_steer.engine.resolved_spec import Resolved
-from vllm_steer.engine.worker import patch_v2_runner
+from vllm_steer.engine.worker import patch_v2_runner, worker_steering
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
 
 MAX_LEN, LARGEST_GRAPH = 40, 30
@@ -181,7 +182,9 @@ def configuration() -> Any:
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> RunnerWithoutKernels:
     toy_layer = f"{ToyLayer.__module__}.{ToyLayer.__qualname__}"
-    monkeypatch.setitem(FAMILIES, "Toy", Family("Toy", toy_layer, "fused"))
+    monkeypatch.setitem(LAYER_CLASSES, toy_layer, LayerClass(toy_layer, "fused", ("Toy",)))
+    # the experiment needs vLLM's forward context and process groups
+    monkeypatch.setattr(worker_steering, "examine", examined)
     # vLLM's own stand-in for memory that host and device share, with which its V2 runner runs on a CPU
     monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)
     patch_v2_runner.install()

@@ -368,11 +368,13 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
         "mean": rows.tobytes(),
         "trace": [],
         "trace_error": "no column is free",
+        "proof": "parity",
         "projections": [["kind", 1, float("nan")], ["kind", 2, np.float32(0.1).item()]],
     }
     assert readout_json(answer) == {
         "num_tokens": 0,
         "projections": {"kind": {"1": None, "2": 0.100000001}},
+        "proof": "parity",
         "mean": {"1": "AACAPwAAAMA=", "2": "AAAAPwAAgD4="},
         "trace": {"error": "no column is free"},
     }

@@ -36,7 +36,12 @@ class StandInEngine:
             model_config=SimpleNamespace(get_hidden_size=lambda: SIZE),
         )
 
-    async def collective_rpc(self, method: str, **_: Any) -> list[None]:
+    engine_core = None
+
+    async def collective_rpc(self, method: str, **_: Any) -> list[Any]:
+        if method == "vllm_steer_model":
+            experiment = {"layers": [], "repeated": 0.0, "seconds": 0.0}
+            return [{"architecture": "LlamaForCausalLM", "proof": "parity", "experiment": experiment}]
         return [None]
 
     async def is_sleeping(self) -> bool:

@@ -28,6 +28,11 @@ ADMIN = {"X-Admin-Key": "admin-secret"}
 ROOT = "/v1/steering/directions"
 RNG = np.random.default_rng(0)
 KIND, OTHER, THIRD = (Direction("kind", LAYER, RNG.standard_normal(SIZE)).normalised() for _ in range(3))
+MODEL = {
+    "architecture": "LlamaForCausalLM",
+    "proof": "experiment",
+    "experiment": {"layers": [{"path": "some.Layer"}, {"path": "another.Layer"}, {"path": "some.Layer"}]},
+}
 SETTINGS = SteerSettings(
     layers=(1, LAYER),
     max_directions=CAPACITY,
@@ -47,7 +52,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     asyncio.run(registry.start([Direction("needed", LAYER, KIND.vector)]))
     app = FastAPI()
     app.include_router(router)
-    SERVER.put(app.state, SteeredServer(SETTINGS, registry))
+    SERVER.put(app.state, SteeredServer(SETTINGS, registry, MODEL))
     with TestClient(app, raise_server_exceptions=True) as made:
         yield made
     registry.close()

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
+from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.front.http_exchange import Exchange, Sample, current_exchange
 from vllm_steer.engine.front.live_traces import LiveTraces
 from vllm_steer.engine.front.permissions import check_allowed
@@ -273,7 +274,7 @@ class Collector:
                 self._live.follow(self._key, index, sample)
         if ended:
             asked = [(self._key, index, tally.computed(index)) for index in ended]
-            answers = whole_readouts(await self._engine.collective_rpc("vllm_steer_collect", args=(asked,)))
+            answers = whole_readouts(await call_workers(self._engine, "vllm_steer_collect", asked))
             for index, answer in zip(ended, answers, strict=True):
                 self._live.leave(self._key, index)
                 finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})

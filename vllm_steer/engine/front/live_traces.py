@@ -8,6 +8,7 @@ from typing import Any
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.engine.background import run_in_background
+from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.front.http_exchange import Sample
 from vllm_steer.engine.front.readout_json import finite
 from vllm_steer.engine.worker_answers import LiveTrace, whole_traces
@@ -19,7 +20,7 @@ class LiveTraces:
     """Asks the workers once every ``POLL_SECONDS`` while any sample is followed, and never otherwise.
 
     Args:
-        engine: the ``AsyncLLM`` whose ``collective_rpc`` is called.
+        engine: the ``AsyncLLM`` whose workers are asked.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -49,7 +50,7 @@ class LiveTraces:
                 await asyncio.sleep(POLL_SECONDS)
                 asked = [(*key, _known(sample)) for key, sample in self._followed.items()]
                 if asked:
-                    answers = whole_traces(await self._engine.collective_rpc("vllm_steer_traces", args=(asked,)))
+                    answers = whole_traces(await call_workers(self._engine, "vllm_steer_traces", asked))
                     for (key, index, _), answer in zip(asked, answers, strict=True):
                         self._take(key, index, answer)
         except EngineDeadError:  # the requests themselves fail with it

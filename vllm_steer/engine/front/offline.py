@@ -16,9 +16,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_steer.directions import Direction
 from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.front.admission import Asked, admission_of
+from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.front.request_intake import EXTRA_ARGS
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
-from vllm_steer.engine.worker_answers import whole_readouts
+from vllm_steer.engine.worker_answers import ModelRecord, whole_model, whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
 from vllm_steer.settings import steer_config
@@ -124,7 +125,7 @@ async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direc
     writes = registry.reserve(directions)
     try:
         if writes:
-            await engine.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+            await call_workers(engine, "vllm_steer_write", bank_writes(writes))
     except BaseException:
         registry.give_back(writes)
         raise
@@ -184,7 +185,7 @@ def collect_readouts(llm: LLM, outputs: Sequence[RequestOutput]) -> list[list[Re
     vllm_versions.require(is_engine_running=True)
     _check_synchronous(llm, "collect_readouts")
     wanted = _Wanted.of(admission_of(llm.llm_engine.input_processor).asked, outputs)
-    return wanted.results(llm.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else [])
+    return wanted.results([llm.collective_rpc("vllm_steer_collect", args=(wanted.samples,))] if wanted.samples else [])
 
 
 async def collect_readouts_async(
@@ -202,8 +203,24 @@ async def collect_readouts_async(
     """
     vllm_versions.require(is_engine_running=True)
     wanted = _Wanted.of(admission_of(engine.input_processor).asked, outputs)
-    answers = await engine.collective_rpc("vllm_steer_collect", args=(wanted.samples,)) if wanted.samples else []
-    return wanted.results(answers)
+    return wanted.results(await call_workers(engine, "vllm_steer_collect", wanted.samples) if wanted.samples else [])
+
+
+def model_record(llm: LLM) -> ModelRecord:
+    """What is known about how an engine's model returns the residual stream.
+
+    Returns:
+        ``architecture``; ``proof``, as ``ReadoutResult.proof``; ``experiment``, the record of the experiment at
+        start-up: what it measured in each layer, the bounds, and the seconds it took. All plain types.
+
+    Raises:
+        NotConfigured: the engine runs without ``steer_config``.
+        MalformedSpec: ``llm`` is an ``AsyncLLM``.
+    """
+    vllm_versions.require(is_engine_running=True)
+    _check_synchronous(llm, "model_record")
+    admission_of(llm.llm_engine.input_processor)
+    return whole_model([llm.collective_rpc("vllm_steer_model")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,14 +257,14 @@ class _Wanted:
                     samples.append((asked[output.request_id].key, sample.index, end))
         return cls(asked, outputs, places, samples, failed)
 
-    def results(self, workers: Sequence[Any]) -> list[list[ReadoutResult | None]]:
-        """Build the result of ``collect_readouts`` from the workers' answers.
+    def results(self, engines: Sequence[Any]) -> list[list[ReadoutResult | None]]:
+        """Build the result of ``collect_readouts`` from the answers of each engine's workers.
 
         Raises:
             ReadoutUnavailable: as ``collect_readouts``.
         """
         results: list[list[ReadoutResult | None]] = [[None] * len(output.outputs) for output in self.outputs]
-        answers = whole_readouts(workers) if self.samples else []
+        answers = whole_readouts(engines) if self.samples else []
         reasons = dict(self.failed)
         for (i, j), answer in zip(self.places, answers, strict=True):
             if answer is None:
@@ -309,4 +326,10 @@ def _result(answer: Mapping[str, Any], traced: Sequence[str]) -> ReadoutResult:
         name: np.frombuffer(values, dtype=np.float32).copy()
         for name, values in sorted(answer["trace"], key=lambda one: traced.index(one[0]))
     }
-    return ReadoutResult(mean=mean, num_tokens=answer["num_tokens"], projections=projections, trace=trace)
+    return ReadoutResult(
+        mean=mean,
+        num_tokens=answer["num_tokens"],
+        projections=projections,
+        trace=trace,
+        proof=answer["proof"],
+    )

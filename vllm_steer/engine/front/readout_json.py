@@ -20,7 +20,11 @@ def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
     projections: dict[str, dict[str, float | None]] = {}
     for name, layer, value in answer["projections"]:
         projections.setdefault(name, {})[str(layer)] = finite(value)
-    readout: dict[str, Any] = {"num_tokens": answer["num_tokens"], "projections": projections}
+    readout: dict[str, Any] = {
+        "num_tokens": answer["num_tokens"],
+        "projections": projections,
+        "proof": answer["proof"],
+    }
     if answer.get("trace_error") is not None:
         readout["trace"] = {"error": answer["trace_error"]}
     if answer["mean"] is not None:

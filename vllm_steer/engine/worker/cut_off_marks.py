@@ -51,8 +51,13 @@ def _sample_tokens(original: Any, pending: list[Marks]) -> Any:
     return sample_tokens
 
 
-class _OutputWithMarks(AsyncModelRunnerOutput):
-    """An output that has not arrived yet, with the marks, which arrive no later than the output."""
+@AsyncModelRunnerOutput.register
+class _OutputWithMarks:
+    """An output that has not arrived yet, with the marks, which arrive no later than the output.
+
+    It is registered as a subclass and not derived: the output itself then answers whatever else a release of vLLM asks
+    it for. Since 0.33 that is ``get_kv_connector_output``, which is abstract there.
+    """
 
     def __init__(self, output: AsyncModelRunnerOutput, marks: Marks) -> None:
         self._output = output
@@ -60,6 +65,9 @@ class _OutputWithMarks(AsyncModelRunnerOutput):
 
     def get_output(self) -> Any:
         return _marked(self._output.get_output(), self._marks())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
 
 
 def _with_marks(output: Any, marks: Marks) -> Any:

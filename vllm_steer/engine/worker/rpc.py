@@ -12,14 +12,14 @@ from vllm_steer.directions import Direction
 from vllm_steer.engine.patching import patch
 from vllm_steer.engine.worker import cut_off_marks
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
-from vllm_steer.engine.worker_answers import LiveTrace, Readout
+from vllm_steer.engine.worker_answers import LiveTrace, ModelRecord, Readout
 from vllm_steer.errors import NotConfigured, UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 
 
 def install() -> None:
     """Add the methods to ``WorkerBase``, and make configured workers patch their runner."""
-    for one in (INIT, WRITE, COLLECT, TRACES):
+    for one in (INIT, WRITE, COLLECT, TRACES, MODEL):
         one.install()
 
 
@@ -41,6 +41,10 @@ def _init(original: Any) -> Any:
                     from vllm_steer.engine.vllm_faults import cpu_lora
 
                     cpu_lora.install()
+                if self.vllm_config.speculative_config is not None:
+                    from vllm_steer.engine.vllm_faults import cpu_drafts
+
+                    cpu_drafts.install()
             LOAD_MODEL.install_on(self, self)
 
     return __init__
@@ -93,8 +97,8 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
         samples: (``Resolved.key``, sample index, ``computed_end`` of ``FinishedReadout.answer``) of each.
 
     Returns:
-        ``FinishedReadout.answer`` for each sample, None for one that is not here; or None from a worker that is not
-        rank 0 of its tensor-parallel group. ``worker_answers.whole_readouts`` merges the stages.
+        ``FinishedReadout.answer`` and ``proof`` for each sample, None for one that is not here; or None from a worker
+        that is not rank 0 of its tensor-parallel group. ``worker_answers.whole_readouts`` merges the stages.
 
     Raises:
         NotConfigured: the worker has no hooks.
@@ -108,7 +112,10 @@ def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | 
         torch.accelerator.synchronize()  # the copies to the host were started without waiting for them
         steering.fetch()
     ends = (computed_end for _, _, computed_end in samples)
-    return [None if one is None else one.answer(end) for one, end in zip(found, ends, strict=True)]
+    return [
+        None if one is None else {**one.answer(end), "proof": steering.proof}
+        for one, end in zip(found, ends, strict=True)
+    ]
 
 
 def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace | None] | None:
@@ -145,6 +152,29 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
             known = list(zip(names, trace.values(start).tolist(), strict=True))
             answers.append(known if trace.failure is None else {"error": trace.failure})
     return answers
+
+
+def model(worker: Any) -> ModelRecord | None:
+    """How the layers of this worker's pipeline stage return the residual stream, and why that is taken to be right.
+
+    Args:
+        worker: the vLLM worker.
+
+    Returns:
+        ``architecture``, ``proof`` and ``experiment``, the record of the one at start-up; or None from a worker that is
+        not rank 0 of its tensor-parallel group. ``worker_answers.whole_model`` merges the stages.
+
+    Raises:
+        NotConfigured: the worker has no hooks.
+    """
+    if not _answers(worker):
+        return None
+    steering = _of(worker)
+    return {
+        "architecture": worker.vllm_config.model_config.architectures[0],
+        "proof": steering.proof,
+        "experiment": steering.findings.as_json(),
+    }
 
 
 def _answers(worker: Any) -> bool:
@@ -185,7 +215,7 @@ LOAD_MODEL = patch(
     gone_when="a plugin is called with the loaded model.",
     when="each worker object of an engine with steer_config",
 )
-WRITE, COLLECT, TRACES = (
+WRITE, COLLECT, TRACES, MODEL = (
     patch(
         WorkerBase,
         f"vllm_steer_{method.__name__}",
@@ -194,5 +224,5 @@ WRITE, COLLECT, TRACES = (
         why="A method for collective_rpc to find.",
         gone_when="plugins can add RPC methods without worker_extension_cls.",
     )
-    for method in (write, collect, traces)
+    for method in (write, collect, traces, model)
 )

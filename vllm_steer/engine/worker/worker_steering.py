@@ -12,10 +12,13 @@ from torch import nn
 
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.directions import Direction
-from vllm_steer.engine.model_families import attach, family_of, hooked_layers
+from vllm_steer.engine.layer_classes import LAYER_CLASSES, refuse_rescaled
+from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionRegistry, configured_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved
+from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
+from vllm_steer.engine.worker.layer_experiment import examine
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
 from vllm_steer.engine.worker.tail_rows import TailRows
@@ -39,11 +42,21 @@ class WorkerSteering:
         model: the runner's model, loaded and not yet called.
 
     Raises:
-        UnsupportedModel, LayerNotHooked: the hooks cannot be put on the model.
+        UnsupportedModel: the layers were not compared with Hugging Face, or are not what they were then.
+        LayerNotHooked: the model has no such layer.
     """
 
     def __init__(self, settings: SteerSettings, runner: Any, model: nn.Module) -> None:
         config = runner.vllm_config
+        blocks, self.findings = examine(model, runner)
+        how, self.proof = conventions(self.findings, allow_unproven=settings.unproven_model == "experiment")
+        refuse_rescaled(self.findings.classes, config.model_config.dtype)
+        if self.proof == "experiment":
+            logger.warning(
+                "steering of %s rests on the experiment at start-up alone: %s was never compared with Hugging Face.",
+                config.model_config.architectures[0],
+                ", ".join(sorted(self.findings.classes - LAYER_CLASSES.keys())),
+            )
         hidden_size = config.model_config.get_hidden_size()
         max_requests, max_drafts = config.scheduler_config.max_num_seqs, config.num_speculative_tokens
         self.settings = settings
@@ -72,10 +85,10 @@ class WorkerSteering:
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
         self._tails = TailRows(self.buffers.last_L_AD)
         self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
-        attach(model, family_of(config.model_config.architecture), settings.layers, self.buffers)
+        self.hooked = put_hooks(blocks, how, settings.layers, self.findings.num_layers, self.buffers)
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
         self._may_cut = False  # whether the step that was last prepared steers a float16 stream
-        self._held = {settings.layers.index(layer) for layer in hooked_layers(model)}  # of this pipeline stage
+        self._held = {settings.layers.index(layer) for layer in self.hooked}  # of this pipeline stage
         # The front end registers the same files in the same order, so both assign the same slots without a message.
         self.write_directions(
             DirectionRegistry(settings.max_directions, hidden_size).register(configured_directions(settings))

@@ -40,6 +40,7 @@ STEERED = {
     COHERE: SteeredRoute(reads=False),
     "/generative_scoring": SteeredRoute(reads=False, extra=()),
     "/v1/systemone": SteeredRoute(reads=False, extra=()),
+    "/v1/decisions": SteeredRoute(reads=False, extra=()),  # OpenAI's form of the same; vLLM has it from 0.33 on
 }
 
 NAMING = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})

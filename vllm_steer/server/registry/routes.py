@@ -17,6 +17,7 @@ from vllm_steer import __version__
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
+from vllm_steer.engine.worker_answers import ModelRecord
 from vllm_steer.errors import (
     AdminKeyMissing,
     AmbiguousDirection,
@@ -72,10 +73,12 @@ class SteeredServer:
     Attributes:
         settings: the server's settings.
         registry: its directions.
+        model: how its model returns the residual stream, as ``model_record`` gives it.
     """
 
     settings: SteerSettings
     registry: SharedRegistry
+    model: ModelRecord
 
 
 SERVER: Attribute[SteeredServer] = Attribute(
@@ -94,6 +97,11 @@ def show_steering(request: Request) -> dict[str, Any]:
     registered, held, free = server.registry.show_bank()
     return {
         "version": __version__,
+        "model": {
+            "architecture": server.model["architecture"],
+            "proof": server.model["proof"],
+            "layer_classes": sorted({layer["path"] for layer in server.model["experiment"]["layers"]}),
+        },
         "layers": list(settings.layers),
         "max_alpha": settings.max_alpha,
         "max_alpha_residual_norm": settings.max_alpha_residual_norm,

@@ -16,6 +16,7 @@ from typing import IO, Any
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.front.slot_use_files import SlotUse
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, bank_writes, configured_directions
@@ -211,7 +212,7 @@ async def share_registry(admission: Admission, engine_client: Any) -> SharedRegi
     """
 
     async def write(writes: list[tuple[int, Direction]]) -> None:
-        await engine_client.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+        await call_workers(engine_client, "vllm_steer_write", bank_writes(writes))
 
     config, settings = engine_client.vllm_config, admission.settings
     server = Server.of(config.parallel_config._api_process_count)
