@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from tests.conformance import ConformanceMatrix, put_claims_on
-
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PAPER_DATA = PROJECT_ROOT.parent / "shared" / "paper" / "data"
 
@@ -44,6 +42,8 @@ os.environ.update(
 )
 # Plugins are found the way a user's process finds them, whatever the caller's shell filters.
 os.environ.pop("VLLM_PLUGINS", None)
+
+from tests.conformance import ConformanceMatrix, put_claims_on  # noqa: E402  # imports torch, which reads the environment once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

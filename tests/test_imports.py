@@ -225,3 +225,10 @@ def test_the_reader_of_imports_sees_them() -> None:
     """The test above could pass on a parser that sees no import at all."""
     found = {name.partition(".")[0] for file in MODULES for name in imports(file)}
     assert {"vllm", "torch", "numpy", "pydantic", "vllm_steer"} <= found
+
+
+def test_nothing_imports_torch_before_the_tests_have_set_its_threads() -> None:
+    import torch
+
+    # on a busy machine two threads that wait for each other take many times as long, see tests/conftest.py
+    assert torch.get_num_threads() == 1
