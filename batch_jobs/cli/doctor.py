@@ -77,6 +77,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         "hooked layers": ", ".join(map(str, diagnosis.layers)),
         "directions": ", ".join(diagnosis.directions) or "none given",
         "not together with": "\n".join(diagnosis.refused_features),
+        "not for": "\n".join(diagnosis.refused_requests),
     }
     table = Table(show_header=False, title=diagnosis.model)
     for question, answer in answers.items():

@@ -84,7 +84,9 @@ def test_a_diagnosis_names_classes_and_runner(folder: ConfigFolder) -> None:
     assert diagnosis.layers == tuple(range(NUM_LAYERS))
     assert diagnosis.dtype == "bfloat16"  # vLLM's default for a float32 checkpoint
     assert diagnosis.runner == "classic"  # V2 needs Triton
-    assert "a pooling model" in diagnosis.refused_features
+    refused = dict(one.split(": ", 1) for one in (*diagnosis.refused_features, *diagnosis.refused_requests))
+    assert refused["sleep mode"] == "a sleeping engine has freed the memory of its directions and readouts"
+    assert {"a KV connector", "a pooling model", "beam search", "prompt embeddings"} <= set(refused)
 
 
 def test_a_hybrid_has_a_class_for_each_kind_of_layer(tmp_path: Path) -> None:

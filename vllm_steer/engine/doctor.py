@@ -15,7 +15,7 @@ from vllm_steer.directions import Direction, load_directions
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, classes_compared_for
 from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.shrunken_model import examine_shrunken
-from vllm_steer.engine.startup_checks import refusals, refused_features
+from vllm_steer.engine.startup_checks import REFUSED_REQUESTS, refusals, refused_features
 from vllm_steer.engine.worker_answers import ModelRecord
 from vllm_steer.errors import SettingsError, SteerError, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings, steer_config
@@ -47,7 +47,8 @@ class Diagnosis:
         layers: the layers that would be hooked.
         directions: ``name@layer`` of every direction in the direction files.
         problems: one sentence for each thing that would be refused; empty if the engine would start.
-        refused_features: engine features that are refused together with steering if they are switched on.
+        refused_features: engine features that are refused together with steering if they are switched on, with why.
+        refused_requests: kinds of requests that may neither be steered nor read, with why.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Diagnosis:
     directions: tuple[str, ...]
     problems: tuple[str, ...]
     refused_features: tuple[str, ...]
+    refused_requests: tuple[str, ...]
 
     @property
     def is_fit(self) -> bool:
@@ -146,6 +148,7 @@ def diagnose(
         directions=tuple(direction.key for direction in found),
         problems=(*problems, *_misfits(found, settings, hidden_size)),
         refused_features=tuple(refused_features(config)),
+        refused_requests=REFUSED_REQUESTS,
     )
 
 

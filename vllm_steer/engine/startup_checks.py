@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
@@ -104,54 +104,126 @@ def refusals(config: Any, settings: SteerSettings) -> Iterator[SteerError]:
         yield LayerNotHooked(
             f"steer_config names layer {beyond[0]}; {model.model} has layers 0 to {layers - 1}. Correct layers=[...]."
         )
-    for is_on, feature, instead in _features(config):
-        if is_on:
-            yield UnsupportedFeature(f"steering was asked together with {feature}; not exact there. {instead}")
+    for one in _features(config):
+        if one.is_on:
+            yield UnsupportedFeature(
+                f"steering was asked together with {one.feature}; not exact there: {one.why}. {one.do}."
+            )
+
+
+class Refused(NamedTuple):
+    """An engine feature that is refused together with steering.
+
+    Attributes:
+        is_on: whether the engine has it.
+        feature: its name.
+        why: why steering or a readout would not be exact, or would not be known to be.
+        do: what to do instead.
+    """
+
+    is_on: bool
+    feature: str
+    why: str
+    do: str
 
 
 def refused_features(config: Any) -> list[str]:
-    """Names of all engine features that ``check`` refuses with the runner of ``config``, enabled or not."""
-    return [feature for _, feature, _ in _features(config)]
+    """All engine features that ``check`` refuses with the runner of ``config``, enabled or not, each with why."""
+    return [f"{one.feature}: {one.why}" for one in _features(config)]
 
 
-def _features(config: Any) -> list[tuple[bool, str, str]]:
+_NOT_COMPARED = "both together were never compared with Hugging Face"
+
+
+def _features(config: Any) -> list[Refused]:
     parallel = config.parallel_config
     return [
         *_features_of_v2(config),
         *_features_of_speculation(config),
-        (
-            parallel.pipeline_parallel_size > 1 and config.scheduler_config.async_scheduling,
-            "pipeline parallelism and asynchronous scheduling at once",
-            "Set async_scheduling=False.",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1 and config.speculative_config is not None,
-            "pipeline parallelism and speculative decoding at once",
-            "Start without one of them; readouts of both together were never compared.",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1 and config.lora_config is not None,
-            "pipeline parallelism and LoRA at once",
-            "Start without one of them; both together were never compared.",
-        ),
-        (
+        *_features_of_pipelines(config),
+        Refused(
             parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb,
             "data parallelism with a front end for each rank or node",
-            "Each front end would have directions of its own; let one front end serve all ranks, or start each replica "
-            "as a server of its own.",
+            "each front end would have directions of its own",
+            "Let one front end serve all ranks, or start each replica as a server of its own",
         ),
-        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "Set it to 1."),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism", "Set it to 1."),
-        (parallel.use_ubatching, "micro-batching (DBO)", "Start without enable_dbo."),
-        (config.cache_config.kv_sharing_fast_prefill, "kv_sharing_fast_prefill", "Start without it."),
-        (parallel.use_sequence_parallel_moe, "sequence-parallel MoE", "Start without expert parallelism."),
-        (config.kv_transfer_config is not None, "a KV connector", "Start without kv_transfer_config."),
-        # A sleeping engine has freed the buffers' memory, which the worker reads when a readout is collected.
-        (config.model_config.enable_sleep_mode, "sleep mode", "Start without enable_sleep_mode."),
-        (config.model_config.runner_type != "generate", "a pooling model", "Use a model that generates text."),
-        # It admits requests in a process without Python, so the plugin cannot check them.
-        (envs.VLLM_USE_RUST_FRONTEND, "vLLM's Rust front end", "Start without VLLM_USE_RUST_FRONTEND."),
+        Refused(
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism",
+            "each rank holds a part of a prompt's tokens, so its sums are parts too",
+            "Set it to 1",
+        ),
+        Refused(
+            parallel.decode_context_parallel_size > 1,
+            "decode context parallelism",
+            "it was never compared with Hugging Face",
+            "Set it to 1",
+        ),
+        Refused(
+            parallel.use_ubatching,
+            "micro-batching (DBO)",
+            "a step runs as several batches, and one is planned",
+            "Start without enable_dbo",
+        ),
+        Refused(
+            config.cache_config.kv_sharing_fast_prefill,
+            "kv_sharing_fast_prefill",
+            "some layers skip prompt tokens, which would be neither steered nor read",
+            "Start without it",
+        ),
+        Refused(
+            parallel.use_sequence_parallel_moe,
+            "sequence-parallel MoE",
+            "each rank holds a part of the tokens",
+            "Start without expert parallelism",
+        ),
+        Refused(
+            config.kv_transfer_config is not None,
+            "a KV connector",
+            "keys and values from elsewhere say nothing of the steering under which they were computed",
+            "Start without kv_transfer_config",
+        ),
+        Refused(
+            config.model_config.enable_sleep_mode,
+            "sleep mode",
+            "a sleeping engine has freed the memory of its directions and readouts",
+            "Start without enable_sleep_mode",
+        ),
+        Refused(
+            config.model_config.runner_type != "generate",
+            "a pooling model",
+            "it generates no tokens",
+            "Use a model that generates text",
+        ),
+        Refused(
+            envs.VLLM_USE_RUST_FRONTEND,
+            "vLLM's Rust front end",
+            "it admits requests in a process without Python, where nothing can check them",
+            "Start without VLLM_USE_RUST_FRONTEND",
+        ),
     ]
+
+
+def _features_of_pipelines(config: Any) -> list[Refused]:
+    is_pipeline = config.parallel_config.pipeline_parallel_size > 1
+    beside = {
+        "asynchronous scheduling": (config.scheduler_config.async_scheduling, "Set async_scheduling=False"),
+        "speculative decoding": (config.speculative_config is not None, "Start without one of them"),
+        "LoRA": (config.lora_config is not None, "Start without one of them"),
+    }
+    return [
+        Refused(is_pipeline and is_on, f"pipeline parallelism and {feature} at once", _NOT_COMPARED, do)
+        for feature, (is_on, do) in beside.items()
+    ]
+
+
+# Requests that admission refuses with steering or a readout; each with the reason.
+REFUSED_REQUESTS = (
+    "beam search: it computes generated tokens again as prompt tokens",
+    "prompt embeddings: a prompt without token ids has no key in the prefix cache that tells its steering apart",
+    "streaming input: the prompt grows while it is read",
+    "pooling: such a request generates no tokens",
+)
 
 
 # Whoever makes the drafts, the model itself decides which of them become output. Only what was compared is listed.
@@ -164,7 +236,7 @@ _WHY_NOT = {
 }
 
 
-def _features_of_speculation(config: Any) -> list[tuple[bool, str, str]]:
+def _features_of_speculation(config: Any) -> list[Refused]:
     """What was not compared with Hugging Face among the ways to make and to verify drafts."""
     speculation = config.speculative_config
     method = None if speculation is None else speculation.method
@@ -172,43 +244,50 @@ def _features_of_speculation(config: Any) -> list[tuple[bool, str, str]]:
     is_other = method not in (None, *_BY_NO_MODEL, *_BY_A_MODEL)
     reason = _WHY_NOT.get(str(method), "its drafts were never compared with output without drafts")
     return [
-        (
+        Refused(
             is_other,
             f"speculative decoding by {repr(method) if is_other else f'anything but {allowed}'}",
-            f"Reason: {reason}. Use one of {allowed}, or start without speculative_config.",
+            reason,
+            f"Use one of {allowed}, or start without speculative_config",
         ),
         # vLLM schedules synchronously by itself with n-grams, suffixes and Medusa, on accelerators not with the others.
-        (
+        Refused(
             method is not None and config.scheduler_config.async_scheduling,
             "speculative decoding and asynchronous scheduling at once",
-            "A step is planned there before the host knows which drafts of the last one were accepted. Set "
-            "async_scheduling=False.",
+            "a step is planned there before the host knows which drafts of the last one were accepted",
+            "Set async_scheduling=False",
         ),
-        (
+        Refused(
             getattr(speculation, "rejection_sample_method", None) == "synthetic",
             "speculative decoding with rejection_sample_method='synthetic'",
-            "It accepts drafts by chance, so the output is not the model's. Set it to 'standard'.",
+            "it accepts drafts by chance, so the output is not the model's",
+            "Set it to 'standard'",
         ),
-        (
+        Refused(
             method in _BY_A_MODEL and config.lora_config is not None,
             "LoRA and drafts by a model at once",
-            "Start without one of them, or with the method 'ngram'; both together were never compared.",
+            _NOT_COMPARED,
+            "Start without one of them, or with the method 'ngram'",
         ),
     ]
 
 
-def _features_of_v2(config: Any) -> list[tuple[bool, str, str]]:
+def _features_of_v2(config: Any) -> list[Refused]:
     """Features that are exact on the classic runner and untested on the V2 runner; none with the classic runner."""
     if not config.use_v2_model_runner:
         return []
     features = {
-        # on the host, num_computed_tokens is an upper bound until rejected drafts are known
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA": config.lora_config is not None,
-        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "speculative decoding": (
+            config.speculative_config is not None,
+            "on the host, the number of computed tokens is an upper bound until rejected drafts are known",
+        ),
+        "LoRA": (config.lora_config is not None, _NOT_COMPARED),
+        "pipeline parallelism": (config.parallel_config.pipeline_parallel_size > 1, _NOT_COMPARED),
     }
-    instead = "Set VLLM_USE_V2_MODEL_RUNNER=0 for the classic one."
-    return [(is_on, f"{feature} on vLLM's V2 model runner", instead) for feature, is_on in features.items()]
+    do = "Set VLLM_USE_V2_MODEL_RUNNER=0 for the classic one"
+    return [
+        Refused(is_on, f"{feature} on vLLM's V2 model runner", why, do) for feature, (is_on, why) in features.items()
+    ]
 
 
 CREATE_ENGINE_CONFIG = patch(

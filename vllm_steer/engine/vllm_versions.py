@@ -13,9 +13,8 @@ from vllm_steer.settings import CONFIG_KEY
 # Minor version of vLLM -> the remark that an engine logs at start-up; None if the whole test suite runs on it. Add a
 # release once `make compat` finds no fault, each patched function was compared with a tested release, and
 # `make compat-run` has passed; the remark says what was run, and on what.
-_SHORT = "the short tests of engine and server, parity with Hugging Face and the prefix cache passed on its CPU build"
 _ON_OTHER_OPERATIONS = "the tests of engine and server passed on a CPU, with 0.33's Python on 0.32's CPU operations"
-SUPPORTED: dict[str, str | None] = {"0.30": _SHORT, "0.31": _SHORT, "0.32": None, "0.33": _ON_OTHER_OPERATIONS}
+SUPPORTED: dict[str, str | None] = {"0.32": None, "0.33": _ON_OTHER_OPERATIONS}
 _TESTED = ", ".join(f"{one}.x" for one, remark in SUPPORTED.items() if remark is None)
 
 DISABLE_VARIABLE = "VLLM_STEER_DISABLE"

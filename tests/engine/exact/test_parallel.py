@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine.conftest import OpenEngine
 from tests.support.hf_reference import Reference, ReferenceRun
@@ -22,7 +25,10 @@ from tests.support.mixed_batch import (
     unit_vectors,
 )
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
-from vllm_steer import register_directions
+from vllm_steer import register_directions, steer_config
+from vllm_steer.engine.startup_checks import check
+from vllm_steer.errors import UnsupportedFeature
+from vllm_steer.settings import SteerSettings
 
 pytestmark = pytest.mark.engine
 
@@ -126,3 +132,29 @@ def test_two_pipeline_stages_answer_as_the_reference_each_with_its_own_layers(
     np.testing.assert_array_equal(first["bank"], second["bank"])
     assert [sums_AD.any() for sums_AD in first["sums"]] == [True, False, False]
     assert [sums_AD.any() for sums_AD in second["sums"]] == [False, True, True]
+
+
+def asynchronously(config: Any) -> None:
+    config.scheduler_config.async_scheduling = True  # the CPU platform switches it off, even if it was asked for
+
+
+def speculating(config: Any) -> None:
+    config.speculative_config = SimpleNamespace(method="ngram")
+
+
+def with_adapters(config: Any) -> None:
+    config.lora_config = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("change", "feature"),
+    [(asynchronously, "asynchronous scheduling"), (speculating, "speculative decoding"), (with_adapters, "LoRA")],
+)
+def test_what_was_not_compared_with_pipeline_stages_is_refused_beside_them(
+    checkpoint: Path, change: Callable[[Any], None], feature: str
+) -> None:
+    engine = EngineArgs(str(checkpoint), additional_config=steer_config(layers=LAYERS), pipeline_parallel_size=2)
+    config = engine.create_engine_config()
+    change(config)
+    with pytest.raises(UnsupportedFeature, match=f"pipeline parallelism and {feature} at once"):
+        check(config, SteerSettings(layers=LAYERS))
