@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.config.speculative import SpeculativeMethod
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from tests.engine.conftest import OpenEngine
@@ -127,6 +128,7 @@ def medusa_heads(_: Path, folder: Path) -> Path:
 
 
 NO_ARCTIC = pytest.mark.skipif(find_spec("arctic_inference") is None, reason="vLLM finds suffixes by arctic-inference")
+NO_MEDUSA = pytest.mark.skipif("medusa" not in get_args(SpeculativeMethod), reason="vLLM 0.33 has no Medusa")
 FEWER_IN_LARGE_BATCHES = {"num_speculative_tokens_per_batch_size": [(1, 4, NUM_DRAFTS), (5, 64, 1)]}
 DRAFT_MODEL = Drafting("draft_model", the_target)
 EAGLE3 = Drafting("eagle3", eagle3_head)
@@ -145,7 +147,7 @@ DRAFTINGS = [
     by("eagle3-tight", Drafting("eagle3", eagle3_head, room=TIGHT), "EAGLE-3"),
     by("mtp-glm4moe", Drafting("mtp", family="Glm4MoeForCausalLM"), "MTP"),
     by("mtp-deepseekv3", Drafting("mtp", family="DeepseekV3ForCausalLM"), "MTP"),
-    by("medusa", Drafting("medusa", medusa_heads), "Medusa"),
+    by("medusa", Drafting("medusa", medusa_heads), "Medusa", NO_MEDUSA),
     by("suffix", Drafting("suffix"), "suffix", NO_ARCTIC),
 ]
 

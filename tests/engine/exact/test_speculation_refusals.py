@@ -48,7 +48,8 @@ def refusal(config: Any) -> str:
 
 def test_every_method_of_vllm_is_either_compared_or_refused() -> None:
     older_names_of_mtp = {*get_args(MTPModelTypes)} - {"mtp"}
-    assert {*get_args(SpeculativeMethod)} - older_names_of_mtp == {*COMPARED, *REFUSED}
+    # other releases lack some of them: 0.33 has neither Medusa nor mlp_speculator
+    assert {*get_args(SpeculativeMethod)} - older_names_of_mtp <= {*COMPARED, *REFUSED}
 
 
 @pytest.mark.parametrize("method", COMPARED)

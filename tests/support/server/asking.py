@@ -95,7 +95,7 @@ USES = {
         is_chat=False,
     ),
 }
-"""Only ``/v1/systemone`` is missing: the tiny model cannot decide, and the route answers 501 to every request."""
+"""``/v1/systemone`` and ``/v1/decisions`` are missing: the tiny model cannot decide, so they answer 501."""
 
 ROUTES = pytest.mark.parametrize("path", USES)
 READING = pytest.mark.parametrize("path", [path for path in USES if STEERED[path].reads])
