@@ -151,7 +151,8 @@ class _Passes:
         self._model, self._config, self.dtype = model, config, model_config.dtype
         self.num_layers, self.hidden_size = model_config.get_total_num_hidden_layers(), model_config.get_hidden_size()
         most = config.scheduler_config.max_num_batched_tokens
-        self.num_tokens = min(most, _TOKENS_SHALLOW if self.num_layers <= _SHALLOW else _TOKENS_DEEP)
+        wanted = _TOKENS_SHALLOW if self.num_layers <= _SHALLOW else _TOKENS_DEEP
+        self.num_tokens = max(_UNCHANGED_TOKENS + 1, min(most, wanted))
         self.is_last_stage = get_pp_group().is_last_rank
         self._random = torch.Generator().manual_seed(0)  # on the host, so that all ranks draw the same
         self._device = runner.device
