@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.engine_process import COMPILED_WITH, PLUGIN
+from benchmarks.harness.fastest_dtype import fastest_dtype
 from benchmarks.harness.line_process import ENGINE_ENVIRONMENT
 
 # The engine runs in this process, as the hooks do: they share threads and cores, and only one works at a time.
@@ -113,11 +114,13 @@ def main() -> None:
     vllm_024.install()
     llm = start_engine(model, arguments.device, arguments.max_num_batched_tokens)
     register_directions(llm, [Direction("paper", STEERED_LAYER, work.direction_D)])
-    # float32 is faster on CPUs without bf16 instructions, and never on a GPU.
-    dtypes = ["bfloat16"] if arguments.device == "cuda" else ["bfloat16", "float32"]
+    # float32 is faster on some CPUs, and never on a GPU.
+    fastest = fastest_dtype(arguments.device)
+    dtypes = ["bfloat16", "float32"] if fastest == "bfloat16" and arguments.device == "cpu" else [fastest]
     models = {dtype: HookedModel(model, getattr(torch, dtype), arguments.device) for dtype in dtypes}
 
-    differences = compare(llm, models["bfloat16"], work)
+    rounding = models.get("bfloat16") or HookedModel(model, torch.bfloat16, arguments.device)
+    differences = compare(llm, rounding, work)
     print(f"relative differences from hooks in float32: {differences}", flush=True)
     for name, of in differences.items():
         if of["ours"] > WORSE * of["hooks"]:
@@ -257,14 +260,14 @@ def rate_of(work: Callable[[], int]) -> float:
 
 
 def start_engine(model: str, device: str, max_num_batched_tokens: int | None) -> Any:
-    """A compiled bf16 engine with room for the whole grid at once, next to the hooks' model on the same device."""
+    """A compiled engine with room for the whole grid at once, next to the hooks' model on the same device."""
     optional: dict[str, Any] = (
         {} if max_num_batched_tokens is None else {"max_num_batched_tokens": max_num_batched_tokens}
     )
     return load_llm(
         model,
         layers=LAYERS,
-        dtype="bfloat16",
+        dtype=fastest_dtype(device),
         **COMPILED_WITH,
         kv_cache_memory_bytes=(2 if device == "cpu" else 8) << 30,
         skip_tokenizer_init=not has_tokenizer(model),

@@ -33,6 +33,7 @@ from typing import Any
 from batch_jobs.demo_model import demo_model_path
 from benchmarks.harness import record
 from benchmarks.harness.engine_process import COMPILED_WITH, EngineProcess, Took, Work
+from benchmarks.harness.fastest_dtype import fastest_dtype
 from benchmarks.harness.line_process import side_by_side
 from benchmarks.harness.rounds import Figure, figures, figures_of_starts, interval
 
@@ -79,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="fewer ways, batches and rounds")
     parser.add_argument("--model", type=Path, default=None, help="folder of a checkpoint; default: the demo model")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights, and no tokenizer is needed")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=fastest_dtype(), help="default: bfloat16, on a CPU with AVX2 alone float32")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 12, 16, 20, 24], help="hooked in most engines")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="requests at once")
