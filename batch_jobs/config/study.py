@@ -66,7 +66,8 @@ class EngineOptions(_Section):
     trust_remote_code: bool = False
     max_alpha: float | None = Field(default=None, gt=0)
     """Largest |α| (raw) that the engine accepts; None keeps the plugin's own bound."""
-    unproven_model: Literal["refuse", "experiment"] = "refuse"
+    # left out where it is the default, so that run directories of before this field are found again
+    unproven_model: Literal["refuse", "experiment"] = Field(default="refuse", exclude_if=lambda one: one == "refuse")
     """As in ``steer_config``: what to do with a model whose layers were never compared with Hugging Face."""
 
     def engine_args(self) -> dict[str, Any]:

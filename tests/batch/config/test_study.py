@@ -152,12 +152,21 @@ def test_a_study_may_be_laid_over_another_section_by_section(tmp_path: Path) -> 
 DEMO_IDENTITY, DEMO_RUN_KEY, DEMO_CONFIG_HASH = "cc2bf5dc25895504", "91aa35954d199262", "314e4363737e6522"
 
 
-def test_a_config_without_template_variables_keeps_its_run_directory() -> None:
-    study = load_study(DEMO)
+def test_a_config_without_later_fields_keeps_its_run_directory() -> None:
+    study = load_study(DEMO, overrides={"dtype": "bfloat16"})  # as the demo was when these were written down
     identity = hashlib.sha256(json.dumps(study.identity, sort_keys=True).encode()).hexdigest()[:16]
     assert (identity, study.config_hash) == (DEMO_IDENTITY, DEMO_CONFIG_HASH)
     assert run_key(study, load_split(None, study.split), chosen_scenarios(study)) == DEMO_RUN_KEY
     assert "chat_template_kwargs" not in study.model_dump(mode="json")
+    assert "unproven_model" not in study.model_dump(mode="json")["engine"]
+
+
+def test_leave_for_an_unproven_model_reaches_the_engine_and_is_part_of_the_config(tmp_path: Path) -> None:
+    study = load_study(write_config(tmp_path, engine={"unproven_model": "experiment"}))
+    assert study.engine.steer_settings() == {"unproven_model": "experiment"}
+    assert "unproven_model" not in study.engine.engine_args()
+    assert Study.model_validate(study.model_dump(mode="json")) == study
+    assert load_study(DEMO).engine.steer_settings() == {"unproven_model": "refuse"}
 
 
 def test_template_variables_are_part_of_a_runs_identity(tmp_path: Path) -> None:
