@@ -35,6 +35,10 @@ SteeringEntry = Annotated[
 """An entry in the wire format: ``{"direction": "kind", "alpha": 8, ...}``."""
 
 
+UnprovenModel = Literal["refuse", "experiment"]
+"""What to do with a model that was never compared with Hugging Face, see ``SteerSettings.unproven_model``."""
+
+
 class SteerSettings(BaseModel):
     """The settings of one engine.
 
@@ -79,7 +83,7 @@ class SteerSettings(BaseModel):
     allowed_directions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     max_alpha_residual_norm: Annotated[float, Field(gt=0)] | None = None
     residual_norms: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    unproven_model: Literal["refuse", "experiment"] = "refuse"
+    unproven_model: UnprovenModel = "refuse"
     playground: bool = False
     plugin_build: str = ""
 

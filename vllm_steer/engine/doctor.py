@@ -16,9 +16,9 @@ from vllm_steer.engine.layer_classes import LAYER_CLASSES, classes_compared_for
 from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.shrunken_model import examine_shrunken
 from vllm_steer.engine.startup_checks import REFUSED_REQUESTS, refusals, refused_features
-from vllm_steer.engine.worker_answers import ModelRecord
+from vllm_steer.engine.worker_answers import ModelRecord, classes_in
 from vllm_steer.errors import SettingsError, SteerError, UnsupportedModel
-from vllm_steer.settings import CONFIG_KEY, SteerSettings, steer_config
+from vllm_steer.settings import CONFIG_KEY, SteerSettings, UnprovenModel, steer_config
 
 # Prefix of vLLM's classes that run Hugging Face's modules: TransformersForCausalLM, TransformersMoEForCausalLM.
 _BY_HUGGING_FACE = "Transformers"
@@ -78,7 +78,7 @@ def diagnose(
     *,
     layers: Sequence[int] | None = None,
     directions: Files = (),
-    unproven_model: Literal["refuse", "experiment"] = "refuse",
+    unproven_model: UnprovenModel = "refuse",
     run: bool = False,
     **engine_args: Any,
 ) -> Diagnosis:
@@ -108,14 +108,15 @@ def diagnose(
         layers = sorted({direction.layer for direction in found}) or range(num_layers)
     steering = steer_config(layers, files, unproven_model=unproven_model)
     settings = SteerSettings.parse(steering[CONFIG_KEY])
-    problems = [str(refusal) for refusal in refusals(config, settings)]
+    found_at_start = list(refusals(config, settings))
+    problems = [str(refusal) for refusal in found_at_start]
     if not problems:
         try:
             _engine_config(name, {**engine_args, "additional_config": steering})  # the check of an engine's start
         except SteerError as error:
             problems.append(str(error))
     model_class: str = model_config._model_info.architecture
-    is_refused = any(isinstance(refusal, UnsupportedModel) for refusal in refusals(config, settings))
+    is_refused = any(isinstance(refusal, UnsupportedModel) for refusal in found_at_start)
     classes = _compared(model_config.architectures[0], model_class)
     record = None
     if run and not is_refused:
@@ -126,7 +127,7 @@ def diagnose(
             if model_config.is_multimodal_model:
                 kept["language_model_only"] = True
             record = examine_shrunken(name, model_config.hf_config, kept)
-            classes = tuple(sorted({layer["path"] for layer in record["experiment"]["layers"]}))
+            classes = tuple(classes_in(record))
         except UnsupportedModel as error:
             problems.append(str(error))
             is_refused = True

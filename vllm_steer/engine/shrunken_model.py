@@ -1,6 +1,6 @@
 """Runs the experiment of an engine's start on a small random copy of a model, made from its config alone.
 
-    python -m vllm_steer.engine.shrunken_model CONFIG_FOLDER
+    python -m vllm_steer.engine.shrunken_model CONFIG_FOLDER ENGINE_ARGUMENTS_AS_JSON
 
 A process of its own, because vLLM's process groups and the changes to its classes stay in the process that makes them.
 """

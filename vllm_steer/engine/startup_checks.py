@@ -220,7 +220,7 @@ def _features_of_pipelines(config: Any) -> list[Refused]:
 # Requests that admission refuses with steering or a readout; each with the reason.
 REFUSED_REQUESTS = (
     "beam search: it computes generated tokens again as prompt tokens",
-    "prompt embeddings: a prompt without token ids has no key in the prefix cache that tells its steering apart",
+    "prompt embeddings: steering of a prompt without token ids was never compared with Hugging Face",
     "streaming input: the prompt grows while it is read",
     "pooling: such a request generates no tokens",
 )

@@ -51,6 +51,11 @@ def whole_model(engines: Sequence[Sequence[ModelRecord | None]]) -> ModelRecord:
     }
 
 
+def classes_in(record: ModelRecord) -> list[str]:
+    """The classes of decoder layers in a record, each once."""
+    return sorted({layer["path"] for layer in record["experiment"]["layers"]})
+
+
 def _of_any(engines: Sequence[list[Any]]) -> list[Any]:
     """For each sample the answer of the engine that knows it; None where none does."""
     return [next((one for one in answers if one is not None), None) for answers in zip(*engines, strict=True)]

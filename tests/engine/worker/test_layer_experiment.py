@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sequence import IntermediateTensors
 
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, Convention, LayerClass
-from vllm_steer.engine.worker import layer_experiment
+from vllm_steer.engine.worker import layer_experiment, silent_passes
 from vllm_steer.engine.worker.hooked_layers import conventions
 from vllm_steer.engine.worker.layer_experiment import Findings, Layer, examine
 from vllm_steer.errors import UnsupportedModel
@@ -170,8 +170,8 @@ class Wrapper(nn.Module):
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for vLLM's forward context and for the group of pipeline stages, by default of one."""
     group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
-    monkeypatch.setattr(layer_experiment, "set_forward_context", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(layer_experiment, "get_pp_group", lambda: group)
+    monkeypatch.setattr(silent_passes, "set_forward_context", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(silent_passes, "get_pp_group", lambda: group)
     monkeypatch.setattr(layer_experiment, "get_tensor_model_parallel_world_size", lambda: 1)
     return group
 

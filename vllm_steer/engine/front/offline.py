@@ -219,7 +219,7 @@ def model_record(llm: LLM) -> ModelRecord:
     """
     vllm_versions.require(is_engine_running=True)
     _check_synchronous(llm, "model_record")
-    admission_of(llm.llm_engine.input_processor)
+    admission_of(llm.llm_engine.input_processor)  # raises NotConfigured
     return whole_model([llm.collective_rpc("vllm_steer_model")])
 
 

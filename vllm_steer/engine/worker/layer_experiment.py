@@ -23,34 +23,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
-from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention, MLAAttention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.models.utils import PPMissingLayer
-from vllm.sequence import IntermediateTensors
 
 from vllm_steer.engine.layer_classes import Convention
-from vllm_steer.engine.patching import patch
+from vllm_steer.engine.worker.silent_passes import SHALLOW, UNCHANGED_TOKENS, Passes, without_attention
 from vllm_steer.errors import UnsupportedModel
 
 Change = Callable[[torch.Tensor, torch.Tensor | None], None]
 """Changes one token's h and r (None where a layer returns one tensor), both (D,), in place."""
 Form = Literal["pair", "first", "single", "batched"]
 
-_UNCHANGED_TOKENS = 4  # of a pass, at least
-_SHALLOW = 9  # up to so many layers, all are asked
-_TOKENS_SHALLOW, _TOKENS_DEEP = 32, 16  # of a pass; more passes where many classes need more questions
-_FIRST_TOKENS = 1000  # random token ids below this one: words, in every vocabulary
 _REFUSE = "Use another model, or start the engine without steer_config."
 
 
@@ -120,8 +107,8 @@ def examine(model: nn.Module, runner: Any) -> tuple[dict[int, nn.Module], Findin
         UnsupportedModel: the experiment gives no clear answer, or the answer is that no single stream leaves a layer.
     """
     begun = time.perf_counter()
-    with torch.inference_mode(), _without_attention(model):
-        passes = _Passes(model, runner)
+    with torch.inference_mode(), without_attention(model):
+        passes = Passes(model, runner)
         blocks, outputs, plain = _find_blocks(model, passes)
         layers, repeated = _ask(blocks, outputs, plain, passes)
     unchanged, changed = _thresholds(passes.dtype)
@@ -134,105 +121,11 @@ def class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-class _Passes:
-    """Forward passes of the same random tokens.
-
-    Attributes:
-        num_layers: decoder layers of the whole model.
-        hidden_size: elements of the stream.
-        num_tokens: tokens of a pass.
-        dtype: what the model computes in.
-        is_last_stage: whether a pass gives the model's result, and not a stream for another pipeline stage.
-    """
-
-    def __init__(self, model: nn.Module, runner: Any) -> None:
-        config = runner.vllm_config
-        model_config = config.model_config
-        self._model, self._config, self.dtype = model, config, model_config.dtype
-        self.num_layers, self.hidden_size = model_config.get_total_num_hidden_layers(), model_config.get_hidden_size()
-        most = config.scheduler_config.max_num_batched_tokens
-        wanted = _TOKENS_SHALLOW if self.num_layers <= _SHALLOW else _TOKENS_DEEP
-        self.num_tokens = max(_UNCHANGED_TOKENS + 1, min(most, wanted))
-        self.is_last_stage = get_pp_group().is_last_rank
-        self._random = torch.Generator().manual_seed(0)  # on the host, so that all ranks draw the same
-        self._device = runner.device
-        words = min(_FIRST_TOKENS, model_config.get_vocab_size())
-        self._ids = torch.randint(words, (self.num_tokens,), generator=self._random).to(self._device)
-        positions = torch.arange(self.num_tokens) % model_config.max_model_len
-        self._positions = positions.repeat(3, 1) if model_config.uses_mrope else positions
-        self._positions = self._positions.to(self._device)
-        noise = self.random(self.hidden_size, dtype=torch.float32)
-        self.noise_D = noise / noise.norm()
-        self._before = None if get_pp_group().is_first_rank else self._from_another_stage()
-        if config.lora_config is not None:
-            runner._set_active_loras((0,) * self.num_tokens, (0,) * self.num_tokens, set())  # no adapter
-
-    def run(self) -> torch.Tensor:
-        """One pass; float32 (T, ...), the model's result or what it hands to the next pipeline stage."""
-        with set_forward_context(None, self._config, num_tokens=self.num_tokens, skip_compiled=True):
-            result = self._model(
-                input_ids=self._ids,
-                positions=self._positions,
-                intermediate_tensors=self._before,
-                inputs_embeds=None,
-            )
-        parts = [part.reshape(self.num_tokens, -1).float() for part in _tensors(result)]
-        return torch.cat(parts, dim=1)
-
-    def random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Normal random numbers on the model's device."""
-        return torch.randn(shape, generator=self._random).to(self._device, dtype)
-
-    def _from_another_stage(self) -> Any:
-        make_empty: Any = self._model.make_empty_intermediate_tensors
-        empty = make_empty(batch_size=self.num_tokens, dtype=self.dtype, device=self._device)
-        return IntermediateTensors({name: self.random(*one.shape, dtype=one.dtype) for name, one in empty.items()})
-
-
-def _tensors(result: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a model's result: one, several, or those for the next pipeline stage."""
-    if isinstance(result, torch.Tensor):
-        yield result
-    else:
-        values = result.tensors.values() if isinstance(result, IntermediateTensors) else result
-        for one in values:
-            yield from _tensors(one)
-
-
-@contextmanager
-def _without_attention(model: nn.Module) -> Iterator[None]:
-    """Let attention and state-space layers return zeros. Without a cache they would leave their results as they were.
-
-    The change is on each instance, because Hugging Face's modules call ``forward`` past any hook.
-    """
-    silent = [module for module in model.modules() if isinstance(module, AttentionLayerBase)]
-    for module in silent:
-        SILENT_ATTENTION.install_on(module)
-    try:
-        yield
-    finally:
-        for module in silent:
-            SILENT_ATTENTION.remove_from(module)
-
-
-def _silenced(forward: Any) -> Any:
-    parameters = signature(forward)
-
-    def silent(*args: Any, **kwargs: Any) -> Any:
-        buffer = parameters.bind(*args, **kwargs).arguments.get("output")
-        if buffer is not None:
-            return buffer.zero_()
-        result = forward(*args, **kwargs)
-        return torch.zeros_like(result) if isinstance(result, torch.Tensor) else result
-
-    return silent
-
-
 Outputs = dict[int, tuple[Form, torch.Tensor, torch.Tensor | None]]
 """Layer number -> the form of its output, h and r (None where it returns one tensor), both (T, D)."""
 
 
-def _find_blocks(model: nn.Module, passes: _Passes) -> tuple[dict[int, nn.Module], Outputs, torch.Tensor]:
+def _find_blocks(model: nn.Module, passes: Passes) -> tuple[dict[int, nn.Module], Outputs, torch.Tensor]:
     """The decoder layers of this stage by number, what each returned in a first pass, and that pass's result."""
     lists = [
         {number: block for number, block in enumerate(module) if not isinstance(block, PPMissingLayer)}
@@ -290,7 +183,7 @@ def _hooks(blocks: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[No
             handle.remove()
 
 
-def _form(output: object, passes: _Passes) -> Form | None:
+def _form(output: object, passes: Passes) -> Form | None:
     """The form of a layer's output; None if it is none from which the stream can be taken."""
     shape = (passes.num_tokens, passes.hidden_size)
     match output:
@@ -321,10 +214,10 @@ class _Question:
     what: Literal["swapped", "noise", "pushed"]
 
 
-def _questions(blocks: Mapping[int, nn.Module], outputs: Outputs, passes: _Passes) -> list[_Question]:
+def _questions(blocks: Mapping[int, nn.Module], outputs: Outputs, passes: Passes) -> list[_Question]:
     # What the last layer of a stage returns is complete in the next stage only.
     asked = [*blocks] if passes.is_last_stage else [*blocks][:-1]
-    if passes.num_layers > _SHALLOW:
+    if passes.num_layers > SHALLOW:
         by_class: dict[str, list[int]] = {}
         for number in asked:
             by_class.setdefault(class_path(blocks[number]), []).append(number)
@@ -338,7 +231,7 @@ def _questions(blocks: Mapping[int, nn.Module], outputs: Outputs, passes: _Passe
 
 
 def _ask(
-    blocks: Mapping[int, nn.Module], outputs: Outputs, plain: torch.Tensor, passes: _Passes
+    blocks: Mapping[int, nn.Module], outputs: Outputs, plain: torch.Tensor, passes: Passes
 ) -> tuple[tuple[Layer, ...], float]:
     """Ask the questions of this module's docstring; the answers, and the change at tokens that were not changed."""
     unchanged, changed = _thresholds(passes.dtype)
@@ -354,7 +247,7 @@ def _ask(
     questions = _questions(blocks, outputs, passes)
     answers: dict[_Question, float] = {}
     repeated = 0.0
-    at_once = passes.num_tokens - _UNCHANGED_TOKENS
+    at_once = passes.num_tokens - UNCHANGED_TOKENS
     for chunk in (questions[start : start + at_once] for start in range(0, len(questions), at_once)):
         acts: dict[int, list[tuple[int, Change]]] = {}
         for row, question in enumerate(chunk):
@@ -468,7 +361,7 @@ def _relative_change(result: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
     return change_T
 
 
-def _refuse_partial_sums(blocks: Mapping[int, nn.Module], outputs: Outputs, passes: _Passes) -> None:
+def _refuse_partial_sums(blocks: Mapping[int, nn.Module], outputs: Outputs, passes: Passes) -> None:
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
         return
@@ -485,14 +378,3 @@ def _refuse_partial_sums(blocks: Mapping[int, nn.Module], outputs: Outputs, pass
                     f"differ by {off:.2g} of their size: parts of a sum that a later layer completes; allowed: "
                     "tensor_parallel_size=1. Set it to 1, or start the engine without steer_config."
                 )
-
-
-SILENT_ATTENTION = patch(
-    (Attention, MLAAttention),
-    "forward",
-    _silenced,
-    takes=None,
-    why="Without a cache, attention leaves its results as they were; the experiment needs the same ones each time.",
-    gone_when="vLLM says of a decoder layer how it returns the residual stream.",
-    when="each attention or state-space layer of an engine with steer_config, while the experiment at start-up runs",
-)

@@ -17,7 +17,7 @@ from vllm_steer import __version__
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
-from vllm_steer.engine.worker_answers import ModelRecord
+from vllm_steer.engine.worker_answers import ModelRecord, classes_in
 from vllm_steer.errors import (
     AdminKeyMissing,
     AmbiguousDirection,
@@ -100,7 +100,7 @@ def show_steering(request: Request) -> dict[str, Any]:
         "model": {
             "architecture": server.model["architecture"],
             "proof": server.model["proof"],
-            "layer_classes": sorted({layer["path"] for layer in server.model["experiment"]["layers"]}),
+            "layer_classes": classes_in(server.model),
         },
         "layers": list(settings.layers),
         "max_alpha": settings.max_alpha,
