@@ -290,6 +290,30 @@ def test_a_layer_without_effect_is_refused() -> None:
         examine(WithoutEffect([Single] * BLOCKS), runner())
 
 
+class BreaksAtTheSecondPass(Toy):
+    """The result is NaN at some tokens from the second pass on."""
+
+    def __init__(self, broken: slice) -> None:
+        super().__init__([Single] * BLOCKS)
+        self.broken, self.passes = broken, 0
+
+    def forward(self, **inputs: Any) -> Any:
+        result = super().forward(**inputs)
+        self.passes += 1
+        if self.passes > 1:
+            result[self.broken] = float("nan")
+        return result
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [(slice(-1, None), "tokens that were not changed"), (slice(0, 1), "changes the result by nan")],
+)
+def test_a_result_that_is_no_number_is_no_answer(broken: slice, says: str) -> None:
+    with pytest.raises(UnsupportedModel, match=says):
+        examine(BreaksAtTheSecondPass(broken), runner())
+
+
 class Mixing(Toy):
     def step(self, layer: nn.Module, h_TD: torch.Tensor, r_TD: torch.Tensor | None) -> Any:
         output = layer(h_TD, r_TD)
@@ -329,6 +353,15 @@ def test_a_pipeline_stage_answers_for_its_own_layers(stage: SimpleNamespace) -> 
     blocks, last = examine(pipeline_stage(stage, False, True, range(3, 5)), runner())
     assert [*blocks] == [3, 4]
     assert [layer.convention for layer in last.layers] == ["fused"] * 2
+
+
+def test_a_pipeline_stage_of_one_layer_leaves_the_answer_to_the_table(
+    stage: SimpleNamespace, in_the_table: Callable[..., None]
+) -> None:
+    _, findings = examine(pipeline_stage(stage, True, False, range(1)), runner())
+    assert [layer.convention for layer in findings.layers] == [None]
+    in_the_table(Fused, "fused")
+    assert conventions(findings, allow_unproven=False) == ({0: "fused"}, "parity")
 
 
 @pytest.fixture

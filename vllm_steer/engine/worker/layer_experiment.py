@@ -246,7 +246,7 @@ def _ask(
     changes: dict[str, Change] = {"swapped": _swap, "noise": _add_to_r(noise_D), "pushed": _add_to_h(noise_D)}
     questions = _questions(blocks, outputs, passes)
     answers: dict[_Question, float] = {}
-    repeated = 0.0
+    repeats = []
     at_once = passes.num_tokens - UNCHANGED_TOKENS
     for chunk in (questions[start : start + at_once] for start in range(0, len(questions), at_once)):
         acts: dict[int, list[tuple[int, Change]]] = {}
@@ -254,9 +254,10 @@ def _ask(
             acts.setdefault(id(blocks[question.number]), []).append((row, changes[question.what]))
         with _hooks([block for block in blocks.values() if id(block) in acts], _changer(acts)):
             differs = _relative_change(passes.run(), plain)
-        repeated = max(repeated, float(differs[len(chunk) :].max()))
+        repeats.append(differs[len(chunk) :].max())
         answers.update(zip(chunk, differs.tolist(), strict=False))
-    if repeated > unchanged:
+    repeated = float(torch.stack(repeats).max()) if repeats else 0.0
+    if not repeated <= unchanged:  # NaN is refused too
         raise UnsupportedModel(
             "the experiment on its decoder layers says nothing: tokens that were not changed gave results that differ "
             f"by {repeated:.2g} of their size; allowed: up to {unchanged:g}. {_REFUSE}"
@@ -265,7 +266,7 @@ def _ask(
     for number, block in blocks.items():
         measured = {what: answers.get(_Question(number, what)) for what in ("swapped", "noise", "pushed")}
         layer = Layer(number, class_path(block), None, **measured)
-        if layer.pushed is not None and layer.pushed < changed:
+        if layer.pushed is not None and not layer.pushed >= changed:
             raise UnsupportedModel(
                 f"a vector added to the output of layer {number}, a {layer.path}, changes the result by "
                 f"{layer.pushed:.2g} of its size; allowed: {changed:g} or more. Its output is not the stream that the "
