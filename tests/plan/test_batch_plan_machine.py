@@ -294,6 +294,8 @@ class Schedule(RuleBasedStateMachine):
 
     def collected(self, life: Life, computed: int) -> dict[str, Any] | None:
         (answer,) = rpc.collect(self.worker, [(life.external_id, life.index, computed)])
+        if answer is not None:
+            assert answer.pop("proof") == "parity"
         return answer
 
     def check_readout(self, life: Life, answer: dict[str, Any] | None, computed: int) -> None:
@@ -364,3 +366,22 @@ class Schedule(RuleBasedStateMachine):
 
 def test_every_token_and_readout_is_exact_over_any_schedule() -> None:
     run_state_machine_as_test(Schedule, settings=hypothesis_settings(max_examples=25, stateful_step_count=25))
+
+
+def test_a_sum_that_began_again_is_not_taken_for_the_equally_long_one_before() -> None:
+    """The worker did not hear of the preemption; the drafts were wrong before it and are right after it."""
+    state = Schedule()
+    spec = RequestSpec((), Readout((1,), span="all", skip_first=2))
+    resolved = state.admission.admit("request-0", spec, 3)
+    params = SimpleNamespace(extra_args={WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}, stop=[])
+    life = Life(0, 0, params, 3, 8, [], spec.readout)
+    new = [SimpleNamespace(req_id=life.request_id, sampling_params=params)]
+    for chunks, are_right in (([(0, 5, 2)], False), ([(0, 1, 0), (1, 4, 2)], True)):
+        for computed, scheduled, drafted in chunks:
+            known = computed + scheduled - drafted
+            drafts = {life.request_id: [0] * drafted} if drafted else {}
+            state.runner.prepare([(life.request_id, computed, scheduled)], new, drafts=drafts)
+            positions = range(computed, computed + scheduled)
+            state.runner.forward(np.stack([life.content(one, one >= known and not are_right) for one in positions]))
+        for end in (3, 5) if are_right else (3,):
+            state.check_readout(life, state.collected(life, end), end)

@@ -83,6 +83,8 @@ class PoolingState:
         failure: reason why the sum is wrong, or None.
         drafts: draft accumulators of the draft tokens from ``next_position`` on. The request's last step computed them,
             and they may have been accepted.
+        num_starts: how often the sum has begun. A step without tokens tells the worker of no preemption, so the sum of
+            a request that came back can be as long as the one before, and only this tells them apart.
     """
 
     accumulator: int
@@ -90,6 +92,7 @@ class PoolingState:
     num_tokens: int = 0
     failure: str | None = None
     drafts: range = range(0)
+    num_starts: int = 0
 
 
 @dataclass(slots=True)
@@ -299,6 +302,7 @@ class BatchPlanner:
         state = self.poolings[request_id]
         if computed == 0:
             state.next_position, state.num_tokens, state.drafts = 0, 0, range(0)
+            state.num_starts += 1
         num_accepted = computed - state.next_position
         if not 0 <= num_accepted <= len(state.drafts) and state.failure is None:
             state.failure = (

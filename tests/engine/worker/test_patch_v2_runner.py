@@ -307,13 +307,13 @@ def test_what_is_not_exact_on_this_runner_is_refused_by_name() -> None:
     asked = SimpleNamespace(
         use_v2_model_runner=True, speculative_config=object(), lora_config=object(), parallel_config=parallel
     )
-    refused = [(feature, instead) for is_on, feature, instead in startup_checks._features_of_v2(asked) if is_on]
-    assert [feature.split(" on ")[0] for feature, _ in refused] == [
+    refused = [one for one in startup_checks._features_of_v2(asked) if one.is_on]
+    assert [one.feature.split(" on ")[0] for one in refused] == [
         "speculative decoding",
         "LoRA",
         "pipeline parallelism",
     ]
-    assert all("VLLM_USE_V2_MODEL_RUNNER=0" in instead for _, instead in refused)
+    assert all("VLLM_USE_V2_MODEL_RUNNER=0" in one.do for one in refused)
     asked.use_v2_model_runner = False
     assert not startup_checks._features_of_v2(asked)
 
