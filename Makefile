@@ -64,7 +64,7 @@ test-clients: demo-model clients
 	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
 
 conformance: setup
-	$(BIN)/python -m pytest -m conformance --conformance=docs/conformance.md $(PARALLEL)
+	$(BIN)/python -m pytest -m "conformance or breadth" --conformance=docs/conformance.md $(PARALLEL)
 
 # The site, in build/site; an unresolved link or name is an error.
 docs: setup

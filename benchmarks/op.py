@@ -107,7 +107,7 @@ def hook_of(setting: Setting, device: torch.device) -> HookPoint:
         entries = tuple(Entry(0, int(slot), 1e-6, 0.0) for slot in slots) if steered else ()
         pooling = Pooling((0,), 0, None) if setting.is_read else None
         if entries or pooling:
-            planner.add(request_id, RequestPlan(setting.tokens, entries, (), pooling))
+            planner.add(request_id, RequestPlan(((0, entries), (setting.tokens, ())) if entries else (), pooling))
     plan = planner.build(ids, [0] * len(ids), [setting.tokens] * len(ids))
     if plan is not None:
         buffers.write(plan)

@@ -11,9 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpec, SteerError, UnknownField
-from vllm_steer.schema import OPS, SPANS, Readout, RequestSpec, Steering
+from vllm_steer.schema import OPS, Readout, RequestSpec, Steering
 
 ENTRY = {"direction": "kind", "alpha": 1.0}
+
+SPANS = ("prompt", "generated", "response", "all", "prompt[-5:]", "generated[64:]+prompt[0]")
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(min_size=1)
@@ -37,7 +39,7 @@ def readouts(draw: st.DrawFn) -> Readout:
         span=span,
         project=project,
         vectors=draw(st.booleans()) if project or trace else True,
-        skip_first=0 if span == "generated" else draw(st.integers(0, 10)),
+        skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, 10)),
         trace=trace,
     )
 
@@ -45,6 +47,14 @@ def readouts(draw: st.DrawFn) -> Readout:
 @given(st.builds(RequestSpec, st.lists(steerings()).map(tuple), st.none() | readouts()))
 def test_the_wire_loses_nothing(spec: RequestSpec) -> None:
     assert RequestSpec.loads(spec.dumps()) == spec
+
+
+def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
+    old = RequestSpec((Steering("kind", 1.0, span="generated"),), Readout([1], span="all", skip_first=2))
+    assert json.loads(old.dumps())["v"] == 1
+    for new in (RequestSpec((Steering("kind", 1.0, span="response"),)), RequestSpec(None, Readout([1], "prompt[1:]"))):
+        assert json.loads(new.dumps())["v"] == 2
+        assert RequestSpec.from_json({**json.loads(new.dumps()), "v": 2}) == new
 
 
 json_values = st.recursive(
@@ -85,7 +95,10 @@ REFUSED_WIRES: list[tuple[object, type[SteerError], str]] = [
     ({"v": 1}, MalformedSpec, "dict"),
     ("{", MalformedSpec, "not JSON"),
     ("[]", MalformedSpec, "list"),
-    ('{"v": 2}', MalformedSpec, "2"),
+    ('{"v": 3}', MalformedSpec, "3"),
+    ('{"v": true}', MalformedSpec, "True"),
+    ('{"v": 1, "steering": [{"direction": "kind", "alpha": 1, "span": "response"}]}', MalformedSpec, "version 2"),
+    ('{"v": 1, "readout": {"layers": [1], "span": "all[2:]"}}', MalformedSpec, "version 2"),
     ('{"sterring": []}', UnknownField, "sterring"),
     ('{"steering": {}}', MalformedSpec, "dict"),
     ('{"steering": [3]}', MalformedSpec, "int"),
@@ -157,6 +170,8 @@ REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"skip_first": -1}, BadReadout, "-1"),
     ({"skip_first": True}, BadReadout, "True"),
     ({"skip_first": 1, "span": "generated"}, BadReadout, "generated"),
+    ({"skip_first": 1, "span": "response"}, BadReadout, "response"),
+    ({"span": "generated[3:3]"}, BadSpan, "generated[3:3]"),
 ]
 
 

@@ -11,7 +11,7 @@ answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body
     │   ├── MalformedSpec            not JSON, not an object, wrong type of a field
     │   ├── UnknownField             a field that the wire format does not have
     │   ├── BadAlpha                 not a finite number, or beyond what the engine allows
-    │   ├── BadSpan                  not prompt / generated / all
+    │   ├── BadSpan                  no span, or one without tokens
     │   ├── BadOp                    not add / ablate / set, or one that the direction does not allow
     │   ├── BadReadout               nothing to read, bad skip_first, a projection that no layer can give
     │   ├── MisplacedField           steering or a readout where vLLM would ignore it

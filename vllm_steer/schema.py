@@ -7,6 +7,9 @@
      "readout": {"layers": [8, 12], "span": "prompt", "project": ["kind"], "vectors": true, "skip_first": 0,
                  "trace": ["kind"]}}
 
+``v`` is 1 where a request uses only the spans ``prompt``, ``generated`` and ``all``, and 2 otherwise. A spec without
+``v``, as in HTTP bodies, may use everything.
+
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
 
 The checks here need only the object itself. Checks that depend on the engine (the name is registered, the layer is
@@ -25,25 +28,23 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpec, UnknownField
+from vllm_steer import spans
+from vllm_steer.errors import BadAlpha, BadOp, BadReadout, MalformedSpec, UnknownField
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest version of the wire format; specs of version 1 mean what they always meant."""
 WIRE_KEY = "vllm_steer"
 STEERED_HEADER = "x-vllm-steer"
 """Header of HTTP replies to requests that were steered or read; its value is ``SCHEMA_VERSION``."""
 
 Op = Literal["add", "ablate", "set"]
-Span = Literal["prompt", "generated", "all"]
+Span = str
+"""``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
 OPS: tuple[str, ...] = get_args(Op)
-SPANS: tuple[str, ...] = get_args(Span)
-
-
-def _check_span(span: object) -> None:
-    if span not in SPANS:
-        raise BadSpan(f"span is {span!r}; allowed: {', '.join(SPANS)}. Name the tokens to act on with one of them.")
+_SPANS_OF_V1 = ("prompt", "generated", "all")
 
 
 def _layer(layer: object, where: str) -> int:
@@ -89,7 +90,8 @@ class Steering:
         alpha: the multiplier α; required for ``add`` and ``set``.
         layer: 0-based decoder block whose output is changed; ``None`` means the direction's own layer.
         op: see the table.
-        span: the tokens to change: ``prompt``, ``generated`` or ``all``. Each token's own position decides.
+        span: the tokens to change, see ``vllm_steer.spans``. Each token's own position decides. ``generated`` leaves
+            the first generated token as it is, since that comes from the last prompt token; ``response`` steers both.
 
     Several entries at one layer are applied in the order given.
 
@@ -107,7 +109,7 @@ class Steering:
         _check_name(self.direction, "steering direction")
         if self.op not in OPS:
             raise BadOp(f"op is {self.op!r}; allowed: {', '.join(OPS)}. Choose one of them.")
-        _check_span(self.span)
+        spans.check(self.span)
         if self.layer is not None and (layer := _layer(self.layer, "steering layer")) is not self.layer:
             object.__setattr__(self, "layer", layer)
         if self.alpha is None:
@@ -154,12 +156,13 @@ class Readout:
 
     Args:
         layers: hooked layers to read, each after its own steering.
-        span: ``prompt``, ``generated`` or ``all``. The generated span holds every token that was fed back into the
-            model, that is all generated tokens but the last.
+        span: the tokens to read, see ``vllm_steer.spans``: one run of tokens, which ends among the prompt's tokens or
+            never. Of the generated tokens it holds those that were fed back into the model, that is all but the last.
         project: names of registered directions to project onto, each at the layers it is registered at.
         vectors: ``False`` transfers only the projections, not the (D,) vectors.
         skip_first: leaves the first k tokens of the prompt out of the mean (the first token is an attention sink with
-            a very large norm in many models). Not allowed with span ``generated``.
+            a very large norm in many models), as the slice ``prompt[k:]`` or ``all[k:]`` does. Allowed with the spans
+            ``prompt`` and ``all``.
         trace: names of registered directions, each once, to follow token by token: ⟨h, d⟩ for every token of the span,
             at the direction's layer, whether or not ``layers`` contains it. A name with several layers is traced at
             the one that ``layers`` contains.
@@ -181,7 +184,7 @@ class Readout:
         layers = {_layer(layer, "a readout layer") for layer in self.layers}
         if not self.layers:
             raise BadReadout("readout layers is empty; allowed: one or more hooked layers. Name the layers to read.")
-        _check_span(self.span)
+        spans.check(self.span)
         for where, names in (("project", self.project), ("trace", self.trace)):
             if isinstance(names, str) or not isinstance(names, Sequence):
                 raise MalformedSpec(f"readout {where} is {names!r}; allowed: a list of names. Give a list.")
@@ -193,9 +196,10 @@ class Readout:
             raise MalformedSpec(f"readout vectors is {self.vectors!r}; allowed: true or false.")
         if isinstance(self.skip_first, bool) or not isinstance(self.skip_first, int) or self.skip_first < 0:
             raise BadReadout(f"skip_first is {self.skip_first!r}; allowed: a whole number from 0.")
-        if self.skip_first and self.span == "generated":
+        if self.skip_first and self.span not in ("prompt", "all"):
             raise BadReadout(
-                "skip_first came with span 'generated'; allowed: 0 there, since it counts prompt tokens. Leave it out."
+                f"skip_first came with span {self.span!r}; allowed: 0 there, since it counts prompt tokens. Leave it "
+                "out, or move the span's bounds."
             )
         if not self.vectors and not self.project and not self.trace:
             raise BadReadout(
@@ -271,13 +275,19 @@ class RequestSpec:
         """Whether the request neither steers nor reads."""
         return not self.steering and self.readout is None
 
+    @property
+    def version(self) -> int:
+        """The oldest version of the wire format that has what this spec uses."""
+        used = {one.span for one in self.entries} | (set() if self.readout is None else {self.readout.span})
+        return 1 if used.issubset(_SPANS_OF_V1) else 2
+
     def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
         """The spec with ``default`` as its steering, if it does not mention steering itself."""
         return self if self.steering is not None or not default else replace(self, steering=default)
 
     def dumps(self) -> str:
         """The JSON string for ``extra_args`` and ``vllm_xargs``."""
-        wire: dict[str, Any] = {"v": SCHEMA_VERSION}
+        wire: dict[str, Any] = {"v": self.version}
         if self.steering is not None:
             wire["steering"] = [entry.to_json() for entry in self.steering]
         if self.readout is not None:
@@ -303,18 +313,26 @@ class RequestSpec:
         unknown = sorted(set(wire) - {"v", "steering", "readout"})
         if unknown:
             raise UnknownField(f"the steering spec has {unknown}; allowed: v, steering, readout. Remove the others.")
-        if wire.get("v", SCHEMA_VERSION) != SCHEMA_VERSION:
+        version = wire.get("v", SCHEMA_VERSION)
+        if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
             raise MalformedSpec(
-                f"the steering spec has version {wire['v']!r}; allowed: {SCHEMA_VERSION}. Use a client of this version."
+                f"the steering spec has version {version!r}; allowed: 1 to {SCHEMA_VERSION}. Use a client of one of "
+                "these."
             )
         steering = wire.get("steering")
         if not isinstance(steering, list | None):
             raise MalformedSpec(f"steering is a JSON {type(steering).__name__}; allowed: a list of entries.")
         readout = wire.get("readout")
-        return cls(
+        spec = cls(
             steering=None if steering is None else tuple(Steering.from_json(entry) for entry in steering),
             readout=None if readout is None else Readout.from_json(readout),
         )
+        if version < spec.version:
+            raise MalformedSpec(
+                f"the steering spec has version {version} and uses what version {spec.version} has; allowed: the spans "
+                f"{', '.join(_SPANS_OF_V1)} there. Say version {spec.version}."
+            )
+        return spec
 
 
 @lru_cache(maxsize=32)

@@ -21,11 +21,14 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_steer import __version__
+from vllm_steer import __version__, spans
 from vllm_steer.errors import SettingsError
 from vllm_steer.schema import Steering
 
 CONFIG_KEY = "vllm_steer"
+
+_LONG_PROMPT = 1 << 40
+"""Tokens of a prompt in which every slice of the operator's own steering is as long as it can be."""
 
 SteeringEntry = Annotated[
     InstanceOf[Steering],
@@ -47,6 +50,8 @@ class SteerSettings(BaseModel):
         directions: direction files loaded at start-up, as absolute paths.
         max_directions: slots in the direction bank; each holds one direction, D float32 numbers.
         max_entries: most entries that one request may apply to one token at one layer.
+        max_windows: most windows of one request that are steered each in its own way; the spans of its entries cut it
+            into them.
         max_alpha: largest sum of |α| over all entries of a request at one layer.
         readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
         trace_columns: directions that can be traced at once, over all requests; each costs one number per token.
@@ -73,6 +78,7 @@ class SteerSettings(BaseModel):
     directions: tuple[str, ...] = ()
     max_directions: Annotated[int, Field(ge=1, le=65536)] = 256
     max_entries: Annotated[int, Field(ge=1, le=256)] = 8
+    max_windows: Annotated[int, Field(ge=2, le=64)] = 8
     max_alpha: Annotated[float, Field(gt=0, le=1e30)] = 1000.0  # the tables hold α as float32
     readout_store_mib: Annotated[int, Field(ge=1)] = 512
     trace_columns: Annotated[int, Field(ge=0, le=256)] = 8
@@ -117,9 +123,9 @@ class SteerSettings(BaseModel):
             # An entry without a layer applies at its direction's own layer, unknown here, so it is checked alone.
             alone = [(entry,) for entry in entries if entry.layer is None]
             together = [
-                tuple(one for one in entries if one.layer == layer and one.span in (span, "all"))
+                tuple(one for number in here if (one := entries[number]).layer == layer)
+                for _, here in spans.windows([one.span for one in entries], _LONG_PROMPT)
                 for layer in self.layers
-                for span in ("prompt", "generated")
             ]
             total = max(sum(abs(one.coefficients[0]) for one in here) for here in (*alone, *together))
             if total > self.max_alpha:

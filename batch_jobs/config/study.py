@@ -23,6 +23,7 @@ from batch_jobs.config.document import explain_faults, read_study_document
 from batch_jobs.config.template_variables import template_variables
 from batch_jobs.errors import StudyError as StudyError  # re-exported
 from batch_jobs.files.documents import refuse_half_pairs
+from vllm_steer import spans
 
 DEMO_MODEL = "demo-model"
 """Value of `model` that means the small instruct model made by `vllm-steer demo-model`."""
@@ -145,9 +146,15 @@ class SteeringGrid(_Section):
     """Which of the study's directions steer; several are compared side by side."""
     samples: int = Field(default=5, ge=1)
     op: Literal["add", "ablate", "set"] = "add"
-    span: Literal["prompt", "generated", "all"] = "all"
+    span: str = "all"
 
     _no_repeats = field_validator("layers", "alphas", "scenarios", "directions")(_distinct)
+
+    @field_validator("span")
+    @classmethod
+    def _is_a_span(cls, span: str) -> str:
+        spans.check(span)
+        return span
 
     @model_validator(mode="after")
     def _alphas_fit(self) -> Self:

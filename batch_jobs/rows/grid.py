@@ -28,7 +28,7 @@ class Condition:
     """Which of the two the study states; the other one is computed from the measured norm."""
     scenario_id: str
     op: Literal["add", "ablate", "set"]
-    span: Literal["prompt", "generated", "all"]
+    span: str
 
     @property
     def steered(self) -> bool:

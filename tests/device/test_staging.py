@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.plans import in_halves
 from vllm_steer.device import buffers as buffers_module
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.device.staging import RING_LENGTH, StagingRing
-from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
+from vllm_steer.plan.batch_plan import BatchPlanner, Pooling
 from vllm_steer.plan.entry_rows import Entry
 from vllm_steer.plan.step_plan import VERSION
 
@@ -79,7 +80,7 @@ def make_buffers(max_drafts: int = 0) -> SteerBuffers:
 def make_planner(*names: str) -> BatchPlanner:
     planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, trace_columns=2)
     for name in names:
-        planner.add(name, RequestPlan(4, BOTH, BOTH, Pooling((0,), 0, None, trace=((0, 1),))))
+        planner.add(name, in_halves(4, BOTH, BOTH, Pooling((0,), 0, None, trace=((0, 1),))))
     return planner
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.ops.step_cases import Case, check, make_case
+from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
 from vllm_steer.ops.triton_kernels import FEW, FEW_TOKENS, MANY, steer_and_read
@@ -179,11 +180,11 @@ ENTRY = Entry(0, 0, 1.0, 0.0)
 @pytest.mark.parametrize(
     ("request_plan", "expected"),
     [
-        (RequestPlan(4), (0, 0)),
-        (RequestPlan(4, (ENTRY,), (ENTRY,)), (1, 0)),
-        (RequestPlan(4, pooling=Pooling((0,), 0, None)), (0, 1)),
-        (RequestPlan(4, pooling=Pooling((0,), 0, None, trace=((0, 0),))), (1, 1)),
-        (RequestPlan(4, (Entry(1, 0, 1.0, 0.0),), (), Pooling((1,), 0, None)), (0, 0)),
+        (in_halves(4), (0, 0)),
+        (in_halves(4, (ENTRY,), (ENTRY,)), (1, 0)),
+        (in_halves(4, pooling=Pooling((0,), 0, None)), (0, 1)),
+        (in_halves(4, pooling=Pooling((0,), 0, None, trace=((0, 0),))), (1, 1)),
+        (in_halves(4, (Entry(1, 0, 1.0, 0.0),), (), Pooling((1,), 0, None)), (0, 0)),
     ],
     ids=["nothing", "steering", "reading", "tracing", "another layer"],
 )  # fmt: skip

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
-from vllm_steer.plan.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
+from vllm_steer.plan.batch_plan import BatchPlanner, Entry, Pooling
 
 DIMENSION, SLOTS, REQUESTS = 24, 5, 4
 
@@ -79,14 +80,14 @@ def test_compiled_code_keeps_the_hook_and_sees_tables_written_later(backend: str
         torch.testing.assert_close(compiled(x, residual), untouched, rtol=1e-5, atol=1e-5)  # compiled while silent
 
         pooling = Pooling((1,), 0, 6, trace=((1, 3), (1, 0)))
-        planner.add("a", RequestPlan(6, prompt_entries=(Entry(1, 2, 4.0, 0.0),), pooling=pooling))
+        planner.add("a", in_halves(6, prompt=(Entry(1, 2, 4.0, 0.0),), pooling=pooling))
         first, sums = step(0)
         assert buffers.trace_TK[:6].all(), "the trace was not written"
         assert (first - untouched).abs().max() > 0.1, "the hook was removed, or its tables were frozen at compilation"
         assert sums.any(), "the sums were not written"
 
         planner.remove("a")
-        planner.add("a", RequestPlan(6, prompt_entries=(Entry(1, 3, -4.0, 0.0),)))
+        planner.add("a", in_halves(6, prompt=(Entry(1, 3, -4.0, 0.0),)))
         second, _ = step(0)
         assert (second - first).abs().max() > 0.1, "tables of the step before were used"
 
@@ -100,7 +101,7 @@ def test_compiled_code_keeps_the_hook_and_sees_tables_written_later(backend: str
 def test_a_shorter_step_leaves_no_row_behind_for_padding_tokens() -> None:
     buffers = make_buffers()
     planner = BatchPlanner(num_layers=2, max_requests=REQUESTS, max_entries=2, trace_columns=2)
-    planner.add("a", RequestPlan(6, prompt_entries=(Entry(0, 0, 1.0, 0.0),), pooling=Pooling((0,), 0, None)))
+    planner.add("a", in_halves(6, prompt=(Entry(0, 0, 1.0, 0.0),), pooling=Pooling((0,), 0, None)))
     for computed, scheduled in ((0, 6), (6, 1)):
         plan = planner.build(["a"], [computed], [scheduled])
         assert plan is not None
@@ -112,7 +113,7 @@ def test_a_shorter_step_leaves_no_row_behind_for_padding_tokens() -> None:
 def test_silence_marks_every_token_untouched() -> None:
     buffers = make_buffers()
     planner = BatchPlanner(num_layers=2, max_requests=REQUESTS, max_entries=2, trace_columns=2)
-    planner.add("a", RequestPlan(6, prompt_entries=(Entry(0, 0, 1.0, 0.0),), pooling=Pooling((0,), 0, None)))
+    planner.add("a", in_halves(6, prompt=(Entry(0, 0, 1.0, 0.0),), pooling=Pooling((0,), 0, None)))
     plan = planner.build(["a"], [0], [6])
     assert plan is not None
     buffers.write(plan)

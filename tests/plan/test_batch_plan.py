@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.plans import in_halves
 from vllm_steer.plan.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
 
 LAYERS, REQUESTS, ENTRIES, COLUMNS = 3, 3, 2, 3
 
 
-STEERED = RequestPlan(2, prompt_entries=(Entry(0, 1, 2.0, 0.0),), generated_entries=(Entry(1, 1, 2.0, 0.0),))
-READ_ALL = RequestPlan(4, pooling=Pooling((0,), 0, None))
+STEERED = in_halves(2, prompt=(Entry(0, 1, 2.0, 0.0),), generated=(Entry(1, 1, 2.0, 0.0),))
+READ_ALL = in_halves(4, pooling=Pooling((0,), 0, None))
 
 
 def test_an_engine_without_requests_is_silenced_once_and_then_left_alone() -> None:
@@ -32,7 +33,7 @@ def test_an_engine_without_requests_is_silenced_once_and_then_left_alone() -> No
 
 def test_a_request_s_rows_are_sent_once_and_stay_its_own() -> None:
     planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS)
-    other = RequestPlan(2, prompt_entries=(Entry(0, 2, 3.0, 0.0),), generated_entries=(Entry(0, 2, 3.0, 0.0),))
+    other = in_halves(2, prompt=(Entry(0, 2, 3.0, 0.0),), generated=(Entry(0, 2, 3.0, 0.0),))
     planner.add("a", STEERED)
     planner.add("b", other)
     planner.add("read", READ_ALL)
@@ -41,12 +42,12 @@ def test_a_request_s_rows_are_sent_once_and_stay_its_own() -> None:
         """By request, the first entry of the first row that is sent: row, layer, slot, a."""
         plan = planner.build(*([step[i] for step in steps] for i in range(3)))
         assert plan is not None
-        found = {}
-        for first_row, pair in plan.new_rows:
-            (request_id,) = (one for one, row in planner._rows._first_row.items() if row == first_row)
-            layer = int(pair[0, :, 0, 0].argmax())
-            slot, a = pair[0, layer, 0, 0], pair.view(np.float32)[0, layer, 0, 1]
-            found[request_id] = (first_row, layer, int(slot), float(a))
+        found: dict[str, tuple[int, int, int, float]] = {}
+        for row, row_LE3 in plan.new_rows:
+            (request_id,) = (one for one, rows in planner.rows().items() if row in rows)
+            layer = int(row_LE3[:, 0, 0].argmax())
+            slot, a = row_LE3[layer, 0, 0], row_LE3.view(np.float32)[layer, 0, 1]
+            found.setdefault(request_id, (row, layer, int(slot), float(a)))
         return found
 
     first = sent(("a", 0, 2), ("b", 0, 2))
@@ -56,7 +57,7 @@ def test_a_request_s_rows_are_sent_once_and_stay_its_own() -> None:
     assert not sent(("b", 4, 1), ("a", 4, 1))
     assert not sent(("b", 5, 1))
     planner.remove("b")
-    planner.add("b", RequestPlan(2, prompt_entries=(Entry(0, 2, 4.0, 0.0),)))  # the same id, another request
+    planner.add("b", in_halves(2, prompt=(Entry(0, 2, 4.0, 0.0),)))  # the same id, another request
     assert sent(("b", 0, 2)) == {"b": (first["b"][0], 0, 2, 4.0)}
     planner.preempt("a")
     assert sent(("a", 0, 2))["a"][1:] == (0, 1, 2.0)
@@ -70,17 +71,18 @@ def test_rows_of_a_request_that_is_not_in_the_step_are_taken_where_none_is_left(
             planner.add(name, STEERED)
         plan = planner.build([name], [0], [2])
         assert plan is not None
-        assert [first_row for first_row, _ in plan.new_rows] == [0]
+        assert [row for row, _ in plan.new_rows] == [0, 1]
         assert plan.row_of_token_T.tolist() == [0, 0]
 
 
 def test_a_steady_decode_is_planned_as_if_it_were_not() -> None:
     """Prompts end, readouts begin and end, a request leaves, one comes and one waits, while the others go on by one."""
     plans = {
-        "generated": RequestPlan(3, generated_entries=(Entry(1, 1, 2.0, 0.0),), pooling=Pooling((0, 2), 3, None)),
-        "prompt": RequestPlan(3, prompt_entries=(Entry(0, 1, 2.0, 0.0),), pooling=Pooling((0,), 1, 3)),
-        "all": RequestPlan(5, (Entry(0, 1, 2.0, 0.0),), (Entry(0, 1, 2.0, 0.0),), Pooling((1,), 0, None)),
-        "late": RequestPlan(2, generated_entries=(Entry(2, 0, 1.0, -1.0),), pooling=Pooling((2,), 4, 6)),
+        "generated": in_halves(3, generated=(Entry(1, 1, 2.0, 0.0),), pooling=Pooling((0, 2), 3, None)),
+        "prompt": in_halves(3, prompt=(Entry(0, 1, 2.0, 0.0),), pooling=Pooling((0,), 1, 3)),
+        "all": in_halves(5, (Entry(0, 1, 2.0, 0.0),), (Entry(0, 1, 2.0, 0.0),), Pooling((1,), 0, None)),
+        "windows": RequestPlan(((0, ()), (2, (Entry(0, 1, 2.0, 0.0),)), (6, ()), (9, (Entry(1, 1, 1.0, 0.0),)))),
+        "late": in_halves(2, generated=(Entry(2, 0, 1.0, -1.0),), pooling=Pooling((2,), 4, 6)),
     }
     steps = [(names, i) for i in range(12) for names in [["plain", *plans]]]
     steps += [(["plain", "all", "generated"], i) for i in range(12, 16)] + [(["all", "generated"], 16)]
@@ -88,7 +90,7 @@ def test_a_steady_decode_is_planned_as_if_it_were_not() -> None:
 
     def run(is_reusing: bool) -> list[object]:
         nonlocal reused
-        planner = BatchPlanner(LAYERS, 5, ENTRIES, COLUMNS)
+        planner = BatchPlanner(LAYERS, 6, ENTRIES, COLUMNS)
         for name, plan in plans.items():
             planner.add(name, plan)
         seen: list[object] = []
@@ -117,6 +119,23 @@ def test_a_chunk_across_the_end_of_the_prompt_is_split_token_by_token() -> None:
     assert rows[:2] == [-1, -1]
     assert rows[2] == rows[3] != rows[4]
     assert rows[4] == rows[5] == rows[6] >= 0
+
+
+def test_each_token_uses_the_row_of_its_own_window_however_the_request_is_cut() -> None:
+    starts, length = (0, 2, 3, 7, 10), 13
+    windows = tuple((start, (Entry(0, 1, float(n), 0.0),) if n % 2 else ()) for n, start in enumerate(starts))
+    expected = [max(n for n, start in enumerate(starts) if start <= position) for position in range(length)]
+    for chunk in range(1, length + 1):
+        planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS, max_windows=2)
+        planner.add("a", RequestPlan(windows))
+        rows: list[int] = []
+        for computed in range(0, length, chunk):
+            plan = planner.build(["plain", "a"], [0, computed], [1, min(chunk, length - computed)])
+            assert plan is not None
+            rows += plan.row_of_token_T[1:].tolist()
+        lent = planner.rows()["a"]
+        assert [row < 0 for row in lent] == [True, False, True, False, True]
+        assert rows == [lent[n] for n in expected]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +191,7 @@ def test_a_freed_accumulator_is_reset_for_the_next_readout() -> None:
 
 def test_a_span_that_begins_in_a_later_chunk_is_reset_there_and_once() -> None:
     planner = BatchPlanner(LAYERS, 1, ENTRIES, COLUMNS)
-    planner.add("a", RequestPlan(6, pooling=Pooling((0,), 3, 6)))
+    planner.add("a", in_halves(6, pooling=Pooling((0,), 3, 6)))
     built = [planner.build(["a"], [computed], [2]) for computed in (0, 2, 4)]
     assert [plan.keep_A.tolist() for plan in built if plan is not None] == [[1.0], [0.0], [1.0]]
     assert planner.poolings["a"].num_tokens == 3

@@ -30,7 +30,7 @@ from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 from vllm_steer.settings import SteerSettings
 
 RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass
-SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=3, trace_columns=MOST_TRACED)
+SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=3, max_windows=16, trace_columns=MOST_TRACED)
 
 # Streams here stay below 100, where some twenty float32 roundings add up to less than 2e-4. Any wrong entry, vector or
 # token changes them by more than 0.1: every α is at least 1 in size, and two tokens' contents differ as random vectors.
@@ -90,7 +90,11 @@ class Schedule(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject) -> None:
         prompt_len, generated = data.draw(st.integers(1, 9), label="prompt"), data.draw(st.integers(1, 6), label="more")
         is_plain = data.draw(st.integers(0, 3), label="plain") == 0
-        steering = [] if is_plain else data.draw(st.lists(steerings(), max_size=SETTINGS.max_entries), label="steering")
+        steering = (
+            []
+            if is_plain
+            else data.draw(st.lists(steerings(prompt_len), max_size=SETTINGS.max_entries), label="steering")
+        )
         is_read = not is_plain and data.draw(st.integers(0, 3), label="read") > 0
         readout = data.draw(readouts(prompt_len), label="readout") if is_read else None
         params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
@@ -308,8 +312,9 @@ class Schedule(RuleBasedStateMachine):
         if life.has_gap:
             assert "were not seen" in answer["error"]
             return
-        if life.readout.span == "prompt" and computed < life.prompt_len:
-            assert answer == {"error": f"{computed} of {life.prompt_len} prompt tokens were computed"}
+        whole = life.span(life.total)
+        if whole and whole[-1] < life.prompt_len and computed <= whole[-1]:
+            assert answer == {"error": f"{computed} of {whole[-1] + 1} prompt tokens were computed"}
             return
         positions = life.span(computed)
         assert answer["num_tokens"] == len(positions)

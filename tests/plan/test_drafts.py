@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.engine.resolved_spec import ResolvedReadout
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.traces import Trace
-from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
+from vllm_steer.plan.batch_plan import BatchPlanner, Pooling
 from vllm_steer.plan.step_plan import READ, StepPlan
 
 LAYERS, REQUESTS, SIZE, DRAFTS = 2, 2, 4, 3
 PROMPT_LEN = 2
-READ_ALL = RequestPlan(PROMPT_LEN, pooling=Pooling((0,), 0, None))
+READ_ALL = in_halves(PROMPT_LEN, pooling=Pooling((0,), 0, None))
 ROWS = np.random.default_rng(0).standard_normal((16, SIZE)).astype(np.float32)  # the stream by position
 WRONG = 1e6  # what a draft token that is rejected has in its stream
 
@@ -116,7 +117,7 @@ def test_a_preempted_request_takes_no_draft_along() -> None:
 
 def test_a_prompt_s_readout_takes_no_draft() -> None:
     planner = make_planner()
-    planner.add("b", RequestPlan(PROMPT_LEN, pooling=Pooling((0,), 0, PROMPT_LEN)))
+    planner.add("b", in_halves(PROMPT_LEN, pooling=Pooling((0,), 0, PROMPT_LEN)))
     planner.build(["b"], [0], [PROMPT_LEN + DRAFTS], {"b": [7] * DRAFTS})
     plan = planner.build(["b"], [PROMPT_LEN + 1], [1])
     assert plan is not None

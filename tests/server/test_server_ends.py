@@ -99,8 +99,20 @@ def _end(text: str) -> str:
     return str(fields["error"]["message"] if "error" in fields else fields["choices"][0]["finish_reason"])
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("whom", ["front end", "engine", "worker"])
+_BREADTH = pytest.mark.breadth  # each case starts a server: a part of them is enough for every run of the tests
+
+
+@pytest.mark.parametrize(
+    ("whom", "how"),
+    [
+        ("front end", signal.SIGTERM),
+        ("engine", signal.SIGKILL),
+        ("worker", signal.SIGKILL),
+        pytest.param("front end", signal.SIGKILL, marks=_BREADTH),
+        pytest.param("engine", signal.SIGTERM, marks=_BREADTH),
+        pytest.param("worker", signal.SIGTERM, marks=_BREADTH),
+    ],
+)
 def test_each_client_is_told_and_nothing_is_left(folder: Path, tmp_path: Path, whom: str, how: signal.Signals) -> None:
     log = tmp_path / "server.log"
     asks = [(fields, stream) for fields in KINDS.values() for stream in (True, False)]

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from tests.support.span_reference import positions
 from tests.support.tiny_models import hf_class
 
 Entry = dict[str, Any]
@@ -62,8 +63,8 @@ class ReferenceRun:
     def rows(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
         """float64 (t, D): the rows of the stream at `layer` that a readout over `span` averages."""
         stream = self.streams[layer].astype(np.float64)
-        prompt, generated = stream[skip_first : self.prompt_len], stream[self.prompt_len :]
-        return {"prompt": prompt, "generated": generated, "all": np.concatenate([prompt, generated])}[span]
+        held = positions(span, self.prompt_len, len(stream))
+        return stream[[one for one in sorted(held) if one >= skip_first]]
 
     def mean(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
         """float64 (D,): the mean of `rows`."""
@@ -130,14 +131,13 @@ class Reference:
     def _hook_for(self, layer: int) -> Any:
         def hook(_block: nn.Module, _args: object, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            positions = self._start + torch.arange(hidden.shape[1])
-            in_prompt = (positions < self._prompt_len)[None, :, None]
+            end = self._start + hidden.shape[1]
             for entry in self._entries:
                 if entry["layer"] != layer:
                     continue
-                span = entry.get("span", "all")
-                chosen = {"all": torch.ones_like(in_prompt), "prompt": in_prompt, "generated": ~in_prompt}[span]
-                hidden = torch.where(chosen, _steer(hidden, entry), hidden)
+                held = positions(entry.get("span", "all"), self._prompt_len, end)
+                chosen = torch.tensor([one in held for one in range(self._start, end)])
+                hidden = torch.where(chosen[None, :, None], _steer(hidden, entry), hidden)
             self._seen.setdefault(layer, []).append(hidden[0].clone())
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -97,7 +97,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """32 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """40 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
@@ -159,9 +159,30 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         {"layers": [middle], "span": "generated", "trace": [trace_name("calm", first)]},
         {"layers": layers, "span": "all", "skip_first": 1},
     ]
+    # Spans that begin or end within the prompt or among the generated tokens, for prompts of three tokens or more.
+    cut: list[tuple[list[Entry], dict[str, Any] | None]] = [
+        ([entry("calm", first, 20, span="response")], {"layers": layers, "span": "response"}),
+        ([entry("bold", middle, 15, span="prompt[-1]")], {"layers": [first, last], "span": "prompt[-2:]"}),
+        ([entry("calm", middle, -20, span="generated[1:4]")], {"layers": [last], "span": "generated[2:]"}),
+        ([entry("bold", first, -11, "set", "all[1:20]")], {"layers": layers, "span": "all[2:]"}),
+        ([entry("calm", last, 18, span="prompt[0] + generated[:2]")], None),
+        (
+            [entry("calm", middle, 1, "ablate", "prompt[1:]"), entry("bold", middle, 16, span="generated[2:]")],
+            {"layers": [middle], "span": "prompt[1:3]", "trace": [trace_name("calm", middle)]},
+        ),
+        (
+            [
+                entry("bold", first, 17, span="prompt[:2]"),
+                entry("calm", first, -14, span="response"),
+                entry("bold", last, 12, "set", "generated[0]"),
+            ],
+            {"layers": layers, "span": "response", "trace": [trace_name("bold", last)]},
+        ),
+        ([], {"layers": [middle], "span": "prompt[2:] + generated"}),
+    ]
+    asked = [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(steerings)] + cut
     return [
-        Request(prompts[i % len(prompts)], steering, readouts[i % len(readouts)], vectors)
-        for i, steering in enumerate(steerings)
+        Request(prompts[i % len(prompts)], steering, readout, vectors) for i, (steering, readout) in enumerate(asked)
     ]
 
 

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 from vllm_steer import Direction
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved, ResolvedReadout, Traced
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved, ResolvedReadout, Traced, Window
 from vllm_steer.plan.entry_rows import Entry
 
 SIZE, VOCAB = 8, 50
@@ -143,9 +143,9 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             trace=[Traced("one", 0, 0), Traced("two", 1, 2)],
         )
         name = f"request-{seed}-{number}"
-        asked = Resolved(
-            name, name, prompt_len, entries(), entries(), "", "", None if span == "none" else readout, CONTENTS
-        )
+        starts = sorted({0, prompt_len, *rng.integers(0, prompt_len + generated, 2).tolist()})
+        windows = [Window(start, entries(), "") for start in starts]
+        asked = Resolved(name, name, prompt_len, windows, None if span == "none" else readout, CONTENTS)
         tokens = rng.integers(0, VOCAB, prompt_len + generated).tolist()
         jobs.append(Job(f"{name}-0abc", tokens, asked, num_known=prompt_len, is_steered=rng.random() < 0.8))
     return jobs

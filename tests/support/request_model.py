@@ -12,6 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.support.runner_stand_ins import BLOCKS, SIZE
+from tests.support.span_reference import parts_of, positions
 from vllm_steer.schema import Readout, Steering
 
 HOOKED = (1, 3)
@@ -77,8 +78,7 @@ class Life:
             for block in range(BLOCKS):
                 h = h + content[block + 1]
                 for layer, span, a, b, d in self.entries:
-                    applies = span == "all" or (span == "prompt") == (position < self.prompt_len)
-                    if layer == block and applies:
+                    if layer == block and position in positions(span, self.prompt_len, position + 1):
                         h = h + (a + b * (h @ d)) * d
                 streams.append(h)
             self.streams[position, is_wrong] = streams
@@ -86,19 +86,30 @@ class Life:
 
     def first_steered_block(self, position: int) -> int:
         """The first block that steers the token at a position; BLOCKS where none does."""
-        spans = {"all", "prompt" if position < self.prompt_len else "generated"}
-        return min((layer for layer, span, *_ in self.entries if span in spans), default=BLOCKS)
+        held = (layer for layer, span, *_ in self.entries if position in positions(span, self.prompt_len, position + 1))
+        return min(held, default=BLOCKS)
 
-    def span(self, computed: int) -> range:
+    def span(self, computed: int) -> list[int]:
         """The positions that the readout covers once ``computed`` tokens have been through the model."""
         assert self.readout is not None
-        first = self.prompt_len if self.readout.span == "generated" else self.readout.skip_first
-        end = min(computed, self.prompt_len) if self.readout.span == "prompt" else computed
-        return range(first, max(first, end))
+        held = sorted(positions(self.readout.span, self.prompt_len, computed))
+        return [one for one in held if one >= self.readout.skip_first]
+
+
+STEERED_SPANS = [
+    *("all", "prompt", "generated", "response", "prompt[-2:]", "prompt[1:]"),
+    *("all[2:5]", "generated[:2]", "generated[1:]", "prompt[0] + generated[1]"),
+]
+READ_SPANS = ["all", "prompt", "generated", "response", "prompt[-2:]", "prompt[:2]", "all[1:]", "generated[1:]"]
+
+
+def spans_of(spans: list[str], prompt_len: int) -> st.SearchStrategy[str]:
+    """Draw one of these spans of which no part is empty with this prompt."""
+    return st.sampled_from([span for span in spans if all(parts_of(span, prompt_len, prompt_len + 9))])
 
 
 @st.composite
-def steerings(draw: st.DrawFn) -> Steering:
+def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
     """Draw an allowed steering entry over the names of HOMES."""
     name, op = draw(st.sampled_from(sorted(HOMES))), draw(st.sampled_from(["add", "add", "ablate", "set"]))
     return Steering(
@@ -106,7 +117,7 @@ def steerings(draw: st.DrawFn) -> Steering:
         alpha=None if op == "ablate" else draw(st.sampled_from([-4.0, -1.0, 2.0, 5.0])),
         layer=draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED))),
         op=op,
-        span=draw(st.sampled_from(["all", "prompt", "generated"])),
+        span=draw(spans_of(STEERED_SPANS, prompt_len)),
     )
 
 
@@ -114,13 +125,13 @@ def steerings(draw: st.DrawFn) -> Steering:
 def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
     """Draw an allowed readout over HOOKED layers."""
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
-    span = draw(st.sampled_from(["all", "prompt", "generated"]))
+    span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
     return Readout(
         layers,
         span=span,
         project=(project := draw(st.lists(st.sampled_from(own), unique=True))),
         vectors=not project or draw(st.booleans()),
-        skip_first=0 if span == "generated" else draw(st.integers(0, prompt_len - 1)),
+        skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, prompt_len - 1)),
         trace=draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=MOST_TRACED, unique=True)),
     )

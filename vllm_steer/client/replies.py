@@ -103,7 +103,7 @@ class ServerSteering:
     Attributes:
         version: version of the plugin.
         layers: hooked layers.
-        max_alpha, max_entries, max_directions: see ``SteerSettings``.
+        max_alpha, max_entries, max_windows, max_directions: see ``SteerSettings``.
         aliases: model name -> the steering it applies.
         directions: the registered directions.
         body: the whole reply.
@@ -113,6 +113,7 @@ class ServerSteering:
     layers: tuple[int, ...]
     max_alpha: float
     max_entries: int
+    max_windows: int
     max_directions: int
     aliases: Mapping[str, tuple[Steering, ...]]
     directions: tuple[StoredDirection, ...]
@@ -188,6 +189,7 @@ def server_steering(body: Mapping[str, Any]) -> ServerSteering:
         layers=tuple(body["layers"]),
         max_alpha=body["max_alpha"],
         max_entries=body["max_entries"],
+        max_windows=body["max_windows"],
         max_directions=body["max_directions"],
         aliases=aliases,
         directions=stored_directions(body.get("directions", [])),

@@ -34,8 +34,8 @@ class SteerBuffers:
     """All tensors of one worker.
 
     Args:
-        num_layers, hidden_size, max_tokens, max_requests, max_entries, max_directions, trace_columns: L, D, T, R/2, E,
-            S, K.
+        num_layers, hidden_size, max_tokens, max_entries, max_directions, trace_columns: L, D, T, E, S, K.
+        max_requests, max_windows: R = max_requests·max_windows.
         max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
         device: where the model runs.
         can_cut: whether the residual stream is float16, which the op may have to clip.
@@ -62,10 +62,11 @@ class SteerBuffers:
         trace_columns: int,
         device: torch.device,
         max_drafts: int = 0,
+        max_windows: int = 2,
         can_cut: bool = False,
     ) -> None:
         self.can_cut = can_cut
-        rows, accumulators = 2 * max_requests, max_requests * (1 + max_drafts)
+        rows, accumulators = max_windows * max_requests, max_requests * (1 + max_drafts)
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -135,8 +136,8 @@ class SteerBuffers:
         self._high_water = plan.num_tokens
         if plan.new_rows and self.can_cut:
             self.cut_R.zero_()
-        for first_row, pair_2LE3 in plan.new_rows:
-            self._put(self._entry, pair_2LE3.reshape(*pair_2LE3.shape[:2], -1), at=first_row)
+        for row, row_LE3 in plan.new_rows:
+            self._put(self._entry, row_LE3.reshape(1, len(row_LE3), -1), at=row)
         if self._num_changed:
             self._flags.of(self._image)[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
             self._num_changed = max(self._num_changed, self._flags.end_of(self._flags.shape[0]))

@@ -1,15 +1,14 @@
 """Prefix-cache keys: two requests share a KV block exactly where their steering has the same content.
 
-The KV of a block depends on the steering of every token up to the block's end. The ``prompt`` entries steer prompt
-tokens and the ``generated`` entries steer generated tokens, so the chain of block hashes must contain two things:
+The KV of a block depends on the steering of every token up to the block's end. The spans of a request's steering cut it
+into windows that are steered alike, so the chain of block hashes must contain two things:
 
-* the digest of the prompt entries, from block 0 on: it travels in ``cache_salt``, which vLLM hashes into block 0;
-* if the generated entries differ from the prompt entries, their digest and the position at which the prompt ends, in
-  the block that holds the first generated token. Earlier blocks stay shared; later ones inherit the fork through the
-  chain.
+* the digest of the first window, from block 0 on: it travels in ``cache_salt``, which vLLM hashes into block 0;
+* the digest of each later window, and the place at which it begins, in the block that holds its first token. Earlier
+  blocks stay shared; later ones inherit the fork through the chain.
 
-The second needs the patch below. The key contains the end of the prompt because a later request can carry the same
-tokens in its prompt, where they are steered as prompt tokens.
+The second needs the patch below. A window can begin at the end of the prompt, and a later request can carry the same
+tokens in its prompt, where they are steered as prompt tokens: so the key contains the place.
 """
 
 from __future__ import annotations
@@ -42,18 +41,17 @@ def _generate_block_hash_extra_keys(original: Any) -> Any:
 
 
 def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
-    """The extra key of the block with tokens [start, end); None unless the steering changes at a prompt's end in it.
+    """The extra key of the block with tokens [start, end); None unless the steering changes in it.
 
     Returns:
-        ``("vllm_steer", "<digest of the generated entries>@<offset of the prompt's end in the block>")``, or None.
+        ``("vllm_steer", "<digest of the window>@<offset of its first token in the block>,...")``, or None.
     """
     params = request.sampling_params
     resolved = params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
-    if resolved is None or resolved["prompt_digest"] == resolved["generated_digest"]:
+    if resolved is None:
         return None
-    if not start <= resolved["prompt_len"] < end:
-        return None
-    return _KEY, f"{resolved['generated_digest']}@{resolved['prompt_len'] - start}"
+    begun = [f"{digest}@{first - start}" for first, _, digest in resolved["windows"][1:] if start <= first < end]
+    return (_KEY, ",".join(begun)) if begun else None
 
 
 EXTRA_KEYS = patch(

@@ -34,6 +34,20 @@ class Traced(NamedTuple):
     slot: int
 
 
+class Window(NamedTuple):
+    """Tokens of a request that are all steered alike.
+
+    Attributes:
+        start: position of the first one; the last is before the next window's first.
+        entries: their steering.
+        digest: content hash of it; an empty string for no entries.
+    """
+
+    start: int
+    entries: list[Entry]
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedReadout:
     """A readout in the form that the workers need.
@@ -92,8 +106,7 @@ class Resolved:
         request_id: the caller's id; the internal ids of the request's samples contain it.
         key: the name under which the workers keep the request's readouts. Unlike the id, it is unique.
         prompt_len: number of prompt tokens.
-        prompt, generated: entries for prompt tokens and for generated tokens.
-        prompt_digest, generated_digest: content hashes of these entries; empty strings where there are none.
+        windows: the windows in order, the first of which starts at 0; neighbours differ.
         readout: the requested readout, or None.
         contents: (slot, vector hash) of each slot in ``slots``; the worker compares them with its bank.
     """
@@ -101,19 +114,14 @@ class Resolved:
     request_id: str
     key: str
     prompt_len: int
-    prompt: list[Entry]
-    generated: list[Entry]
-    prompt_digest: str
-    generated_digest: str
+    windows: list[Window]
     readout: ResolvedReadout | None
     contents: list[tuple[int, str]]
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Every bank slot that the request reads, each once, sorted."""
-        found = {entry.slot for entry in self.prompt}
-        if self.generated != self.prompt:
-            found |= {entry.slot for entry in self.generated}
+        found = {entry.slot for window in self.windows for entry in window.entries}
         if self.readout is not None:
             found |= {one.slot for one in self.readout.directions}
         return tuple(sorted(found))
@@ -125,19 +133,18 @@ class Resolved:
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
         """Rebuild an object from the result of ``dump``."""
-        prompt = list(map(Entry._make, value["prompt"]))
-        is_one = value["generated"] == value["prompt"]
-        generated = prompt if is_one else list(map(Entry._make, value["generated"]))
+        windows = [
+            Window(start, list(map(Entry._make, own)), own_digest) for start, own, own_digest in value["windows"]
+        ]
         readout = None if value["readout"] is None else ResolvedReadout.load(value["readout"])
-        return cls(**{**value, "prompt": prompt, "generated": generated, "readout": readout})
+        return cls(**{**value, "windows": windows, "readout": readout})
 
     def plan(self) -> RequestPlan:
         """The same request in the form that ``batch_plan`` takes."""
-        prompt = tuple(self.prompt)
+        is_steered = any(window.entries for window in self.windows)
+        windows = [(window.start, tuple(window.entries)) for window in self.windows]
         return RequestPlan(
-            prompt_len=self.prompt_len,
-            prompt_entries=prompt,
-            generated_entries=prompt if self.generated is self.prompt else tuple(self.generated),
+            windows=tuple(windows) if is_steered else (),
             pooling=None if self.readout is None else self.readout.pooling(),
         )
 

@@ -62,9 +62,10 @@ def _steered_blocks(scheduler: Any, request: Any) -> set[int]:
     """Ids of the request's blocks from its first steered token on."""
     extra = (request.sampling_params.extra_args if request.sampling_params is not None else None) or {}
     resolved = extra.get(RESOLVED_KEY)
-    if resolved is None or not (resolved["prompt"] or resolved["generated"]):
+    steered = [] if resolved is None else [start for start, entries, _ in resolved["windows"] if entries]
+    if not steered:
         return set()
-    first = 0 if resolved["prompt"] else resolved["prompt_len"]
+    first = steered[0]
     manager = scheduler.kv_cache_manager
     groups = manager.kv_cache_config.kv_cache_groups
     blocks: set[int] = set()

@@ -3,9 +3,9 @@
 A step schedules some tokens of some requests. Request i contributes ``num_scheduled[i]`` consecutive tokens, starting
 at position ``num_computed[i]`` of the request. For these tokens the plan contains
 
-* the **row** of the entry table that each token uses. A request has two rows, one for its prompt tokens and one for its
-  generated tokens; the token's own position decides. After a preemption, the prompt and the tokens generated so far are
-  computed again together, and are steered exactly as the first time;
+* the **row** of the entry table that each token uses. The steering cuts a request into windows, and each has its row;
+  the token's own position decides. After a preemption, the prompt and the tokens generated so far are computed again
+  together, and are steered exactly as the first time;
 * the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
 * the **traced** tokens, for requests that follow directions token by token.
 
@@ -19,6 +19,7 @@ Letters of shapes: T tokens, R rows, E entries per row, L hooked layers, A accum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -49,27 +50,21 @@ class RequestPlan:
     """The spec of one request, resolved to bank slots and layer indices.
 
     Attributes:
-        prompt_len: tokens of the prompt.
-        prompt_entries, generated_entries: steering of the prompt tokens and of the generated tokens.
+        windows: (first position, entries) of each window in order. The first begins at 0, each ends where the next
+            begins; empty if no token is steered.
         pooling: what to read; None for nothing.
     """
 
-    prompt_len: int
-    prompt_entries: tuple[Entry, ...] = ()
-    generated_entries: tuple[Entry, ...] = ()
+    windows: tuple[tuple[int, tuple[Entry, ...]], ...] = ()
     pooling: Pooling | None = None
 
-    @property
-    def steers(self) -> bool:
-        """Whether any token of the request is steered."""
-        return bool(self.prompt_entries or self.generated_entries)
-
-    @property
-    def settled_from(self) -> int:
-        """First position from which every token gets the same treatment as its predecessor."""
-        if self.pooling is None:
-            return self.prompt_len + 1
-        return max(self.prompt_len + 1, self.pooling.first + 2, (self.pooling.end or 0) + 1)
+    def alike_after(self, position: int) -> float:
+        """How many tokens after this one get the same treatment as it and may share its plan; may be infinite."""
+        bounds = [start for start, _ in self.windows]
+        if self.pooling is not None:
+            bounds += [self.pooling.first, self.pooling.first + 1]  # the sum begins with its first token
+            bounds += [] if self.pooling.end is None else [self.pooling.end]
+        return min((bound for bound in bounds if bound > position), default=math.inf) - position - 1
 
 
 @dataclass(slots=True)
@@ -81,8 +76,9 @@ class PoolingState:
         next_position: position of the token that must be computed next for the sum to be complete.
         num_tokens: tokens in the sum so far.
         failure: reason why the sum is wrong, or None.
-        drafts: draft accumulators of the draft tokens from ``next_position`` on. The request's last step computed them,
-            and they may have been accepted.
+        drafts: draft accumulators of the draft tokens of the request's last step, which may have been accepted; without
+            the first ``num_unread`` of them.
+        num_unread: how many of the draft tokens from ``next_position`` on lie before the readout's first position.
         num_starts: how often the sum has begun. A step without tokens tells the worker of no preemption, so the sum of
             a request that came back can be as long as the one before, and only this tells them apart.
     """
@@ -92,6 +88,7 @@ class PoolingState:
     num_tokens: int = 0
     failure: str | None = None
     drafts: range = range(0)
+    num_unread: int = 0
     num_starts: int = 0
 
 
@@ -118,12 +115,14 @@ class _SettledStep:
 
     Attributes:
         request_ids, num_computed: those that the next step has if it follows this one.
+        steps_left: how many more steps the plan is valid for; may be infinite.
         plan: the plan of this step and of the next.
         reads: the reads of both.
     """
 
     request_ids: list[str]
     num_computed: list[int]
+    steps_left: float
     plan: StepPlan
     reads: _Reads
 
@@ -139,8 +138,9 @@ class BatchPlanner:
 
     Args:
         num_layers: L, hooked layers.
-        max_requests: requests that can be scheduled in one step; R = 2·max_requests.
+        max_requests: requests that can be scheduled in one step.
         max_entries: E, entries of one row at one layer.
+        max_windows: windows of one request; R = max_requests·max_windows.
         trace_columns: K, directions that can be traced at once.
         max_drafts: draft tokens of one request in one step. A = max_requests·(1 + max_drafts): the accumulators of all
             requests come first, then the draft accumulators of each of them in turn.
@@ -153,7 +153,13 @@ class BatchPlanner:
     """
 
     def __init__(
-        self, num_layers: int, max_requests: int, max_entries: int, trace_columns: int, max_drafts: int = 0
+        self,
+        num_layers: int,
+        max_requests: int,
+        max_entries: int,
+        trace_columns: int,
+        max_drafts: int = 0,
+        max_windows: int = 2,
     ) -> None:
         self.num_layers = num_layers
         self.max_requests = max_requests
@@ -161,7 +167,7 @@ class BatchPlanner:
         self.requests: dict[str, RequestPlan] = {}
         self.poolings: dict[str, PoolingState] = {}
         self.columns: dict[str, tuple[int, ...]] = {}
-        self._rows = EntryRows(num_layers, max_requests, max_entries)
+        self._rows = EntryRows(num_layers, max_requests, max_entries, max_windows)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
         self._free_accumulators = list(range(max_requests - 1, -1, -1))
         self._settled: _SettledStep | None = None
@@ -190,8 +196,8 @@ class BatchPlanner:
         self._rows.release(request_id)
         self._release(request_id)
 
-    def rows(self) -> dict[str, int]:
-        """Request -> its row for prompt tokens; the next row is the one for its generated tokens.
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Request -> the row of each of its windows, -1 for one that is not steered.
 
         Contains every request that has been steered and was not removed or preempted since.
         """
@@ -226,7 +232,8 @@ class BatchPlanner:
             state.next_position += 1
         for state in settled.reads.passing:
             state.next_position += 1
-        self._settled = replace(settled, num_computed=[computed + 1 for computed in settled.num_computed])
+        following, steps_left = [computed + 1 for computed in settled.num_computed], settled.steps_left - 1
+        self._settled = replace(settled, num_computed=following, steps_left=steps_left) if steps_left else None
         return settled.plan
 
     def _build(
@@ -239,22 +246,24 @@ class BatchPlanner:
         plan = StepPlan.blank(self.num_layers, self.max_requests * (1 + self.max_drafts), sum(num_scheduled))
         reads = _Reads()
         rows_used: list[int] = []
-        is_settled = not drafts and max(num_scheduled, default=0) == 1
+        steps_left = math.inf if not drafts and max(num_scheduled, default=0) == 1 else 0
         offset = 0
         for request_id, computed, scheduled in zip(request_ids, num_computed, num_scheduled, strict=True):
             request = self.requests.get(request_id)
             if request is not None:
-                is_settled = is_settled and computed + 1 >= request.settled_from
-                if request.steers:
-                    prompt, generated = request.prompt_entries, request.generated_entries
-                    row = self._rows.lend(request_id, prompt, generated, request_ids)
-                    split = min(max(request.prompt_len - computed, 0), scheduled)
-                    if prompt and split:
-                        plan.row_of_token_T[offset : offset + split] = row
-                        rows_used.append(row)
-                    if generated and split < scheduled:
-                        plan.row_of_token_T[offset + split : offset + scheduled] = row + 1
-                        rows_used.append(row + 1)
+                steps_left = min(steps_left, request.alike_after(computed)) if steps_left else 0
+                if request.windows:
+                    rows = self._rows.lend(request_id, [entries for _, entries in request.windows], request_ids)
+                    end = computed + scheduled
+                    for (start, _), row in zip(reversed(request.windows), reversed(rows), strict=True):
+                        if start < end:
+                            first = max(start, computed)
+                            if row >= 0:
+                                plan.row_of_token_T[offset + first - computed : offset + end - computed] = row
+                                rows_used.append(row)
+                            end = first
+                        if end == computed:
+                            break
                 if request.pooling is not None:
                     num_drafts = len(drafts.get(request_id, ())) if drafts else 0
                     if request_id not in self.poolings:
@@ -267,9 +276,9 @@ class BatchPlanner:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
             plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
         self._settled = None
-        if is_settled and not plan.accepted and not plan.traced:
+        if steps_left and not plan.accepted and not plan.traced:
             following = [computed + 1 for computed in num_computed]
-            self._settled = _SettledStep(list(request_ids), following, plan, reads)
+            self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
 
     def _free_accumulator(self, request_ids: Sequence[str]) -> int:
@@ -301,22 +310,25 @@ class BatchPlanner:
     ) -> None:
         state = self.poolings[request_id]
         if computed == 0:
-            state.next_position, state.num_tokens, state.drafts = 0, 0, range(0)
+            state.next_position, state.num_tokens, state.drafts, state.num_unread = 0, 0, range(0), 0
             state.num_starts += 1
         num_accepted = computed - state.next_position
-        if not 0 <= num_accepted <= len(state.drafts) and state.failure is None:
+        if not 0 <= num_accepted <= state.num_unread + len(state.drafts) and state.failure is None:
             state.failure = (
                 f"the engine went on at token {computed} where token {state.next_position} was due, so the activations "
                 "in between were not seen"
             )
         if state.failure is not None:
             return
-        if pooling.end is None:
-            plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_accepted])
-            state.num_tokens += num_accepted
+        num_read = max(num_accepted - state.num_unread, 0)
+        plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
+        state.num_tokens += num_read
         first_draft = self.max_requests + state.accumulator * self.max_drafts
         state.next_position = computed + scheduled - num_drafts
-        state.drafts = range(first_draft, first_draft + num_drafts)
+        # A span with an end ends within the prompt, so no draft is in it.
+        unread = pooling.first - state.next_position if pooling.end is None else num_drafts
+        state.num_unread = min(max(unread, 0), num_drafts)
+        state.drafts = range(first_draft, first_draft + num_drafts - state.num_unread)
         start = max(computed, pooling.first)
         end = computed + scheduled if pooling.end is None else min(state.next_position, pooling.end)
         if start >= end:
@@ -326,7 +338,7 @@ class BatchPlanner:
         if start == pooling.first:
             plan.keep_A[state.accumulator] = 0
             state.num_tokens = 0
-        known = min(end, state.next_position) - start  # the tokens after them are drafts
+        known = max(min(end, state.next_position) - start, 0)  # the tokens after them are drafts
         token = offset + start - computed
         if known > 0:
             state.num_tokens += known

@@ -178,7 +178,7 @@ def _unsteered_plus_alpha(sheet: Sheet, axes: Axes, setting: Setting, curves: Se
         for row in curve.rows
         if row.alpha == 0.0 and row.mean_projection_generated is not None
     ]
-    if not starts or setting.op != "add" or setting.span == "prompt":
+    if not starts or setting.op != "add" or setting.span not in ("all", "generated", "response"):
         return
     start = sum(starts) / len(starts)
     ends = [min(curve.alphas[0] for curve in curves), max(curve.alphas[-1] for curve in curves)]

@@ -8,21 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.plans import in_halves
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.front.request_intake import salt
-from vllm_steer.engine.resolved_spec import Resolved
+from vllm_steer.engine.resolved_spec import Resolved, Window
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
     BadOp,
     BadReadout,
+    BadSpan,
     LayerNotHooked,
     SteerError,
     TooManyEntries,
     UnknownDirection,
 )
-from vllm_steer.plan.batch_plan import Entry, Pooling, RequestPlan
+from vllm_steer.plan.batch_plan import Entry, Pooling
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings
 
@@ -58,7 +60,12 @@ def resolve(admission: Admission, *steering: Steering, readout: Readout | None =
 
 def digests(admission: Admission, *steering: Steering) -> tuple[str, str]:
     resolved = resolve(admission, *steering)
-    return resolved.prompt_digest, resolved.generated_digest
+    return at(resolved, 0).digest, at(resolved, PROMPT_LEN).digest
+
+
+def at(resolved: Resolved, position: int) -> Window:
+    """The window that holds a position."""
+    return [window for window in resolved.windows if window.start <= position][-1]
 
 
 def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission) -> None:
@@ -66,8 +73,8 @@ def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission)
         admission, Steering("kind", 4), Steering("both", 2, layer=20, op="set"), Steering("cold", op="ablate", layer=8)
     )
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
-    assert resolved.prompt == resolved.generated
-    assert resolved.prompt == [
+    assert at(resolved, 0).entries == at(resolved, PROMPT_LEN).entries
+    assert at(resolved, 0).entries == [
         (0, slot["cold", 12], 0.0, -1.0),
         (1, slot["kind", 12], 4.0, 0.0),
         (2, slot["both", 20], 2.0, -1.0),
@@ -108,18 +115,18 @@ def test_any_difference_in_content_is_a_difference_in_digest(admission: Admissio
 
 def test_alpha_0_of_add_is_dropped_and_of_set_is_not(admission: Admission) -> None:
     nothing = resolve(admission, Steering("kind", 0), Steering("cold", -0.0))
-    assert (nothing.prompt, nothing.generated) == ([], [])
-    assert (nothing.prompt_digest, nothing.generated_digest) == ("", "")
+    assert (at(nothing, 0).entries, at(nothing, PROMPT_LEN).entries) == ([], [])
+    assert (at(nothing, 0).digest, at(nothing, PROMPT_LEN).digest) == ("", "")
     mixed = digests(admission, Steering("cold", 0), Steering("kind", 4))
     assert mixed == digests(admission, Steering("kind", 4))
-    assert len(resolve(admission, Steering("kind", 0, op="set")).prompt) == 1
+    assert len(at(resolve(admission, Steering("kind", 0, op="set")), 0).entries) == 1
 
 
 def test_order_counts_within_a_layer_and_not_across_layers(admission: Admission) -> None:
     here, after = Steering("kind", op="ablate"), Steering("cold", 2)
     assert digests(admission, here, after) != digests(admission, after, here)
-    assert [entry[1:] for entry in resolve(admission, here, after).prompt] == list(
-        reversed([entry[1:] for entry in resolve(admission, after, here).prompt])
+    assert [entry[1:] for entry in at(resolve(admission, here, after), 0).entries] == list(
+        reversed([entry[1:] for entry in at(resolve(admission, after, here), 0).entries])
     )
     elsewhere = Steering("kind", 3, layer=20)
     assert resolve(admission, here, elsewhere, after) == resolve(admission, elsewhere, here, after)
@@ -130,15 +137,57 @@ def test_spans_are_split_into_prompt_and_generated_entries(admission: Admission)
     resolved = resolve(
         admission, Steering("kind", 1, span="prompt"), Steering("kind", 2, span="generated"), Steering("cold", 3)
     )
-    assert [entry[2] for entry in resolved.prompt] == [1.0, 3.0]
-    assert [entry[2] for entry in resolved.generated] == [2.0, 3.0]
-    assert resolved.prompt_digest != resolved.generated_digest
+    assert [entry[2] for entry in at(resolved, 0).entries] == [1.0, 3.0]
+    assert [entry[2] for entry in at(resolved, PROMPT_LEN).entries] == [2.0, 3.0]
+    assert at(resolved, 0).digest != at(resolved, PROMPT_LEN).digest
     assert digests(admission, Steering("kind", 1, span="prompt"))[1] == ""
     assert digests(admission, Steering("kind", 1, span="generated"))[0] == ""
     assert len(set(digests(admission, Steering("kind", 1)))) == 1
     # one entry for both spans is the same content as one for each
     split = (Steering("kind", 1, span="prompt"), Steering("kind", 1, span="generated"))
     assert digests(admission, *split) == digests(admission, Steering("kind", 1))
+
+
+def test_each_window_has_the_entries_of_the_spans_that_hold_its_tokens(admission: Admission) -> None:
+    resolved = resolve(admission, Steering("kind", 1, span="response"), Steering("cold", 2, span="prompt[:2]"))
+    found = [(window.start, [entry[2] for entry in window.entries]) for window in resolved.windows]
+    assert found == [(0, [2.0]), (2, []), (PROMPT_LEN - 1, [1.0])]
+    assert resolved.windows[1].digest == ""
+    # windows whose entries have the same content are one
+    same = (Steering("kind", 1, span="prompt[:2]"), Steering("kind-again", 1, span="prompt[2:]+generated"))
+    assert [window.start for window in resolve(admission, *same).windows] == [0]
+
+
+def test_a_span_without_a_token_of_this_prompt_is_refused(admission: Admission) -> None:
+    for span in (f"prompt[{PROMPT_LEN}:]", f"generated+prompt[{-PROMPT_LEN - 1}]"):
+        for steering in (Steering("kind", 1, span=span), Steering("kind", 0, span=span)):
+            with pytest.raises(BadSpan, match=f"holds no token of a prompt of {PROMPT_LEN} tokens"):
+                resolve(admission, steering)
+        admission.check(RequestSpec((Steering("kind", 1, span=f"prompt[{PROMPT_LEN}:]"),)))
+
+
+def test_a_slice_behind_the_last_computed_token_is_refused(admission: Admission) -> None:
+    late = Steering("kind", 1, span="prompt+generated[3:]")
+    for spec in (RequestSpec((late,)), RequestSpec(readout=Readout([8], span="generated[3:]"))):
+        admission.resolve("id", spec, PROMPT_LEN, num_computed=PROMPT_LEN + 4)
+        with pytest.raises(BadSpan, match=r"'generated\[3:\]' begins behind .* with max_tokens 4 the model computes"):
+            admission.resolve("id", spec, PROMPT_LEN, num_computed=PROMPT_LEN + 3)
+    admission.resolve("id", RequestSpec((Steering("kind", 1, span="generated"),)), PROMPT_LEN, num_computed=PROMPT_LEN)
+    # The operator's default applies to short requests too.
+    own = Admission(SteerSettings(layers=HOOKED, default_steering=(late,)), SIZE)
+    own.registry.register([Direction("kind", 12, KIND)])
+    spec = RequestSpec().with_default(own.settings.default_steering)
+    own.resolve("id", spec, PROMPT_LEN, num_computed=PROMPT_LEN + 1)
+
+
+def test_a_request_has_as_many_windows_as_there_is_room_for() -> None:
+    admission = Admission(SteerSettings(layers=HOOKED, max_windows=2), SIZE)
+    admission.registry.register([Direction("kind", 12, KIND)])
+    spans = ["prompt[0]", "prompt[2:]+generated", "generated[1:]"]
+    entries = [Steering("kind", 1.0 + n, span=span) for n, span in enumerate(spans)]
+    resolve(admission, *entries[:2])
+    with pytest.raises(TooManyEntries, match=r"into 3 windows .*; allowed: 2"):
+        resolve(admission, *entries)
 
 
 def test_as_many_entries_as_there_is_room_for_count_by_layer_and_token(admission: Admission) -> None:
@@ -238,7 +287,7 @@ def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
         + [Direction("none", layer, KIND) for layer in (1, 2)]
     )
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
-    assert resolve(admission, Steering("many", 2)).prompt == [(0, slot["many", 8], 2.0, 0.0)]
+    assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0)]
     traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
     assert traced is not None
     assert traced.trace == [("many", 0, slot["many", 8])]
@@ -249,7 +298,7 @@ def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
 
 
 def test_the_bound_itself_is_allowed_and_add_needs_no_unit_vector(admission: Admission) -> None:
-    assert resolve(admission, Steering("long", -10)).prompt[0][2] == -10.0
+    assert at(resolve(admission, Steering("long", -10)), 0).entries[0][2] == -10.0
 
 
 @pytest.mark.parametrize(
@@ -340,13 +389,13 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
     )
     arrived = Resolved.load(json.loads(json.dumps(resolved.dump())))
     assert arrived.plan() == resolved.plan()
-    assert arrived.plan() == RequestPlan(
+    assert arrived.plan() == in_halves(
         PROMPT_LEN,
-        prompt_entries=(Entry(1, resolved.prompt[0][1], 4.0, 0.0),),
+        prompt=(Entry(1, at(resolved, 0).entries[0][1], 4.0, 0.0),),
         pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),)),
     )
     assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
-    assert Resolved.load(resolve(admission).dump()).plan() == RequestPlan(PROMPT_LEN)
+    assert Resolved.load(resolve(admission).dump()).plan() == in_halves(PROMPT_LEN)
 
 
 def test_configured_files_are_registered_at_start_up(tmp_path: Any) -> None:

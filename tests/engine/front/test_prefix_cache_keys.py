@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.support.span_reference import positions
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission, Asked
 from vllm_steer.engine.front.request_intake import _admit
@@ -40,7 +41,7 @@ def request(steering: tuple[Steering, ...], prompt_len: int, own_salt: str | Non
         request_id="id",
         prompt_token_ids=[0] * prompt_len,
         cache_salt=own_salt,
-        sampling_params=SimpleNamespace(extra_args={}, skip_reading_prefix_cache=None),
+        sampling_params=SimpleNamespace(extra_args={}, skip_reading_prefix_cache=None, max_tokens=None),
     )
     _admit(ADMISSION, Asked(RequestSpec(steering)), made)
     return made
@@ -57,11 +58,11 @@ def chain(made: Any) -> list[tuple[Any, ...]]:
 
 def steering_of_token(steering: tuple[Steering, ...], prompt_len: int, position: int) -> list[Any]:
     """Brute force: the steering of one token, layer by layer, in the order of application."""
-    span = "prompt" if position < prompt_len else "generated"
     done: list[Any] = []
     for layer in LAYERS:
         for one in steering:
-            if (one.layer or 1) == layer and one.span in ("all", span) and one.coefficients != (0.0, 0.0):
+            is_here = position in positions(one.span, prompt_len, TOKENS)
+            if (one.layer or 1) == layer and is_here and one.coefficients != (0.0, 0.0):
                 done.append((layer, *one.coefficients, tuple(VECTORS[one.direction])))
     return done
 
@@ -85,6 +86,10 @@ SMALL: list[tuple[Steering, ...]] = [
     (Steering("kind", 1.0), Steering("cold", 1.0, span="generated")),
     (Steering("cold", 1.0, span="generated"), Steering("kind", 1.0)),
     (Steering("kind", 1.0, span="prompt"), Steering("cold", 1.0, span="generated")),
+    (Steering("kind", 1.0, span="response"),),
+    (Steering("kind", 1.0, span="prompt[-1]+generated[:2]"),),
+    (Steering("kind", 1.0, span="all[1:3]"),),
+    (Steering("kind", 1.0, span="prompt"), Steering("again", 1.0, span="generated[:2]")),
 ]
 
 
@@ -100,7 +105,9 @@ steerings = st.builds(
     st.sampled_from([0.0, 1.0, 2.0]),
     layer=st.sampled_from([None, *LAYERS]),
     op=st.sampled_from(["add", "set"]),
-    span=st.sampled_from(["prompt", "generated", "all"]),
+    span=st.sampled_from(
+        ["prompt", "generated", "all", "response", "prompt[-2:]", "all[1:4]", "generated[1]+prompt[0]"]
+    ),
 )
 cases = st.tuples(st.lists(steerings, max_size=3).map(tuple), st.integers(1, TOKENS + 1))
 

@@ -54,7 +54,7 @@ class StandInScheduler:
 
 
 def spec(prompt: bool, generated: bool, prompt_len: int = 6) -> dict[str, Any]:
-    return {"prompt": [1] * prompt, "generated": [1] * generated, "prompt_len": prompt_len}
+    return {"windows": [[0, [1] * prompt, ""], [prompt_len, [1] * generated, ""]]}
 
 
 def step(
@@ -142,7 +142,7 @@ def test_a_worker_hands_over_the_marks_of_the_very_step(is_late: bool, monkeypat
     worker = SimpleNamespace(model_runner=runner, execute_model=lambda scheduled: None, sample_tokens=sample_tokens)
     cut_off_marks.watch(worker)
     for is_steered, expected in ((True, ["b"]), (False, [])):
-        monkeypatch.setattr(runner.steering.planner, "rows", lambda: {"a": 0, "b": 2})
+        monkeypatch.setattr(runner.steering.planner, "rows", lambda: {"a": (0, 1), "b": (-1, 2)})
         runner.steering._may_cut = is_steered
         assert worker.execute_model(None) is None
         told = worker.sample_tokens(None)
@@ -177,7 +177,7 @@ def test_marks_are_read_behind_the_steps_that_steer_a_float16_stream_and_no_othe
     marks = runner.steering.start_reading_marks()
     assert (marks is not None) == can_cut
     if marks is not None:
-        runner.steering.buffers.cut_R[runner.steering.planner.rows()["steered"] + 1] = 1
+        runner.steering.buffers.cut_R[runner.steering.planner.rows()["steered"][-1]] = 1
         assert marks() == ["steered"]
     assert runner.steering.start_reading_marks() is None, "marks are read once a step"
     runner.prepare([("plain", 2, 1)])

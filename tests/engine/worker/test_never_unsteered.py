@@ -77,7 +77,7 @@ def test_a_spec_that_admission_has_not_resolved_stops_the_engine(engine: Engine)
         {"prompt": [(0, 5, 2.0, 0.0)]},
         {"prompt": [(0, -1, 2.0, 0.0)]},
         {"prompt": [(9, 0, 2.0, 0.0)]},
-        {"prompt": [(0, 0, 2.0)]},
+        {"windows": [(0, [(0, 0, 2.0)], "")]},
         {"contents": []},
         {"contents": [(0, "another vector")]},
         {"readout": {"layers": [LAYER]}},
@@ -92,7 +92,7 @@ def test_a_record_that_is_not_what_admission_writes_stops_the_engine(engine: Eng
         engine.start(extra)
 
 
-@pytest.mark.parametrize("field", ["prompt", "generated", "prompt_len", "readout", "contents"])
+@pytest.mark.parametrize("field", ["windows", "prompt_len", "readout", "contents"])
 def test_a_record_without_a_field_stops_the_engine(engine: Engine, field: str) -> None:
     extra = engine.extra()
     del extra[RESOLVED_KEY][field]
@@ -172,7 +172,7 @@ def test_a_step_that_is_not_prepared_fails_the_readout(engine: Engine) -> None:
 def test_more_requests_or_tokens_than_there_is_room_for_stop_the_engine(engine: Engine) -> None:
     extra = engine.extra() | {RESOLVED_KEY: engine.extra()[RESOLVED_KEY] | {"readout": None}}
     new = [
-        SimpleNamespace(req_id=f"r-{i}", sampling_params=SimpleNamespace(extra_args=extra, stop=[])) for i in range(4)
+        SimpleNamespace(req_id=f"r-{i}", sampling_params=SimpleNamespace(extra_args=extra, stop=[])) for i in range(25)
     ]
     with pytest.raises(IndexError):
         engine.runner.prepare([(one.req_id, 0, 1) for one in new], new=new)

@@ -89,7 +89,7 @@ class ToyModel(nn.Module):
         for number, layer in enumerate(self.layers):
             stream = stream + np.tanh(stream @ layer.weight.double().numpy())
             if request is not None and number in HOOKED:
-                entries = request.prompt if position < request.prompt_len else request.generated
+                entries = [window for window in request.windows if window.start <= position][-1].entries
                 for index, slot, a, b in entries:
                     if index == HOOKED.index(number):
                         direction = DIRECTIONS[index, slot]

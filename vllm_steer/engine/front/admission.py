@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_steer import spans
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
-from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, digest
+from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, Window, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
     BadOp,
     BadReadout,
+    BadSpan,
     LayerNotHooked,
     NotConfigured,
     TooManyEntries,
@@ -103,7 +105,14 @@ class Admission:
         self._dtype = dtype
         self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
 
-    def resolve(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
+    def resolve(
+        self,
+        request_id: str,
+        spec: RequestSpec,
+        prompt_len: int,
+        key: str | None = None,
+        num_computed: int | None = None,
+    ) -> Resolved:
         """Resolve names to slots and layers to layer indices.
 
         Args:
@@ -111,13 +120,22 @@ class Admission:
             spec: the request's spec, the engine's default included.
             prompt_len: number of prompt tokens.
             key: the name under which the workers keep its readouts. None means the id, which must then be unique.
+            num_computed: the most tokens that the model computes, which is all but the last generated one; None if
+                that is not known.
 
         Raises:
             SpecError, UnknownDirection, AmbiguousDirection, LayerNotHooked: the spec is refused.
         """
-        return self._resolve(self.registry.current(), request_id, spec, prompt_len, key)
+        return self._resolve(self.registry.current(), request_id, spec, prompt_len, key, num_computed)
 
-    def admit(self, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None = None) -> Resolved:
+    def admit(
+        self,
+        request_id: str,
+        spec: RequestSpec,
+        prompt_len: int,
+        key: str | None = None,
+        num_computed: int | None = None,
+    ) -> Resolved:
         """Like ``resolve``, and count the slots as used from now on.
 
         Raises:
@@ -125,7 +143,7 @@ class Admission:
         """
         while True:
             book = self.registry.current()
-            resolved = self._resolve(book, request_id, spec, prompt_len, key)
+            resolved = self._resolve(book, request_id, spec, prompt_len, key, num_computed)
             if self.in_flight is None:
                 return resolved
             self.in_flight.acquire(request_id, resolved.slots)
@@ -135,19 +153,33 @@ class Admission:
             self.in_flight.withdraw(request_id, resolved.slots)
 
     def _resolve(
-        self, book: DirectionBook, request_id: str, spec: RequestSpec, prompt_len: int, key: str | None
+        self,
+        book: DirectionBook,
+        request_id: str,
+        spec: RequestSpec,
+        prompt_len: int,
+        key: str | None,
+        num_computed: int | None,
     ) -> Resolved:
         entries = [self._entry(book, steering) for steering in spec.entries]
         # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
+        for entry in entries:
+            spans.runs(entry.span, prompt_len)  # of dropped entries too
         entries = [entry for entry in entries if (entry.entry.a, entry.entry.b) != (0.0, 0.0)]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
-        prompt = [entry for entry in entries if entry.span != "generated"]
-        generated = [entry for entry in entries if entry.span != "prompt"]
-        is_one = prompt == generated
-        self._check_bounds(prompt)
-        if not is_one:
-            self._check_bounds(generated)
+        windows: list[Window] = []
+        for start, numbers in spans.windows([entry.span for entry in entries], prompt_len):
+            here = [entries[number] for number in numbers]
+            self._check_bounds(here)
+            window = Window(start, [one.entry for one in here], _digest(here))
+            if not windows or windows[-1].digest != window.digest:
+                windows.append(window)
+        self._check_windows(windows)
+        if num_computed is not None and spec.steering is not self.settings.default_steering:
+            _check_reach([one.span for one in spec.entries], prompt_len, num_computed)
+        if num_computed is not None and spec.readout is not None:
+            _check_reach([spec.readout.span], prompt_len, num_computed)
         contents = {entry.direction.slot: entry.direction.content_hash for entry in entries}
         readout = None
         if spec.readout is not None:
@@ -155,15 +187,11 @@ class Admission:
             for read in readout.directions:
                 own = book.layers_of(read.name).values()
                 contents[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
-        prompt_digest = _digest(prompt)
         return Resolved(
             request_id=request_id,
             key=request_id if key is None else key,
             prompt_len=prompt_len,
-            prompt=[one.entry for one in prompt],
-            generated=[one.entry for one in generated],
-            prompt_digest=prompt_digest,
-            generated_digest=prompt_digest if is_one else _digest(generated),
+            windows=windows,
             readout=readout,
             contents=sorted(contents.items()),
         )
@@ -171,7 +199,7 @@ class Admission:
     def check(self, spec: RequestSpec) -> None:
         """Raise what ``resolve`` would raise, as far as that is known without the prompt.
 
-        The one exception is a ``skip_first`` beyond the prompt's end.
+        The exceptions are parts of a span and a ``skip_first`` beyond the prompt's end.
 
         Raises:
             SpecError, UnknownDirection, AmbiguousDirection, LayerNotHooked: see ``resolve``.
@@ -202,6 +230,15 @@ class Admission:
                 "or a unit direction. Register Direction(...).normalised()."
             )
         return _NamedEntry(layer, steering.span, Entry(hook, direction.slot, *steering.coefficients), direction)
+
+    def _check_windows(self, windows: Sequence[Window]) -> None:
+        steered = sum(bool(window.entries) for window in windows)
+        if steered > self.settings.max_windows:
+            raise TooManyEntries(
+                f"the spans cut the request into {steered} windows that are steered each in its own way; allowed: "
+                f"{self.settings.max_windows}. Use fewer spans, or start the engine with steer_config(max_windows=...) "
+                "larger."
+            )
 
     def _check_bounds(self, entries: Sequence[_NamedEntry]) -> None:
         """Refuse entries for one token, sorted by layer, that together exceed a limit at any layer."""
@@ -262,13 +299,12 @@ class Admission:
                     f"{list(readout.layers)}. Add one of its layers to the readout, or leave it out."
                 )
             project += [Projected(name, layer, layers[layer].slot) for layer in shared]
-        if readout.span != "generated" and readout.skip_first >= prompt_len:
+        if readout.skip_first and readout.skip_first >= prompt_len:
             has = "no prompt is that long" if prompt_len == sys.maxsize else f"the prompt has {prompt_len} tokens"
             raise BadReadout(
                 f"skip_first is {str(readout.skip_first)[:40]} and {has}; allowed: fewer than the prompt has. Lower it."
             )
-        first = prompt_len if readout.span == "generated" else readout.skip_first
-        end = prompt_len if readout.span == "prompt" else None
+        first, end = spans.read_run(readout.span, readout.skip_first, prompt_len)
         trace = self._trace(book, readout)
         return ResolvedReadout(list(readout.layers), indices, first, end, project, readout.vectors, trace)
 
@@ -293,6 +329,19 @@ class Admission:
                 "engine with steer_config(trace_columns=...) larger."
             )
         return trace
+
+
+def _check_reach(asked: Sequence[str], prompt_len: int, num_computed: int) -> None:
+    """Refuse a slice that begins where the request has already ended."""
+    for span in asked:
+        part = spans.beyond(span, prompt_len, num_computed)
+        if part is not None:
+            raise BadSpan(
+                f"span part {part!r} begins behind the last token that this request computes (its prompt has "
+                f"{prompt_len} tokens, and with max_tokens {num_computed - prompt_len + 1} the model computes "
+                f"{num_computed}: the last generated token is never computed); allowed: parts with at least one token. "
+                "Leave it out, or raise max_tokens."
+            )
 
 
 def _digest(entries: Sequence[_NamedEntry]) -> str:

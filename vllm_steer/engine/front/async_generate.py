@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_steer import spans
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.front.all_engines import call_workers
@@ -287,9 +288,9 @@ class Collector:
     def _span_length(self, tally: Tally, index: int) -> int:
         """Number of tokens in the readout's span that are known to belong to the sample."""
         prompt_len = tally.prompt_len or 0
-        first = prompt_len if self._readout.span == "generated" else self._readout.skip_first
-        end = tally.computed(index)
-        return max(0, (min(end, prompt_len) if self._readout.span == "prompt" else end) - first)
+        first, end = spans.read_run(self._readout.span, self._readout.skip_first, prompt_len)
+        computed = tally.computed(index)
+        return max(0, (computed if end is None else min(computed, end)) - first)
 
 
 def finish(sample: Sample, answer: Mapping[str, Any]) -> None:

@@ -152,11 +152,13 @@ def _check_salt(request: Any) -> None:
 
 def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     """Admit the request and write the result into it, for workers and scheduler. It is vLLM's copy of the caller's."""
-    resolved = admission.admit(request.request_id, asked.spec, len(request.prompt_token_ids), asked.key)
     params = request.sampling_params
+    prompt_len = len(request.prompt_token_ids)
+    num_computed = None if params.max_tokens is None else prompt_len + params.max_tokens - 1
+    resolved = admission.admit(request.request_id, asked.spec, prompt_len, asked.key, num_computed)
     EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
-    if resolved.prompt_digest:
-        CACHE_SALT.put(request, salt(request.cache_salt, resolved.prompt_digest))
+    if resolved.windows[0].digest:
+        CACHE_SALT.put(request, salt(request.cache_salt, resolved.windows[0].digest))
     if asked.spec.readout is not None:
         # Every activation must be computed, so cached KV cannot replace any token, not even after a preemption.
         SKIP_READING_PREFIX_CACHE.put(params, True)
@@ -178,9 +180,9 @@ def _without_wire(params: SamplingParams) -> dict[str, Any]:
     return {name: value for name, value in (params.extra_args or {}).items() if name != WIRE_KEY}
 
 
-def salt(own: str | None, prompt_digest: str) -> str:
-    """The cache salt of a request with a steered prompt; it depends on the request's own salt, ``own``, too."""
-    return SALT_PREFIX + sha256(f"{own or ''}\0{prompt_digest}".encode()).hexdigest()
+def salt(own: str | None, digest: str) -> str:
+    """The cache salt of a request whose first token is steered; it depends on the request's own salt, ``own``, too."""
+    return SALT_PREFIX + sha256(f"{own or ''}\0{digest}".encode()).hexdigest()
 
 
 PROCESS_INPUTS = patch(

@@ -67,7 +67,7 @@ class FinishedReadout:
             return {"error": self.state.failure}
         over = 0 if self.spec.end is not None else self.state.next_position - computed_end
         most = self.tail_PM.shape[1]
-        if not -len(self.state.drafts) <= over <= most:
+        if not -(self.state.num_unread + len(self.state.drafts)) <= over <= most:
             return {
                 "error": f"the sum goes up to token {self.state.next_position} but the sample ends at {computed_end}; "
                 f"allowed: up to {most} tokens too many, which can be subtracted (an abort can cause this, or a stop "
@@ -75,7 +75,7 @@ class FinishedReadout:
             }
         if self.spec.end is not None and self.state.next_position < self.spec.end:
             return {"error": f"{self.state.next_position} of {self.spec.end} prompt tokens were computed"}
-        num_accepted, over = max(-over, 0), max(over, 0)
+        num_accepted, over = max(-over - self.state.num_unread, 0), max(over, 0)
         over = min(over, self.state.num_tokens)  # a surplus token before the span is not in the sum
         count = self.state.num_tokens + num_accepted - over
         # A mean over no tokens is NaN, as in numpy, and not zero.

@@ -62,7 +62,12 @@ class WorkerSteering:
         self.settings = settings
         self.model = model
         self.planner = BatchPlanner(
-            len(settings.layers), max_requests, settings.max_entries, settings.trace_columns, max_drafts
+            len(settings.layers),
+            max_requests,
+            settings.max_entries,
+            settings.trace_columns,
+            max_drafts,
+            settings.max_windows,
         )
         self.buffers = SteerBuffers(
             num_layers=len(settings.layers),
@@ -74,6 +79,7 @@ class WorkerSteering:
             trace_columns=settings.trace_columns,
             device=runner.device,
             max_drafts=max_drafts,
+            max_windows=settings.max_windows,
             can_cut=config.model_config.dtype == torch.float16,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
@@ -262,10 +268,10 @@ class WorkerSteering:
             self.store.put(*key, readout)
 
 
-def _marked_requests(first_rows: Mapping[str, int], cut_R: torch.Tensor) -> list[str]:
-    """The requests with a mark at their row for prompt tokens, or at the next row, for generated tokens."""
+def _marked_requests(rows: Mapping[str, Sequence[int]], cut_R: torch.Tensor) -> list[str]:
+    """The requests with a mark at one of their rows."""
     marked = set(cut_R.nonzero()[:, 0].tolist())
-    return [one for one, row in first_rows.items() if not marked.isdisjoint((row, row + 1))] if marked else []
+    return [one for one, own in rows.items() if not marked.isdisjoint(own)] if marked else []
 
 
 def sample_key(request_id: str, resolved: Resolved) -> SampleKey:

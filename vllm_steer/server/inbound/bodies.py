@@ -193,7 +193,7 @@ def _spec(
 
 def _check_count(entries: Any, settings: SteerSettings) -> None:
     """Refuse a list that is longer than all hooked layers allow, before its entries are checked one by one."""
-    most = 2 * settings.max_entries * len(settings.layers)  # max_entries for the prompt, and for the answer
+    most = settings.max_windows * settings.max_entries * len(settings.layers)
     if isinstance(entries, list) and len(entries) > most:
         raise TooManyEntries(
             f"{len(entries)} entries in steering; allowed: {settings.max_entries} at each of {len(settings.layers)} "

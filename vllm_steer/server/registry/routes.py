@@ -107,6 +107,7 @@ def show_steering(request: Request) -> dict[str, Any]:
         "max_alpha_residual_norm": settings.max_alpha_residual_norm,
         "residual_norms": settings.residual_norms,
         "max_entries": settings.max_entries,
+        "max_windows": settings.max_windows,
         "max_directions": settings.max_directions,
         "trace_columns": settings.trace_columns,
         "max_upload_mib": settings.max_upload_mib,
