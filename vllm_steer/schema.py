@@ -35,7 +35,9 @@ SCHEMA_VERSION = 2
 """The newest version of the wire format; specs of version 1 mean what they always meant."""
 WIRE_KEY = "vllm_steer"
 STEERED_HEADER = "x-vllm-steer"
-"""Header of HTTP replies to requests that were steered or read; its value is ``SCHEMA_VERSION``."""
+"""Header of HTTP replies to requests that were steered or read; its value is ``REPLY_VERSION``."""
+REPLY_VERSION = 1
+"""The version of the fields of a reply."""
 
 Op = Literal["add", "ablate", "set"]
 Span = str

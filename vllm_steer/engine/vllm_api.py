@@ -121,7 +121,7 @@ VLLM_NAMES = (
     *_members("vllm.config.speculative", "SpeculativeConfig", "method rejection_sample_method"),
     # Requests: the caller's parameters, and the objects that the front end makes from them.
     VllmName("vllm", "SamplingParams"),
-    *_members(_SAMPLING, "SamplingParams", "extra_args output_kind skip_reading_prefix_cache stop"),
+    *_members(_SAMPLING, "SamplingParams", "extra_args max_tokens output_kind skip_reading_prefix_cache stop"),
     # process_inputs calls it too, so the result of steered() may share lists with its argument
     VllmName(_SAMPLING, "SamplingParams.clone", "self", contains="copy.deepcopy(self)"),
     VllmName(_SAMPLING, "RequestOutputKind"),

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMClientError
 
 from vllm_steer.engine.front.http_exchange import Exchange
 from vllm_steer.errors import NotOnThisRoute, SteerError
-from vllm_steer.schema import SCHEMA_VERSION, STEERED_HEADER
+from vllm_steer.schema import REPLY_VERSION, STEERED_HEADER
 from vllm_steer.server.outbound.readouts_in_replies import complete_event, complete_reply
 from vllm_steer.server.outbound.refusals import error_body
 from vllm_steer.server.outbound.sse_framing import EventSplitter, data_of, with_data
@@ -220,7 +220,7 @@ def _unsteered(path: str) -> NotOnThisRoute:
 
 def _marked(start: Message) -> Message:
     """Add the header that tells the client that its request was steered or read."""
-    mark = (STEERED_HEADER.encode(), str(SCHEMA_VERSION).encode())
+    mark = (STEERED_HEADER.encode(), str(REPLY_VERSION).encode())
     return {**start, "headers": [*start["headers"], mark]}
 
 
