@@ -71,6 +71,12 @@ class ReferenceRun:
         return self.rows(layer, span, skip_first).mean(axis=0)
 
 
+def placeholders(config: Any) -> list[int]:
+    """The ids of the tokens that stand for pictures and films, by a model's config."""
+    names = ("image_token_id", "image_token_index", "video_token_id")
+    return [one for one in (getattr(config, name, None) for name in names) if one is not None]
+
+
 def _steer(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
     direction = torch.as_tensor(np.asarray(entry["vector"], dtype=np.float32))
     along = (hidden @ direction).unsqueeze(-1)
@@ -118,6 +124,7 @@ class Reference:
         self._start = 0
         self._seen: dict[int, list[torch.Tensor]] = {}
         self._pictures: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
+        self._never: list[int] = []
 
     def show(self, prompt_ids: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> None:
         """Show the model pictures: from now on it gets `inputs` besides the ids of this prompt.
@@ -126,6 +133,8 @@ class Reference:
             inputs: what the checkpoint's processor returns for the pictures.
         """
         self._pictures[tuple(prompt_ids)] = inputs
+        # Transformers looks for a picture behind each placeholder, so none may be generated.
+        self._never = placeholders(self.model.config)
         self._has_cache = False  # beside a cache, some models go on at the positions of the last picture they saw
 
     def _hook_for(self, layer: int) -> Any:
@@ -162,10 +171,11 @@ class Reference:
         return DynamicCache(config=self.model.config) if self._has_cache else None
 
     def _finish(self, tokens: list[int], logits: list[torch.Tensor]) -> ReferenceRun:
-        top2 = [row.topk(2).values for row in logits]
+        among = [row.index_fill(0, torch.tensor(self._never, dtype=torch.long), -torch.inf) for row in logits]
+        top2 = [row.topk(2).values for row in among]
         return ReferenceRun(
             tokens=tokens,
-            choices=[int(row.argmax()) for row in logits],
+            choices=[int(row.argmax()) for row in among],
             top2_gaps=[float(best - second) for best, second in top2],
             logprobs=[float(row.log_softmax(-1)[token]) for row, token in zip(logits, tokens, strict=True)],
             prompt_len=self._prompt_len,

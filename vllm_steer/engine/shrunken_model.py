@@ -120,10 +120,10 @@ def _plain_rope(rope: Mapping[str, Any], head: int, share: float) -> dict[str, A
         return {kind: _plain_rope(one, head, share) if isinstance(one, Mapping) else one for kind, one in rope.items()}
     share = rope.get("partial_rotary_factor", share)
     kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor", "mrope_interleaved") if name in rope}
-    if "mrope_section" in rope:
+    for name in rope.keys() & {"mrope_section", "xdrope_section"}:
         half = int(head * share) // 2
-        sections = [half * one // sum(rope["mrope_section"]) for one in rope["mrope_section"]]
-        kept["mrope_section"] = [half - sum(sections[1:]), *sections[1:]]
+        sections = [half * one // sum(rope[name]) for one in rope[name]]
+        kept[name] = [half - sum(sections[1:]), *sections[1:]]
     return {"rope_type": "default", **kept}
 
 

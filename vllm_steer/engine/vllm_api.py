@@ -184,7 +184,7 @@ VLLM_NAMES = (
     VllmName("vllm.sequence", "IntermediateTensors.tensors"),
     VllmName("vllm.sequence", "IntermediateTensors"),
     VllmName(_MODEL_CONFIG, "ModelConfig.get_vocab_size", "self"),
-    *_members(_MODEL_CONFIG, "ModelConfig", "max_model_len uses_mrope hf_config is_multimodal_model"),
+    *_members(_MODEL_CONFIG, "ModelConfig", "max_model_len uses_mrope mrope_num_dims hf_config is_multimodal_model"),
     VllmName("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
     VllmName("vllm.v1.executor.abstract", "Executor.__init__", "self, vllm_config"),
     VllmName("vllm.v1.executor.abstract", "Executor.collective_rpc", "self, method, ..."),

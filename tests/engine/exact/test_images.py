@@ -20,7 +20,7 @@ from PIL.Image import Image
 from vllm import LLM, RequestOutput
 
 from tests.engine.conftest import BLOCK_SIZE, OpenEngine
-from tests.support.hf_reference import Entry, Reference, ReferenceRun
+from tests.support.hf_reference import Entry, Reference, ReferenceRun, placeholders
 from tests.support.mixed_batch import (
     LOGPROB_TOLERANCE,
     Request,
@@ -158,9 +158,10 @@ def _entry(name: str, alpha: float, span: str = "all") -> Entry:
 
 def answers(llm: LLM, prompts: Sequence[Shown], requests: Sequence[Request]) -> list[RequestOutput]:
     """vLLM's answers in one `generate` call; it has read the prompts as Hugging Face's processor does."""
+    never = dict.fromkeys(placeholders(llm.llm_engine.model_config.hf_config), -100.0)
     outs: list[RequestOutput] = llm.generate(
         [shown.for_vllm for shown in prompts],
-        [request.params(max_tokens=MAX_TOKENS) for request in requests],
+        [request.params(max_tokens=MAX_TOKENS, logit_bias=never) for request in requests],
         use_tqdm=False,
     )
     assert [out.prompt_token_ids for out in outs] == [shown.ids for shown in prompts]

@@ -50,7 +50,7 @@ class Passes:
         words = min(_FIRST_TOKENS, model_config.get_vocab_size())
         self._ids = torch.randint(words, (self.num_tokens,), generator=self._random).to(self._device)
         positions = torch.arange(self.num_tokens) % model_config.max_model_len
-        self._positions = positions.repeat(3, 1) if model_config.uses_mrope else positions
+        self._positions = positions.repeat(model_config.mrope_num_dims, 1) if model_config.uses_mrope else positions
         self._positions = self._positions.to(self._device)
         noise = self.random(self.hidden_size, dtype=torch.float32)
         self.noise_D = noise / noise.norm()
