@@ -43,6 +43,12 @@ class Request:
     vectors: Vectors = field(default_factory=dict)
 
     @property
+    def fewest_tokens(self) -> int:
+        """The fewest tokens to generate with which each of its slices has one; with fewer it is refused."""
+        spans = [entry["span"] for entry in self.steering] + ([self.readout["span"]] if self.readout else [])
+        return 4 if any("generated[" in span for span in spans) else 1
+
+    @property
     def label(self) -> str:
         """The request in words, for failures."""
         entries = [f"{e['name']}@{e['layer']} {e['op']} {e['alpha']:g} {e['span']}" for e in self.steering]
@@ -198,6 +204,14 @@ def run(
 def references(reference: Reference, requests: Sequence[Request], max_tokens: int) -> list[ReferenceRun]:
     """The reference's run of each request."""
     return [reference.generate(r.prompt_ids, max_tokens, r.steering) for r in requests]
+
+
+def ended_at(
+    max_tokens: int, requests: Sequence[Request], runs: Sequence[ReferenceRun]
+) -> tuple[list[Request], list[ReferenceRun]]:
+    """The requests that may end after `max_tokens` tokens, and the reference's runs that do."""
+    fit = [number for number, request in enumerate(requests) if request.fewest_tokens <= max_tokens]
+    return [requests[number] for number in fit], [runs[number].first(max_tokens) for number in fit]
 
 
 def share_changed_by_steering(reference: Reference, requests: Sequence[Request], runs: Sequence[ReferenceRun]) -> float:

@@ -21,6 +21,7 @@ from tests.support.mixed_batch import (
     check_answers,
     check_readout,
     check_trace,
+    ended_at,
     mixed_batch,
     random_prompts,
     references,
@@ -123,8 +124,7 @@ class TestEnds:
     def test_at_any_number_of_tokens(
         self, llm: LLM, reference: Reference, expected: list[ReferenceRun], max_tokens: int
     ) -> None:
-        shorter = [run.first(max_tokens) for run in expected]
-        assert check_against_reference(llm, reference, REQUESTS, shorter) <= 2
+        assert check_against_reference(llm, reference, *ended_at(max_tokens, REQUESTS, expected)) <= 2
 
     def test_at_a_stop_token(self, llm: LLM, reference: Reference, counted: Counter[str]) -> None:
         asked = [request for request in REQUESTS if request.readout and request.readout.get("span") == "all"]

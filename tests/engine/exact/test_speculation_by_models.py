@@ -42,6 +42,7 @@ from tests.support.mixed_batch import (
     check_answers,
     check_readout,
     check_trace,
+    ended_at,
     mixed_batch,
     random_prompts,
     references,
@@ -274,8 +275,7 @@ class TestEnds:
     def test_at_any_number_of_tokens(
         self, reference: Reference, expected: list[ReferenceRun], llm: LLM, max_tokens: int
     ) -> None:
-        shorter = [truth.first(max_tokens) for truth in expected]
-        assert check_against_reference(llm, reference, REQUESTS, shorter) <= 2
+        assert check_against_reference(llm, reference, *ended_at(max_tokens, REQUESTS, expected)) <= 2
 
     def test_at_a_stop_token(self, reference: Reference, llm: LLM, counted: Counter[str]) -> None:
         asked = [request for request in REQUESTS if request.readout and request.readout.get("span") == "all"]

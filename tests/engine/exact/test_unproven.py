@@ -67,7 +67,7 @@ class TestWithLeave:
         assert record["proof"] == "experiment"
         assert [layer["convention"] for layer in record["experiment"]["layers"]] == ["batched"] * NUM_LAYERS
         assert json.loads(json.dumps(record)) == record
-        _, reads = run(llm, REQUESTS, max_tokens=2)
+        _, reads = run(llm, REQUESTS, max_tokens=4)
         assert {read.proof for (read,) in reads if read is not None} == {"experiment"}
 
     def test_what_the_experiment_found_is_right(self, llm: LLM, reference: Reference) -> None:
