@@ -43,7 +43,7 @@ os.environ.update(
 # Plugins are found the way a user's process finds them, whatever the caller's shell filters.
 os.environ.pop("VLLM_PLUGINS", None)
 
-from tests.conformance import ConformanceMatrix, put_claims_on  # noqa: E402  # imports torch, which reads the environment once
+from tests.conformance import ConformanceMatrix, put_claims_on  # noqa: E402  # what it imports may read the environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,11 +8,12 @@ enough, and asks the loaded model for everything else (``worker/layer_experiment
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from vllm_steer.errors import UnsupportedModel
+
+if TYPE_CHECKING:  # tests of clients read the table where no torch is
+    import torch
 
 Convention = Literal["fused", "single", "first", "batched"]
 """The return value of a decoder layer (T tokens, D hidden size):
@@ -226,7 +227,7 @@ def refuse_rescaled(paths: frozenset[str], dtype: torch.dtype) -> None:
     """
     for path in sorted(paths):
         row = LAYER_CLASSES.get(path)
-        if row is not None and row.scales_float16 and dtype == torch.float16:
+        if row is not None and row.scales_float16 and str(dtype) == "torch.float16":
             raise UnsupportedModel(
                 f"{path} runs in float16 on a rescaled residual stream, in which α and readouts would mean something "
                 "else; allowed: bfloat16 and float32. Start with dtype='bfloat16'."
