@@ -106,7 +106,8 @@ def test_what_is_no_span_or_always_empty_is_refused(span: object) -> None:
 def test_a_slice_is_clipped_as_in_python_and_an_index_is_not() -> None:
     assert spans.runs("prompt[-5:]", 3) == [(0, 3)]
     assert spans.runs("prompt[5:-3]", 9) == [(5, 6)]
-    spans.check("prompt[5:-3]")
+    assert spans.runs("prompt[-5:3]", 4) == [(0, 3)]
+    spans.check("prompt[5:-3] + prompt[-5:3]")
     for empty in ("prompt[-5]", "prompt[5:-3]"):
         with pytest.raises(BadSpan, match="holds no token of a prompt of 3 tokens"):
             spans.runs(empty, 3)

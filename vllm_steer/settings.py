@@ -27,9 +27,6 @@ from vllm_steer.schema import Steering
 
 CONFIG_KEY = "vllm_steer"
 
-_LONG_PROMPT = 1 << 40
-"""Tokens of a prompt in which every slice of the operator's own steering is as long as it can be."""
-
 SteeringEntry = Annotated[
     InstanceOf[Steering],
     BeforeValidator(lambda value: value if isinstance(value, Steering) else Steering.from_json(value)),
@@ -124,7 +121,7 @@ class SteerSettings(BaseModel):
             alone = [(entry,) for entry in entries if entry.layer is None]
             together = [
                 tuple(one for number in here if (one := entries[number]).layer == layer)
-                for _, here in spans.windows([one.span for one in entries], _LONG_PROMPT)
+                for _, here in spans.windows([one.span for one in entries], spans.LONG_PROMPT)
                 for layer in self.layers
             ]
             total = max(sum(abs(one.coefficients[0]) for one in here) for here in (*alone, *together))

@@ -29,6 +29,8 @@ from vllm_steer.errors import BadReadout, BadSpan
 Run = tuple[int, int | None]
 """Positions [first, end); ``end`` is None for a run that does not end."""
 
+LONG_PROMPT = 1 << 40
+"""Tokens of a prompt that is longer than any bound of a slice."""
 _MOST_PARTS = 16
 _PART = re.compile(r"(prompt|generated|response|all)(?:\[(?:(-?\d{1,9})|(-?\d{1,9})?:(-?\d{1,9})?)\])?")
 _ALLOWED = (
@@ -68,8 +70,8 @@ def check(span: object) -> None:
         raise BadSpan(f"span is {str(span)[:80]!r}; allowed: {_ALLOWED}. Name the tokens to act on with one of them.")
     for part in parts:
         _check_signs(part)
-        # A slice is longest either for a long prompt, or, as prompt[5:-3], for any that is long enough.
-        if part.run(1 << 40) is None:
+        # prompt[5:-3] holds tokens of long prompts alone, prompt[-5:3] of short ones.
+        if part.run(LONG_PROMPT) is None and part.run(1) is None:
             raise _empty(part, "of any prompt" if part.base == "prompt" else "at all")
 
 
@@ -135,6 +137,7 @@ def beyond(span: str, prompt_len: int, num_computed: int) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)  # a front end asks again with each piece of a streamed reply
 def read_run(span: str, skip_first: int, prompt_len: int) -> Run:
     """The positions of a readout.
 

@@ -73,6 +73,11 @@ class _NamedEntry(NamedTuple):
     direction: Registered
 
     @property
+    def acts(self) -> bool:
+        """Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests."""
+        return (self.entry.a, self.entry.b) != (0.0, 0.0)
+
+    @property
     def multiplier(self) -> float:
         """|α| of the added vector; ablation adds none."""
         return abs(self.entry.a)
@@ -162,15 +167,11 @@ class Admission:
         num_computed: int | None,
     ) -> Resolved:
         entries = [self._entry(book, steering) for steering in spec.entries]
-        # Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests.
-        for entry in entries:
-            spans.runs(entry.span, prompt_len)  # of dropped entries too
-        entries = [entry for entry in entries if (entry.entry.a, entry.entry.b) != (0.0, 0.0)]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         windows: list[Window] = []
         for start, numbers in spans.windows([entry.span for entry in entries], prompt_len):
-            here = [entries[number] for number in numbers]
+            here = [entry for number in numbers if (entry := entries[number]).acts]
             self._check_bounds(here)
             window = Window(start, [one.entry for one in here], _digest(here))
             if not windows or windows[-1].digest != window.digest:
@@ -180,7 +181,7 @@ class Admission:
             _check_reach([one.span for one in spec.entries], prompt_len, num_computed)
         if num_computed is not None and spec.readout is not None:
             _check_reach([spec.readout.span], prompt_len, num_computed)
-        contents = {entry.direction.slot: entry.direction.content_hash for entry in entries}
+        contents = {entry.direction.slot: entry.direction.content_hash for entry in entries if entry.acts}
         readout = None
         if spec.readout is not None:
             readout = self._readout(book, spec.readout, prompt_len)
