@@ -69,6 +69,16 @@ def test_aliases_and_a_default_that_can_be_honoured_are_served(tmp_path: Path) -
     assert set(getattr(state, SERVED.name).checker.settings.served_aliases) == {"kinder", "both"}
 
 
+def test_a_second_server_of_a_process_has_the_directions_of_its_own_engine(tmp_path: Path) -> None:
+    names = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.safetensors"
+        save_directions(path, [Direction(name, 2, np.eye(SIZE, dtype=np.float32)[0])])
+        state = start(tmp_path, directions=[str(path)])
+        names.append([one.name for one in getattr(state, SERVED.name).checker.registry.all()])
+    assert names == [["first"], ["second"]]
+
+
 @pytest.mark.parametrize("where", ["alias", "default"])
 @pytest.mark.parametrize(
     ("entries", "more", "told"),

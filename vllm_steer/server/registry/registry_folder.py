@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from vllm_steer.errors import SettingsError
 
 _LOCK_POLL_SECONDS = 0.005
 _FORMAT = 1
+_own_servers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +47,23 @@ class Server:
     Attributes:
         pid: the process that started the server.
         started: start time of that process, in seconds since the epoch; a pid alone can be reused.
+        number: how many servers that process had started before; each has an engine, and so a bank, of its own.
     """
 
     pid: int
     started: float
+    number: int = 0
 
     @classmethod
     def of(cls, processes: int) -> Server:
-        """The server that this process belongs to.
+        """The server that this process starts or belongs to; call it once for each.
 
         Args:
             processes: number of API server processes. A single one is the server itself; several are children of the
                 process that runs ``vllm serve`` (vllm/v1/utils.py, ``APIServerProcessManager``).
         """
         pid = os.getppid() if processes > 1 else os.getpid()
-        return cls(pid, psutil.Process(pid).create_time())
+        return cls(pid, psutil.Process(pid).create_time(), 0 if processes > 1 else next(_own_servers))
 
     @property
     def is_alive(self) -> bool:
@@ -71,8 +75,8 @@ class Server:
 
     @property
     def name(self) -> str:
-        """``<pid>-<started>``, for indexes and folder names."""
-        return f"{self.pid}-{self.started}"
+        """``<pid>-<started>-<number>``, for indexes and folder names."""
+        return f"{self.pid}-{self.started}-{self.number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ class RegistryDirectory:
         """
         prefix = f"vllm-steer-server-{os.getuid()}-"
         for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            named = re.fullmatch(r"(\d+)-(\d+\.\d+)", left.name.removeprefix(prefix))
+            named = re.fullmatch(r"(\d+)-(\d+\.\d+)-\d+", left.name.removeprefix(prefix))
             # A locked use is alive whatever the pid says, because other containers number their processes themselves.
             if named and not Server(int(named[1]), float(named[2])).is_alive and not SlotUse.living(left / "use"):
                 shutil.rmtree(left, ignore_errors=True)
