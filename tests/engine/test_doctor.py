@@ -132,6 +132,7 @@ def test_another_implementation_than_the_compared_one_is_unknown(folder: ConfigF
 class TestRun:
     """The experiment on a shrunken random copy, in a process of its own."""
 
+    @pytest.mark.breadth
     def test_a_large_model_with_compared_layers_is_proven_by_parity(self, tmp_path: Path) -> None:
         transformers.Qwen3Config(
             num_hidden_layers=64, hidden_size=5120, architectures=["Qwen3ForCausalLM"]

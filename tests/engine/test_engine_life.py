@@ -216,6 +216,7 @@ def test_all_that_waits_for_an_engine_core_that_is_killed_mid_batch_is_told(
 
 
 @pytest.mark.slow
+@pytest.mark.breadth
 @pytest.mark.timeout(600)
 def test_streams_and_readouts_of_an_engine_whose_worker_is_killed_end_with_an_error(
     checkpoint: Path, in_processes: dict[str, Any]

@@ -108,6 +108,7 @@ def entries(directions: dict[str, Direction]) -> list[Entry]:
     ]
 
 
+@pytest.mark.breadth  # a server of its own; the same positions are compared offline in every run of the tests
 @pytest.mark.conformance("images", family=FAMILY)
 @pytest.mark.parametrize("readout", [{"span": "prompt", "skip_first": 6}, {"span": "all"}, {"span": "generated"}])
 def test_a_chat_with_a_picture_is_steered_and_read_as_hugging_face_does_it(

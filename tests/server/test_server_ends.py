@@ -105,9 +105,9 @@ _BREADTH = pytest.mark.breadth  # each case starts a server: a part of them is e
 @pytest.mark.parametrize(
     ("whom", "how"),
     [
-        ("front end", signal.SIGTERM),
         ("engine", signal.SIGKILL),
-        ("worker", signal.SIGKILL),
+        pytest.param("worker", signal.SIGKILL, marks=_BREADTH),
+        pytest.param("front end", signal.SIGTERM, marks=_BREADTH),
         pytest.param("front end", signal.SIGKILL, marks=_BREADTH),
         pytest.param("engine", signal.SIGTERM, marks=_BREADTH),
         pytest.param("worker", signal.SIGTERM, marks=_BREADTH),

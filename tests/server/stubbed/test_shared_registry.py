@@ -270,7 +270,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("when", ["locked", "unlocked"])
+@pytest.mark.parametrize("when", ["locked", pytest.param("unlocked", marks=pytest.mark.breadth)])
 def test_a_killed_process_leaves_what_it_registered_and_neither_lock_nor_uses(tmp_path: Path, when: str) -> None:
     registry = joined(tmp_path, StandInWorkers())
     done = subprocess.run([sys.executable, "-c", OTHER_PROCESS, str(tmp_path), when], check=False, timeout=60)
