@@ -36,6 +36,7 @@ SHOWN_BY = {
     "admission.Admission._readout": "engine/front/test_admission.py::test_skipping_the_whole_prompt_is_refused",
     "admission.Admission._trace": "engine/front/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
     "request_intake._check_salt": "engine/test_refusals.py::test_a_cache_salt_cannot_pose_as_that_of_a_steered_request",
+    "admission._growth": "engine/front/test_admission.py::test_the_stream_cannot_be_multiplied_beyond_its_range",
     "admission.admission_of": "engine/front/test_never_unsteered.py::test_an_engine_without_hooks_takes_neither",
     "request_intake._process_inputs.process_inputs": "engine/front/test_never_unsteered.py::test_what_would_run_unst",
     "request_intake.asked_of": "engine/front/test_never_unsteered.py::test_what_would_run_unsteered_or_unchecked",

@@ -25,9 +25,17 @@ layers = st.integers(min_value=0, max_value=1 << 40)
 @st.composite
 def steerings(draw: st.DrawFn) -> Steering:
     op = draw(st.sampled_from(OPS))
-    alpha = draw(st.sampled_from([None, 1, 1.0])) if op == "ablate" else draw(numbers | st.integers(-1000, 1000))
-    layer = draw(st.none() | layers)
-    return Steering(draw(names), alpha, layer=layer, op=op, span=draw(st.sampled_from(SPANS)))
+    alpha = draw(numbers | st.integers(-1000, 1000))
+    fields: dict[str, Any] = {"alpha": alpha}
+    if op == "ablate":
+        fields = {"alpha": draw(st.none() | st.just(1) | st.floats(0, 2, exclude_min=True))}
+    if op == "clamp":
+        fields = draw(st.sampled_from([{"low": alpha}, {"high": alpha}, {"low": -abs(alpha), "high": abs(alpha)}]))
+    if op in ("add", "set", "clamp"):
+        fields["relative"] = draw(st.booleans())
+    fields["keep_norm"] = draw(st.booleans())
+    layer, span = draw(st.none() | layers), draw(st.sampled_from(SPANS))
+    return Steering(draw(names), layer=layer, op=op, span=span, **fields)
 
 
 @st.composite
@@ -57,6 +65,29 @@ def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
         assert RequestSpec.from_json({**json.loads(new.dumps()), "v": 2}) == new
 
 
+@pytest.mark.parametrize(
+    ("fields", "version"),
+    [
+        ({"alpha": 1.0}, 1),
+        ({"alpha": 1.0, "relative": False, "keep_norm": False}, 1),
+        ({"alpha": 3.0, "op": "set"}, 1),
+        ({"op": "ablate"}, 1),
+        ({"op": "ablate", "alpha": 0.5}, 2),
+        ({"alpha": 1.0, "relative": True}, 2),
+        ({"alpha": 1.0, "keep_norm": True}, 2),
+        ({"op": "scale", "alpha": 1.0}, 2),
+        ({"op": "clamp", "low": 0.0}, 2),
+        ({"alpha": 1.0, "span": "response"}, 2),
+    ],
+)
+def test_an_entry_in_version_1_has_the_fields_of_version_1(fields: dict[str, Any], version: int) -> None:
+    entry = Steering("kind", **fields)
+    assert entry.version == version
+    of_v1 = {"direction", "alpha", "layer", "op", "span"}
+    assert (set(entry.to_json()) == of_v1) or version == 2
+    assert Steering.from_json(entry.to_json()) == entry
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["direction", "layers"]), inner),
@@ -65,7 +96,7 @@ json_values = st.recursive(
 # Objects with the wire's own keys; with others, fuzzing would stop at the first unknown field.
 entries = st.fixed_dictionaries(
     {"direction": st.just("kind") | json_values},
-    optional=dict.fromkeys(("alpha", "layer", "op", "span"), json_values),
+    optional=dict.fromkeys(("alpha", "layer", "op", "span", "relative", "keep_norm", "low", "high"), json_values),
 )
 readings = st.fixed_dictionaries(
     {"layers": st.just([3]) | json_values},
@@ -99,6 +130,7 @@ REFUSED_WIRES: list[tuple[object, type[SteerError], str]] = [
     ('{"v": true}', MalformedSpec, "True"),
     ('{"v": 1, "steering": [{"direction": "kind", "alpha": 1, "span": "response"}]}', MalformedSpec, "version 2"),
     ('{"v": 1, "readout": {"layers": [1], "span": "all[2:]"}}', MalformedSpec, "version 2"),
+    ('{"v": 1, "steering": [{"direction": "kind", "alpha": 1, "op": "scale"}]}', MalformedSpec, "version 2"),
     ('{"sterring": []}', UnknownField, "sterring"),
     ('{"steering": {}}', MalformedSpec, "dict"),
     ('{"steering": [3]}', MalformedSpec, "int"),
@@ -132,7 +164,19 @@ REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"alpha": 10**400}, BadAlpha, "inf"),
     ({"alpha": "5"}, BadAlpha, "'5'"),
     ({"alpha": True}, BadAlpha, "True"),
-    ({"alpha": 0.5, "op": "ablate"}, BadAlpha, "0.5"),
+    ({"alpha": 0.0, "op": "ablate"}, BadAlpha, "0.0"),
+    ({"alpha": 2.5, "op": "ablate"}, BadAlpha, "2.5"),
+    ({"alpha": None, "op": "scale"}, BadAlpha, "without alpha"),
+    ({"op": "scale", "relative": True}, BadOp, "'scale' came with relative"),
+    ({"op": "ablate", "relative": True}, BadOp, "'ablate' came with relative"),
+    ({"relative": 1}, MalformedSpec, "relative is 1"),
+    ({"keep_norm": "yes"}, MalformedSpec, "keep_norm is 'yes'"),
+    ({"low": 1.0}, BadOp, "'add' came with low or high"),
+    ({"op": "clamp", "low": 1.0}, BadAlpha, "'clamp' came with alpha 1.0"),
+    ({"op": "clamp", "alpha": None}, BadAlpha, "without bounds"),
+    ({"op": "clamp", "alpha": None, "low": 2.0, "high": 1.0}, BadAlpha, "low is 2 and high is 1"),
+    ({"op": "clamp", "alpha": None, "high": float("inf")}, BadAlpha, "high is inf"),
+    ({"op": "clamp", "alpha": None, "low": "1"}, BadAlpha, "low is '1'"),
     ({"op": "multiply"}, BadOp, "multiply"),
     ({"op": ["add"]}, BadOp, "add"),
     ({"span": "decode"}, BadSpan, "decode"),

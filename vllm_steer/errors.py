@@ -12,7 +12,7 @@ answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body
     │   ├── UnknownField             a field that the wire format does not have
     │   ├── BadAlpha                 not a finite number, or beyond what the engine allows
     │   ├── BadSpan                  no span, or one without tokens
-    │   ├── BadOp                    not add / ablate / set, or one that the direction does not allow
+    │   ├── BadOp                    unknown, with a field of another op, or not allowed by the direction
     │   ├── BadReadout               nothing to read, bad skip_first, a projection that no layer can give
     │   ├── MisplacedField           steering or a readout where vLLM would ignore it
     │   ├── NotOnThisRoute           steering, a readout or an alias on a route that cannot honour it
@@ -85,7 +85,7 @@ class BadSpan(SpecError):
 
 
 class BadOp(SpecError):
-    """An op other than ``add``, ``ablate`` or ``set``, or one that needs a unit direction and did not get one."""
+    """An unknown op, a field that belongs to another op, or an op that needs a unit direction and did not get one."""
 
 
 class BadReadout(SpecError):

@@ -7,8 +7,9 @@
      "readout": {"layers": [8, 12], "span": "prompt", "project": ["kind"], "vectors": true, "skip_first": 0,
                  "trace": ["kind"]}}
 
-``v`` is 1 where a request uses only the spans ``prompt``, ``generated`` and ``all``, and 2 otherwise. A spec without
-``v``, as in HTTP bodies, may use everything.
+``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
+``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low`` and ``high``. Otherwise it is 2.
+A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
 
@@ -39,14 +40,15 @@ STEERED_HEADER = "x-vllm-steer"
 REPLY_VERSION = 1
 """The version of the fields of a reply."""
 
-Op = Literal["add", "ablate", "set"]
+Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
 OPS: tuple[str, ...] = get_args(Op)
-_SPANS_OF_V1 = ("prompt", "generated", "all")
+_OPS_OF_V1, _SPANS_OF_V1 = ("add", "ablate", "set"), ("prompt", "generated", "all")
+_RELATIVE_OPS = ("add", "set", "clamp")
 
 
 def _layer(layer: object, where: str) -> int:
@@ -59,13 +61,21 @@ def _layer(layer: object, where: str) -> int:
     return int(layer)
 
 
-def _number(alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.floating | np.integer):
-        raise BadAlpha(f"alpha is {alpha!r}; allowed: a finite number. Give a number.")
+def _finite(value: object, name: str = "alpha") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        raise BadAlpha(f"{name} is {value!r}; allowed: a finite number. Give a number.")
     try:
-        return float(alpha)
+        number = float(value)
     except OverflowError:  # an integer beyond the range of floats
-        return math.inf
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadAlpha(f"{name} is {number}; allowed: a finite number. Leave the entry out to change nothing.")
+    return number
+
+
+def _check_flag(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise MalformedSpec(f"{name} is {value!r}; allowed: true or false. Give one of them.")
 
 
 def _check_name(name: object, where: str) -> None:
@@ -79,21 +89,30 @@ def _check_name(name: object, where: str) -> None:
 class Steering:
     """One change of the residual stream h after one decoder layer, for one request.
 
-    ========  =======================  ==========================================================
-    ``op``    result                   alpha
-    ========  =======================  ==========================================================
-    add       h + α·d                  any finite number (the paper's equation 2)
-    ablate    h − ⟨h,d⟩·d              1.0 or left out: the whole component along d is removed
-    set       h + (α − ⟨h,d⟩)·d        the projection that h has afterwards
-    ========  =======================  ==========================================================
+    ========  =============================  ====================================================
+    ``op``    result                         alpha
+    ========  =============================  ====================================================
+    add       h + α·d                        any finite number (the paper's equation 2)
+    ablate    h − α·⟨h,d⟩·d                  0 < α ≤ 2: 1, as if left out, removes the component
+                                             along d, 2 mirrors it
+    set       h + (α − ⟨h,d⟩)·d              the projection that h has afterwards
+    scale     h + (α − 1)·⟨h,d⟩·d            the factor of the projection
+    clamp     the projection is moved to     none; ``low``, ``high`` or both
+              the nearest value from
+              ``low`` to ``high``
+    ========  =============================  ====================================================
 
     Args:
-        direction: name of a registered direction d, shape (D,).
-        alpha: the multiplier α; required for ``add`` and ``set``.
+        direction: name of a registered direction d, shape (D,); of length 1 for every op but ``add``.
+        alpha: the multiplier α; required for ``add``, ``set`` and ``scale``.
         layer: 0-based decoder block whose output is changed; ``None`` means the direction's own layer.
         op: see the table.
         span: the tokens to change, see ``vllm_steer.spans``. Each token's own position decides. ``generated`` leaves
             the first generated token as it is, since that comes from the last prompt token; ``response`` steers both.
+        relative: measures α, ``low`` and ``high`` in lengths ‖h‖ of each token's own stream, as it is when this entry
+            is reached. For ``add``, ``set`` and ``clamp``; the other ops are relative anyway.
+        keep_norm: afterwards gives h the length that it had before this entry.
+        low, high: the bounds of ``clamp``; ``None`` for none.
 
     Several entries at one layer are applied in the order given.
 
@@ -106,6 +125,10 @@ class Steering:
     layer: int | None = None
     op: Op = "add"
     span: Span = "all"
+    relative: bool = False
+    keep_norm: bool = False
+    low: float | None = None
+    high: float | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.direction, "steering direction")
@@ -114,32 +137,85 @@ class Steering:
         spans.check(self.span)
         if self.layer is not None and (layer := _layer(self.layer, "steering layer")) is not self.layer:
             object.__setattr__(self, "layer", layer)
+        if self.relative is not False or self.keep_norm is not False:
+            _check_flag(self.relative, "relative")
+            _check_flag(self.keep_norm, "keep_norm")
+            if self.relative and self.op not in _RELATIVE_OPS:
+                raise BadOp(
+                    f"op {self.op!r} came with relative; allowed: relative with {', '.join(_RELATIVE_OPS)}, since "
+                    f"{self.op!r} is in units of the projection. Leave relative out."
+                )
+        if self.op == "clamp" or self.low is not None or self.high is not None:
+            self._check_bounds()
+            return
         if self.alpha is None:
             if self.op != "ablate":
                 raise BadAlpha(f"op {self.op!r} came without alpha; allowed: any finite number. Give alpha.")
             object.__setattr__(self, "alpha", 1.0)
             return
-        alpha = self.alpha if type(self.alpha) is float else _number(self.alpha)
-        if not math.isfinite(alpha):
-            raise BadAlpha(f"alpha is {alpha}; allowed: a finite number. Use 0 to leave the stream as it is.")
-        if self.op == "ablate" and alpha != 1.0:
+        alpha = self.alpha if type(self.alpha) is float and math.isfinite(self.alpha) else _finite(self.alpha)
+        if self.op == "ablate" and not 0.0 < alpha <= 2.0:
             raise BadAlpha(
-                f"op 'ablate' came with alpha {alpha}; allowed: 1.0 or none. Use op 'set' to choose the projection."
+                f"op 'ablate' came with alpha {alpha}; allowed: above 0 (nothing removed) up to 2 (mirrored), 1 to "
+                "remove the component. Use op 'set' to choose the projection."
             )
         if alpha is not self.alpha:
             object.__setattr__(self, "alpha", alpha)
 
+    def _check_bounds(self) -> None:
+        """Check the bounds of ``clamp``, and that nothing else comes with bounds."""
+        if self.op != "clamp":
+            raise BadOp(f"op {self.op!r} came with low or high; allowed: with op 'clamp'. Leave them out.")
+        if self.alpha is not None:
+            raise BadAlpha(f"op 'clamp' came with alpha {self.alpha!r}; allowed: low and high instead. Leave it out.")
+        if self.low is None and self.high is None:
+            raise BadAlpha("op 'clamp' came without bounds; allowed: low, high or both. Give one.")
+        for name in ("low", "high"):
+            if (bound := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _finite(bound, name))
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise BadAlpha(f"low is {self.low:g} and high is {self.high:g}; allowed: low up to high. Swap them.")
+
     @property
     def coefficients(self) -> tuple[float, float]:
-        """(a, b) of the one form that all ops share: h + (a + b·⟨h,d⟩)·d."""
+        """(a, b) of ``plan.entry_rows.Entry``: h + (a + b·⟨h,d⟩)·d, or the bounds of ``clamp``."""
+        if self.op == "clamp":
+            return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         assert self.alpha is not None  # set by __post_init__
-        if self.op == "add":
-            return self.alpha, 0.0
-        return (self.alpha, -1.0) if self.op == "set" else (0.0, -1.0)
+        match self.op:
+            case "add":
+                return self.alpha, 0.0
+            case "set":
+                return self.alpha, -1.0
+            case "ablate":
+                return 0.0, -self.alpha
+        return 0.0, self.alpha - 1.0
+
+    @property
+    def multiplier(self) -> float:
+        """The size that bounds on α look at: |α|; |α − 1| for ``scale``, the larger bound for ``clamp``, 0 for
+        ``ablate``, which never makes the projection larger."""
+        if self.op == "clamp":
+            return max(abs(bound) for bound in (self.low, self.high) if bound is not None)
+        a, b = self.coefficients
+        return abs(b) if self.op == "scale" else abs(a)
+
+    @property
+    def is_multiple(self) -> bool:
+        """Whether ``multiplier`` counts lengths of the stream, not units of its own."""
+        return self.relative or self.op == "scale"
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the wire format that has what this entry uses."""
+        is_new = self.relative or self.keep_norm or (self.op == "ablate" and self.alpha != 1.0)
+        return 1 if self.op in _OPS_OF_V1 and self.span in _SPANS_OF_V1 and not is_new else 2
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as a JSON object with all fields."""
-        return {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
+        """The entry as a JSON object: all fields of version 1, and the others where they are not at their default."""
+        old = {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
+        later = {"relative": self.relative, "keep_norm": self.keep_norm, "low": self.low, "high": self.high}
+        return old | {name: value for name, value in later.items() if value is not None and value is not False}
 
     @classmethod
     def from_json(cls, value: object) -> Steering:
@@ -280,8 +356,8 @@ class RequestSpec:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this spec uses."""
-        used = {one.span for one in self.entries} | (set() if self.readout is None else {self.readout.span})
-        return 1 if used.issubset(_SPANS_OF_V1) else 2
+        read = 1 if self.readout is None or self.readout.span in _SPANS_OF_V1 else 2
+        return max((read, *(one.version for one in self.entries)))
 
     def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
         """The spec with ``default`` as its steering, if it does not mention steering itself."""
@@ -331,8 +407,9 @@ class RequestSpec:
         )
         if version < spec.version:
             raise MalformedSpec(
-                f"the steering spec has version {version} and uses what version {spec.version} has; allowed: the spans "
-                f"{', '.join(_SPANS_OF_V1)} there. Say version {spec.version}."
+                f"the steering spec has version {version} and uses what version {spec.version} has; allowed there: the "
+                f"spans {', '.join(_SPANS_OF_V1)} and the ops {', '.join(_OPS_OF_V1)}, without later fields. Say "
+                f"version {spec.version}."
             )
         return spec
 

@@ -49,7 +49,9 @@ class SteerSettings(BaseModel):
         max_entries: most entries that one request may apply to one token at one layer.
         max_windows: most windows of one request that are steered each in its own way; the spans of its entries cut it
             into them.
-        max_alpha: largest sum of |α| over all entries of a request at one layer.
+        max_alpha: largest sum of |α| over all entries of a request at one layer; of ``low`` and ``high``, the larger
+            counts. What is in lengths of the stream (α of ``relative`` entries, α − 1 of ``scale``) counts that many
+            times the layer's mean residual norm if ``residual_norms`` has it, else as it is.
         readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
         trace_columns: directions that can be traced at once, over all requests; each costs one number per token.
         served_aliases: additional model name of a server -> the steering that it applies. ``/v1/models`` lists them.
@@ -60,7 +62,7 @@ class SteerSettings(BaseModel):
         allowed_directions: alias, or ``key:`` and the first 12 hex digits of an API key's sha256 -> the directions it
             may name. Callers that are not listed may name any.
         max_alpha_residual_norm: largest Σ|α|·‖d‖ over a request's entries at one layer, in multiples of the layer's
-            mean residual norm, see ``residual_norms``.
+            mean residual norm, see ``residual_norms``. What is in lengths of the stream counts as it is.
         residual_norms: layer -> mean norm of the model's residual stream there, in the stream's own units.
         unproven_model: what to do with a model whose decoder layers were never compared with Hugging Face: ``refuse``
             it, or take the word of the ``experiment`` at start-up. Every readout then says so.
@@ -124,13 +126,18 @@ class SteerSettings(BaseModel):
                 for _, here in spans.windows([one.span for one in entries], spans.LONG_PROMPT)
                 for layer in self.layers
             ]
-            total = max(sum(abs(one.coefficients[0]) for one in here) for here in (*alone, *together))
+            total = max(sum(map(self.counted, here)) for here in (*alone, *together))
             if total > self.max_alpha:
                 raise ValueError(
                     f"{who} has |alpha| of {total:g} at one layer; allowed: max_alpha, {self.max_alpha:g}; raise it, "
                     "or use smaller ones"
                 )
         return self
+
+    def counted(self, entry: Steering, layer: int | None = None) -> float:
+        """What an entry counts towards ``max_alpha``, at the layer at which it acts; ``None`` for its own."""
+        at = entry.layer if layer is None else layer
+        return entry.multiplier * (self.residual_norms.get(at, 1.0) if entry.is_multiple and at is not None else 1.0)
 
     def own_steering(self) -> dict[str, tuple[Steering, ...]]:
         """The operator's steering, label for messages -> entries: each alias, and the default if there is one."""

@@ -44,6 +44,14 @@ def test_agrees_with_the_loop_for_every_sparsity(tokens: int, steered: str, read
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_of_every_mode_agree_with_the_loop(dtype: torch.dtype, residual: bool) -> None:
+    for seed in range(6):
+        case = make_case(seed, entries=4, steered="all", dtype=dtype, residual=residual, modes=True)
+        check(case, steer_and_read, DEVICE, rounding=ROUNDING[dtype], scale=4)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
 @pytest.mark.parametrize("alpha", [1e3, -3e5])
 def test_a_float16_stream_is_cut_off_at_its_limit_and_the_row_says_so(alpha: float, residual: bool) -> None:
     case = make_case(41, entries=1, steered="all", dtype=torch.float16, residual=residual)
@@ -169,7 +177,16 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
     )  # fmt: skip
     hook = buffers.layer(0)
     stream = torch.ones(4, 24, device=DEVICE)
-    tables = (hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.keep, hook.segment, hook.sums)
+    tables = (
+        hook.bank,
+        hook.row_of_token,
+        hook.entry_slot,
+        hook.entry_ab,
+        hook.entry_mode,
+        hook.keep,
+        hook.segment,
+        hook.sums,
+    )
     rest = (hook.last, hook.trace_slot, hook.trace, hook.cut, hook.flags)
     return buffers, lambda: steer_and_read(stream, stream, *tables, *rest)
 

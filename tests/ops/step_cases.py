@@ -27,6 +27,7 @@ class Case:
     row_of_token: torch.Tensor
     entry_slot: torch.Tensor
     entry_ab: torch.Tensor
+    entry_mode: torch.Tensor
     keep: torch.Tensor
     segment: torch.Tensor
     sums: torch.Tensor
@@ -68,6 +69,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     residual: bool = True,
     strided: bool = False,
+    modes: bool = False,
 ) -> Case:
     """A step as the planner could have made it: entries packed to the left, flags that say which tables are in use."""
     rng = np.random.default_rng(seed)
@@ -93,11 +95,24 @@ def make_case(
     counts[rng.integers(rows)] = entries
     entry_slot = np.full((rows, entries), -1, np.int32)
     entry_ab = np.zeros((rows, entries, 2), np.float32)
+    entry_mode = np.full((rows, entries), 15, np.int32)  # that of an empty entry means nothing
     for row, count in enumerate(counts):
         entry_slot[row, :count] = rng.integers(0, SLOTS, count)
         for entry in range(count):
             alpha = rng.uniform(-8, 8)
             entry_ab[row, entry] = [(alpha, 0), (0, -1), (alpha, -1)][rng.integers(3)]
+            entry_mode[row, entry] = 0
+            if modes:
+                # add, ablate by a part, mirror, set, scale, and clamp with both bounds or one; relative where that has
+                # a meaning, in units of about the stream's length.
+                a, b, mode = [
+                    (alpha, 0, 0), (0, -0.5, 0), (0, -2, 0), (alpha, -1, 0), (0, 1.5, 0), (alpha / 4, alpha / 4 + 1, 4),
+                    (alpha / 4, np.inf, 4), (-np.inf, alpha / 4, 4),
+                ][rng.integers(8)]  # fmt: skip
+                if (a or mode) and rng.random() < 0.5:
+                    a, b, mode = a / 8, b / 8 if mode else b, mode | 1
+                entry_ab[row, entry] = a, b
+                entry_mode[row, entry] = mode | 2 * int(rng.random() < 0.4)
     bank = normal(SLOTS, dimension)
     bank /= bank.norm(dim=1, keepdim=True)
     trace_slot = np.arange(columns, dtype=np.int32) % SLOTS
@@ -110,6 +125,7 @@ def make_case(
         row_of_token=torch.from_numpy(row_of_token),
         entry_slot=torch.from_numpy(entry_slot),
         entry_ab=torch.from_numpy(entry_ab),
+        entry_mode=torch.from_numpy(entry_mode),
         keep=torch.from_numpy(rng.integers(0, 2, REQUESTS).astype(np.int32)),
         segment=torch.from_numpy(segment),
         sums=normal(REQUESTS, dimension),
@@ -145,6 +161,17 @@ def _stopped(new: float, own: float, beside: float) -> float:
     return new
 
 
+def _entry(h: np.ndarray, d: np.ndarray, a: float, b: float, mode: int) -> np.ndarray:
+    """One entry; bits of the mode: 1 relative, 2 keep the norm, 4 clamp."""
+    length, p = np.linalg.norm(h), h @ d
+    unit = length if mode & 1 else 1.0
+    c = np.clip(p, a * unit, b * unit) - p if mode & 4 else a * unit + b * p
+    moved: np.ndarray = h + c * d
+    if mode & 2 and np.linalg.norm(moved) > 0:
+        moved = moved * length / np.linalg.norm(moved)
+    return moved
+
+
 def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     """The loop of ``ops/reference.py`` in float64.
 
@@ -169,7 +196,7 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
                 a, b = case.entry_ab[row, e].tolist()
                 if slot >= 0:
                     touched = True
-                    h = h + (a + b * (h @ bank[slot])) * bank[slot]
+                    h = _entry(h, bank[slot], a, b, int(case.entry_mode[row, e]))
         if touched:
             new = h - residual[t]
             if case.hidden.dtype == torch.float16:
@@ -224,6 +251,16 @@ def check(
     np.testing.assert_allclose(got.sums.numpy(), read.sums, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(got.last.numpy(), read.last, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.trace.numpy(), read.trace, rtol=1e-5, atol=1e-4)
-    for name in ("residual", "bank", "row_of_token", "entry_slot", "entry_ab", "keep", "segment", "flags"):
+    for name in (
+        "residual",
+        "bank",
+        "row_of_token",
+        "entry_slot",
+        "entry_ab",
+        "entry_mode",
+        "keep",
+        "segment",
+        "flags",
+    ):
         before, after = getattr(case, name), getattr(got, name)
         assert before is after or torch.equal(before, after), f"{name} is an input and was changed"

@@ -12,6 +12,7 @@ import torch
 from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, VERSION
 
 IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
@@ -72,13 +73,40 @@ def test_later_entries_see_what_earlier_ones_did(implementation: Callable[..., N
     """add 5·d then ablate d leaves no d; ablate then add leaves exactly 5."""
     case = make_case(5, tokens=2, entries=2, steered="none", read="none", residual=False)
     case.row_of_token[:2] = torch.tensor([0, 1], dtype=torch.int32)
-    case.entry_slot[:2] = 3
+    case.entry_slot[:2], case.entry_mode[:2] = 3, 0
     case.entry_ab[0] = torch.tensor([[5.0, 0.0], [0.0, -1.0]])
     case.entry_ab[1] = torch.tensor([[0.0, -1.0], [5.0, 0.0]])
     case.flags[STEER] = 2
     implementation(*case.args())
     # float32 products of unit vectors: 1e-6; the wrong order would give 5 and 0
     torch.testing.assert_close(case.hidden @ case.bank[3], torch.tensor([0.0, 5.0]), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("tokens", [9, 170])
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_of_every_mode_agree_with_the_loop(
+    implementation: Callable[..., None], dtype: torch.dtype, residual: bool, tokens: int
+) -> None:
+    for seed in range(6):
+        case = make_case(seed, tokens=tokens, entries=4, steered="all", dtype=dtype, residual=residual, modes=True)
+        if tokens == 170:  # long runs
+            case.row_of_token[:] = 3
+            case.row_of_token[90:] = 4
+        check(case, implementation, scale=4)  # what one entry has rounded, later ones multiply
+
+
+def test_a_stream_of_nothing_has_no_length_to_keep(implementation: Callable[..., None]) -> None:
+    """Zeros stay zeros, not NaN: where the length is kept, by an entry that leaves nothing, between open bounds."""
+    case = make_case(6, tokens=3, entries=1, steered="none", read="none", residual=False)
+    case.row_of_token[:3] = torch.tensor([0, 1, 2], dtype=torch.int32)
+    case.entry_slot[:3], case.entry_mode[:3, 0] = 3, torch.tensor([KEEP_NORM, KEEP_NORM, CLAMP | RELATIVE])
+    case.entry_ab[:3] = torch.tensor([[[5.0, 0.0]], [[0.0, -1.0]], [[-torch.inf, 1.0]]])
+    case.bank[3] = torch.eye(len(case.bank[3]))[0]
+    case.flags[STEER] = 1
+    case.hidden[:], case.hidden[1] = 0.0, 7 * case.bank[3]
+    implementation(*case.args())
+    assert not case.hidden.any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -160,7 +188,7 @@ def test_what_the_model_itself_brings_beyond_the_limit_is_not_made_worse(
 ) -> None:
     case = make_case(43, tokens=2, entries=1, steered="none", read="none", dtype=torch.float16, residual=False)
     case.row_of_token[:2] = torch.tensor([0, 1], dtype=torch.int32)
-    case.entry_slot[:2] = 3
+    case.entry_slot[:2], case.entry_mode[:2] = 3, 0
     case.bank[3] = torch.eye(len(case.bank[3]))[0]
     case.entry_ab[:2] = torch.tensor([[[100.0, 0.0]], [[-100.0, 0.0]]])
     case.flags[STEER] = 1

@@ -108,8 +108,7 @@ class Schedule(RuleBasedStateMachine):
             layer = HOMES[one.direction] if one.layer is None else one.layer
             # a name at two layers has a vector for each; a name at one layer may be used at any
             vector = self.vectors.get((one.direction, layer), self.vectors[one.direction, HOMES[one.direction]])
-            a, b = {"add": (one.alpha, 0.0), "ablate": (0.0, -1.0), "set": (one.alpha, -1.0)}[one.op]
-            entries.append((layer, one.span, a, b, vector))
+            entries.append((layer, one, vector))
         for index in range(data.draw(st.integers(1, 2), label="samples")):
             life = Life(self.arrivals, index, params, prompt_len, prompt_len + generated, entries, readout)
             if readout is not None:

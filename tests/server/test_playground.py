@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from tests.browser import DESKTOP, PHONE, chromium, playwright
 from tests.server.conftest import API_KEY, ServedModel
 from tests.support.server.fake_steering_server import FakeSteeringServer, fake_steering_server
+from vllm_steer import Steering
 from vllm_steer.server.playground.page import PATHS, playground_page, playground_router
 
 pytestmark = pytest.mark.slow
@@ -99,6 +100,30 @@ def test_two_alphas_stream_side_by_side_from_one_seed(visit: Visit, fake: FakeSt
     assert plain == steered
     assert plain["model"] == "fake"
     assert plain["readout"] == {"layers": [2], "span": "generated", "project": ["kind"], "trace": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "entry"),
+    [
+        ("added", {"alpha": 8}),
+        ("the projection", {"alpha": 8, "op": "set"}),
+        ("its factor", {"alpha": 8, "op": "scale"}),
+        ("its lower bound", {"low": 8, "op": "clamp"}),
+        ("its upper bound", {"high": 8, "op": "clamp"}),
+    ],
+)
+def test_alpha_is_what_was_chosen_and_zero_is_always_the_unsteered_reply(
+    visit: Visit, fake: FakeSteeringServer, chosen: str, entry: dict[str, Any]
+) -> None:
+    visit.page.get_by_label("α is").select_option(chosen)
+    visit.run()
+    asked = [request["steering"] for request in fake.requests]
+    common = {"direction": "kind", "layer": 2, "span": "response"}
+    assert len(asked) == 2
+    assert [common | {"alpha": 0}] in asked
+    assert [common | entry] in asked
+    for (one,) in asked:
+        Steering.from_json(one)
 
 
 def test_every_token_carries_its_own_value_and_the_last_none(visit: Visit, fake: FakeSteeringServer) -> None:
@@ -272,10 +297,10 @@ def test_every_control_has_a_name_and_the_form_comes_first_by_keyboard(visit: Vi
     )
     assert nameless == []
     reached = []
-    for _ in range(9):
+    for _ in range(10):
         visit.page.keyboard.press("Tab")
         reached.append(visit.page.evaluate("document.activeElement.name || document.activeElement.textContent"))
-    assert reached[:-1] == ["prompt", "direction", "layer", "span", "mode", "temperature", "seed", "max_tokens"]
+    assert reached[:-1] == ["prompt", "direction", "layer", "span", "op", "mode", "temperature", "seed", "max_tokens"]
     assert reached[-1] == "Run"
 
 

@@ -4,6 +4,8 @@ Nothing here comes from the package under test. A steering entry is a plain dict
 
     {"layer": 2, "vector": (D,) array, "alpha": 5.0, "op": "add", "span": "all"}
 
+where "relative", "keep_norm", "low" and "high" may follow,
+
 and entries are applied in the order given, at the output of decoder block `layer`, to the tokens of their span: a
 token is a *prompt* token when its position is below the prompt length, a *generated* one otherwise.
 """
@@ -80,16 +82,30 @@ def placeholders(config: Any) -> list[int]:
 def _steer(hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
     direction = torch.as_tensor(np.asarray(entry["vector"], dtype=np.float32))
     along = (hidden @ direction).unsqueeze(-1)
+    lengths = hidden.square().sum(-1, keepdim=True).sqrt()
+    unit = lengths if entry.get("relative", False) else torch.ones_like(lengths)
     alpha = entry.get("alpha", 1.0)
     match entry.get("op", "add"):
         case "add":
-            return hidden + alpha * direction
+            steered = hidden + alpha * unit * direction
         case "ablate":
-            return hidden - along * direction
+            steered = hidden - alpha * along * direction
         case "set":
-            return hidden + (alpha - along) * direction
+            steered = hidden - along * direction + alpha * unit * direction
+        case "scale":
+            steered = hidden - along * direction + alpha * along * direction
+        case "clamp":
+            wanted = along
+            if entry.get("low") is not None:
+                wanted = torch.maximum(wanted, entry["low"] * unit)
+            if entry.get("high") is not None:
+                wanted = torch.minimum(wanted, entry["high"] * unit)
+            steered = hidden - along * direction + wanted * direction
         case other:
-            raise ValueError(f"the reference knows add, ablate and set, not {other!r}")
+            raise ValueError(f"the reference does not know the op {other!r}")
+    if entry.get("keep_norm", False):
+        steered = steered / steered.square().sum(-1, keepdim=True).sqrt() * lengths
+    return steered
 
 
 def _class_of(model_dir: Path) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Request:
     @property
     def label(self) -> str:
         """The request in words, for failures."""
-        entries = [f"{e['name']}@{e['layer']} {e['op']} {e['alpha']:g} {e['span']}" for e in self.steering]
+        entries = [" ".join(f"{e[name]}" for name in e if name != "vector") for e in self.steering]
         return f"{len(self.prompt_ids)} tokens, [{'; '.join(entries)}], readout {self.readout}"
 
     def params(self, **fields: Any) -> SamplingParams:
@@ -66,9 +67,10 @@ def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, An
         Steering(
             e["name"],
             layer=e["layer"],
-            alpha=e.get("alpha", 1.0),
+            alpha=e.get("alpha", None if e.get("op") == "clamp" else 1.0),
             op=e.get("op", "add"),
             span=e.get("span", "all"),
+            **{name: e[name] for name in ("relative", "keep_norm", "low", "high") if name in e},
         )
         for e in steering
     ]
@@ -103,16 +105,16 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """40 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """48 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
     layers = sorted({layer for _, layer in vectors})
     first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
 
-    def entry(name: str, layer: int, alpha: float, op: str = "add", span: str = "all") -> Entry:
+    def entry(name: str, layer: int, alpha: float | None, op: str = "add", span: str = "all", **more: Any) -> Entry:
         vector = vectors[name, layer]
-        return {"name": name, "layer": layer, "vector": vector, "alpha": alpha, "op": op, "span": span}
+        return {"name": name, "layer": layer, "vector": vector, "alpha": alpha, "op": op, "span": span, **more}
 
     steerings: list[list[Entry]] = [
         [],
@@ -186,10 +188,56 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         ),
         ([], {"layers": [middle], "span": "prompt[2:] + generated"}),
     ]
+    operations: list[list[Entry]] = [
+        [entry("calm", first, 25, "scale")],
+        [entry("bold", middle, None, "clamp", "response", low=12)],
+        [entry("calm", last, None, "clamp", "prompt", high=-12, keep_norm=True)],
+        [entry("calm", middle, 0.9, span="generated", relative=True)],
+        [entry("bold", first, -0.8, "set", relative=True)],
+        [entry("bold", first, 18, span="prompt[-2:]", keep_norm=True)],
+        [entry("calm", middle, 2, "ablate"), entry("bold", middle, 0.5, "ablate"), entry("calm", middle, 14)],
+        [
+            entry("calm", first, None, "clamp", low=0.6, high=0.7, relative=True),
+            entry("bold", middle, 15, span="response", keep_norm=True),
+            entry("bold", last, -20, "scale", "generated", keep_norm=True),
+        ],
+    ]
     asked = [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(steerings)] + cut
+    asked += [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(operations)]
     return [
         Request(prompts[i % len(prompts)], steering, readout, vectors) for i, (steering, readout) in enumerate(asked)
     ]
+
+
+def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
+    """78 requests: each form of each operation over spans of each kind, prompts taken in turn.
+
+    The layers of `vectors` are taken in turn too; prompts have three tokens or more.
+    """
+    layers = sorted({layer for _, layer in vectors})
+    forms: list[dict[str, Any]] = [
+        {"op": "add", "alpha": 17.0},
+        {"op": "add", "alpha": -1.1, "relative": True},
+        {"op": "add", "alpha": 20.0, "keep_norm": True},
+        {"op": "ablate", "alpha": 0.5},
+        {"op": "ablate", "alpha": 2.0, "keep_norm": True},
+        {"op": "set", "alpha": -14.0},
+        {"op": "set", "alpha": 0.9, "relative": True, "keep_norm": True},
+        {"op": "scale", "alpha": -30.0},
+        {"op": "scale", "alpha": 40.0, "keep_norm": True},
+        {"op": "clamp", "low": 13.0},
+        {"op": "clamp", "high": -0.9, "relative": True},
+        {"op": "clamp", "low": -0.1, "high": 0.1},
+        {"op": "clamp", "low": 0.7, "high": 0.9, "relative": True, "keep_norm": True},
+    ]
+    spans = ["all", "prompt", "generated", "response", "prompt[-2:]+generated[1:]", "all[1:4]"]
+    made = []
+    for number, (span, form) in enumerate(product(spans, forms)):
+        name, layer = ("calm", "bold")[number % 2], layers[number % len(layers)]
+        entry = {"name": name, "layer": layer, "vector": vectors[name, layer], **form, "span": span}
+        readout = {"layers": layers, "span": "response", "trace": [trace_name(name, layer)]} if number % 3 else None
+        made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
+    return made
 
 
 def run(

@@ -26,7 +26,7 @@ class Life:
     """One sample: its request, in terms that the planner does not know, and its progress.
 
     Attributes:
-        entries: (layer, span, a, b, vector), in the order given.
+        entries: (layer, entry, vector), in the order given.
         projected, traced: the vectors that its names stood for when it came.
         has_columns: whether there were trace columns for it.
         started, running: the worker knows it; it has not been preempted.
@@ -40,7 +40,7 @@ class Life:
     params: Any
     prompt_len: int
     total: int
-    entries: list[tuple[int, str, float, float, Any]]
+    entries: list[tuple[int, Steering, Any]]
     readout: Readout | None
     projected: dict[tuple[str, int], Any] = field(default_factory=dict)
     traced: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -77,16 +77,17 @@ class Life:
             h, streams = content[0], []
             for block in range(BLOCKS):
                 h = h + content[block + 1]
-                for layer, span, a, b, d in self.entries:
-                    if layer == block and position in positions(span, self.prompt_len, position + 1):
-                        h = h + (a + b * (h @ d)) * d
+                for layer, entry, d in self.entries:
+                    if layer == block and position in positions(entry.span, self.prompt_len, position + 1):
+                        h = steered_by(entry, h, d)
                 streams.append(h)
             self.streams[position, is_wrong] = streams
         return self.streams[position, is_wrong]
 
     def first_steered_block(self, position: int) -> int:
         """The first block that steers the token at a position; BLOCKS where none does."""
-        held = (layer for layer, span, *_ in self.entries if position in positions(span, self.prompt_len, position + 1))
+        entries = ((layer, entry.span) for layer, entry, _ in self.entries)
+        held = (layer for layer, span in entries if position in positions(span, self.prompt_len, position + 1))
         return min(held, default=BLOCKS)
 
     def span(self, computed: int) -> list[int]:
@@ -94,6 +95,25 @@ class Life:
         assert self.readout is not None
         held = sorted(positions(self.readout.span, self.prompt_len, computed))
         return [one for one in held if one >= self.readout.skip_first]
+
+
+def steered_by(entry: Steering, h: Any, d: Any) -> Any:
+    """The float64 stream h after an entry with the direction d, by the definition of its op."""
+    length, along = np.linalg.norm(h), h @ d
+    unit = length if entry.relative else 1.0
+    if entry.op == "clamp":
+        low, high = (bound if bound is None else bound * unit for bound in (entry.low, entry.high))
+        wanted = np.clip(along, low, high)
+    else:
+        assert entry.alpha is not None
+        wanted = {
+            "add": along + entry.alpha * unit,
+            "ablate": along - entry.alpha * along,
+            "set": entry.alpha * unit,
+            "scale": entry.alpha * along,
+        }[entry.op]
+    moved = h + (wanted - along) * d
+    return moved * length / np.linalg.norm(moved) if entry.keep_norm else moved
 
 
 STEERED_SPANS = [
@@ -111,10 +131,18 @@ def spans_of(spans: list[str], prompt_len: int) -> st.SearchStrategy[str]:
 @st.composite
 def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
     """Draw an allowed steering entry over the names of HOMES."""
-    name, op = draw(st.sampled_from(sorted(HOMES))), draw(st.sampled_from(["add", "add", "ablate", "set"]))
+    name = draw(st.sampled_from(sorted(HOMES)))
+    op = draw(st.sampled_from(["add", "add", "ablate", "set", "scale", "clamp"]))
+    fields: dict[str, Any] = {"alpha": draw(st.sampled_from([-4.0, -1.0, 2.0, 5.0]))}
+    if op == "ablate":
+        fields = {"alpha": draw(st.sampled_from([None, 0.5, 2.0]))}
+    if op == "clamp":
+        fields = draw(st.sampled_from([{"low": 1.0}, {"high": -0.5}, {"low": -0.2, "high": 0.3}]))
     return Steering(
         name,
-        alpha=None if op == "ablate" else draw(st.sampled_from([-4.0, -1.0, 2.0, 5.0])),
+        **fields,
+        relative=op in ("add", "set", "clamp") and draw(st.integers(0, 3)) == 0,
+        keep_norm=draw(st.integers(0, 3)) == 0,
         layer=draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED))),
         op=op,
         span=draw(spans_of(STEERED_SPANS, prompt_len)),

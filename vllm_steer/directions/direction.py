@@ -32,7 +32,7 @@ class Direction:
         layer: 0-based decoder block in whose output residual stream the vector lives, below 1,000,000.
         vector: (D,) real numbers: a NumPy array of any real dtype, a sequence, or a PyTorch tensor on any device,
             also in bfloat16 or with gradients. Kept as a read-only float32 copy, which holds float16, bfloat16 and
-            float32 exactly. It is never rescaled: α multiplies it as it is. ``ablate`` and ``set`` need a unit vector;
+            float32 exactly. It is never rescaled: α multiplies it as it is. Every op but ``add`` needs a unit vector;
             ``normalised()`` makes one.
 
     Raises:

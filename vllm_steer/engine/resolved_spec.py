@@ -153,8 +153,8 @@ def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
 
 
-def digest(entries: Sequence[tuple[int, float, float, str]]) -> str:
-    """SHA-256 of the entries (layer, a, b, vector hash) in order of application; an empty string for no entries.
+def digest(entries: Sequence[tuple[int, float, float, int, str]]) -> str:
+    """SHA-256 of the entries (layer, a, b, mode, vector hash) in order of application; an empty string for no entries.
 
     Names are left out: one vector under two names gives the same KV, and a name with a new vector gives different KV.
     """

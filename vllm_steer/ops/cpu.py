@@ -21,6 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
+from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
 
 LONG_RUN = 16
 """Average length, in tokens, from which runs are steered one by one."""
@@ -44,6 +45,7 @@ def steer_and_read(
     row_of_token: torch.Tensor,
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
+    entry_mode_RE: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -64,7 +66,9 @@ def steer_and_read(
         most = max(PART // dimension, 1)
         units = _units(row_of_token[:num_tokens].numpy().tobytes()) if depth else None
         work = _Work(
-            None if units is None else _steered(bank_SD, units, num_tokens, entry_slot_RE, entry_ab_RE2, depth, most),
+            None
+            if units is None
+            else _steered(bank_SD, units, num_tokens, (entry_slot_RE, entry_ab_RE2, entry_mode_RE), depth, most),
             _index(reset) if is_read and (reset := np.flatnonzero(keep_A.numpy() == 0)).size else None,
             _summed(segment_A2.numpy().tobytes(), num_tokens, most) if is_read else [],
             _parts(0, num_tokens, most) if is_traced else [],
@@ -170,7 +174,9 @@ class _Steered:
     Attributes:
         row_U: row of each unit that has entries at this layer.
         slots_UE, a_UE, b_UE: its entries, padded to the depth of the step with slot 0, a = b = 0.
-        delta_UD: vector to add to each token of a unit; None if it depends on the token, that is if any b is not 0.
+        mode_UE: modes of the entries; None if all are 0.
+        delta_UD: vector to add to each token of a unit; None if it depends on the token, that is if any b or mode is
+            not 0.
         parts: tokens, with the unit of each or one unit for all of them.
     """
 
@@ -178,6 +184,7 @@ class _Steered:
     slots_UE: torch.Tensor
     a_UE: torch.Tensor
     b_UE: torch.Tensor
+    mode_UE: torch.Tensor | None
     delta_UD: torch.Tensor | None
     parts: list[tuple[Rows, Rows]]
 
@@ -186,16 +193,16 @@ def _steered(
     bank_SD: torch.Tensor,
     units: _Units,
     num_tokens: int,
-    entry_slot_RE: torch.Tensor,
-    entry_ab_RE2: torch.Tensor,
+    tables: tuple[torch.Tensor, ...],
     depth: int,
     most: int,
 ) -> _Steered | None:
-    """None if no token is steered at this layer."""
-    slot_UE, ab_UE2 = (table.numpy()[units.row_U, :depth] for table in (entry_slot_RE, entry_ab_RE2))
+    """None if no token is steered at this layer; ``tables`` are the slots, coefficients and modes of the entries."""
+    slot_UE, ab_UE2, mode_UE = (table.numpy()[units.row_U, :depth] for table in tables)
     # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
     some_U = slot_UE[:, 0] >= 0
-    slot_UE, ab_UE2 = slot_UE[some_U], ab_UE2[some_U]
+    slot_UE, ab_UE2, mode_UE = slot_UE[some_U], ab_UE2[some_U], mode_UE[some_U]
+    has_modes = bool(mode_UE[slot_UE >= 0].any())
     first_U, count_U = units.first_U[some_U], units.count_U[some_U]
     if not count_U.size:
         return None
@@ -214,8 +221,10 @@ def _steered(
         ]
     slots_UE = torch.from_numpy(slot_UE.clip(0))
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
-    delta_UD = None if b_UE.any() else embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE)
-    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, delta_UD, parts)
+    is_fixed = not (has_modes or b_UE.any())
+    delta_UD = embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE) if is_fixed else None
+    modes_UE = torch.from_numpy(np.where(slot_UE >= 0, mode_UE, 0)) if has_modes else None
+    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, modes_UE, delta_UD, parts)
 
 
 def _steer(
@@ -231,8 +240,12 @@ def _steer(
             delta_ND = _rows(steered.delta_UD, units)
         else:
             directions = (bank_SD.index_select(0, slot_N) for slot_N in _rows(steered.slots_UE, units).T)
-            a_NE, b_NE = _rows(steered.a_UE, units), _rows(steered.b_UE, units)
-            delta_ND = _delta(_stream(hidden_TD, residual_TD, tokens), directions, a_NE.T, b_NE.T)
+            a_EN, b_EN = _rows(steered.a_UE, units).T, _rows(steered.b_UE, units).T
+            stream_ND = _stream(hidden_TD, residual_TD, tokens)
+            if steered.mode_UE is None:
+                delta_ND = _delta(stream_ND, directions, a_EN, b_EN)
+            else:
+                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, _rows(steered.mode_UE, units).T)
         if is_bounded:
             _add_within_limit(hidden_TD, residual_TD, tokens, delta_ND, _rows(steered.row_U, units), cut_R)
         else:
@@ -282,6 +295,27 @@ def _delta(
         projection_N = ((stream_ND + delta_ND) * direction).sum(dim=1)
         delta_ND.addcmul_((a_e + b_e * projection_N)[:, None], direction)
     return delta_ND
+
+
+def _delta_by_mode(
+    stream_ND: torch.Tensor, directions: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, mode: torch.Tensor
+) -> torch.Tensor:
+    """``_delta`` for entries of which some have a mode."""
+    steered_ND = stream_ND
+    for direction, a_e, b_e, mode_e in zip(directions, a, b, mode, strict=True):
+        norm_N = torch.linalg.vector_norm(steered_ND, dim=1)
+        unit_N = norm_N.where((mode_e & RELATIVE) != 0, 1.0)
+        projection_N = (steered_ND * direction).sum(dim=1)
+        low_N, high_N = a_e * unit_N, b_e * unit_N
+        # By comparisons, which fail for the NaN that an infinite bound becomes at a stream of length 0.
+        clamped_N = (high_N - projection_N).where(projection_N > high_N, 0.0)
+        clamped_N = (low_N - projection_N).where(projection_N < low_N, clamped_N)
+        factor_N = clamped_N.where((mode_e & CLAMP) != 0, low_N + b_e * projection_N)
+        steered_ND = steered_ND + factor_N[:, None] * direction
+        after_N = torch.linalg.vector_norm(steered_ND, dim=1)
+        ratio_N = (norm_N / after_N).where(((mode_e & KEEP_NORM) != 0) & (after_N > 0), 1.0)
+        steered_ND = steered_ND * ratio_N[:, None]
+    return steered_ND - stream_ND
 
 
 @dataclass(frozen=True, slots=True)

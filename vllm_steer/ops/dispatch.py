@@ -26,8 +26,8 @@ _NAME = "steer_and_read"
 # returns nothing.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
-    "entry_ab, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, Tensor(d!) trace, "
-    "Tensor(e!) cut, Tensor flags) -> ()"
+    "entry_ab, Tensor entry_mode, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, "
+    "Tensor(d!) trace, Tensor(e!) cut, Tensor flags) -> ()"
 )
 
 

@@ -7,8 +7,17 @@ As a loop, with every number in float32::
         if row_of_token[t] >= 0:
             for e in range(E):                                  # in the order of the entries
                 slot, (a, b) = entry_slot[row_of_token[t], e], entry_ab[row_of_token[t], e]
+                mode = entry_mode[row_of_token[t], e]           # bits, see ``plan.entry_rows``
                 if slot >= 0:
-                    h += (a + b * dot(h, bank[slot])) * bank[slot]
+                    before, p = norm(h), dot(h, bank[slot])
+                    unit = before if mode & RELATIVE else 1
+                    if mode & CLAMP:
+                        c = a * unit - p if p < a * unit else b * unit - p if p > b * unit else 0
+                    else:
+                        c = a * unit + b * p
+                    h += c * bank[slot]
+                    if mode & KEEP_NORM and norm(h) > 0:
+                        h *= before / norm(h)
             new = hidden[t] + (h - (hidden[t] + residual[t]))
             if hidden's dtype is float16 and any element of new is not within(new, hidden[t], residual[t]):
                 new, cut[row_of_token[t]] = within(new, hidden[t], residual[t]), 1
@@ -43,6 +52,7 @@ from __future__ import annotations
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
+from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
 
 
 def steer_and_read(
@@ -52,6 +62,7 @@ def steer_and_read(
     row_of_token: torch.Tensor,
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
+    entry_mode_RE: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -71,14 +82,25 @@ def steer_and_read(
     row_T = row_of_token[:tokens].long()
     slot_TE = entry_slot_RE[row_T.clamp(min=0)].long()
     slot_TE = torch.where((row_T >= 0)[:, None], slot_TE, -1)
-    ab_TE2 = entry_ab_RE2[row_T.clamp(min=0)]
+    ab_TE2, mode_TE = entry_ab_RE2[row_T.clamp(min=0)], entry_mode_RE[row_T.clamp(min=0)]
     delta_TD = torch.zeros_like(stream_TD)
     for entry in range(slot_TE.shape[1]):
         direction_TD = bank_SD[slot_TE[:, entry].clamp(min=0)]
-        projection_T = ((stream_TD + delta_TD) * direction_TD).sum(dim=1)
-        coefficient_T = ab_TE2[:, entry, 0] + ab_TE2[:, entry, 1] * projection_T
+        before_TD, mode_T = stream_TD + delta_TD, mode_TE[:, entry]
+        norm_T = before_TD.norm(dim=1)
+        unit_T = torch.where((mode_T & RELATIVE) != 0, norm_T, 1.0)
+        projection_T = (before_TD * direction_TD).sum(dim=1)
+        a_T, b_T = ab_TE2[:, entry].unbind(1)
+        # Selected by comparisons, which NaN always fails: no bound is infinity, and a stream of length 0 makes it NaN.
+        lowered_T = torch.where(projection_T > b_T * unit_T, b_T * unit_T - projection_T, 0.0)
+        clamped_T = torch.where(projection_T < a_T * unit_T, a_T * unit_T - projection_T, lowered_T)
+        coefficient_T = torch.where((mode_T & CLAMP) != 0, clamped_T, a_T * unit_T + b_T * projection_T)
         coefficient_T = torch.where(slot_TE[:, entry] >= 0, coefficient_T, 0.0)
         delta_TD = delta_TD + coefficient_T[:, None] * direction_TD
+        after_T = (stream_TD + delta_TD).norm(dim=1)
+        is_kept_T = ((mode_T & KEEP_NORM) != 0) & (slot_TE[:, entry] >= 0) & (after_T > 0)
+        kept_TD = (stream_TD + delta_TD) * (norm_T / after_T)[:, None] - stream_TD
+        delta_TD = torch.where(is_kept_T[:, None], kept_TD, delta_TD)
     steered_T1 = (slot_TE >= 0).any(dim=1)[:, None]
     own_TD = hidden_TD.float()
     new_TD = own_TD + delta_TD

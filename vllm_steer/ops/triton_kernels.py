@@ -19,6 +19,12 @@ import triton.language as tl
 
 from vllm_steer.ops.host_flags import asked
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
+from vllm_steer.plan import entry_rows
+
+RELATIVE = tl.constexpr(entry_rows.RELATIVE)
+KEEP_NORM = tl.constexpr(entry_rows.KEEP_NORM)
+CLAMP = tl.constexpr(entry_rows.CLAMP)
+NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
 
 
 class Tiling(NamedTuple):
@@ -62,6 +68,9 @@ def _steer_and_trace(
     entry_ab,
     ab_stride_r,
     ab_stride_e,
+    entry_mode,
+    mode_stride_r,
+    mode_stride_e,
     trace_slot,
     trace,
     cut,
@@ -85,11 +94,13 @@ def _steer_and_trace(
 
     slots = entry_slot + row.to(tl.int64) * slot_stride_r
     coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
-    projections = traced  # how many to compute
+    modes = entry_mode + row.to(tl.int64) * mode_stride_r
+    projections = traced  # how many to compute; a norm counts too
     if steered:
         for entry in range(depth):
             b = tl.load(coefficients + entry * ab_stride_e + 1)
-            if (tl.load(slots + entry * slot_stride_e) >= 0) & (b != 0):
+            mode = tl.load(modes + entry * mode_stride_e)
+            if (tl.load(slots + entry * slot_stride_e) >= 0) & ((b != 0) | (mode != 0)):
                 projections += 1
 
     column = tl.arange(0, BLOCK_D)
@@ -114,9 +125,26 @@ def _steer_and_trace(
                 direction = tl.load(bank + slot.to(tl.int64) * D + column, mask=within, other=0.0)
                 factor = tl.load(coefficients + entry * ab_stride_e)
                 b = tl.load(coefficients + entry * ab_stride_e + 1)
-                if b != 0:
-                    factor += b * tl.sum((stream + delta) * direction, axis=0)
+                mode = tl.load(modes + entry * mode_stride_e)
+                norm = 1.0
+                if (mode & NEEDS_NORM) != 0:
+                    norm = tl.sqrt_rn(tl.sum((stream + delta) * (stream + delta), axis=0))
+                unit = norm if (mode & RELATIVE) != 0 else 1.0
+                factor *= unit
+                if (b != 0) | ((mode & CLAMP) != 0):
+                    projection = tl.sum((stream + delta) * direction, axis=0)
+                    if (mode & CLAMP) != 0:
+                        # By comparisons, which fail for the NaN of an infinite bound at a stream of length 0.
+                        high = b * unit
+                        above = tl.where(projection > high, high - projection, 0.0)
+                        factor = tl.where(projection < factor, factor - projection, above)
+                    else:
+                        factor += b * projection
                 delta += factor * direction
+                if (mode & KEEP_NORM) != 0:
+                    after = tl.sqrt_rn(tl.sum((stream + delta) * (stream + delta), axis=0))
+                    if after > 0:
+                        delta = (stream + delta) * (norm / after) - stream
         new = own + delta
         if hidden.dtype.element_ty == tl.float16:
             # Selected by comparisons, which NaN always fails, as in the reference.
@@ -209,6 +237,7 @@ def steer_and_read(
     row_of_token: torch.Tensor,
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
+    entry_mode_RE: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -232,9 +261,10 @@ def steer_and_read(
         block = triton.next_power_of_2(dimension)
         _steer_and_trace[(tokens,)](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
-            entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2], trace_slot_K, trace_TK,
-            cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block,
-            LIMIT=FLOAT16_LIMIT, num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
+            entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2],
+            entry_mode_RE, *entry_mode_RE.stride(), trace_slot_K, trace_TK, cut_R, flags_4, D=dimension,
+            K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
+            num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:
         _read[(min(len(keep_A), tiling.programs), triton.cdiv(dimension, tiling.block_d))](

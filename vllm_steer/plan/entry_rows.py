@@ -14,14 +14,25 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+RELATIVE, KEEP_NORM, CLAMP = 1, 2, 4
+"""Bits of ``Entry.mode``."""
+
 
 class Entry(NamedTuple):
-    """The change h + (a + b·⟨h,d⟩)·d after hooked layer number ``layer_index``; d is in ``slot`` of the bank."""
+    """The change h + c·d after hooked layer number ``layer_index``, where d is in ``slot`` of the bank.
+
+    Attributes:
+        layer_index, slot: see above.
+        a, b: c = a + b·⟨h,d⟩; with ``CLAMP``, the bounds between which c moves ⟨h,d⟩, infinite for none.
+        mode: bits. With ``RELATIVE``, a (with ``CLAMP`` also b) is in units of ‖h‖. ``KEEP_NORM`` then gives h the
+            length that it had before the entry.
+    """
 
     layer_index: int
     slot: int
     a: float
     b: float
+    mode: int = 0
 
 
 class EntryRows:
@@ -35,8 +46,8 @@ class EntryRows:
     """
 
     def __init__(self, num_layers: int, max_requests: int, max_entries: int, max_windows: int) -> None:
-        self._blank_LE3 = np.zeros((num_layers, max_entries, 3), np.int32)
-        self._blank_LE3[..., 0] = -1
+        self._blank_LE4 = np.zeros((num_layers, max_entries, 4), np.int32)
+        self._blank_LE4[..., 0] = -1
         self._rows: dict[str, tuple[int, ...]] = {}
         # The tables are sent from their beginning on, so the lowest rows are lent first.
         self._free = list(range(max_requests * max_windows - 1, -1, -1))
@@ -84,22 +95,22 @@ class EntryRows:
         return depth_L
 
     def take_changes(self) -> list[tuple[int, npt.NDArray[np.int32]]]:
-        """The rows written since the last call, and (L, E, 3) int32 for each.
+        """The rows written since the last call, and (L, E, 4) int32 for each.
 
-        An entry is (slot, a, b); a and b are the bits of a float32. Slot -1 means no entry. Entries are packed to the
-        left, in the order given.
+        An entry is (slot, a, b, mode); a and b are the bits of a float32. Slot -1 means no entry. Entries are packed to
+        the left, in the order given.
         """
         changes, self._changes = self._changes, []
         return changes
 
     def _write(self, row: int, entries: Sequence[Entry]) -> None:
-        row_LE3 = self._blank_LE3.copy()
-        coefficients_LE2 = row_LE3.view(np.float32)[..., 1:]
-        depth = [0] * len(row_LE3)
-        for layer_index, slot, a, b in entries:
+        row_LE4 = self._blank_LE4.copy()
+        coefficients_LE2 = row_LE4.view(np.float32)[..., 1:3]
+        depth = [0] * len(row_LE4)
+        for layer_index, slot, a, b, mode in entries:
             place = layer_index, depth[layer_index]
-            row_LE3[(*place, 0)] = slot
+            row_LE4[place][::3] = slot, mode
             coefficients_LE2[place] = a, b
             depth[layer_index] += 1
         self._depth_RL[row] = depth
-        self._changes.append((row, row_LE3))
+        self._changes.append((row, row_LE4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from vllm_steer.errors import (
     UnknownDirection,
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
+from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings
 
@@ -75,11 +78,35 @@ def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission)
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
     assert at(resolved, 0).entries == at(resolved, PROMPT_LEN).entries
     assert at(resolved, 0).entries == [
-        (0, slot["cold", 12], 0.0, -1.0),
-        (1, slot["kind", 12], 4.0, 0.0),
-        (2, slot["both", 20], 2.0, -1.0),
+        (0, slot["cold", 12], 0.0, -1.0, 0),
+        (1, slot["kind", 12], 4.0, 0.0, 0),
+        (2, slot["both", 20], 2.0, -1.0, 0),
     ]
     assert (resolved.request_id, resolved.prompt_len, resolved.readout) == ("id", PROMPT_LEN, None)
+
+
+@pytest.mark.parametrize(
+    ("steering", "entry"),
+    [
+        (Steering("kind", 0.5, op="ablate"), (0.0, -0.5, 0)),
+        (Steering("kind", 3, op="scale"), (0.0, 2.0, 0)),
+        (Steering("kind", 0, op="scale", keep_norm=True), (0.0, -1.0, KEEP_NORM)),
+        (Steering("kind", 0.5, relative=True), (0.5, 0.0, RELATIVE)),
+        (Steering("kind", 0.5, op="set", relative=True, keep_norm=True), (0.5, -1.0, RELATIVE | KEEP_NORM)),
+        (Steering("kind", op="clamp", low=0, high=0), (0.0, 0.0, CLAMP)),
+        (Steering("kind", op="clamp", low=-1), (-1.0, inf, CLAMP)),
+        (Steering("kind", op="clamp", high=0.5, relative=True), (-inf, 0.5, CLAMP | RELATIVE)),
+    ],
+    ids=repr,
+)
+def test_each_operation_is_one_entry(admission: Admission, steering: Steering, entry: tuple[float, float, int]) -> None:
+    (resolved,) = at(resolve(admission, steering), 0).entries
+    assert resolved[2:] == entry
+
+
+def test_what_leaves_the_stream_as_it_is_takes_no_entry(admission: Admission) -> None:
+    for steering in (Steering("kind", 1, op="scale", keep_norm=True), Steering("kind", 0, relative=True)):
+        assert at(resolve(admission, steering), 0) == at(resolve(admission), 0)
 
 
 def test_the_same_content_under_two_names_has_one_digest(admission: Admission) -> None:
@@ -106,6 +133,10 @@ def test_new_content_under_the_same_name_has_a_new_digest(admission: Admission) 
         Steering("kind", 4, op="set"),
         Steering("kind", op="ablate"),
         Steering("long", 4),
+        Steering("kind", 4, relative=True),
+        Steering("kind", 4, keep_norm=True),
+        Steering("kind", 4, op="scale"),
+        Steering("kind", op="clamp", high=4),
     ],
     ids=repr,
 )
@@ -204,6 +235,11 @@ def test_as_many_entries_as_there_is_room_for_count_by_layer_and_token(admission
 REFUSED: list[tuple[Steering, type[SteerError], str]] = [
     (Steering("kind", 10.5), BadAlpha, "alpha is 10.5 at layer 12; allowed: up to 10"),
     (Steering("kind", -11), BadAlpha, "alpha is -11"),
+    (Steering("kind", 11, relative=True), BadAlpha, "alpha is 11"),
+    (Steering("kind", 11.5, op="scale"), BadAlpha, "adds up to 10.5"),
+    (Steering("kind", op="clamp", low=-10.5, high=1), BadAlpha, "adds up to 10.5"),
+    (Steering("long", 2, op="scale"), BadOp, "'long', whose norm is not 1"),
+    (Steering("long", op="clamp", low=2), BadOp, "'long', whose norm is not 1"),
     (Steering("long", op="ablate"), BadOp, "'long', whose norm is not 1"),
     (Steering("long", 1, op="set"), BadOp, "'long', whose norm is not 1"),
     (Steering("kind", 1, layer=13), LayerNotHooked, r"layer 13 is not hooked; hooked: \[8, 12, 20\]"),
@@ -258,6 +294,55 @@ def test_a_bound_in_residual_norms_counts_the_direction_s_length() -> None:
     resolve(admission, Steering("long", 10 / 24.001))
 
 
+def test_a_bound_in_residual_norms_takes_what_is_in_lengths_of_the_stream_as_it_is() -> None:
+    for multiple, refused in ((1.0, 1.1), (0.5, 0.6)):
+        admission = bounded(multiple)
+        for form in ({}, {"op": "set"}):
+            resolve(admission, Steering("kind", multiple, relative=True, **form))
+            with pytest.raises(BadAlpha, match=f"{refused:g} times the mean residual norm"):
+                resolve(admission, Steering("kind", -refused, relative=True, **form))
+        resolve(admission, Steering("kind", 1 + multiple, op="scale"))
+        with pytest.raises(BadAlpha, match=f"{refused:g} times the mean residual norm"):
+            resolve(admission, Steering("kind", 1 - refused, op="scale"))
+        resolve(admission, Steering("kind", op="clamp", low=-10 * multiple))
+        with pytest.raises(BadAlpha, match=f"{refused:g} times the mean residual norm"):
+            resolve(admission, Steering("kind", op="clamp", high=10 * refused))
+    with pytest.raises(BadAlpha, match=r"1[.]2 times the mean residual norm"):
+        resolve(bounded(1.0), Steering("kind", 0.6, relative=True), Steering("cold", 6))
+    with pytest.raises(BadAlpha, match="can add a vector of length 24 "):
+        resolve(bounded(1.0), Steering("long", 0.1, relative=True))
+
+
+def test_the_largest_alpha_counts_lengths_of_the_stream_where_they_are_known() -> None:
+    admission = Admission(SteerSettings(layers=(12,), max_alpha=10.0, residual_norms={12: 10.0}), SIZE)
+    admission.registry.register([Direction("kind", 12, KIND)])
+    resolve(admission, Steering("kind", 1, relative=True))
+    resolve(admission, Steering("kind", 2, op="scale"))
+    for asked in (Steering("kind", 1.1, relative=True), Steering("kind", 2.1, op="scale")):
+        with pytest.raises(BadAlpha, match="adds up to 11 "):
+            resolve(admission, asked)
+
+
+@pytest.mark.parametrize("form", [{"relative": True}, {"op": "scale"}], ids=["relative", "scale"])
+def test_the_stream_cannot_be_multiplied_beyond_its_range(form: dict[str, Any]) -> None:
+    """Each layer's entries are within the other bounds; together they would make the stream infinite."""
+    hooked = tuple(range(4))
+    admission = Admission(SteerSettings(layers=hooked, max_alpha=1000.0, max_entries=2), SIZE)
+    admission.registry.register([Direction("kind", layer, KIND) for layer in hooked])
+    everywhere = [Steering("kind", 200.0, layer=layer, **form) for layer in hooked]
+    resolve(admission, *everywhere[:3])
+    with pytest.raises(BadAlpha, match="over all layers; allowed: up to 1"):
+        resolve(admission, *everywhere)
+    resolve(admission, *(replace(one, keep_norm=True) for one in everywhere))  # each keeps the length
+    # What is added has as much less room as it may then be multiplied.
+    resolve(admission, Steering("kind", 1000.0, layer=3), *everywhere[:2])
+    tight = Admission(SteerSettings(layers=hooked, max_alpha=1e30), SIZE)
+    tight.registry.register([Direction("kind", layer, KIND) for layer in hooked])
+    resolve(tight, Steering("kind", 2.0**48, layer=0))
+    with pytest.raises(BadAlpha, match="so that the stream stays finite"):
+        resolve(tight, Steering("kind", 2.0**48, layer=0), everywhere[1])
+
+
 def test_the_default_counts_towards_the_bounds_as_a_request_s_own_steering_does() -> None:
     default = (Steering("kind", 6), Steering("cold", 6))
     with pytest.raises(BadAlpha):
@@ -287,7 +372,7 @@ def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
         + [Direction("none", layer, KIND) for layer in (1, 2)]
     )
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
-    assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0)]
+    assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0, 0)]
     traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
     assert traced is not None
     assert traced.trace == [("many", 0, slot["many", 8])]

@@ -90,7 +90,7 @@ class Traffic(RuleBasedStateMachine):
         hold = admission.in_flight.hold(request_id)
         hold.__enter__()
         resolved = admission.admit(request_id, RequestSpec((Steering(name, 1.0),)), 5)
-        ((_, slot, _, _),) = resolved.windows[0].entries
+        ((_, slot, *_),) = resolved.windows[0].entries
         self.requests[request_id] = (hold, slot, self.model[name])
 
     @precondition(lambda self: self.requests)

@@ -78,11 +78,12 @@ def fake_steering_server() -> Iterator[FakeSteeringServer]:
                 return
             fake.requests.append({"path": self.path, **body})
             (entry,) = body["steering"]
-            if abs(entry["alpha"]) > MAX_ALPHA / 2:
-                told = {"message": f"alpha is {entry['alpha']}; use a smaller one", "type": "BadAlpha", "code": 400}
+            alpha = next(entry[name] for name in ("alpha", "low", "high") if name in entry)
+            if abs(alpha) > MAX_ALPHA / 2:
+                told = {"message": f"alpha is {alpha}; use a smaller one", "type": "BadAlpha", "code": 400}
                 self._json(400, {"error": told})
                 return
-            self._stream(entry["alpha"], entry["direction"], chat=self.path.endswith("/chat/completions"))
+            self._stream(alpha, entry["direction"], chat=self.path.endswith("/chat/completions"))
 
         def _stream(self, alpha: float, direction: str, *, chat: bool) -> None:
             self.send_response(200)

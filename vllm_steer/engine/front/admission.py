@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
+from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ from vllm_steer.errors import (
     NotConfigured,
     TooManyEntries,
 )
-from vllm_steer.ops.stream_range import LARGEST_ADDITION
-from vllm_steer.plan.entry_rows import Entry
+from vllm_steer.ops.stream_range import LARGEST_ADDITION, LARGEST_GROWTH
+from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE, Entry
 from vllm_steer.schema import Readout, RequestSpec, Steering
 from vllm_steer.settings import SteerSettings
 
@@ -68,19 +69,33 @@ class _NamedEntry(NamedTuple):
     """One entry of a request, and the registered direction that it names."""
 
     layer: int
-    span: str
+    steering: Steering
     entry: Entry
     direction: Registered
 
     @property
     def acts(self) -> bool:
         """Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests."""
-        return (self.entry.a, self.entry.b) != (0.0, 0.0)
+        return self.steering.op == "clamp" or (self.entry.a, self.entry.b) != (0.0, 0.0)
 
     @property
     def multiplier(self) -> float:
         """|α| of the added vector; ablation adds none."""
-        return abs(self.entry.a)
+        return self.steering.multiplier
+
+    @property
+    def added(self) -> float:
+        """|α| of what is added whatever the stream is."""
+        return 0.0 if self.steering.is_multiple else self.steering.multiplier
+
+    @property
+    def growth(self) -> float:
+        """The most by which this entry can multiply the length of the stream."""
+        if not self.steering.is_multiple or self.steering.keep_norm:
+            return 1.0
+        if self.steering.op == "scale":
+            return max(1.0, abs(1.0 + self.entry.b))
+        return 1.0 + self.multiplier * self.direction.length
 
 
 class Admission:
@@ -170,7 +185,7 @@ class Admission:
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         windows: list[Window] = []
-        for start, numbers in spans.windows([entry.span for entry in entries], prompt_len):
+        for start, numbers in spans.windows([entry.steering.span for entry in entries], prompt_len):
             here = [entry for number in numbers if (entry := entries[number]).acts]
             self._check_bounds(here)
             window = Window(start, [one.entry for one in here], _digest(here))
@@ -230,7 +245,8 @@ class Admission:
                 f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
                 "or a unit direction. Register Direction(...).normalised()."
             )
-        return _NamedEntry(layer, steering.span, Entry(hook, direction.slot, *steering.coefficients), direction)
+        mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
+        return _NamedEntry(layer, steering, Entry(hook, direction.slot, *steering.coefficients, mode), direction)
 
     def _check_windows(self, windows: Sequence[Window]) -> None:
         steered = sum(bool(window.entries) for window in windows)
@@ -243,6 +259,7 @@ class Admission:
 
     def _check_bounds(self, entries: Sequence[_NamedEntry]) -> None:
         """Refuse entries for one token, sorted by layer, that together exceed a limit at any layer."""
+        growth = _growth(entries)
         for layer, group in groupby(entries, attrgetter("layer")):
             here = list(group)
             if len(here) > self.settings.max_entries:
@@ -252,12 +269,14 @@ class Admission:
                 )
             self._check_alpha(layer, here)
             self._check_residual_norm(layer, here)
-            self._check_range(layer, here)
+            self._check_range(layer, here, growth)
 
     def _check_alpha(self, layer: int, here: Sequence[_NamedEntry]) -> None:
-        total, most = sum(entry.multiplier for entry in here), self.settings.max_alpha
+        total = sum(self.settings.counted(entry.steering, layer) for entry in here)
+        most = self.settings.max_alpha
         if total > most:
-            got = f"alpha is {here[0].entry.a:g}" if len(here) == 1 else f"|alpha| adds up to {total:g}"
+            is_plain = len(here) == 1 and here[0].steering.alpha == here[0].entry.a and total == abs(here[0].entry.a)
+            got = f"alpha is {here[0].entry.a:g}" if is_plain else f"|alpha| adds up to {total:g}"
             raise BadAlpha(
                 f"{got} at layer {layer}; allowed: up to {most:g}, over all entries there together. Use smaller ones, "
                 "or start the engine with steer_config(max_alpha=...) larger."
@@ -268,7 +287,9 @@ class Admission:
         if multiple is None:
             return
         norm = self.settings.residual_norms[layer]
-        total = sum(entry.multiplier * entry.direction.length for entry in here)
+        total = sum(
+            entry.multiplier * entry.direction.length * (norm if entry.steering.is_multiple else 1.0) for entry in here
+        )
         if total > multiple * norm:
             raise BadAlpha(
                 f"the entries at layer {layer} can add a vector of length {total:g} (|alpha| times the direction's "
@@ -277,9 +298,9 @@ class Admission:
                 "steer_config(max_alpha_residual_norm=...) larger."
             )
 
-    def _check_range(self, layer: int, here: Sequence[_NamedEntry]) -> None:
-        most = LARGEST_ADDITION[self._dtype]
-        total = sum(entry.multiplier * entry.direction.peak for entry in here)
+    def _check_range(self, layer: int, here: Sequence[_NamedEntry], growth: float) -> None:
+        most = LARGEST_ADDITION[self._dtype] / growth
+        total = sum(entry.added * entry.direction.peak for entry in here)
         if total > most:
             raise BadAlpha(
                 f"the entries at layer {layer} can add {total:.6g} to an element of the {self._dtype} stream; allowed: "
@@ -345,8 +366,24 @@ def _check_reach(asked: Sequence[str], prompt_len: int, num_computed: int) -> No
             )
 
 
+def _growth(entries: Sequence[_NamedEntry]) -> float:
+    """The most by which entries for one token can multiply the length of its stream, at all layers together.
+
+    Raises:
+        BadAlpha: it is more than ``LARGEST_GROWTH``.
+    """
+    growth = prod(entry.growth for entry in entries)
+    if growth > LARGEST_GROWTH:
+        raise BadAlpha(
+            f"the entries can make a token's stream {growth:.3g} times as long, over all layers; allowed: up to "
+            f"{LARGEST_GROWTH:.3g} times (1 + |alpha| for each that is relative, |alpha| for each scale), so that it "
+            "stays finite. Use smaller ones."
+        )
+    return growth
+
+
 def _digest(entries: Sequence[_NamedEntry]) -> str:
-    return digest([(one.layer, one.entry.a, one.entry.b, one.direction.content_hash) for one in entries])
+    return digest([(one.layer, *one.entry[2:], one.direction.content_hash) for one in entries])
 
 
 def admission_of(processor: InputProcessor) -> Admission:

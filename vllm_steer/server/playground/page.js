@@ -3,7 +3,7 @@
 
 const byId = (id) => document.getElementById(id);
 const form = byId("settings");
-const DEFAULTS = { prompt: "My friend told me that her cat has died. What should I say to her?", span: "all", mode: "chat", temperature: 0.7, seed: 0, max_tokens: 120 };
+const DEFAULTS = { prompt: "My friend told me that her cat has died. What should I say to her?", op: "add", span: "response", mode: "chat", temperature: 0.7, seed: 0, max_tokens: 120 };
 const SLIDER_REACH = 50; // in the direction's own units, if the server does not know the layer's norm
 const columns = [];
 const running = new Map(); // column -> AbortController
@@ -119,7 +119,7 @@ function share() {
 
 function fromLink() {
   const { settings: linked, alphas } = fromFragment(location.hash);
-  for (const [name, value] of Object.entries({ ...DEFAULTS, ...linked })) if (form[name].tagName !== "SELECT" || ["span", "mode"].includes(name)) form[name].value = value;
+  for (const [name, value] of Object.entries({ ...DEFAULTS, ...linked })) if (form[name].tagName !== "SELECT" || ["op", "span", "mode"].includes(name)) form[name].value = value;
   fill(form.direction, [...new Set(server.directions.map(({ name }) => name))].sort().map((name) => [name]), linked.direction);
   fillLayers(linked.layer);
   for (const column of columns.splice(0)) { running.get(column)?.abort(); column.element.remove(); }

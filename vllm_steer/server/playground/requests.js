@@ -24,9 +24,18 @@ async function ask(path, options = {}) {
   throw new Refused(reply.status, message);
 }
 
+/** What a column's α does; α 0 is the reply without steering, whatever the operation. */
+function entryOf({ direction, layer, span, op }, alpha) {
+  const entry = { direction, layer, alpha, span };
+  if (op === "add" || alpha === 0) return entry;
+  const { alpha: _, ...rest } = entry;
+  if (op === "least" || op === "most") return { ...rest, op: "clamp", [op === "least" ? "low" : "high"]: alpha };
+  return { ...entry, op };
+}
+
 /** The body of one column's request; `own` is the layer that the direction belongs to, where it is traced. */
 function bodyOf(settings, alpha, model, own) {
-  const { direction, layer, span, temperature, seed, max_tokens } = settings;
+  const { direction, temperature, seed, max_tokens } = settings;
   const asked = settings.mode === "chat"
     ? { messages: [{ role: "user", content: settings.prompt }] }
     : { prompt: settings.prompt };
@@ -34,7 +43,7 @@ function bodyOf(settings, alpha, model, own) {
   if (!direction) return body;
   return {
     ...body,
-    steering: [{ direction, layer, alpha, span }],
+    steering: [entryOf(settings, alpha)],
     readout: { layers: [own], span: "generated", project: [direction], trace: [direction] },
   };
 }
@@ -78,7 +87,7 @@ async function* stream(settings, body, signal) {
 }
 
 // The settings are in the URL's fragment, which browsers do not send to servers.
-const TEXTS = ["prompt", "direction", "span", "mode"];
+const TEXTS = ["prompt", "direction", "op", "span", "mode"];
 const NUMBERS = ["layer", "temperature", "seed", "max_tokens"];
 
 function toFragment(settings, alphas) {
