@@ -25,6 +25,7 @@ PROPERTY = "conformance"
 EXPERIMENT = "conformance-experiment"
 """Name of the property ``{"family": ..., "found": {class of decoder layer: convention}}`` of a test."""
 LAYER_FEATURES = ("steering", "readout")  # what each class of decoder layer is compared in
+OF_LAYERS = {*LAYER_FEATURES, "experiment"}  # in the table of classes; of these only the compared are features too
 EXACT, REFUSED, FAILS, NOT_RUN = "exact", "refused", "fails", "not run"
 _LETTERS = {EXACT: "E", REFUSED: "R", FAILS: "F", NOT_RUN: "."}
 # Features that no test can show on a machine without an accelerator, and why.
@@ -113,12 +114,15 @@ class ConformanceMatrix:
 
     def markdown(self) -> str:
         """The document."""
-        layer_features = set(LAYER_FEATURES)
-        families = [one for one in self.families if {f for f, of in self._seen if of == one} - layer_features]
+        families = [one for one in self.families if {f for f, of in self._seen if of == one} - OF_LAYERS]
         rows = [
             ["", *families],
             ["---"] * (len(families) + 1),
-            *([feature, *(self.cell(feature, one) for one in families)] for feature in self.features),
+            *(
+                [feature, *(self.cell(feature, one) for one in families)]
+                for feature in self.features
+                if feature != "experiment"
+            ),
         ]
         compared = {name for row in LAYER_CLASSES.values() for name in row.architectures if self._is_exact(name)}
         lines = [
@@ -129,7 +133,7 @@ class ConformanceMatrix:
             "",
             "## Decoder layers",
             "",
-            f"{len(compared)} architectures were compared with Hugging Face in float32: a batch of 40 requests with "
+            f"{len(compared)} architectures were compared with Hugging Face in float32: a batch of 48 requests with "
             "all operations, spans, readouts and traces, token for token and vector for vector. `experiment` is what "
             "the experiment at an engine's start said about the class, without knowing the table.",
             "",

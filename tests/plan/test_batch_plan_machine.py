@@ -175,11 +175,12 @@ class Schedule(RuleBasedStateMachine):
                 continue
             if not life.running:
                 seats -= 1
-                if life.readout is None:  # the prefix cache may have some of it
-                    life.computed = data.draw(st.integers(0, min(life.prompt_len, remaining) - 1), label="cached")
+                # The prefix cache may have some of it, of one that comes back generated tokens too.
+                most = min(remaining - 1, life.first_read, remaining if life.started else life.prompt_len - 1)
+                life.computed = data.draw(st.integers(0, most), label="cached")
             elif life.computed and not life.drafted and remaining > 1 and data.draw(st.integers(0, 30)) == 30:
                 life.computed += 1  # cached KV in place of a token: no engine should do this, but one could
-                life.has_gap = True
+                life.has_gap = life.computed > life.first_read
             remaining = life.total - life.computed
             known = data.draw(st.integers(1, min(remaining, left)), label="tokens")
             left -= known

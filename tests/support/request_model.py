@@ -90,6 +90,11 @@ class Life:
         held = (layer for layer, span in entries if position in positions(span, self.prompt_len, position + 1))
         return min(held, default=BLOCKS)
 
+    @property
+    def first_read(self) -> int:
+        """The first position that the readout covers, which a reader must compute; far away without a readout."""
+        return 1 << 30 if self.readout is None else min(self.span(self.prompt_len + 30))
+
     def span(self, computed: int) -> list[int]:
         """The positions that the readout covers once ``computed`` tokens have been through the model."""
         assert self.readout is not None

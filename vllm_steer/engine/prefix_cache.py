@@ -1,4 +1,6 @@
-"""Prefix-cache keys: two requests share a KV block exactly where their steering has the same content.
+"""The prefix cache: who shares a KV block with whom, and how much of it a readout may use.
+
+Two requests share a KV block exactly where their steering has the same content.
 
 The KV of a block depends on the steering of every token up to the block's end. The spans of a request's steering cut it
 into windows that are steered alike, so the chain of block hashes must contain two things:
@@ -9,6 +11,9 @@ into windows that are steered alike, so the chain of block hashes must contain t
 
 The second needs the patch below. A window can begin at the end of the prompt, and a later request can carry the same
 tokens in its prompt, where they are steered as prompt tokens: so the key contains the place.
+
+A readout needs the activations of its span, which cached KV does not have. So a request with a readout finds cached
+blocks before the span only, also when it comes back from a preemption with blocks of its own in the cache.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.simple_kv_offload import manager
 
 from vllm_steer.engine.patching import patch
@@ -25,8 +31,9 @@ _KEY = "vllm_steer"
 
 
 def install() -> None:
-    """Install the patch of the prefix cache's keys."""
+    """Install the patches of the prefix cache's keys and of its lookup."""
     EXTRA_KEYS.install()
+    COMPUTED_BLOCKS.install()
 
 
 def _generate_block_hash_extra_keys(original: Any) -> Any:
@@ -46,12 +53,40 @@ def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
     Returns:
         ``("vllm_steer", "<digest of the window>@<offset of its first token in the block>,...")``, or None.
     """
-    params = request.sampling_params
-    resolved = params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
+    resolved = _resolved_of(request)
     if resolved is None:
         return None
     begun = [f"{digest}@{first - start}" for first, _, digest in resolved["windows"][1:] if start <= first < end]
     return (_KEY, ",".join(begun)) if begun else None
+
+
+def _get_computed_blocks(original: Any) -> Any:
+    def get_computed_blocks(self: Any, request: Any, *bound: int | None) -> Any:
+        resolved = _resolved_of(request)
+        if resolved is None or resolved["readout"] is None:
+            return original(self, request, *bound)
+        first = resolved["readout"]["first"]
+        # Since 0.33 a caller can give a bound of its own.
+        return original(self, _Beginning(request, first), *(min(one, first) for one in bound if one is not None))
+
+    return get_computed_blocks
+
+
+class _Beginning:
+    """A request in whose first ``end`` tokens alone cached blocks are looked for."""
+
+    def __init__(self, request: Any, end: int) -> None:
+        self._request = request
+        self.num_tokens = min(request.num_tokens, end + 1)  # the last token is never taken from the cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def _resolved_of(request: Any) -> dict[str, Any] | None:
+    """``Resolved.dump`` of a request of the scheduler; None for one without steering and readout."""
+    params = request.sampling_params
+    return params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
 
 
 EXTRA_KEYS = patch(
@@ -62,4 +97,13 @@ EXTRA_KEYS = patch(
     why="Steering that starts at the first generated token must fork the chain of block hashes there; cache_salt can "
     "only fork it at block 0.",
     gone_when="requests can carry cache keys per position.",
+)
+COMPUTED_BLOCKS = patch(
+    KVCacheManager,
+    "get_computed_blocks",
+    _get_computed_blocks,
+    takes="self, request, ...",
+    contains="max_cache_hit_length = request.num_tokens - 1",
+    why="Cached KV has no activations, so none of a readout's tokens may come from the cache; those before them may.",
+    gone_when="requests can bound how many of their tokens come from the prefix cache.",
 )

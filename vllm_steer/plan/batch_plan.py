@@ -79,8 +79,8 @@ class PoolingState:
         drafts: draft accumulators of the draft tokens of the request's last step, which may have been accepted; without
             the first ``num_unread`` of them.
         num_unread: how many of the draft tokens from ``next_position`` on lie before the readout's first position.
-        num_starts: how often the sum has begun. A step without tokens tells the worker of no preemption, so the sum of
-            a request that came back can be as long as the one before, and only this tells them apart.
+        num_starts: how often the request has begun. A step without tokens tells the worker of no preemption, so the sum
+            of a request that came back can be as long as the one before, and only this tells them apart.
     """
 
     accumulator: int
@@ -309,9 +309,9 @@ class BatchPlanner:
         num_drafts: int,
     ) -> None:
         state = self.poolings[request_id]
-        if computed == 0:
-            state.next_position, state.num_tokens, state.drafts, state.num_unread = 0, 0, range(0), 0
-            state.num_starts += 1
+        if computed <= pooling.first:  # at a start, the prefix cache may have some of the tokens before the span
+            state.num_starts += computed < state.next_position or not state.num_starts
+            state.next_position, state.num_tokens, state.drafts, state.num_unread = computed, 0, range(0), 0
         num_accepted = computed - state.next_position
         if not 0 <= num_accepted <= state.num_unread + len(state.drafts) and state.failure is None:
             state.failure = (

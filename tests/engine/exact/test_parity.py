@@ -92,6 +92,7 @@ def test_the_batch_is_worth_comparing_because_most_steering_changes_the_output(
     assert share_changed_by_steering(reference, REQUESTS, expected) > 0.5
 
 
+@pytest.mark.conformance("experiment")
 def test_the_experiment_at_start_up_finds_what_the_table_says(
     llm: LLM, family: str, record_property: Callable[[str, object], None]
 ) -> None:

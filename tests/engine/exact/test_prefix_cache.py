@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import LLM, RequestOutput
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from tests.engine.conftest import BLOCK_SIZE, OpenEngine
 from tests.support.hf_reference import Entry, Reference
@@ -15,13 +17,15 @@ from tests.support.mixed_batch import (
     Request,
     Vectors,
     as_directions,
+    check_answers,
     is_same_output,
     random_prompts,
     run,
+    trace_name,
     unit_vectors,
 )
 from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
-from vllm_steer import Direction, register_directions
+from vllm_steer import Direction, collect_readouts, register_directions
 
 pytestmark = pytest.mark.engine
 
@@ -200,7 +204,7 @@ def test_the_same_vector_under_another_name_shares_its_kv(
 
 
 @pytest.mark.parametrize("is_steered", [False, True])
-def test_a_readout_computes_every_token_itself_and_leaves_its_kv_to_others(
+def test_a_readout_from_the_first_token_on_computes_every_token_itself_and_leaves_its_kv_to_others(
     llm: LLM, prompt: list[int], entry: Callable[..., Entry], is_steered: bool
 ) -> None:
     steering = [entry()] if is_steered else []
@@ -211,6 +215,73 @@ def test_a_readout_computes_every_token_itself_and_leaves_its_kv_to_others(
     assert out.num_cached_tokens == 0
     assert read is not None
     assert read.num_tokens == PROMPT_LEN
+
+
+@pytest.mark.conformance("readouts behind cached tokens", family="llama")
+@pytest.mark.parametrize(
+    ("span", "num_cached"),
+    [
+        ("generated", PROMPT_BLOCKS),
+        ("response", PROMPT_BLOCKS),
+        ("prompt[-5:]", PROMPT_BLOCKS),
+        (f"prompt[{BLOCK_SIZE + 1}:]", BLOCK_SIZE),
+        (f"all[{BLOCK_SIZE}:]", BLOCK_SIZE),
+        (f"all[{BLOCK_SIZE - 1}:]", 0),
+        ("generated[3:]", PROMPT_BLOCKS),
+    ],
+)
+@pytest.mark.parametrize("is_steered", [False, True])
+def test_a_readout_takes_what_lies_before_its_span_from_the_cache(
+    llm: LLM,
+    reference: Reference,
+    vectors: Vectors,
+    prompt: list[int],
+    entry: Callable[..., Entry],
+    span: str,
+    num_cached: int,
+    is_steered: bool,
+) -> None:
+    steering = [entry()] if is_steered else []
+    answer(llm, prompt, steering)
+    request = Request(
+        prompt, steering, {"layers": [LAYER], "span": span, "trace": [trace_name("bold", LAYER)]}, vectors
+    )
+    (out,), ((read,),) = run(llm, [request], max_tokens=MAX_TOKENS)
+    assert out.num_cached_tokens == num_cached
+    expected = [reference.generate(prompt, MAX_TOKENS, steering)]
+    assert check_answers(reference, [request], expected, [out], [read]) == 0
+
+
+def test_a_preempted_reader_computes_its_span_again_though_its_blocks_are_in_the_cache(
+    llm: LLM,
+    reference: Reference,
+    vectors: Vectors,
+    prompt: list[int],
+    entry: Callable[..., Entry],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, int]] = []  # tokens found for the request, and for one without a readout
+    look_up = KVCacheManager.get_computed_blocks
+
+    def noting(self: KVCacheManager, request: Any) -> Any:
+        plain = {name: getattr(request, name) for name in ("num_tokens", "block_hashes", "skip_reading_prefix_cache")}
+        found.append((look_up(self, request)[1], look_up(self, SimpleNamespace(**plain, sampling_params=None))[1]))
+        return look_up(self, request)
+
+    monkeypatch.setattr(KVCacheManager, "get_computed_blocks", noting)
+    # The span begins in the third block, behind the last prompt tokens.
+    readout = {"layers": [LAYER], "span": "generated[2:]", "trace": [trace_name("bold", LAYER)]}
+    request = Request(prompt, [entry()], readout, vectors)
+    llm.llm_engine.add_request("reader", {"prompt_token_ids": prompt}, request.params(max_tokens=MAX_TOKENS))
+    outs: list[RequestOutput] = []
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    while llm.llm_engine.has_unfinished_requests():
+        if scheduler.running and scheduler.running[0].num_output_tokens in (3, 30):
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+        outs += [out for out in llm.llm_engine.step() if out.finished]
+    assert found == [(0, 0), (PROMPT_BLOCKS, PROMPT_BLOCKS), (PROMPT_BLOCKS, PROMPT_BLOCKS + BLOCK_SIZE)]
+    ((read,),) = collect_readouts(llm, outs)
+    assert check_answers(reference, [request], [reference.generate(prompt, MAX_TOKENS, [entry()])], outs, [read]) == 0
 
 
 def test_a_callers_own_cache_salt_still_separates_steered_requests(
