@@ -49,6 +49,7 @@ def readouts(draw: st.DrawFn) -> Readout:
         vectors=draw(st.booleans()) if project or trace else True,
         skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, 10)),
         trace=trace,
+        pool=draw(st.sampled_from(["mean", "last", "max"] if project or trace else ["mean", "last"])),
     )
 
 
@@ -60,7 +61,11 @@ def test_the_wire_loses_nothing(spec: RequestSpec) -> None:
 def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
     old = RequestSpec((Steering("kind", 1.0, span="generated"),), Readout([1], span="all", skip_first=2))
     assert json.loads(old.dumps())["v"] == 1
-    for new in (RequestSpec((Steering("kind", 1.0, span="response"),)), RequestSpec(None, Readout([1], "prompt[1:]"))):
+    for new in (
+        RequestSpec((Steering("kind", 1.0, span="response"),)),
+        RequestSpec(None, Readout([1], "prompt[1:]")),
+        RequestSpec(None, Readout([1], pool="last")),
+    ):
         assert json.loads(new.dumps())["v"] == 2
         assert RequestSpec.from_json({**json.loads(new.dumps()), "v": 2}) == new
 
@@ -100,7 +105,7 @@ entries = st.fixed_dictionaries(
 )
 readings = st.fixed_dictionaries(
     {"layers": st.just([3]) | json_values},
-    optional=dict.fromkeys(("span", "project", "vectors", "skip_first", "trace"), json_values),
+    optional=dict.fromkeys(("span", "project", "vectors", "skip_first", "trace", "pool"), json_values),
 )
 wires = st.fixed_dictionaries(
     {}, optional={"v": st.just(1) | json_values, "steering": st.lists(entries) | json_values, "readout": readings}
@@ -205,6 +210,9 @@ REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"project": "kind"}, MalformedSpec, "'kind'"),
     ({"project": [""]}, MalformedSpec, "''"),
     ({"vectors": 1}, MalformedSpec, "1"),
+    ({"pool": "median"}, BadReadout, "'median'"),
+    ({"pool": None}, BadReadout, "None"),
+    ({"pool": "max"}, BadReadout, "'max' came without project and trace"),
     ({"vectors": False}, BadReadout, "project is empty and trace is empty"),
     ({"trace": "kind"}, MalformedSpec, "readout trace is 'kind'"),
     ({"trace": None}, MalformedSpec, "readout trace is None"),

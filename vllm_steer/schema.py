@@ -8,7 +8,8 @@
                  "trace": ["kind"]}}
 
 ``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
-``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low`` and ``high``. Otherwise it is 2.
+``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high`` and ``pool``.
+Otherwise it is 2.
 A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
@@ -43,10 +44,12 @@ REPLY_VERSION = 1
 Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
+Pool = Literal["mean", "last", "max"]
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
 OPS: tuple[str, ...] = get_args(Op)
+POOLS: tuple[str, ...] = get_args(Pool)
 _OPS_OF_V1, _SPANS_OF_V1 = ("add", "ablate", "set"), ("prompt", "generated", "all")
 _RELATIVE_OPS = ("add", "set", "clamp")
 
@@ -230,7 +233,7 @@ class Steering:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """The activations to read for one request: the mean residual stream over a span, at chosen layers.
+    """The activations to read for one request: the residual stream over a span, pooled, at chosen layers.
 
     Args:
         layers: hooked layers to read, each after its own steering.
@@ -244,6 +247,9 @@ class Readout:
         trace: names of registered directions, each once, to follow token by token: ⟨h, d⟩ for every token of the span,
             at the direction's layer, whether or not ``layers`` contains it. A name with several layers is traced at
             the one that ``layers`` contains.
+        pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
+            any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
+            of its projections takes a trace column as ``trace`` does.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -255,6 +261,7 @@ class Readout:
     vectors: bool = True
     skip_first: int = 0
     trace: Sequence[str] = ()
+    pool: Pool = "mean"
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -283,13 +290,17 @@ class Readout:
             raise BadReadout(
                 "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
+        if self.pool not in POOLS:
+            raise BadReadout(f"readout pool is {self.pool!r}; allowed: {', '.join(POOLS)}. Choose one of them.")
+        if self.pool == "max" and not self.project and not self.trace:
+            raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
         object.__setattr__(self, "trace", tuple(self.trace))
 
     def to_json(self) -> dict[str, Any]:
-        """The readout as a JSON object with all fields."""
-        return {
+        """The readout as a JSON object: all fields of version 1, and ``pool`` where it is not ``mean``."""
+        told: dict[str, Any] = {
             "layers": list(self.layers),
             "span": self.span,
             "project": list(self.project),
@@ -297,6 +308,12 @@ class Readout:
             "skip_first": self.skip_first,
             "trace": list(self.trace),
         }
+        return told if self.pool == "mean" else told | {"pool": self.pool}
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the wire format that has what this readout uses."""
+        return 1 if self.span in _SPANS_OF_V1 and self.pool == "mean" else 2
 
     @classmethod
     def from_json(cls, value: object) -> Readout:
@@ -314,13 +331,17 @@ class ReadoutResult:
     """The readout of one sample.
 
     Attributes:
-        mean: layer -> (D,) float32, the mean residual stream; empty with ``vectors=False``.
-        num_tokens: number of tokens in the mean. With 0 (no generated token was fed back) the mean is NaN.
-        projections: direction name -> layer -> ⟨mean, direction⟩, at the layers the direction is registered at.
+        mean: layer -> (D,) float32, the mean residual stream; empty with ``vectors=False`` and with another pool.
+        num_tokens: number of tokens in the span. With 0 (no generated token was fed back) what is pooled is NaN.
+        projections: direction name -> layer -> ⟨v, direction⟩, at the layers the direction is registered at, where v is
+            the pooled vector; empty with the pool ``max``.
         trace: direction name -> (num_tokens,) float32, ⟨h, direction⟩ of each token of the span in order, at the
             direction's own layer and after that layer's steering.
         proof: why the rows are taken to be the residual stream: the model's layers were compared with Hugging Face
             (``parity``), or only the experiment at start-up says so (``experiment``).
+        last: layer -> (D,) float32, the stream of the span's last token, with the pool ``last``.
+        max: direction name -> layer -> (largest ⟨h, direction⟩ of any token of the span, position of that token in the
+            request), with the pool ``max``; (NaN, -1) over no tokens.
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
@@ -328,6 +349,8 @@ class ReadoutResult:
     projections: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     trace: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     proof: Proof = "parity"
+    last: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    max: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,8 +379,7 @@ class RequestSpec:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this spec uses."""
-        read = 1 if self.readout is None or self.readout.span in _SPANS_OF_V1 else 2
-        return max((read, *(one.version for one in self.entries)))
+        return max((1 if self.readout is None else self.readout.version, *(one.version for one in self.entries)))
 
     def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
         """The spec with ``default`` as its steering, if it does not mention steering itself."""

@@ -68,7 +68,7 @@ def test_only_accepted_drafts_are_in_the_mean_and_a_stop_among_them_cuts_it(comp
     assert answer["num_tokens"] == computed_end
     # float32 sums of numbers around 1; one rejected row alone would err by 1e5
     expected = ROWS[:computed_end].astype(np.float64).mean(axis=0)
-    np.testing.assert_allclose(np.frombuffer(answer["mean"], np.float32), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.frombuffer(answer["pooled"], np.float32), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("computed_end", [5, 10])

@@ -64,9 +64,12 @@ class ReferenceRun:
 
     def rows(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
         """float64 (t, D): the rows of the stream at `layer` that a readout over `span` averages."""
-        stream = self.streams[layer].astype(np.float64)
-        held = positions(span, self.prompt_len, len(stream))
-        return stream[[one for one in sorted(held) if one >= skip_first]]
+        return self.streams[layer].astype(np.float64)[self.places(span, skip_first)]
+
+    def places(self, span: str, skip_first: int = 0) -> list[int]:
+        """The positions that a readout over `span` covers."""
+        held = positions(span, self.prompt_len, len(next(iter(self.streams.values()))))
+        return [one for one in sorted(held) if one >= skip_first]
 
     def mean(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
         """float64 (D,): the mean of `rows`."""

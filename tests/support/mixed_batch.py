@@ -203,7 +203,17 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         ],
     ]
     asked = [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(steerings)] + cut
-    asked += [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(operations)]
+    pooled: list[dict[str, Any] | None] = [
+        {"layers": layers, "span": "all", "pool": "last"},
+        {"layers": [middle], "span": "generated", "pool": "max", "project": [trace_name("bold", middle)]},
+        {"layers": [first, last], "span": "prompt", "pool": "last", "trace": [trace_name("calm", last)]},
+        {"layers": layers, "span": "response", "pool": "max", "trace": [trace_name("calm", middle)]},
+        None,
+        {"layers": [last], "span": "prompt[:-1]", "pool": "last"},
+        {"layers": layers, "span": "prompt", "skip_first": 1, "pool": "max", "project": [trace_name("calm", first)]},
+        {"layers": layers, "span": "generated", "pool": "last"},
+    ]
+    asked += list(zip(operations, pooled, strict=True))
     return [
         Request(prompts[i % len(prompts)], steering, readout, vectors) for i, (steering, readout) in enumerate(asked)
     ]
@@ -304,13 +314,18 @@ def check_readout(
         return
     assert result is not None, f"{label}: no readout"
     span, skip_first = asked.get("span", "prompt"), asked.get("skip_first", 0)
-    assert set(result.mean) == set(asked["layers"]), label
+    pool = asked.get("pool", "mean")
+    vectors = result.last if pool == "last" else result.mean
+    assert set(vectors) == (set() if pool == "max" else set(asked["layers"])), label
+    assert bool(result.last) == (pool == "last"), label
+    assert bool(result.max) == (pool == "max"), label
     assert result.num_tokens == len(expected.rows(asked["layers"][0], span, skip_first)), label
-    for layer, mean in result.mean.items():
-        truth = expected.mean(layer, span, skip_first)
-        assert mean.dtype == np.float32
-        assert mean.shape == truth.shape
-        off = np.linalg.norm(mean - truth) / np.linalg.norm(truth)
+    for layer, vector in vectors.items():
+        rows = expected.rows(layer, span, skip_first)
+        truth = rows[-1] if pool == "last" else rows.mean(axis=0)
+        assert vector.dtype == np.float32
+        assert vector.shape == truth.shape
+        off = np.linalg.norm(vector - truth) / np.linalg.norm(truth)
         assert off < READOUT_TOLERANCE, f"{label}: readout at layer {layer} is off by {off:.2e} relative"
 
 
@@ -329,6 +344,17 @@ def check_trace(result: ReadoutResult | None, request: Request, expected: Refere
         assert values.shape == (result.num_tokens,) == (len(rows),), request.label
         off = np.abs(values - rows @ vector) / np.linalg.norm(rows, axis=1)
         assert off.max(initial=0) < TRACE_TOLERANCE, f"{request.label}: {name} is off by {off.max():.2e}"
+    if asked.get("pool") == "max":
+        assert set(result.max) == {*asked.get("project", ()), *asked.get("trace", ())}, request.label
+    for name, layers in result.max.items():
+        layer, vector = named[name]
+        ((at, (value, position)),) = layers.items()
+        assert at == layer, request.label
+        skipped = {"span": asked.get("span", "prompt"), "skip_first": asked.get("skip_first", 0)}
+        rows, places = expected.rows(layer, **skipped), expected.places(**skipped)
+        values, allowed = rows @ vector, TRACE_TOLERANCE * np.linalg.norm(rows, axis=1).max()
+        assert abs(value - values.max()) < allowed, request.label
+        assert values[places.index(position)] > values.max() - allowed, request.label
 
 
 def check_against_reference(

@@ -27,10 +27,11 @@ class Life:
 
     Attributes:
         entries: (layer, entry, vector), in the order given.
-        projected, traced: the vectors that its names stood for when it came.
+        projected, traced, largest: the vectors that its names stood for when it came.
         has_columns: whether there were trace columns for it.
         started, running: the worker knows it; it has not been preempted.
         drafted: draft tokens in its last step.
+        steps: (known tokens, right draft tokens) of its last two steps.
         has_gap: the engine has skipped a token.
         may_fail: the worker may have given its sums up, see ``Schedule.empty_step``.
     """
@@ -44,11 +45,13 @@ class Life:
     readout: Readout | None
     projected: dict[tuple[str, int], Any] = field(default_factory=dict)
     traced: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    largest: dict[tuple[str, int], Any] = field(default_factory=dict)
     has_columns: bool = True
     computed: int = 0
     started: bool = False
     running: bool = False
     drafted: int = 0
+    steps: tuple[tuple[int, int], ...] = ()
     has_gap: bool = False
     may_fail: bool = False
     streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
@@ -89,6 +92,18 @@ class Life:
         entries = ((layer, entry.span) for layer, entry, _ in self.entries)
         held = (layer for layer, span in entries if position in positions(span, self.prompt_len, position + 1))
         return min(held, default=BLOCKS)
+
+    @property
+    def has_row_before_last(self) -> bool:
+        """Whether the row of the token before its last one is still known: no step has computed it with a later one."""
+        (before, last) = ((0, 0), (0, 0), *self.steps)[-2:]
+        return last[1] > 0 or (last[0] == 1 and before[1] == 0)
+
+    @property
+    def columns(self) -> set[tuple[int, tuple[float, ...]]]:
+        """What it needs a trace column for: (layer, vector)."""
+        wanted = [*self.traced.values(), *((layer, vector) for (_, layer), vector in self.largest.items())]
+        return {(layer, tuple(vector)) for layer, vector in wanted}
 
     @property
     def first_read(self) -> int:
@@ -160,11 +175,18 @@ def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
+    pool = draw(st.sampled_from(["mean", "mean", "last", "max"]))
+    project = draw(
+        st.lists(st.sampled_from(own), min_size=pool == "max", max_size=1 if pool == "max" else 9, unique=True)
+    )
+    # "both" takes two columns
+    most = MOST_TRACED if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)
     return Readout(
         layers,
         span=span,
-        project=(project := draw(st.lists(st.sampled_from(own), unique=True))),
+        project=project,
         vectors=not project or draw(st.booleans()),
         skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, prompt_len - 1)),
-        trace=draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=MOST_TRACED, unique=True)),
+        trace=draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True)),
+        pool=pool,
     )

@@ -207,14 +207,23 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
         name: {int(layer): math.nan if value is None else float(value) for layer, value in layers.items()}
         for name, layers in told.get("projections", {}).items()
     }
-    mean = {
-        int(layer): np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float32)
-        for layer, packed in told.get("mean", {}).items()
+    mean, last = (
+        {
+            int(layer): np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float32)
+            for layer, packed in told.get(pool, {}).items()
+        }
+        for pool in ("mean", "last")
+    )
+    largest = {
+        name: {
+            int(layer): (math.nan if one[0] is None else float(one[0]), int(one[1])) for layer, one in layers.items()
+        }
+        for name, layers in told.get("max", {}).items()
     }
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
     # a server of before this field says nothing: it knew compared models only
     proof = told.get("proof", "parity")
-    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof), None
+    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

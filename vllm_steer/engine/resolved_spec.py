@@ -27,11 +27,16 @@ class Projected(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """A direction onto which every token is projected, after hooked layer number ``layer_index``."""
+    """A direction onto which every token is projected, after hooked layer number ``layer_index``.
+
+    ``layer`` is the model's layer number; ``is_shown`` is False where only the largest projection is asked for.
+    """
 
     name: str
     layer_index: int
     slot: int
+    layer: int = -1
+    is_shown: bool = True
 
 
 class Window(NamedTuple):
@@ -56,9 +61,10 @@ class ResolvedReadout:
         layers: layer numbers in the model.
         layer_indices: the layer indices of ``layers``, in the same order.
         first, end: average over the positions [first, end); ``end`` is None for a span without a fixed end.
-        project: the projections of the mean.
-        vectors: whether to return the means themselves.
+        project: the projections of the pooled vector.
+        vectors: whether to return the pooled vectors themselves.
         trace: the projections of every token.
+        pool: see ``Readout``.
     """
 
     layers: list[int]
@@ -68,6 +74,7 @@ class ResolvedReadout:
     project: list[Projected]
     vectors: bool
     trace: list[Traced]
+    pool: str = "mean"
 
     @property
     def directions(self) -> tuple[Projected | Traced, ...]:

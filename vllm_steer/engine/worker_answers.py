@@ -81,14 +81,15 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
     counts = {stage["num_tokens"] for stage in stages}
     if len(counts) > 1:
         return {"error": f"the pipeline stages have summed different numbers of tokens, {sorted(counts)}"}
-    means = [stage["mean"] for stage in stages]
+    pooled = [stage["pooled"] for stage in stages]
     errors = [stage["trace_error"] for stage in stages if stage["trace_error"] is not None]
     return {
         "num_tokens": counts.pop(),
         "layers": [layer for stage in stages for layer in stage["layers"]],
-        "mean": None if None in means else b"".join(means),
+        "pooled": None if None in pooled else b"".join(pooled),
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
+        "max": [largest for stage in stages for largest in stage["max"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

@@ -375,7 +375,7 @@ def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
     assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0, 0)]
     traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
     assert traced is not None
-    assert traced.trace == [("many", 0, slot["many", 8])]
+    assert traced.trace == [("many", 0, slot["many", 8], 8, True)]
     with pytest.raises(LayerNotHooked, match=r"belongs to layers \[1, 2\]; hooked: \[8, 12\]"):
         resolve(admission, Steering("none", 1))
     with pytest.raises(AmbiguousDirection, match=r"belongs to layers \[4, 8, 20\] and layer 12 was asked"):
@@ -438,15 +438,26 @@ def test_a_trace_is_taken_at_the_direction_s_own_layer_read_or_not(admission: Ad
     readout = resolve(admission, readout=Readout([8], vectors=False, trace=["late", "kind"])).readout
     assert readout is not None
     assert readout.trace == [
-        ("late", 2, admission.registry.find("late", 20, range(99)).slot),
-        ("kind", 1, slot["kind", 12]),
+        ("late", 2, admission.registry.find("late", 20, range(99)).slot, 20, True),
+        ("kind", 1, slot["kind", 12], 12, True),
     ]
+
+
+def test_the_largest_projections_are_traced_and_not_shown(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    asked = Readout([8, 12], project=["both", "kind"], trace=["kind"], pool="max")
+    readout = resolve(admission, readout=asked).readout
+    assert readout is not None
+    assert (readout.pool, readout.project, readout.vectors) == ("max", [], False)
+    assert readout.trace == [("kind", 1, slot["kind", 12], 12, True), ("both", 0, slot["both", 8], 8, False)]
+    with pytest.raises(BadReadout, match=r"3 directions to trace .*; allowed: 2"):
+        resolve(admission, readout=Readout([8, 12], project=["both", "kind", "cold"], pool="max"))
 
 
 def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: Admission) -> None:
     readout = resolve(admission, readout=Readout([8], trace=["both"])).readout
     assert readout is not None
-    assert readout.trace == [("both", 0, admission.registry.find("both", 8, range(99)).slot)]
+    assert readout.trace == [("both", 0, admission.registry.find("both", 8, range(99)).slot, 8, True)]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +466,7 @@ def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: A
         (["kidn"], UnknownDirection, "'kidn'"),
         (["both"], AmbiguousDirection, r"'both', which belongs to layers \[8, 20\]"),
         (["elsewhere"], LayerNotHooked, "layer 13"),
-        (["kind", "cold", "long"], BadReadout, "3 directions to trace; allowed: 2"),
+        (["kind", "cold", "long"], BadReadout, "3 directions to trace .*; allowed: 2"),
     ],
 )
 def test_a_trace_that_cannot_be_taken_is_refused(

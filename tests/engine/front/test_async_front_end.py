@@ -190,7 +190,8 @@ def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
     answer = {
         "num_tokens": 4,
         "layers": [LAYER],
-        "mean": mean.tobytes(),
+        "pooled": mean.tobytes(),
+        "max": [],
         "projections": [],
         "trace": [],
         "trace_error": None,
@@ -213,7 +214,8 @@ def test_a_request_that_ended_with_an_error_has_no_readout_and_the_others_have()
             {
                 "num_tokens": 4,
                 "layers": [],
-                "mean": None,
+                "pooled": None,
+                "max": [],
                 "projections": [],
                 "trace": [],
                 "trace_error": None,

@@ -36,7 +36,8 @@ class FakeEngine:
         answer = {
             "num_tokens": len(self.trace),
             "layers": [2],
-            "mean": None,
+            "pooled": None,
+            "max": [],
             "projections": [],
             "trace": [["kind", values]],
             "trace_error": self.failure,

@@ -90,7 +90,7 @@ class ToyModel(nn.Module):
             stream = stream + np.tanh(stream @ layer.weight.double().numpy())
             if request is not None and number in HOOKED:
                 entries = [window for window in request.windows if window.start <= position][-1].entries
-                for index, slot, a, b in entries:
+                for index, slot, a, b, _ in entries:
                     if index == HOOKED.index(number):
                         direction = DIRECTIONS[index, slot]
                         stream = stream + (a + b * (stream @ direction)) * direction
@@ -234,11 +234,11 @@ def check_readout(runner: RunnerWithoutKernels, job: Job) -> None:
     answer = found.answer(computed_end)
     assert answer["num_tokens"] == len(positions), answer
     streams = [runner.model.brute_force(job.tokens[p], p, job.resolved) for p in positions]
-    means = np.frombuffer(answer["mean"], np.float32).reshape(len(HOOKED), SIZE)
+    means = np.frombuffer(answer["pooled"], np.float32).reshape(len(HOOKED), SIZE)
     assert answer["trace_error"] is None
     for index, layer in enumerate(HOOKED):
         assert np.abs(means[index] - np.mean([stream[layer] for stream in streams], axis=0)).max() < TOLERANCE
-    for (_, index, slot), (_, values) in zip(readout.trace, answer["trace"], strict=True):
+    for (_, index, slot, *_), (_, values) in zip(readout.trace, answer["trace"], strict=True):
         expected = [stream[HOOKED[index]] @ DIRECTIONS[index, slot] for stream in streams]
         assert np.abs(np.frombuffer(values, np.float32) - expected).max() < TOLERANCE
 

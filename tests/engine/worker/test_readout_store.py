@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,7 +74,7 @@ def check_means(answer: dict[str, Any], tokens: int) -> None:
     expected = ROWS[:, :tokens].astype(np.float64).mean(axis=1)
     assert answer["num_tokens"] == tokens
     # float32 sums of five values around 1; a token too many errs by about 0.2
-    got = np.frombuffer(answer["mean"], np.float32).reshape(2, SIZE)
+    got = np.frombuffer(answer["pooled"], np.float32).reshape(2, SIZE)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     ((name, layer, value),) = answer["projections"]
     assert (name, layer) == ("kind", 7)
@@ -112,8 +113,54 @@ def test_an_unfinished_prompt_and_a_failed_sum_are_errors() -> None:
 def test_a_mean_over_no_token_is_nan() -> None:
     answer = finished(spec(), tokens=0).answer(computed_end=0)
     assert answer["num_tokens"] == 0
-    assert np.isnan(np.frombuffer(answer["mean"], np.float32)).all()
+    assert np.isnan(np.frombuffer(answer["pooled"], np.float32)).all()
     assert np.isnan(answer["projections"][0][2])
+
+
+def last_of(taken: FinishedReadout, computed_end: int, token: int) -> None:
+    """Assert that the readout has the row of a token."""
+    answer = taken.answer(computed_end)
+    np.testing.assert_array_equal(np.frombuffer(answer["pooled"], np.float32).reshape(2, SIZE), ROWS[:, token])
+    ((_, _, value),) = answer["projections"]
+    assert value == pytest.approx(float(ROWS[1, token].astype(np.float64) @ DIRECTION), abs=1e-5)
+
+
+def test_the_last_token_is_that_of_the_sample_and_not_the_last_computed_one() -> None:
+    last = replace(spec(), pool="last")
+    last_of(finished(replace(spec(end=5), pool="last")), 7, 4)
+    last_of(finished(last), 5, 4)
+    last_of(finished(last, kept=2), 4, 3)
+    last_of(finished(last, kept=2), 3, 2)
+    refused = finished(last).answer(4)
+    assert set(refused) == {"error"}
+    assert "1 tokens before the last computed one, and the rows of 1 are kept" in refused["error"]
+    nothing = finished(last, tokens=0).answer(0)
+    assert np.isnan(np.frombuffer(nothing["pooled"], np.float32)).all()
+
+
+@pytest.mark.parametrize("computed_end", [1, 3, 5])
+def test_the_largest_projection_is_that_of_the_sample_s_own_tokens(computed_end: int) -> None:
+    most = replace(spec(trace=True, project=False, vectors=False), pool="max", first=10)
+    hidden = most.trace[1]._replace(layer=4, is_shown=False)
+    taken = finished(replace(most, trace=[most.trace[0]._replace(layer=7), hidden]), trace=trace_of(5), kept=4)
+    answer = taken.answer(computed_end)
+    own = TRACED[:, :computed_end]
+    assert answer["max"] == [
+        ["kind", 7, float(own[0].max()), 10 + int(own[0].argmax())],
+        ["cold", 4, float(own[1].max()), 10 + int(own[1].argmax())],
+    ]
+    assert [name for name, _ in answer["trace"]] == ["kind"]
+    assert (answer["pooled"], answer["projections"]) == (None, [])
+
+
+def test_there_is_no_largest_of_no_token() -> None:
+    most = replace(spec(trace=True, project=False), pool="max")
+    assert [str(one) for one in finished(most, tokens=0, trace=trace_of(0)).answer(0)["max"][0]] == [
+        "kind",
+        "-1",
+        "nan",
+        "-1",
+    ]
 
 
 @pytest.mark.parametrize("computed_end", [4, 5])
@@ -138,7 +185,7 @@ def test_the_store_counts_the_bytes_of_a_trace() -> None:
 
 def test_only_what_was_asked_is_kept() -> None:
     numbers = finished(spec(vectors=False))
-    assert numbers.answer(5)["mean"] is None
+    assert numbers.answer(5)["pooled"] is None
     assert numbers.num_bytes == 2 * 4  # the sum's projection and the last row's
     assert finished(spec(project=False)).answer(5)["projections"] == []
 

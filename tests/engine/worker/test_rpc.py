@@ -73,7 +73,7 @@ def collected(runner: StandInRunner, tokens: int, device: str = "cpu") -> dict[s
 
 def check(answer: dict[str, Any], tokens: int) -> None:
     stream_TD = plain_streams(CONTENTS)[LAYER][:tokens].double().numpy()
-    mean_D = np.frombuffer(answer["mean"], np.float32)
+    mean_D = np.frombuffer(answer["pooled"], np.float32)
     # float32 sums of a few values around 2
     np.testing.assert_allclose(mean_D, stream_TD.mean(axis=0), atol=1e-5)
     assert answer["projections"][0][2] == pytest.approx(float(mean_D @ KIND.vector), abs=1e-5)

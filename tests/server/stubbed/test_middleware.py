@@ -365,17 +365,18 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
     answer = {
         "num_tokens": 0,
         "layers": [1, 2],
-        "mean": rows.tobytes(),
+        "pooled": rows.tobytes(),
+        "max": [],
         "trace": [],
         "trace_error": "no column is free",
         "proof": "parity",
         "projections": [["kind", 1, float("nan")], ["kind", 2, np.float32(0.1).item()]],
     }
-    assert readout_json(answer) == {
+    assert readout_json(answer, "mean") == {
         "num_tokens": 0,
         "projections": {"kind": {"1": None, "2": 0.100000001}},
         "proof": "parity",
         "mean": {"1": "AACAPwAAAMA=", "2": "AAAAPwAAgD4="},
         "trace": {"error": "no column is free"},
     }
-    assert readout_json({"error": "preempted"}) == {"error": "preempted"}
+    assert readout_json({"error": "preempted"}, "mean") == {"error": "preempted"}

@@ -328,7 +328,17 @@ class Admission:
             )
         first, end = spans.read_run(readout.span, readout.skip_first, prompt_len)
         trace = self._trace(book, readout)
-        return ResolvedReadout(list(readout.layers), indices, first, end, project, readout.vectors, trace)
+        vectors = readout.vectors and readout.pool != "max"
+        if readout.pool == "max":
+            known = {(one.name, one.layer) for one in trace}
+            trace += [
+                Traced(name, self._hooked(layer), slot, layer, is_shown=False)
+                for name, layer, slot in project
+                if (name, layer) not in known
+            ]
+            project = []
+        self._check_columns(trace)
+        return ResolvedReadout(list(readout.layers), indices, first, end, project, vectors, trace, readout.pool)
 
     def _trace(self, book: DirectionBook, readout: Readout) -> list[Traced]:
         trace: list[Traced] = []
@@ -343,14 +353,17 @@ class Admission:
                     f"trace names {name!r}, which belongs to layers {sorted(layers)}, and the readout reads layers "
                     f"{list(readout.layers)}; allowed: exactly one of its layers among those read. Read one of them."
                 )
-            trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot))
+            trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot, own[0]))
+        return trace
+
+    def _check_columns(self, trace: Sequence[Traced]) -> None:
         distinct = len({(one.layer_index, one.slot) for one in trace})
         if distinct > self.settings.trace_columns:
             raise BadReadout(
-                f"{distinct} directions to trace; allowed: {self.settings.trace_columns}. Trace fewer, or start the "
-                "engine with steer_config(trace_columns=...) larger."
+                f"{distinct} directions to trace (with pool 'max', those of project too); allowed: "
+                f"{self.settings.trace_columns}. Trace fewer, or start the engine with steer_config(trace_columns=...) "
+                "larger."
             )
-        return trace
 
 
 def _check_reach(asked: Sequence[str], prompt_len: int, num_computed: int) -> None:

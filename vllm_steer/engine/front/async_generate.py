@@ -278,7 +278,7 @@ class Collector:
             answers = whole_readouts(await call_workers(self._engine, "vllm_steer_collect", asked))
             for index, answer in zip(ended, answers, strict=True):
                 self._live.leave(self._key, index)
-                finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST})
+                finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST}, self._readout.pool)
 
     def close(self) -> None:
         """Stop following the samples' traces, however the request ended."""
@@ -293,9 +293,9 @@ class Collector:
         return max(0, (computed if end is None else min(computed, end)) - first)
 
 
-def finish(sample: Sample, answer: Mapping[str, Any]) -> None:
-    """Store the final answer for a sample, in the form of ``FinishedReadout.answer``."""
-    sample.readout = readout_json(answer)
+def finish(sample: Sample, answer: Mapping[str, Any], pool: str) -> None:
+    """Store the final answer for a sample, in the form of ``FinishedReadout.answer``, whose readout has this pool."""
+    sample.readout = readout_json(answer, pool)
     for name, values in answer.get("trace", ()):
         sample.trace[name] = [finite(value) for value in np.frombuffer(values, dtype=np.float32).tolist()]
     sample.span_length = max((len(values) for values in sample.trace.values()), default=0)

@@ -276,7 +276,7 @@ class _Wanted:
             else:
                 readout = self.asked[self.outputs[i].request_id].spec.readout
                 assert readout is not None  # or it would not be in ``asked``
-                results[i][j] = _result(answer, readout.trace)
+                results[i][j] = _result(answer, readout)
                 if answer["trace_error"] is not None:
                     reasons[i, j] = f"its trace failed, {answer['trace_error']}"
         if reasons:
@@ -313,23 +313,28 @@ def _check_synchronous(llm: Any, function: str) -> None:
         )
 
 
-def _result(answer: Mapping[str, Any], traced: Sequence[str]) -> ReadoutResult:
-    mean = {}
-    if answer["mean"] is not None:
-        rows_LD = np.frombuffer(answer["mean"], dtype=np.float32).reshape(len(answer["layers"]), -1)
-        mean = {layer: row_D.copy() for layer, row_D in zip(answer["layers"], rows_LD, strict=True)}
+def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
+    pooled = {}
+    if answer["pooled"] is not None:
+        rows_LD = np.frombuffer(answer["pooled"], dtype=np.float32).reshape(len(answer["layers"]), -1)
+        pooled = {layer: row_D.copy() for layer, row_D in zip(answer["layers"], rows_LD, strict=True)}
     projections: dict[str, dict[int, float]] = {}
     for name, layer, value in answer["projections"]:
         projections.setdefault(name, {})[layer] = value
     # In the requested order; pipeline stages answer in the order of their layers.
     trace = {
         name: np.frombuffer(values, dtype=np.float32).copy()
-        for name, values in sorted(answer["trace"], key=lambda one: traced.index(one[0]))
+        for name, values in sorted(answer["trace"], key=lambda one: asked.trace.index(one[0]))
     }
+    largest: dict[str, dict[int, tuple[float, int]]] = {}
+    for name, layer, value, position in answer["max"]:
+        largest.setdefault(name, {})[layer] = value, position
     return ReadoutResult(
-        mean=mean,
+        mean=pooled if asked.pool == "mean" else {},
         num_tokens=answer["num_tokens"],
         projections=projections,
         trace=trace,
         proof=answer["proof"],
+        last=pooled if asked.pool == "last" else {},
+        max=largest,
     )

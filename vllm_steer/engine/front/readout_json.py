@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 
-def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
+def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
     """Convert a worker's answer (``FinishedReadout.answer``) to the JSON of a reply, without the values of its trace.
 
-    Each layer's mean is base64 of D little-endian float32.
+    The pooled vector of each layer is base64 of D little-endian float32; its field is called as ``pool``.
     """
     if "error" in answer:
         return {"error": answer["error"]}
@@ -27,9 +27,11 @@ def readout_json(answer: Mapping[str, Any]) -> dict[str, Any]:
     }
     if answer.get("trace_error") is not None:
         readout["trace"] = {"error": answer["trace_error"]}
-    if answer["mean"] is not None:
-        rows_LD = np.frombuffer(answer["mean"], dtype=np.float32).reshape(len(answer["layers"]), -1)
-        readout["mean"] = {
+    for name, layer, value, position in answer["max"]:
+        readout.setdefault("max", {}).setdefault(name, {})[str(layer)] = [finite(value), position]
+    if answer["pooled"] is not None:
+        rows_LD = np.frombuffer(answer["pooled"], dtype=np.float32).reshape(len(answer["layers"]), -1)
+        readout[pool] = {
             str(layer): base64.b64encode(row_D.astype("<f4").tobytes()).decode()
             for layer, row_D in zip(answer["layers"], rows_LD, strict=True)
         }

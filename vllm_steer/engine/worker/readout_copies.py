@@ -48,6 +48,11 @@ class Summed:
         return tuple(self.spec.layer_indices), projections, self.spec.vectors
 
     @property
+    def num_tail(self) -> int:
+        """Number of rows of last tokens that it needs."""
+        return len(self.before_last) + 1 if self.is_open or self.spec.pool == "last" else 0
+
+    @property
     def is_open(self) -> bool:
         """Whether tokens may have to be subtracted or drafts added; sums never run past a fixed end."""
         return self.spec.end is None
@@ -105,7 +110,7 @@ class ReadoutFlow:
         readouts, sums_end, tail_end = [], 0, sum(map(_num_sums, samples))
         for sample in samples:
             sums = slice(sums_end, sums_end := sums_end + _num_sums(sample))
-            tail = slice(tail_end, tail_end := tail_end + _num_tail(sample))
+            tail = slice(tail_end, tail_end := tail_end + sample.num_tail)
             readouts.append(
                 FinishedReadout(
                     spec=sample.spec,
@@ -122,11 +127,11 @@ class ReadoutFlow:
     def _rows(self, layer_indices: Sequence[int], samples: Sequence[Summed]) -> torch.Tensor:
         """A copy of all rows of these samples: first the sums of each, then the last tokens of each, oldest first."""
         buffers, layers = self._buffers, list(layer_indices)
-        with_tail = [one for one in samples if one.is_open]
+        with_tail = [one for one in samples if one.num_tail]
         summed_N = [row for one in samples for row in _summed_rows(one)]
         num_sums, size = len(summed_N), buffers.bank_SD.shape[1]
         # The end of each tail. Rows of last tokens are in the buffers, earlier ones in ``before_last``.
-        end_M = list(accumulate(map(_num_tail, with_tail), initial=num_sums))[1:]
+        end_M = list(accumulate((one.num_tail for one in with_tail), initial=num_sums))[1:]
         rows_LRD = buffers.bank_SD.new_empty(len(layers), end_M[-1] if end_M else num_sums, size)
         indices = torch.tensor([*summed_N, *(one.state.accumulator for one in with_tail)])
         index_N, index_M = indices.to(rows_LRD.device, non_blocking=True).split([num_sums, len(with_tail)])
@@ -138,7 +143,7 @@ class ReadoutFlow:
             else:
                 torch.index_select(buffers.last_L_AD[layer], 0, index_M, out=rows_RD[num_sums:])
         for one, end in zip(with_tail, end_M, strict=True):
-            for place, earlier_LD in enumerate(one.before_last, start=end - _num_tail(one)):
+            for place, earlier_LD in enumerate(one.before_last, start=end - one.num_tail):
                 rows_LRD[:, place] = earlier_LD[layers]
         return rows_LRD
 
@@ -150,7 +155,3 @@ def _summed_rows(sample: Summed) -> list[int]:
 
 def _num_sums(sample: Summed) -> int:
     return len(_summed_rows(sample))
-
-
-def _num_tail(sample: Summed) -> int:
-    return len(sample.before_last) + 1 if sample.is_open else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_steer.engine.resolved_spec import ResolvedReadout
-from vllm_steer.engine.worker.traces import Trace
+from vllm_steer.engine.resolved_spec import ResolvedReadout, Traced
+from vllm_steer.engine.worker.traces import FloatArray, Trace
 from vllm_steer.plan.batch_plan import PoolingState
 
 
@@ -59,9 +60,9 @@ class FinishedReadout:
                 tokens but the last.
 
         Returns:
-            ``{"error": reason}``, or ``{"num_tokens", "layers", "mean": bytes of (L, D) float32 or None,
-            "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]],
-            "trace_error": why the trace alone cannot be given, or None}``.
+            ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
+            "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
+            layer, value, position]], "trace_error": why trace and max alone cannot be given, or None}``.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
@@ -78,10 +79,19 @@ class FinishedReadout:
         num_accepted, over = max(-over - self.state.num_unread, 0), max(over, 0)
         over = min(over, self.state.num_tokens)  # a surplus token before the span is not in the sum
         count = self.state.num_tokens + num_accepted - over
+        is_last = self.spec.pool == "last"
+        if is_last and over == most and count:
+            return {
+                "error": f"the last token of the sample is {over} tokens before the last computed one, and the rows of "
+                f"{most} are kept (an abort or a stop string that was found late can cause this)"
+            }
         # A mean over no tokens is NaN, as in numpy, and not zero.
-        weight = np.float32(1.0 / count) if count else np.float32(np.nan)
+        weight = np.float32(1.0 / (1 if is_last else count)) if count else np.float32(np.nan)
 
-        def mean(sums: torch.Tensor, tail: torch.Tensor) -> Any:
+        def pooled(sums: torch.Tensor, tail: torch.Tensor) -> Any:
+            if is_last:
+                row = sums.numpy()[:, num_accepted] if num_accepted else tail.numpy()[:, most - 1 - over]
+                return (row * weight).astype(np.float32, copy=False)
             total = sums.numpy()[:, : 1 + num_accepted].sum(axis=1)
             if over:
                 total -= tail.numpy()[:, most - over :].sum(axis=1)
@@ -89,22 +99,29 @@ class FinishedReadout:
 
         vectors = None
         if self.sums_LND is not None and self.tail_LMD is not None:
-            vectors = mean(self.sums_LND, self.tail_LMD).tobytes()
-        values = mean(self.sums_PN, self.tail_PM).tolist() if self.spec.project else []
+            vectors = pooled(self.sums_LND, self.tail_LMD).tobytes()
+        values = pooled(self.sums_PN, self.tail_PM).tolist() if self.spec.project else []
+        traced = self._traced(count)
         return {
             "num_tokens": count,
             "layers": self.spec.layers,
-            "mean": vectors,
+            "pooled": vectors,
             "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
-            "trace": self._traced(count),
+            "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
+            "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
             "trace_error": self.trace.failure if self.trace is not None else None,
         }
 
-    def _traced(self, count: int) -> list[list[Any]]:
+    def _traced(self, count: int) -> list[tuple[Traced, FloatArray]]:
         if self.trace is None or self.trace.failure is not None:
             return []
-        values_CN = self.trace.values(0, count)
-        return [[one.name, values_N.tobytes()] for one, values_N in zip(self.spec.trace, values_CN, strict=True)]
+        return list(zip(self.spec.trace, self.trace.values(0, count), strict=True))
+
+    def _largest(self, one: Traced, values_N: FloatArray) -> list[Any]:
+        if not len(values_N):
+            return [one.name, one.layer, math.nan, -1]
+        at = int(values_N.argmax())  # that of a NaN, if there is one
+        return [one.name, one.layer, float(values_N[at]), self.spec.first + at]
 
 
 class ReadoutStore:

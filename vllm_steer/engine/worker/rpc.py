@@ -149,7 +149,7 @@ def traces(worker: Any, samples: list[tuple[str, int, int]]) -> list[LiveTrace |
             answers.append(None)
         else:
             names, trace = live
-            known = list(zip(names, trace.values(start).tolist(), strict=True))
+            known = [one for one in zip(names, trace.values(start).tolist(), strict=True) if one[0]]
             answers.append(known if trace.failure is None else {"error": trace.failure})
     return answers
 

@@ -128,7 +128,8 @@ class WorkerSteering:
             self._check_bank(resolved)
             self._begin(request_id, resolved)
             readout = self._resolved[request_id].readout
-            if params.stop and readout is not None and readout.end is None:
+            # The last row of a sum with a surplus token is that of the token before it.
+            if readout is not None and readout.end is None and (params.stop or readout.pool == "last"):
                 self._may_stop.add(request_id)
 
     def preempt(self, request_id: str) -> None:
@@ -209,13 +210,16 @@ class WorkerSteering:
         return [readout or self._taken.get(request_id) for readout, request_id in zip(found, live, strict=True)]
 
     def trace(self, key: str, index: int) -> tuple[list[str], Trace] | None:
-        """The names of the traced directions and the trace of a running sample; None if it has not begun or is over."""
+        """The names of the traced directions, empty for those not to show, and the trace of a running sample.
+
+        None if it has not begun or is over.
+        """
         request_id = self._reading.get((key, index))
         if request_id is None:
             return None
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are in _reading
-        return [name for name, _, _ in readout.trace], self._traces[request_id]
+        return [one.name if one.is_shown else "" for one in readout.trace], self._traces[request_id]
 
     def _check_bank(self, resolved: Resolved) -> None:
         contents = dict(resolved.contents)
