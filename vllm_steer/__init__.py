@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_steer.directions import Direction, load_directions, save_directions
+    from vllm_steer.directions import Direction, load_directions, make_direction, save_directions
     from vllm_steer.engine.doctor import Diagnosis, diagnose
+    from vllm_steer.engine.front.extraction import extract_directions
     from vllm_steer.engine.front.offline import (
         abandon_requests,
         abandon_requests_async,
@@ -44,8 +45,10 @@ __all__ = [
     "collect_readouts",
     "collect_readouts_async",
     "diagnose",
+    "extract_directions",
     "load_directions",
     "load_llm",
+    "make_direction",
     "model_record",
     "register_directions",
     "register_directions_async",
@@ -57,6 +60,7 @@ __all__ = [
 _HOME = {
     "Direction": "vllm_steer.directions",
     "load_directions": "vllm_steer.directions",
+    "make_direction": "vllm_steer.directions",
     "save_directions": "vllm_steer.directions",
     "SteerError": "vllm_steer.errors",
     "Readout": "vllm_steer.schema",
@@ -65,6 +69,7 @@ _HOME = {
     "steer_config": "vllm_steer.settings",
     "Diagnosis": "vllm_steer.engine.doctor",
     "diagnose": "vllm_steer.engine.doctor",
+    "extract_directions": "vllm_steer.engine.front.extraction",
     "abandon_requests": "vllm_steer.engine.front.offline",
     "abandon_requests_async": "vllm_steer.engine.front.offline",
     "close_llm": "vllm_steer.engine.front.offline",

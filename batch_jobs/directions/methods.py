@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +16,19 @@ from sklearn.preprocessing import StandardScaler
 
 from batch_jobs.config.study import DirectionMethod, Study, StudyError
 from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts
-from vllm_steer import Direction
+from vllm_steer import Direction, make_direction
+from vllm_steer.errors import BadVector
 
 Vector = npt.NDArray[np.float32]
-_Floats64 = npt.NDArray[np.float64]
 
 
 def mean_difference(train: PairReadouts) -> Vector:
-    """Unit direction (D,) float32 from the non-empathic to the empathic class mean (paper, equation 1).
-
-    Computed in float64. The sides may differ in N.
+    """`vllm_steer.make_direction` by that name, from the non-empathic to the empathic side; (D,) float32.
 
     Raises:
         StudyError: a wrong shape, an empty side, a value that is not finite, or equal class means.
     """
-    return _mean_difference(*_checked(train))
+    return _made(train, "mean_difference")
 
 
 def logistic_regression(train: PairReadouts) -> Vector:
@@ -43,34 +42,23 @@ def logistic_regression(train: PairReadouts) -> Vector:
     Raises:
         StudyError: as for `mean_difference`.
     """
-    empathic, non_empathic = _checked(train)
-    _mean_difference(empathic, non_empathic)
+    mean_difference(train)  # checks both sides
+    empathic, non_empathic = (np.asarray(side, dtype=np.float64) for side in (train.empathic_ND, train.non_empathic_ND))
     labels = np.repeat([1, 0], [len(empathic), len(non_empathic)])
     scaler = StandardScaler()
     standardised = scaler.fit_transform(np.concatenate([empathic, non_empathic]))
-    fit = LogisticRegression(C=1.0, max_iter=1000).fit(standardised, labels)
-    return _unit(fit.coef_[0] / scaler.scale_)
+    weights_D = LogisticRegression(C=1.0, max_iter=1000).fit(standardised, labels).coef_[0] / scaler.scale_
+    unit: Vector = (weights_D / np.linalg.norm(weights_D)).astype(np.float32)
+    return unit
 
 
 def pca(train: PairReadouts) -> Vector:
-    """Unit direction (D,) float32 along which the two sides of a pair differ most, over all pairs.
-
-    First principal component of the readouts after subtracting each pair's midpoint from both its sides, which removes
-    anything that varies between pairs, such as the scenario. Computed as the first right singular vector of the (N, D)
-    differences. The sign is chosen so that the empathic class mean projects higher. Source: the pair-centred variant of
-    representation engineering's PCA (Zou et al., 2023).
+    """`vllm_steer.make_direction` by that name, towards the empathic side; (D,) float32.
 
     Raises:
         StudyError: the sides differ in N, or as for `mean_difference`.
     """
-    empathic, non_empathic = _checked(train)
-    if len(empathic) != len(non_empathic):
-        raise StudyError(
-            f"Got {len(empathic)} empathic and {len(non_empathic)} non-empathic readouts; pca needs them in pairs."
-        )
-    towards_empathic = _mean_difference(empathic, non_empathic)
-    first = np.linalg.svd(empathic - non_empathic, full_matrices=False)[2][0]
-    return _unit(first if first @ towards_empathic >= 0 else -first)
+    return _made(train, "pca")
 
 
 METHODS: Mapping[DirectionMethod, Callable[[PairReadouts], Vector]] = MappingProxyType(
@@ -115,28 +103,8 @@ def mean_residual_norm(train: PairReadouts) -> float:
     return norm
 
 
-def _checked(train: PairReadouts) -> tuple[_Floats64, _Floats64]:
-    empathic, non_empathic = (np.asarray(side, dtype=np.float64) for side in (train.empathic_ND, train.non_empathic_ND))
-    if empathic.ndim != 2 or non_empathic.ndim != 2 or empathic.shape[1:] != non_empathic.shape[1:]:
-        raise StudyError(
-            f"Got readouts of shapes {empathic.shape} and {non_empathic.shape}; both must be (N, D) with the same D."
-        )
-    if not len(empathic) or not len(non_empathic):
-        raise StudyError("One class has no readouts; a direction needs at least one text on each side.")
-    if not (np.isfinite(empathic).all() and np.isfinite(non_empathic).all()):
-        raise StudyError("The readouts hold NaN or infinity; check the model's dtype (float16 overflows in some).")
-    return empathic, non_empathic
-
-
-def _mean_difference(empathic: _Floats64, non_empathic: _Floats64) -> Vector:
-    difference = empathic.mean(axis=0) - non_empathic.mean(axis=0)
-    if not difference.any():
-        raise StudyError(
-            "Both classes have the same mean readout, so there is no direction; check that the texts differ."
-        )
-    return _unit(difference)
-
-
-def _unit(vector_D: _Floats64) -> Vector:
-    unit: Vector = (vector_D / np.linalg.norm(vector_D)).astype(np.float32)
-    return unit
+def _made(train: PairReadouts, method: Literal["mean_difference", "pca"]) -> Vector:
+    try:
+        return make_direction("made", 0, train.empathic_ND, train.non_empathic_ND, method).vector
+    except BadVector as error:
+        raise StudyError(f"The readouts give no direction: {error}") from None

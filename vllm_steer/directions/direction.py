@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,15 +36,18 @@ class Direction:
             also in bfloat16 or with gradients. Kept as a read-only float32 copy, which holds float16, bfloat16 and
             float32 exactly. It is never rescaled: α multiplies it as it is. Every op but ``add`` needs a unit vector;
             ``normalised()`` makes one.
+        metadata: where it comes from: names with texts, numbers, ``True``, ``False`` or ``None``. It changes nothing;
+            safetensors files keep it.
 
     Raises:
         BadVector: the vector is not one-dimensional, not finite in float32, or zero in float32.
-        MalformedSpec: the name or layer is not allowed.
+        MalformedSpec: the name, layer or metadata is not allowed.
     """
 
     name: str
     layer: int
     vector: npt.NDArray[np.float32]
+    metadata: Mapping[str, str | float | bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -57,6 +62,14 @@ class Direction:
                 f"{MOST_LAYERS - 1}. Give the 0-based index of its decoder block."
             )
         object.__setattr__(self, "layer", int(self.layer))
+        if not isinstance(self.metadata, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, str | int | float | None) for key, value in self.metadata.items()
+        ):
+            raise MalformedSpec(
+                f"direction {self.name!r} has metadata {self.metadata!r:.{MOST_QUOTED}}; allowed: names with texts, "
+                "numbers, true, false or none. Leave the rest out."
+            )
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
         vector = self._as_float32(self._array())
         vector.setflags(write=False)
         object.__setattr__(self, "vector", vector)
@@ -126,7 +139,8 @@ class Direction:
 
     def normalised(self) -> Direction:
         """The same direction with norm 1."""
-        return Direction(self.name, self.layer, (self.vector.astype(np.float64) / self.norm).astype(np.float32))
+        vector = (self.vector.astype(np.float64) / self.norm).astype(np.float32)
+        return Direction(self.name, self.layer, vector, self.metadata)
 
 
 def _on_host(vector: Any) -> Any:

@@ -64,7 +64,8 @@ def load_directions(path: str | os.PathLike[str], name: str | None = None, layer
 def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction]) -> None:
     """Write directions to ``path`` (``.safetensors`` or ``.gguf``), atomically, as float32.
 
-    A GGUF control vector holds one name, and no layer 0, because llama.cpp starts at layer 1.
+    A GGUF control vector holds one name, and no layer 0, because llama.cpp starts at layer 1; it loses the directions'
+    metadata.
 
     Raises:
         BadDirectionFile: there are no directions, two have the same name and layer, the suffix is another one, or the
@@ -95,7 +96,7 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
 def _checked(file: Path, one: Stored) -> Direction:
     """Validate a stored direction and compare it with the hash that `save_directions` wrote, if there is one."""
     try:
-        direction = Direction(one.name, one.layer, one.vector)  # type: ignore[arg-type]  # any real dtype
+        direction = Direction(one.name, one.layer, one.vector, one.metadata)  # type: ignore[arg-type]  # any real dtype
     except BadVector as error:
         raise BadVector(f"{file}: {error}") from None
     except MalformedSpec as error:

@@ -17,6 +17,8 @@ from vllm_steer.directions.unchecked import LAYER, LAYERS_ALLOWED, METADATA_KEY,
 from vllm_steer.errors import BadDirectionFile
 
 _FORMAT = 1
+_Written = tuple[str | None, Mapping[str, Any]]
+"""SHA-256 of a direction, None if it is not known, and the direction's metadata."""
 _BFLOAT16 = "BF16"
 # safetensors dtype -> NumPy dtype. bfloat16, which NumPy lacks, is read as its bits.
 _DTYPES = {
@@ -47,7 +49,7 @@ def read_safetensors(file: Path) -> list[Stored]:
 
     try:
         with safe_open(str(file), framework="numpy") as opened:
-            hashes = _written_hashes(file, opened.metadata() or {})
+            written = _written(file, opened.metadata() or {})
             for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 _check(file, key, opened.get_slice(key).get_dtype())
         # Not get_tensor(), which needs PyTorch for bfloat16. Both calls check every offset against the file's size.
@@ -57,14 +59,17 @@ def read_safetensors(file: Path) -> list[Stored]:
             f"{file} is not a readable safetensors file ({one_line(error)}); allowed: undamaged files. Copy it again, "
             "or write it again with save_directions."
         ) from None
-    return [_stored(file, key, tensor, hashes.get(key)) for key, tensor in tensors]
+    return [_stored(file, key, tensor, written.get(key, (None, {}))) for key, tensor in tensors]
 
 
 def write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
-    """Write directions as float32 tensors, with their hashes and norms in the metadata."""
+    """Write directions as float32 tensors, with their hashes, norms and own metadata in the file's metadata."""
     from safetensors.numpy import save_file
 
-    about = {direction.key: {"sha256": direction.content_hash, "norm": direction.norm} for direction in directions}
+    about: dict[str, dict[str, Any]] = {one.key: {"sha256": one.content_hash, "norm": one.norm} for one in directions}
+    for one in directions:
+        if one.metadata:
+            about[one.key]["metadata"] = dict(one.metadata)
     save_file(
         {direction.key: np.ascontiguousarray(direction.vector) for direction in directions},
         str(file),
@@ -84,7 +89,7 @@ def _check(file: Path, key: str, dtype: str) -> None:
         )
 
 
-def _stored(file: Path, key: str, tensor: Mapping[str, Any], sha256: str | None) -> Stored:
+def _stored(file: Path, key: str, tensor: Mapping[str, Any], written: _Written) -> Stored:
     dtype, shape = tensor["dtype"], tensor["shape"]
     _check(file, key, dtype)  # checked again: the file may have been replaced
     values = np.frombuffer(tensor["data"], _DTYPES[dtype])
@@ -96,14 +101,14 @@ def _stored(file: Path, key: str, tensor: Mapping[str, Any], sha256: str | None)
             "size. Write one vector a tensor."
         ) from None
     name, _, layer = key.rpartition("@")
-    return Stored(name, int(layer), vector, sha256)
+    return Stored(name, int(layer), vector, *written)
 
 
-def _written_hashes(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Key -> SHA-256 that `save_directions` wrote; empty for files from other software."""
+def _written(file: Path, metadata: Mapping[str, str]) -> dict[str, _Written]:
+    """Key -> what `save_directions` wrote about it; empty for files from other software."""
     try:
         noted = json.loads(metadata.get(METADATA_KEY, "{}")).get("directions", {})
-        return {key: about["sha256"] for key, about in noted.items()}
+        return {key: (about["sha256"], about.get("metadata", {})) for key, about in noted.items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BadDirectionFile(
             f"{file} has unreadable metadata ({one_line(error)}); allowed: none, or what save_directions writes. Write "

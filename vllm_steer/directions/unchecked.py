@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,11 @@ class Stored(NamedTuple):
     Attributes:
         vector: of any shape and any real dtype.
         sha256: the ``content_hash`` that `save_directions` wrote for it, or None.
+        metadata: that of the direction.
     """
 
     name: str
     layer: int
     vector: npt.NDArray[np.generic]
     sha256: str | None = None
+    metadata: Mapping[str, Any] = MappingProxyType({})

@@ -80,7 +80,7 @@ def test_pca_reads_the_differences_within_pairs_and_not_those_between_them() -> 
 
 
 def test_pca_refuses_sides_that_are_no_pairs() -> None:
-    with pytest.raises(StudyError, match="2 empathic and 1 non-empathic"):
+    with pytest.raises(StudyError, match="2 positive and 1 negative"):
         pca(pairs([[1, 0], [2, 0]], [[0, 0]]))
 
 
@@ -90,7 +90,7 @@ def test_pca_refuses_sides_that_are_no_pairs() -> None:
     [
         (np.ones((2, 3)), np.ones((2, 3)), "same mean readout"),
         (np.ones((2, 3)), np.ones((2, 4)), r"shapes \(2, 3\) and \(2, 4\)"),
-        (np.ones(3), np.ones(3), "must be"),
+        (np.ones(3), np.ones(3), r"allowed: \(N, D\)"),
         (np.ones((0, 3)), np.ones((2, 3)), "no readouts"),
         (np.full((2, 3), np.nan), np.ones((2, 3)), "NaN or infinity"),
     ],
