@@ -159,8 +159,9 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_roun
     tokens = setting.requests * setting.tokens
     hidden, residual = (torch.randn(tokens, setting.dimension, device=device).to(dtype) for _ in range(2))
     tables = [
-        hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.entry_mode, hook.keep, hook.segment,
-        hook.sums, hook.last, hook.trace_slot, hook.trace, hook.cut, hook.flags,
+        hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.entry_mode, hook.entry_gate,
+        hook.entry_threshold, hook.probe, hook.keep, hook.segment, hook.sums, hook.last,
+        hook.trace_slot, hook.trace, hook.cut, hook.flags,
     ]  # fmt: skip
     num_bytes = setting.num_bytes(hidden.element_size())
     source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)  # a copy reads and writes

@@ -26,6 +26,8 @@ SHOWN_BY = {
     "rpc._checked.checked": "engine/worker/test_never_unsteered.py::test_a_runner_that_puts_no_hooks_on_its_m",
     "rpc._of": "engine/worker/test_never_unsteered.py::test_a_worker_without_steering_answers_no_call",
     "admission.Admission._hooked": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "admission.Admission._conditional": "engine/front/test_admission.py::test_a_condition_that_cannot_be_evaluated_is",
+    "admission.Admission._with_probes": "engine/front/test_admission.py::test_too_many_probes_and_probes_across_stages",
     "admission.Admission._entry": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
     "admission.Admission._check_residual_norm": "engine/front/test_never_unsteered.py::test_a_bound_in_residual_norm",
     "admission.Admission._check_bounds": "engine/front/test_admission.py::test_as_many_entries_as_there_is_room_for",

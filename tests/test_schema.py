@@ -10,8 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_steer.errors import BadAlpha, BadOp, BadReadout, BadSpan, MalformedSpec, SteerError, UnknownField
-from vllm_steer.schema import OPS, Readout, RequestSpec, Steering
+from vllm_steer.errors import (
+    BadAlpha,
+    BadCondition,
+    BadOp,
+    BadReadout,
+    BadSpan,
+    MalformedSpec,
+    SteerError,
+    UnknownField,
+)
+from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, When
 
 ENTRY = {"direction": "kind", "alpha": 1.0}
 
@@ -34,6 +43,9 @@ def steerings(draw: st.DrawFn) -> Steering:
     if op in ("add", "set", "clamp"):
         fields["relative"] = draw(st.booleans())
     fields["keep_norm"] = draw(st.booleans())
+    if draw(st.booleans()):
+        bound = draw(st.sampled_from([{"above": 0.5}, {"below": -3}, {"above": 0, "layer": 4}]))
+        fields["when"] = When(draw(names), **bound)
     layer, span = draw(st.none() | layers), draw(st.sampled_from(SPANS))
     return Steering(draw(names), layer=layer, op=op, span=span, **fields)
 
@@ -83,6 +95,7 @@ def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
         ({"op": "scale", "alpha": 1.0}, 2),
         ({"op": "clamp", "low": 0.0}, 2),
         ({"alpha": 1.0, "span": "response"}, 2),
+        ({"alpha": 1.0, "when": When("kind", above=1.0)}, 2),
     ],
 )
 def test_an_entry_in_version_1_has_the_fields_of_version_1(fields: dict[str, Any], version: int) -> None:
@@ -101,7 +114,9 @@ json_values = st.recursive(
 # Objects with the wire's own keys; with others, fuzzing would stop at the first unknown field.
 entries = st.fixed_dictionaries(
     {"direction": st.just("kind") | json_values},
-    optional=dict.fromkeys(("alpha", "layer", "op", "span", "relative", "keep_norm", "low", "high"), json_values),
+    optional=dict.fromkeys(
+        ("alpha", "layer", "op", "span", "relative", "keep_norm", "low", "high", "when"), json_values
+    ),
 )
 readings = st.fixed_dictionaries(
     {"layers": st.just([3]) | json_values},
@@ -172,6 +187,7 @@ REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"alpha": 0.0, "op": "ablate"}, BadAlpha, "0.0"),
     ({"alpha": 2.5, "op": "ablate"}, BadAlpha, "2.5"),
     ({"alpha": None, "op": "scale"}, BadAlpha, "without alpha"),
+    ({"when": {"direction": "kind", "above": 1}}, MalformedSpec, "Give When"),
     ({"op": "scale", "relative": True}, BadOp, "'scale' came with relative"),
     ({"op": "ablate", "relative": True}, BadOp, "'ablate' came with relative"),
     ({"relative": 1}, MalformedSpec, "relative is 1"),
@@ -198,6 +214,30 @@ def test_a_wrong_entry_is_refused_with_its_own_class(
     assert type(caught.value) is refusal
     assert named in str(caught.value)
     assert isinstance(caught.value, ValueError)  # what vLLM's front ends turn into a client error
+
+
+REFUSED_CONDITIONS: list[tuple[dict[str, Any], type[SteerError], str]] = [
+    ({"above": 1.0, "direction": ""}, MalformedSpec, "''"),
+    ({}, BadCondition, "both or none"),
+    ({"above": 1.0, "below": 2.0}, BadCondition, "both or none"),
+    ({"above": "1"}, BadCondition, "above of when is '1'"),
+    ({"below": float("nan")}, BadCondition, "below of when is nan"),
+    ({"above": 1e39}, BadCondition, "1e+39"),
+    ({"above": 1.0, "layer": -1}, MalformedSpec, "-1"),
+    ({"above": 1.0, "over": "prompt"}, BadCondition, "'prompt'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "refusal", "named"), REFUSED_CONDITIONS)
+def test_a_wrong_condition_is_refused_with_its_own_class(
+    fields: dict[str, Any], refusal: type[SteerError], named: str
+) -> None:
+    with pytest.raises(refusal) as caught:
+        When(**{"direction": "harm", **fields})
+    assert type(caught.value) is refusal
+    assert named in str(caught.value)
+    with pytest.raises(SteerError):
+        Steering.from_json({**ENTRY, "when": {"direction": "harm", **fields}})
 
 
 REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [

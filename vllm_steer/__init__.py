@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         steered,
     )
     from vllm_steer.errors import SteerError
-    from vllm_steer.schema import Readout, ReadoutResult, Steering
+    from vllm_steer.schema import Readout, ReadoutResult, Steering, When
     from vllm_steer.settings import steer_config
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "ReadoutResult",
     "SteerError",
     "Steering",
+    "When",
     "__version__",
     "abandon_requests",
     "abandon_requests_async",
@@ -65,6 +66,7 @@ _HOME = {
     "SteerError": "vllm_steer.errors",
     "Readout": "vllm_steer.schema",
     "ReadoutResult": "vllm_steer.schema",
+    "When": "vllm_steer.schema",
     "Steering": "vllm_steer.schema",
     "steer_config": "vllm_steer.settings",
     "Diagnosis": "vllm_steer.engine.doctor",

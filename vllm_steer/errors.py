@@ -11,6 +11,7 @@ answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body
     │   ├── MalformedSpec            not JSON, not an object, wrong type of a field
     │   ├── UnknownField             a field that the wire format does not have
     │   ├── BadAlpha                 not a finite number, or beyond what the engine allows
+    │   ├── BadCondition             not one bound, or at a layer behind the entry's
     │   ├── BadSpan                  no span, or one without tokens
     │   ├── BadOp                    unknown, with a field of another op, or not allowed by the direction
     │   ├── BadReadout               nothing to read, bad skip_first, a projection that no layer can give
@@ -80,8 +81,12 @@ class BadAlpha(SpecError):
     """α is not a finite number, or beyond what the engine's settings or its dtype allow."""
 
 
+class BadCondition(SpecError):
+    """A condition without exactly one finite bound, or one that the engine cannot evaluate where the entry acts."""
+
+
 class BadSpan(SpecError):
-    """A span other than ``prompt``, ``generated`` or ``all``."""
+    """Not a span, or a part of it holds no token of the request."""
 
 
 class BadOp(SpecError):

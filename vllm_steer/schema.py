@@ -8,8 +8,8 @@
                  "trace": ["kind"]}}
 
 ``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
-``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high`` and ``pool``.
-Otherwise it is 2.
+``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when`` and
+``pool``. Otherwise it is 2.
 A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer import spans
-from vllm_steer.errors import BadAlpha, BadOp, BadReadout, MalformedSpec, UnknownField
+from vllm_steer.errors import BadAlpha, BadCondition, BadOp, BadReadout, MalformedSpec, SpecError, UnknownField
 
 SCHEMA_VERSION = 2
 """The newest version of the wire format; specs of version 1 mean what they always meant."""
@@ -52,6 +52,7 @@ OPS: tuple[str, ...] = get_args(Op)
 POOLS: tuple[str, ...] = get_args(Pool)
 _OPS_OF_V1, _SPANS_OF_V1 = ("add", "ablate", "set"), ("prompt", "generated", "all")
 _RELATIVE_OPS = ("add", "set", "clamp")
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _layer(layer: object, where: str) -> int:
@@ -64,15 +65,15 @@ def _layer(layer: object, where: str) -> int:
     return int(layer)
 
 
-def _finite(value: object, name: str = "alpha") -> float:
+def _finite(value: object, name: str = "alpha", refusal: type[SpecError] = BadAlpha) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
-        raise BadAlpha(f"{name} is {value!r}; allowed: a finite number. Give a number.")
+        raise refusal(f"{name} is {value!r}; allowed: a finite number. Give a number.")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond the range of floats
         number = math.inf
     if not math.isfinite(number):
-        raise BadAlpha(f"{name} is {number}; allowed: a finite number. Leave the entry out to change nothing.")
+        raise refusal(f"{name} is {number}; allowed: a finite number. Leave the entry out to change nothing.")
     return number
 
 
@@ -86,6 +87,61 @@ def _check_name(name: object, where: str) -> None:
         raise MalformedSpec(
             f"{where} is {name!r}; allowed: a non-empty string. Give the name of a registered direction."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """A condition on each token: an entry with it acts only where the condition holds.
+
+    It compares ⟨h, d⟩, the projection of the token's own stream onto a registered direction, with a bound. At the
+    entry's layer, h is the stream as it is when the entry is reached; at an earlier layer, as that layer left it. It is
+    evaluated on the device, in the same step.
+
+    Args:
+        direction: name of the registered direction d, of any length.
+        above, below: the bound, exactly one of them: the condition holds where ⟨h, d⟩ > ``above``, or < ``below``.
+        layer: the layer of h, a hooked one, at most the entry's; ``None`` means the direction's own.
+        over: ``token``, each token decides for itself.
+
+    Raises:
+        MalformedSpec, BadCondition: at construction, naming the offending value.
+    """
+
+    direction: str
+    above: float | None = None
+    below: float | None = None
+    layer: int | None = None
+    over: Literal["token"] = "token"
+
+    def __post_init__(self) -> None:
+        _check_name(self.direction, "the direction of when")
+        if (self.above is None) == (self.below is None):
+            raise BadCondition("when has both or none of above and below; allowed: one of them. Give one.")
+        for name in ("above", "below"):
+            if (bound := getattr(self, name)) is not None:
+                number = _finite(bound, f"{name} of when", BadCondition)
+                if abs(number) > _MOST_FLOAT32:
+                    raise BadCondition(f"{name} of when is {number:g}; allowed: what float32 holds. Use a smaller one.")
+                object.__setattr__(self, name, number)
+        if self.layer is not None:
+            object.__setattr__(self, "layer", _layer(self.layer, "the layer of when"))
+        if self.over != "token":
+            raise BadCondition(f"over is {self.over!r}; allowed: token. Leave it out.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The condition as a JSON object, without fields at their default."""
+        told = {"direction": self.direction, "above": self.above, "below": self.below, "layer": self.layer}
+        return {name: value for name, value in told.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: object) -> When:
+        """Build a condition from a decoded JSON object.
+
+        Raises:
+            UnknownField: it has a field that ``When`` does not have.
+            MalformedSpec, BadCondition: as the constructor, or ``direction`` is missing.
+        """
+        return cls(**_checked_fields(cls, value, "when", required=("direction",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +172,7 @@ class Steering:
             is reached. For ``add``, ``set`` and ``clamp``; the other ops are relative anyway.
         keep_norm: afterwards gives h the length that it had before this entry.
         low, high: the bounds of ``clamp``; ``None`` for none.
+        when: the tokens of the span on which the entry acts; ``None`` for all of them.
 
     Several entries at one layer are applied in the order given.
 
@@ -132,6 +189,7 @@ class Steering:
     keep_norm: bool = False
     low: float | None = None
     high: float | None = None
+    when: When | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.direction, "steering direction")
@@ -148,6 +206,8 @@ class Steering:
                     f"op {self.op!r} came with relative; allowed: relative with {', '.join(_RELATIVE_OPS)}, since "
                     f"{self.op!r} is in units of the projection. Leave relative out."
                 )
+        if not isinstance(self.when, When | None):
+            raise MalformedSpec(f"when is {str(self.when)[:80]!r}; allowed: a condition. Give When(...).")
         if self.op == "clamp" or self.low is not None or self.high is not None:
             self._check_bounds()
             return
@@ -211,13 +271,14 @@ class Steering:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this entry uses."""
-        is_new = self.relative or self.keep_norm or (self.op == "ablate" and self.alpha != 1.0)
+        is_new = self.relative or self.keep_norm or self.when is not None or (self.op == "ablate" and self.alpha != 1.0)
         return 1 if self.op in _OPS_OF_V1 and self.span in _SPANS_OF_V1 and not is_new else 2
 
     def to_json(self) -> dict[str, Any]:
         """The entry as a JSON object: all fields of version 1, and the others where they are not at their default."""
         old = {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
-        later = {"relative": self.relative, "keep_norm": self.keep_norm, "low": self.low, "high": self.high}
+        later: dict[str, Any] = {"relative": self.relative, "keep_norm": self.keep_norm}
+        later |= {"low": self.low, "high": self.high, "when": None if self.when is None else self.when.to_json()}
         return old | {name: value for name, value in later.items() if value is not None and value is not False}
 
     @classmethod
@@ -228,7 +289,10 @@ class Steering:
             UnknownField: it has a field that ``Steering`` does not have.
             MalformedSpec, BadAlpha, BadOp, BadSpan: as the constructor, or ``direction`` is missing.
         """
-        return cls(**_checked_fields(cls, value, "an entry of steering", required=("direction",)))
+        fields = _checked_fields(cls, value, "an entry of steering", required=("direction",))
+        if fields.get("when") is not None:
+            fields = fields | {"when": When.from_json(fields["when"])}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.step_plan import READ
 
-DIMENSION, SLOTS, REQUESTS = 24, 5, 4
+DIMENSION, SLOTS, REQUESTS, PROBES = 24, 5, 4, 4
 SPARE_TOKENS = 3  # the token tables are longer than a call: entries beyond it must be ignored
 
 
@@ -28,6 +28,9 @@ class Case:
     entry_slot: torch.Tensor
     entry_ab: torch.Tensor
     entry_mode: torch.Tensor
+    entry_gate: torch.Tensor
+    entry_threshold: torch.Tensor
+    probe: torch.Tensor
     keep: torch.Tensor
     segment: torch.Tensor
     sums: torch.Tensor
@@ -95,7 +98,9 @@ def make_case(
     counts[rng.integers(rows)] = entries
     entry_slot = np.full((rows, entries), -1, np.int32)
     entry_ab = np.zeros((rows, entries, 2), np.float32)
-    entry_mode = np.full((rows, entries), 15, np.int32)  # that of an empty entry means nothing
+    entry_gate = np.full((rows, entries), 10**9, np.int32)
+    entry_threshold = np.zeros((rows, entries), np.float32)
+    entry_mode = np.full((rows, entries), 127, np.int32)  # that of an empty entry means nothing
     for row, count in enumerate(counts):
         entry_slot[row, :count] = rng.integers(0, SLOTS, count)
         for entry in range(count):
@@ -112,7 +117,11 @@ def make_case(
                 if (a or mode) and rng.random() < 0.5:
                     a, b, mode = a / 8, b / 8 if mode else b, mode | 1
                 entry_ab[row, entry] = a, b
-                entry_mode[row, entry] = mode | 2 * int(rng.random() < 0.4)
+                # above or below a threshold, of what is seen here or was stored before; or a probe, which does nothing
+                condition = [0, 0, 8, 16, 8 | 32, 16 | 32, 64][rng.integers(7)]
+                entry_mode[row, entry] = mode | 2 * int(rng.random() < 0.4) | condition
+                entry_gate[row, entry] = rng.integers(PROBES if condition & (32 | 64) else SLOTS)
+                entry_threshold[row, entry] = rng.normal()
     bank = normal(SLOTS, dimension)
     bank /= bank.norm(dim=1, keepdim=True)
     trace_slot = np.arange(columns, dtype=np.int32) % SLOTS
@@ -126,6 +135,9 @@ def make_case(
         entry_slot=torch.from_numpy(entry_slot),
         entry_ab=torch.from_numpy(entry_ab),
         entry_mode=torch.from_numpy(entry_mode),
+        entry_gate=torch.from_numpy(entry_gate),
+        entry_threshold=torch.from_numpy(entry_threshold),
+        probe=normal(tokens + SPARE_TOKENS, PROBES),
         keep=torch.from_numpy(rng.integers(0, 2, REQUESTS).astype(np.int32)),
         segment=torch.from_numpy(segment),
         sums=normal(REQUESTS, dimension),
@@ -147,6 +159,7 @@ class Expected:
     sums: np.ndarray
     last: np.ndarray
     trace: np.ndarray
+    probe: np.ndarray
     cut: np.ndarray
     untouched: list[int]
 
@@ -184,6 +197,7 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     tokens = len(hidden)
     residual = np.zeros_like(hidden) if case.residual is None else case.residual.double().numpy()
     sums, last, trace = (tensor.double().numpy().copy() for tensor in (case.sums, case.last, case.trace))
+    probe = case.probe.double().numpy().copy()
     cut = case.cut.numpy().copy()
     untouched = []
     for t in range(tokens):
@@ -196,7 +210,17 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
                 a, b = case.entry_ab[row, e].tolist()
                 if slot >= 0:
                     touched = True
-                    h = _entry(h, bank[slot], a, b, int(case.entry_mode[row, e]))
+                    mode, gate = int(case.entry_mode[row, e]), int(case.entry_gate[row, e])
+                    if mode & 64:
+                        probe[t, gate] = h @ bank[slot]
+                        continue
+                    if mode & (8 | 16):
+                        seen = probe[t, gate] if mode & 32 else h @ bank[gate]
+                        if not (
+                            seen > case.entry_threshold[row, e] if mode & 8 else seen < case.entry_threshold[row, e]
+                        ):
+                            continue
+                    h = _entry(h, bank[slot], a, b, mode)
         if touched:
             new = h - residual[t]
             if case.hidden.dtype == torch.float16:
@@ -216,7 +240,7 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     for k, slot in enumerate(case.trace_slot.tolist()):
         if slot >= 0:
             trace[:tokens, k] = stream @ bank[slot]
-    return Expected(hidden, sums, last, trace, cut, untouched)
+    return Expected(hidden, sums, last, trace, probe, cut, untouched)
 
 
 def check(
@@ -242,6 +266,7 @@ def check(
     eps = torch.finfo(case.hidden.dtype).eps
     np.testing.assert_allclose(got.hidden.double().numpy(), expected.hidden, rtol=rounding * eps, atol=2e-5 * scale)
     np.testing.assert_array_equal(got.cut.numpy(), expected.cut)
+    np.testing.assert_allclose(got.probe.numpy(), expected.probe, rtol=1e-5, atol=1e-4 * scale)
     for token in expected.untouched:
         assert torch.equal(got.hidden[token], case.hidden[token]), f"token {token} is nobody's and was changed"
 
@@ -258,6 +283,8 @@ def check(
         "entry_slot",
         "entry_ab",
         "entry_mode",
+        "entry_gate",
+        "entry_threshold",
         "keep",
         "segment",
         "flags",

@@ -227,7 +227,7 @@ def test_the_fast_path_forgets_nothing_that_changes_between_calls() -> None:
     check(case, cpu.steer_and_read)
     case.entry_ab[..., 0] *= -1.5
     check(case, cpu.steer_and_read)
-    case.entry_slot[:] = (case.entry_slot + 1) % len(case.bank)
+    case.entry_slot[:], case.entry_mode[:] = (case.entry_slot + 1) % len(case.bank), 0
     check(case, cpu.steer_and_read)
     case.row_of_token[:] = case.row_of_token.flip(0)
     case.bank.mul_(0.5)

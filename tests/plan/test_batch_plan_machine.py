@@ -30,7 +30,7 @@ from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 from vllm_steer.settings import SteerSettings
 
 RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass
-SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=3, max_windows=16, trace_columns=MOST_TRACED)
+SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=7, max_windows=16, trace_columns=MOST_TRACED)
 
 # Streams here stay below 100, where some twenty float32 roundings add up to less than 2e-4. Any wrong entry, vector or
 # token changes them by more than 0.1: every α is at least 1 in size, and two tokens' contents differ as random vectors.
@@ -90,11 +90,7 @@ class Schedule(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject) -> None:
         prompt_len, generated = data.draw(st.integers(1, 9), label="prompt"), data.draw(st.integers(1, 6), label="more")
         is_plain = data.draw(st.integers(0, 3), label="plain") == 0
-        steering = (
-            []
-            if is_plain
-            else data.draw(st.lists(steerings(prompt_len), max_size=SETTINGS.max_entries), label="steering")
-        )
+        steering = [] if is_plain else data.draw(st.lists(steerings(prompt_len), max_size=3), label="steering")
         is_read = not is_plain and data.draw(st.integers(0, 3), label="read") > 0
         readout = data.draw(readouts(prompt_len), label="readout") if is_read else None
         params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
@@ -108,7 +104,10 @@ class Schedule(RuleBasedStateMachine):
             layer = HOMES[one.direction] if one.layer is None else one.layer
             # a name at two layers has a vector for each; a name at one layer may be used at any
             vector = self.vectors.get((one.direction, layer), self.vectors[one.direction, HOMES[one.direction]])
-            entries.append((layer, one, vector))
+            condition = None
+            if one.when is not None and one.when.layer is not None:
+                condition = one.when.layer, self.vectors[one.when.direction, HOMES[one.when.direction]]
+            entries.append((layer, one, vector, condition))
         for index in range(data.draw(st.integers(1, 2), label="samples")):
             life = Life(self.arrivals, index, params, prompt_len, prompt_len + generated, entries, readout)
             if readout is not None:

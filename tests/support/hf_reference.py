@@ -4,7 +4,7 @@ Nothing here comes from the package under test. A steering entry is a plain dict
 
     {"layer": 2, "vector": (D,) array, "alpha": 5.0, "op": "add", "span": "all"}
 
-where "relative", "keep_norm", "low" and "high" may follow,
+where "relative", "keep_norm", "low", "high" and "when" may follow, the last as {"layer", "vector", "above" or "below"},
 
 and entries are applied in the order given, at the output of decoder block `layer`, to the tokens of their span: a
 token is a *prompt* token when its position is below the prompt length, a *generated* one otherwise.
@@ -165,6 +165,10 @@ class Reference:
                     continue
                 held = positions(entry.get("span", "all"), self._prompt_len, end)
                 chosen = torch.tensor([one in held for one in range(self._start, end)])
+                if (when := entry.get("when")) is not None:
+                    seen = hidden[0] if when["layer"] == layer else self._seen[when["layer"]][-1]
+                    along = seen @ torch.as_tensor(when["vector"])
+                    chosen &= along > when["above"] if "above" in when else along < when["below"]
                 hidden = torch.where(chosen[None, :, None], _steer(hidden, entry), hidden)
             self._seen.setdefault(layer, []).append(hidden[0].clone())
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

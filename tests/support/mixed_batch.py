@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.support.hf_reference import Entry, Reference, ReferenceRun
-from vllm_steer import Direction, Readout, ReadoutResult, Steering, collect_readouts, steered
+from vllm_steer import Direction, Readout, ReadoutResult, Steering, When, collect_readouts, steered
 
 # Where the reference's two best logits are this close, float rounding and not steering decides which of them wins.
 NEAR_TIE = 1e-3
@@ -70,11 +70,17 @@ def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, An
             alpha=e.get("alpha", None if e.get("op") == "clamp" else 1.0),
             op=e.get("op", "add"),
             span=e.get("span", "all"),
+            when=_when(e["when"]) if "when" in e else None,
             **{name: e[name] for name in ("relative", "keep_norm", "low", "high") if name in e},
         )
         for e in steering
     ]
     return steered(params, entries, readout=Readout(**readout) if readout else None)
+
+
+def _when(condition: dict[str, Any]) -> When:
+    bound = {name: condition[name] for name in ("above", "below") if name in condition}
+    return When(condition["name"], layer=condition["layer"], **bound)
 
 
 def unit_vectors(layers: Sequence[int], hidden_size: int, seed: int = 1) -> Vectors:
@@ -115,6 +121,9 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     def entry(name: str, layer: int, alpha: float | None, op: str = "add", span: str = "all", **more: Any) -> Entry:
         vector = vectors[name, layer]
         return {"name": name, "layer": layer, "vector": vector, "alpha": alpha, "op": op, "span": span, **more}
+
+    def when(name: str, layer: int, **bound: float) -> dict[str, Any]:
+        return {"name": name, "layer": layer, "vector": vectors[name, layer], **bound}
 
     steerings: list[list[Entry]] = [
         [],
@@ -189,12 +198,12 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         ([], {"layers": [middle], "span": "prompt[2:] + generated"}),
     ]
     operations: list[list[Entry]] = [
-        [entry("calm", first, 25, "scale")],
+        [entry("calm", first, 25, "scale"), entry("bold", last, 18, when=when("calm", middle, above=0))],
         [entry("bold", middle, None, "clamp", "response", low=12)],
         [entry("calm", last, None, "clamp", "prompt", high=-12, keep_norm=True)],
-        [entry("calm", middle, 0.9, span="generated", relative=True)],
+        [entry("calm", middle, 0.9, span="generated", relative=True, when=when("bold", first, below=0))],
         [entry("bold", first, -0.8, "set", relative=True)],
-        [entry("bold", first, 18, span="prompt[-2:]", keep_norm=True)],
+        [entry("bold", first, 18, span="prompt[-2:]", keep_norm=True, when=when("bold", first, above=-1e6))],
         [entry("calm", middle, 2, "ablate"), entry("bold", middle, 0.5, "ablate"), entry("calm", middle, 14)],
         [
             entry("calm", first, None, "clamp", low=0.6, high=0.7, relative=True),
@@ -245,6 +254,10 @@ def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Requ
     for number, (span, form) in enumerate(product(spans, forms)):
         name, layer = ("calm", "bold")[number % 2], layers[number % len(layers)]
         entry = {"name": name, "layer": layer, "vector": vectors[name, layer], **form, "span": span}
+        if number % 5 in (1, 3):  # on the entry's own layer and on the first one, above and below nothing
+            seen = layer if number % 5 == 1 else layers[0]
+            condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen]}
+            entry["when"] = condition | ({"above": 0.0} if number % 2 else {"below": 0.0})
         readout = {"layers": layers, "span": "response", "trace": [trace_name(name, layer)]} if number % 3 else None
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     return made

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.runner_stand_ins import BLOCKS, SIZE
 from tests.support.span_reference import parts_of, positions
-from vllm_steer.schema import Readout, Steering
+from vllm_steer.schema import Readout, Steering, When
 
 HOOKED = (1, 3)
 HOMES = {"a": 1, "b": 3, "c": 1, "both": 1}  # name -> layer; "both" stands at layer 3 too
@@ -26,7 +26,7 @@ class Life:
     """One sample: its request, in terms that the planner does not know, and its progress.
 
     Attributes:
-        entries: (layer, entry, vector), in the order given.
+        entries: (layer, entry, vector, layer and vector of its condition), in the order given.
         projected, traced, largest: the vectors that its names stood for when it came.
         has_columns: whether there were trace columns for it.
         started, running: the worker knows it; it has not been preempted.
@@ -41,7 +41,7 @@ class Life:
     params: Any
     prompt_len: int
     total: int
-    entries: list[tuple[int, Steering, Any]]
+    entries: list[tuple[int, Steering, Any, tuple[int, Any] | None]]
     readout: Readout | None
     projected: dict[tuple[str, int], Any] = field(default_factory=dict)
     traced: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -80,8 +80,13 @@ class Life:
             h, streams = content[0], []
             for block in range(BLOCKS):
                 h = h + content[block + 1]
-                for layer, entry, d in self.entries:
+                for layer, entry, d, condition in self.entries:
                     if layer == block and position in positions(entry.span, self.prompt_len, position + 1):
+                        if entry.when is not None and condition is not None:
+                            seen = (h if condition[0] == block else streams[condition[0]]) @ condition[1]
+                            bounds = entry.when.above, entry.when.below
+                            if not (seen < bounds[1] if bounds[0] is None else seen > bounds[0]):
+                                continue
                         h = steered_by(entry, h, d)
                 streams.append(h)
             self.streams[position, is_wrong] = streams
@@ -89,7 +94,7 @@ class Life:
 
     def first_steered_block(self, position: int) -> int:
         """The first block that steers the token at a position; BLOCKS where none does."""
-        entries = ((layer, entry.span) for layer, entry, _ in self.entries)
+        entries = ((layer, entry.span) for layer, entry, *_ in self.entries)
         held = (layer for layer, span in entries if position in positions(span, self.prompt_len, position + 1))
         return min(held, default=BLOCKS)
 
@@ -158,12 +163,20 @@ def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
         fields = {"alpha": draw(st.sampled_from([None, 0.5, 2.0]))}
     if op == "clamp":
         fields = draw(st.sampled_from([{"low": 1.0}, {"high": -0.5}, {"low": -0.2, "high": 0.3}]))
+    layer = draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED)))
+    when = None
+    if draw(st.integers(0, 2)) == 0:
+        acts_at = HOMES[name] if layer is None else layer
+        # Thresholds that no projection of these streams comes near.
+        bound = draw(st.sampled_from([{"above": 0.1234567}, {"below": -0.7654321}, {"above": -9.0}]))
+        when = When(draw(st.sampled_from(["a", "b", "c"])), layer=draw(st.sampled_from([1, acts_at])), **bound)
     return Steering(
         name,
         **fields,
+        when=when,
         relative=op in ("add", "set", "clamp") and draw(st.integers(0, 3)) == 0,
         keep_norm=draw(st.integers(0, 3)) == 0,
-        layer=draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED))),
+        layer=layer,
         op=op,
         span=draw(spans_of(STEERED_SPANS, prompt_len)),
     )

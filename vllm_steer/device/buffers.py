@@ -24,6 +24,7 @@ from torch import nn
 from vllm_steer.device.staging import ring_for
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.ops.host_flags import HostFlags
+from vllm_steer.plan.entry_rows import MOST_PROBES
 from vllm_steer.plan.step_plan import VERSION, IntArray, StepPlan
 
 _CHANGES = itertools.count()
@@ -44,7 +45,9 @@ class SteerBuffers:
         bank_SD: (S, D) float32, the directions.
         row_of_token, keep_A, segment_A2, trace_slot_LK: int32 tables, see ``StepPlan``.
         flags_L4: (L, 4) int32, see ``ops.reference``.
-        entry_slot_LRE, entry_ab_LRE2, entry_mode_LRE: the entry table, int32 slots, float32 coefficients, int32 modes.
+        entry_slot_LRE, entry_ab_LRE2, entry_mode_LRE, entry_gate_LRE, entry_threshold_LRE: the entry table; slots,
+            modes and gates are int32, the others float32.
+        probe_TG: (T, G) float32, the projections that probes store for conditions at later layers.
         sums_L_AD, last_L_AD: for each layer (A, D) float32, the sums and the last tokens of the accumulators.
         trace_TK: (T, K) float32, the traced projections.
         cut_R: (R,) int32, 1 for rows whose stream was clipped.
@@ -79,7 +82,7 @@ class SteerBuffers:
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
         # Rows are written before they are read.
-        self._entry = packer.table(rows, num_layers, 4 * max_entries, fill=-1)
+        self._entry = packer.table(rows, num_layers, 8 * max_entries, fill=-1)
         packed = packer.pack(device)
         # The tables as the device has them after all queued copies. On a CPU it is the same memory.
         self._image = packed.numpy() if device.type == "cpu" else packed.numpy(force=True).copy()
@@ -95,9 +98,11 @@ class SteerBuffers:
         self._host_flags = HostFlags(self.flags_L4, self._flags.of(self._image))
         self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
         self.row_of_token = self._row.of(packed)
-        entry_LRE4 = self._entry.of(packed).unflatten(2, (max_entries, 4)).transpose(0, 1)
-        self.entry_slot_LRE, self.entry_mode_LRE = entry_LRE4[..., 0], entry_LRE4[..., 3]
-        self.entry_ab_LRE2 = entry_LRE4.view(torch.float32)[..., 1:3]
+        entry_LRE8 = self._entry.of(packed).unflatten(2, (max_entries, 8)).transpose(0, 1)
+        self.entry_slot_LRE, self.entry_mode_LRE, self.entry_gate_LRE = (entry_LRE8[..., at] for at in (0, 3, 4))
+        floats_LRE8 = entry_LRE8.view(torch.float32)
+        self.entry_ab_LRE2, self.entry_threshold_LRE = floats_LRE8[..., 1:3], floats_LRE8[..., 5]
+        self.probe_TG = floats(max_tokens, MOST_PROBES)
         # One tensor per layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
         self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
         self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
@@ -136,8 +141,8 @@ class SteerBuffers:
         self._high_water = plan.num_tokens
         if plan.new_rows and self.can_cut:
             self.cut_R.zero_()
-        for row, row_LE4 in plan.new_rows:
-            self._put(self._entry, row_LE4.reshape(1, len(row_LE4), -1), at=row)
+        for row, row_LE8 in plan.new_rows:
+            self._put(self._entry, row_LE8.reshape(1, len(row_LE8), -1), at=row)
         if self._num_changed:
             self._flags.of(self._image)[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
             self._num_changed = max(self._num_changed, self._flags.end_of(self._flags.shape[0]))
@@ -229,6 +234,9 @@ class HookPoint(nn.Module):
             "entry_slot": buffers.entry_slot_LRE[index],
             "entry_ab": buffers.entry_ab_LRE2[index],
             "entry_mode": buffers.entry_mode_LRE[index],
+            "entry_gate": buffers.entry_gate_LRE[index],
+            "entry_threshold": buffers.entry_threshold_LRE[index],
+            "probe": buffers.probe_TG,
             "keep": buffers.keep_A,
             "segment": buffers.segment_A2,
             "sums": buffers.sums_L_AD[index],
@@ -251,6 +259,9 @@ class HookPoint(nn.Module):
             self.entry_slot,
             self.entry_ab,
             self.entry_mode,
+            self.entry_gate,
+            self.entry_threshold,
+            self.probe,
             self.keep,
             self.segment,
             self.sums,

@@ -128,7 +128,7 @@ class Resolved:
     @property
     def slots(self) -> tuple[int, ...]:
         """Every bank slot that the request reads, each once, sorted."""
-        found = {entry.slot for window in self.windows for entry in window.entries}
+        found = {slot for window in self.windows for entry in window.entries for slot in entry.slots}
         if self.readout is not None:
             found |= {one.slot for one in self.readout.directions}
         return tuple(sorted(found))
@@ -160,8 +160,8 @@ def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
 
 
-def digest(entries: Sequence[tuple[int, float, float, int, str]]) -> str:
-    """SHA-256 of the entries (layer, a, b, mode, vector hash) in order of application; an empty string for no entries.
+def digest(entries: Sequence[tuple[Any, ...]]) -> str:
+    """SHA-256 of the entries in order of application, each as numbers and hashes; an empty string for no entries.
 
     Names are left out: one vector under two names gives the same KV, and a name with a new vector gives different KV.
     """

@@ -156,6 +156,8 @@ VLLM_NAMES = (
     # The offline front end.
     VllmName("vllm", "LLM"),
     VllmName("vllm.entrypoints.llm", "LLM.llm_engine"),
+    VllmName("vllm.entrypoints.llm", "LLM.get_tokenizer", "self", needed_by="engine/front/extraction.py"),
+    VllmName("vllm.tokenizers.protocol", "TokenizerLike.apply_chat_template", "self, messages, ..."),
     VllmName("vllm.entrypoints.llm", "LLM.collective_rpc", "self, method, ..., args="),
     *_members(_OFFLINE_ENGINE, "LLMEngine", "engine_core input_processor output_processor"),
     VllmName(_OFFLINE_ENGINE, "LLMEngine.has_unfinished_requests", "self"),

@@ -10,7 +10,7 @@ of the row for every token. Many short runs (a decode step) are processed all at
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
 
 LONG_RUN = 16
 """Average length, in tokens, from which runs are steered one by one."""
@@ -46,6 +46,9 @@ def steer_and_read(
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
     entry_mode_RE: torch.Tensor,
+    entry_gate_RE: torch.Tensor,
+    entry_threshold_RE: torch.Tensor,
+    probe_TG: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -65,17 +68,16 @@ def steer_and_read(
         num_tokens, dimension = hidden_TD.shape
         most = max(PART // dimension, 1)
         units = _units(row_of_token[:num_tokens].numpy().tobytes()) if depth else None
+        tables = (entry_slot_RE, entry_ab_RE2, entry_mode_RE, entry_gate_RE, entry_threshold_RE)
         work = _Work(
-            None
-            if units is None
-            else _steered(bank_SD, units, num_tokens, (entry_slot_RE, entry_ab_RE2, entry_mode_RE), depth, most),
+            None if units is None else _steered(bank_SD, units, num_tokens, tables, depth, most),
             _index(reset) if is_read and (reset := np.flatnonzero(keep_A.numpy() == 0)).size else None,
             _summed(segment_A2.numpy().tobytes(), num_tokens, most) if is_read else [],
             _parts(0, num_tokens, most) if is_traced else [],
         )
         _LAST[flags_4.data_ptr()] = asked, work
     if work.steered is not None:
-        _steer(hidden_TD, residual_TD, bank_SD, work.steered, cut_R)
+        _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, cut_R)
     if is_read:
         if work.reset is not None:
             sums_AD[work.reset] = 0.0
@@ -174,7 +176,7 @@ class _Steered:
     Attributes:
         row_U: row of each unit that has entries at this layer.
         slots_UE, a_UE, b_UE: its entries, padded to the depth of the step with slot 0, a = b = 0.
-        mode_UE: modes of the entries; None if all are 0.
+        forms: modes, gates and thresholds of the entries, each (U, E); None if all modes are 0.
         delta_UD: vector to add to each token of a unit; None if it depends on the token, that is if any b or mode is
             not 0.
         parts: tokens, with the unit of each or one unit for all of them.
@@ -184,7 +186,7 @@ class _Steered:
     slots_UE: torch.Tensor
     a_UE: torch.Tensor
     b_UE: torch.Tensor
-    mode_UE: torch.Tensor | None
+    forms: tuple[torch.Tensor, ...] | None
     delta_UD: torch.Tensor | None
     parts: list[tuple[Rows, Rows]]
 
@@ -197,11 +199,12 @@ def _steered(
     depth: int,
     most: int,
 ) -> _Steered | None:
-    """None if no token is steered at this layer; ``tables`` are the slots, coefficients and modes of the entries."""
-    slot_UE, ab_UE2, mode_UE = (table.numpy()[units.row_U, :depth] for table in tables)
+    """None if no token is steered at this layer; ``tables``: slots, coefficients, modes, gates and thresholds."""
+    slot_UE, ab_UE2, mode_UE, gate_UE, threshold_UE = (table.numpy()[units.row_U, :depth] for table in tables)
     # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
     some_U = slot_UE[:, 0] >= 0
     slot_UE, ab_UE2, mode_UE = slot_UE[some_U], ab_UE2[some_U], mode_UE[some_U]
+    gate_UE, threshold_UE = gate_UE[some_U], threshold_UE[some_U]
     has_modes = bool(mode_UE[slot_UE >= 0].any())
     first_U, count_U = units.first_U[some_U], units.count_U[some_U]
     if not count_U.size:
@@ -223,8 +226,11 @@ def _steered(
     a_UE, b_UE = (torch.from_numpy(ab_UE2[..., which].copy()) for which in (0, 1))
     is_fixed = not (has_modes or b_UE.any())
     delta_UD = embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE) if is_fixed else None
-    modes_UE = torch.from_numpy(np.where(slot_UE >= 0, mode_UE, 0)) if has_modes else None
-    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, modes_UE, delta_UD, parts)
+    forms = None
+    if has_modes:
+        used_UE = np.where(slot_UE >= 0, mode_UE, 0)
+        forms = tuple(map(torch.from_numpy, (used_UE, gate_UE.astype(np.int64), threshold_UE.copy())))
+    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, forms, delta_UD, parts)
 
 
 def _steer(
@@ -232,6 +238,7 @@ def _steer(
     residual_TD: torch.Tensor | None,
     bank_SD: torch.Tensor,
     steered: _Steered,
+    probe_TG: torch.Tensor,
     cut_R: torch.Tensor,
 ) -> None:
     is_bounded = hidden_TD.dtype == torch.float16
@@ -242,10 +249,14 @@ def _steer(
             directions = (bank_SD.index_select(0, slot_N) for slot_N in _rows(steered.slots_UE, units).T)
             a_EN, b_EN = _rows(steered.a_UE, units).T, _rows(steered.b_UE, units).T
             stream_ND = _stream(hidden_TD, residual_TD, tokens)
-            if steered.mode_UE is None:
+            if steered.forms is None:
                 delta_ND = _delta(stream_ND, directions, a_EN, b_EN)
             else:
-                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, _rows(steered.mode_UE, units).T)
+                forms_EN = [_rows(table_UE, units).T for table_UE in steered.forms]
+                probe_NG = _rows(probe_TG[: len(hidden_TD)], tokens)
+                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, forms_EN, bank_SD, probe_NG)
+                if isinstance(tokens, torch.Tensor):  # else it was a view
+                    probe_TG.index_copy_(0, tokens, probe_NG)
         if is_bounded:
             _add_within_limit(hidden_TD, residual_TD, tokens, delta_ND, _rows(steered.row_U, units), cut_R)
         else:
@@ -298,11 +309,17 @@ def _delta(
 
 
 def _delta_by_mode(
-    stream_ND: torch.Tensor, directions: Iterable[torch.Tensor], a: torch.Tensor, b: torch.Tensor, mode: torch.Tensor
+    stream_ND: torch.Tensor,
+    directions: Iterable[torch.Tensor],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    forms: Sequence[torch.Tensor],
+    bank_SD: torch.Tensor,
+    probe_NG: torch.Tensor,
 ) -> torch.Tensor:
-    """``_delta`` for entries of which some have a mode."""
+    """``_delta`` for entries of which some have a mode; probes are stored in ``probe_NG``."""
     steered_ND = stream_ND
-    for direction, a_e, b_e, mode_e in zip(directions, a, b, mode, strict=True):
+    for direction, a_e, b_e, mode_e, gate_e, threshold_e in zip(directions, a, b, *forms, strict=True):
         norm_N = torch.linalg.vector_norm(steered_ND, dim=1)
         unit_N = norm_N.where((mode_e & RELATIVE) != 0, 1.0)
         projection_N = (steered_ND * direction).sum(dim=1)
@@ -311,9 +328,19 @@ def _delta_by_mode(
         clamped_N = (high_N - projection_N).where(projection_N > high_N, 0.0)
         clamped_N = (low_N - projection_N).where(projection_N < low_N, clamped_N)
         factor_N = clamped_N.where((mode_e & CLAMP) != 0, low_N + b_e * projection_N)
+        is_on_N: torch.Tensor = (mode_e & PROBE) == 0
+        if bool((mode_e & (ABOVE | BELOW | PROBE)).any()):
+            place_N = gate_e.clamp(max=probe_NG.shape[1] - 1).expand(len(stream_ND))[:, None]
+            seen_N = (steered_ND * bank_SD[gate_e.clamp(max=len(bank_SD) - 1)]).sum(dim=1)
+            seen_N = probe_NG.gather(1, place_N)[:, 0].where((mode_e & STORED) != 0, seen_N)
+            is_on_N = is_on_N & (((mode_e & ABOVE) == 0) | (seen_N > threshold_e))
+            is_on_N = is_on_N & (((mode_e & BELOW) == 0) | (seen_N < threshold_e))
+            factor_N = factor_N.where(is_on_N, 0.0)
+            stored_NG = probe_NG.scatter(1, place_N, projection_N[:, None])
+            probe_NG.copy_(stored_NG.where(((mode_e & PROBE) != 0)[:, None], probe_NG))
         steered_ND = steered_ND + factor_N[:, None] * direction
         after_N = torch.linalg.vector_norm(steered_ND, dim=1)
-        ratio_N = (norm_N / after_N).where(((mode_e & KEEP_NORM) != 0) & (after_N > 0), 1.0)
+        ratio_N = (norm_N / after_N).where(((mode_e & KEEP_NORM) != 0) & is_on_N & (after_N > 0), 1.0)
         steered_ND = steered_ND * ratio_N[:, None]
     return steered_ND - stream_ND
 

@@ -22,12 +22,12 @@ from vllm_steer.ops import cpu, reference
 
 _LIBRARY = torch.library.Library("vllm_steer", "FRAGMENT")
 _NAME = "steer_and_read"
-# hidden, sums, last, trace and cut are declared as mutated, because the compiler removes an op that mutates nothing and
-# returns nothing.
+# What the op writes is declared as mutated: the compiler removes an op that mutates nothing and returns nothing.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
-    "entry_ab, Tensor entry_mode, Tensor keep, Tensor segment, Tensor(b!) sums, Tensor(c!) last, Tensor trace_slot, "
-    "Tensor(d!) trace, Tensor(e!) cut, Tensor flags) -> ()"
+    "entry_ab, Tensor entry_mode, Tensor entry_gate, Tensor entry_threshold, Tensor(b!) probe, Tensor keep, Tensor "
+    "segment, Tensor(c!) sums, Tensor(d!) last, Tensor trace_slot, Tensor(e!) trace, Tensor(f!) cut, Tensor flags) "
+    "-> ()"
 )
 
 

@@ -10,6 +10,14 @@ As a loop, with every number in float32::
                 mode = entry_mode[row_of_token[t], e]           # bits, see ``plan.entry_rows``
                 if slot >= 0:
                     before, p = norm(h), dot(h, bank[slot])
+                    if mode & PROBE:
+                        probe[t, entry_gate[row_of_token[t], e]] = p
+                        continue
+                    if mode & (ABOVE | BELOW):
+                        gate, threshold = entry_gate[row_of_token[t], e], entry_threshold[row_of_token[t], e]
+                        w = probe[t, gate] if mode & STORED else dot(h, bank[gate])
+                        if not (w > threshold if mode & ABOVE else w < threshold):
+                            continue
                     unit = before if mode & RELATIVE else 1
                     if mode & CLAMP:
                         c = a * unit - p if p < a * unit else b * unit - p if p > b * unit else 0
@@ -38,9 +46,9 @@ As a loop, with every number in float32::
 already beyond the limit can only move towards zero. NaN and infinity from the model itself stay as they are.
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 with any strides.
-The tables and ``cut`` are int32; all other tensors are float32. Segments lie within the T tokens and do not overlap.
-Entries of a row are packed to the left.
+entries, G probes, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 with
+any strides. The tables and ``cut`` are int32, all other tensors float32. Segments lie within the T tokens and do not
+overlap. Entries of a row are packed to the left.
 
 ``flags`` holds four numbers: the most entries of a row of this step, whether anything is read, whether anything is
 traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast paths may skip
@@ -52,7 +60,7 @@ from __future__ import annotations
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
 
 
 def steer_and_read(
@@ -63,6 +71,9 @@ def steer_and_read(
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
     entry_mode_RE: torch.Tensor,
+    entry_gate_RE: torch.Tensor,
+    entry_threshold_RE: torch.Tensor,
+    probe_TG: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -83,10 +94,18 @@ def steer_and_read(
     slot_TE = entry_slot_RE[row_T.clamp(min=0)].long()
     slot_TE = torch.where((row_T >= 0)[:, None], slot_TE, -1)
     ab_TE2, mode_TE = entry_ab_RE2[row_T.clamp(min=0)], entry_mode_RE[row_T.clamp(min=0)]
+    gate_TE, threshold_TE = entry_gate_RE[row_T.clamp(min=0)].long(), entry_threshold_RE[row_T.clamp(min=0)]
     delta_TD = torch.zeros_like(stream_TD)
     for entry in range(slot_TE.shape[1]):
         direction_TD = bank_SD[slot_TE[:, entry].clamp(min=0)]
         before_TD, mode_T = stream_TD + delta_TD, mode_TE[:, entry]
+        gate_T = gate_TE[:, entry].clamp(min=0)
+        seen_T = (before_TD * bank_SD[gate_T.clamp(max=len(bank_SD) - 1)]).sum(dim=1)
+        place_T = gate_T.clamp(max=probe_TG.shape[1] - 1)
+        seen_T = torch.where((mode_T & STORED) != 0, probe_TG[:tokens].gather(1, place_T[:, None])[:, 0], seen_T)
+        threshold_T = threshold_TE[:, entry]
+        is_off_T = ((mode_T & ABOVE) != 0) & ~(seen_T > threshold_T)
+        is_off_T = is_off_T | (((mode_T & BELOW) != 0) & ~(seen_T < threshold_T)) | ((mode_T & PROBE) != 0)
         norm_T = before_TD.norm(dim=1)
         unit_T = torch.where((mode_T & RELATIVE) != 0, norm_T, 1.0)
         projection_T = (before_TD * direction_TD).sum(dim=1)
@@ -95,10 +114,14 @@ def steer_and_read(
         lowered_T = torch.where(projection_T > b_T * unit_T, b_T * unit_T - projection_T, 0.0)
         clamped_T = torch.where(projection_T < a_T * unit_T, a_T * unit_T - projection_T, lowered_T)
         coefficient_T = torch.where((mode_T & CLAMP) != 0, clamped_T, a_T * unit_T + b_T * projection_T)
-        coefficient_T = torch.where(slot_TE[:, entry] >= 0, coefficient_T, 0.0)
+        is_off_T = is_off_T | (slot_TE[:, entry] < 0)
+        coefficient_T = torch.where(is_off_T, 0.0, coefficient_T)
+        is_probe_T1 = (((mode_T & PROBE) != 0) & (slot_TE[:, entry] >= 0))[:, None]
+        stored_TG = probe_TG[:tokens].scatter(1, place_T[:, None], projection_T[:, None])
+        probe_TG[:tokens] = torch.where(is_probe_T1, stored_TG, probe_TG[:tokens])
         delta_TD = delta_TD + coefficient_T[:, None] * direction_TD
         after_T = (stream_TD + delta_TD).norm(dim=1)
-        is_kept_T = ((mode_T & KEEP_NORM) != 0) & (slot_TE[:, entry] >= 0) & (after_T > 0)
+        is_kept_T = ((mode_T & KEEP_NORM) != 0) & ~is_off_T & (after_T > 0)
         kept_TD = (stream_TD + delta_TD) * (norm_T / after_T)[:, None] - stream_TD
         delta_TD = torch.where(is_kept_T[:, None], kept_TD, delta_TD)
     steered_T1 = (slot_TE >= 0).any(dim=1)[:, None]

@@ -24,6 +24,8 @@ from vllm_steer.plan import entry_rows
 RELATIVE = tl.constexpr(entry_rows.RELATIVE)
 KEEP_NORM = tl.constexpr(entry_rows.KEEP_NORM)
 CLAMP = tl.constexpr(entry_rows.CLAMP)
+ABOVE, BELOW = tl.constexpr(entry_rows.ABOVE), tl.constexpr(entry_rows.BELOW)
+STORED, PROBE = tl.constexpr(entry_rows.STORED), tl.constexpr(entry_rows.PROBE)
 NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
 
 
@@ -71,12 +73,16 @@ def _steer_and_trace(
     entry_mode,
     mode_stride_r,
     mode_stride_e,
+    entry_gate,
+    entry_threshold,
+    probe,
     trace_slot,
     trace,
     cut,
     flags,
     D: tl.constexpr,
     K: tl.constexpr,
+    G: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -95,6 +101,8 @@ def _steer_and_trace(
     slots = entry_slot + row.to(tl.int64) * slot_stride_r
     coefficients = entry_ab + row.to(tl.int64) * ab_stride_r
     modes = entry_mode + row.to(tl.int64) * mode_stride_r
+    gates = entry_gate + row.to(tl.int64) * mode_stride_r
+    thresholds = entry_threshold + row.to(tl.int64) * mode_stride_r
     projections = traced  # how many to compute; a norm counts too
     if steered:
         for entry in range(depth):
@@ -140,8 +148,25 @@ def _steer_and_trace(
                         factor = tl.where(projection < factor, factor - projection, above)
                     else:
                         factor += b * projection
+                is_on = (mode & PROBE) == 0
+                if (mode & (ABOVE | BELOW | PROBE)) != 0:
+                    gate = tl.load(gates + entry * mode_stride_e)
+                    threshold = tl.load(thresholds + entry * mode_stride_e)
+                    if (mode & PROBE) != 0:
+                        tl.store(probe + token * G + gate, tl.sum((stream + delta) * direction, axis=0))
+                    else:
+                        seen = 0.0
+                        if (mode & STORED) != 0:
+                            seen = tl.load(probe + token * G + gate)
+                        else:
+                            other = tl.load(bank + gate.to(tl.int64) * D + column, mask=within, other=0.0)
+                            seen = tl.sum((stream + delta) * other, axis=0)
+                        is_on = (((mode & ABOVE) == 0) | (seen > threshold)) & (
+                            ((mode & BELOW) == 0) | (seen < threshold)
+                        )
+                    factor = tl.where(is_on, factor, 0.0)
                 delta += factor * direction
-                if (mode & KEEP_NORM) != 0:
+                if ((mode & KEEP_NORM) != 0) & is_on:
                     after = tl.sqrt_rn(tl.sum((stream + delta) * (stream + delta), axis=0))
                     if after > 0:
                         delta = (stream + delta) * (norm / after) - stream
@@ -238,6 +263,9 @@ def steer_and_read(
     entry_slot_RE: torch.Tensor,
     entry_ab_RE2: torch.Tensor,
     entry_mode_RE: torch.Tensor,
+    entry_gate_RE: torch.Tensor,
+    entry_threshold_RE: torch.Tensor,
+    probe_TG: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -249,7 +277,8 @@ def steer_and_read(
 ) -> None:
     """The op on CUDA; see ``reference.steer_and_read``.
 
-    All tensors but the stream and the entries must be contiguous, as in ``SteerBuffers``.
+    All tensors but the stream and the entries must be contiguous, as in ``SteerBuffers``; modes, gates and thresholds
+    of the entries must have the same strides.
     """
     tokens, dimension = hidden_TD.shape
     if tokens == 0:
@@ -262,8 +291,9 @@ def steer_and_read(
         _steer_and_trace[(tokens,)](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
             entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2],
-            entry_mode_RE, *entry_mode_RE.stride(), trace_slot_K, trace_TK, cut_R, flags_4, D=dimension,
-            K=trace_slot_K.shape[0], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
+            entry_mode_RE, *entry_mode_RE.stride(), entry_gate_RE, entry_threshold_RE, probe_TG, trace_slot_K, trace_TK,
+            cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0], G=probe_TG.shape[1],
+            HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
             num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-RELATIVE, KEEP_NORM, CLAMP = 1, 2, 4
+RELATIVE, KEEP_NORM, CLAMP, ABOVE, BELOW, STORED, PROBE = 1, 2, 4, 8, 16, 32, 64
 """Bits of ``Entry.mode``."""
+MOST_PROBES = 4
+"""G, projections that one token can carry from earlier layers to conditions at later ones."""
 
 
 class Entry(NamedTuple):
@@ -25,7 +27,10 @@ class Entry(NamedTuple):
         layer_index, slot: see above.
         a, b: c = a + b·⟨h,d⟩; with ``CLAMP``, the bounds between which c moves ⟨h,d⟩, infinite for none.
         mode: bits. With ``RELATIVE``, a (with ``CLAMP`` also b) is in units of ‖h‖. ``KEEP_NORM`` then gives h the
-            length that it had before the entry.
+            length that it had before the entry. With ``ABOVE`` (``BELOW``) the entry acts only on tokens where p is
+            above (below) ``threshold``: p is ⟨h,w⟩, w in slot ``gate``; with ``STORED``, what a probe has stored. A
+            ``PROBE`` changes nothing; it stores ⟨h,d⟩ of the token as its number ``gate``.
+        gate, threshold: see ``mode``.
     """
 
     layer_index: int
@@ -33,6 +38,14 @@ class Entry(NamedTuple):
     a: float
     b: float
     mode: int = 0
+    gate: int = 0
+    threshold: float = 0.0
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slots of the bank that it reads."""
+        is_seen_here = self.mode & (ABOVE | BELOW) and not self.mode & STORED
+        return (self.slot, self.gate) if is_seen_here else (self.slot,)
 
 
 class EntryRows:
@@ -46,8 +59,8 @@ class EntryRows:
     """
 
     def __init__(self, num_layers: int, max_requests: int, max_entries: int, max_windows: int) -> None:
-        self._blank_LE4 = np.zeros((num_layers, max_entries, 4), np.int32)
-        self._blank_LE4[..., 0] = -1
+        self._blank_LE8 = np.zeros((num_layers, max_entries, 8), np.int32)
+        self._blank_LE8[..., 0] = -1
         self._rows: dict[str, tuple[int, ...]] = {}
         # The tables are sent from their beginning on, so the lowest rows are lent first.
         self._free = list(range(max_requests * max_windows - 1, -1, -1))
@@ -95,22 +108,22 @@ class EntryRows:
         return depth_L
 
     def take_changes(self) -> list[tuple[int, npt.NDArray[np.int32]]]:
-        """The rows written since the last call, and (L, E, 4) int32 for each.
+        """The rows written since the last call, and (L, E, 8) int32 for each.
 
-        An entry is (slot, a, b, mode); a and b are the bits of a float32. Slot -1 means no entry. Entries are packed to
-        the left, in the order given.
+        An entry is (slot, a, b, mode, gate, threshold, 0, 0); a, b and the threshold are the bits of a float32. Slot -1
+        means no entry. Entries are packed to the left, in the order given.
         """
         changes, self._changes = self._changes, []
         return changes
 
     def _write(self, row: int, entries: Sequence[Entry]) -> None:
-        row_LE4 = self._blank_LE4.copy()
-        coefficients_LE2 = row_LE4.view(np.float32)[..., 1:3]
-        depth = [0] * len(row_LE4)
-        for layer_index, slot, a, b, mode in entries:
+        row_LE8 = self._blank_LE8.copy()
+        floats_LE8 = row_LE8.view(np.float32)
+        depth = [0] * len(row_LE8)
+        for layer_index, slot, a, b, mode, gate, threshold in entries:
             place = layer_index, depth[layer_index]
-            row_LE4[place][::3] = slot, mode
-            coefficients_LE2[place] = a, b
+            row_LE8[place][[0, 3, 4]] = slot, mode, gate
+            floats_LE8[place][[1, 2, 5]] = a, b, threshold
             depth[layer_index] += 1
         self._depth_RL[row] = depth
-        self._changes.append((row, row_LE4))
+        self._changes.append((row, row_LE8))

@@ -18,6 +18,7 @@ from vllm_steer.engine.resolved_spec import Resolved, Window
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
+    BadCondition,
     BadOp,
     BadReadout,
     BadSpan,
@@ -27,8 +28,8 @@ from vllm_steer.errors import (
     UnknownDirection,
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
-from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
-from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
+from vllm_steer.schema import Readout, RequestSpec, Steering, When
 from vllm_steer.settings import SteerSettings
 
 SIZE = 8
@@ -78,9 +79,9 @@ def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission)
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
     assert at(resolved, 0).entries == at(resolved, PROMPT_LEN).entries
     assert at(resolved, 0).entries == [
-        (0, slot["cold", 12], 0.0, -1.0, 0),
-        (1, slot["kind", 12], 4.0, 0.0, 0),
-        (2, slot["both", 20], 2.0, -1.0, 0),
+        (0, slot["cold", 12], 0.0, -1.0, 0, 0, 0.0),
+        (1, slot["kind", 12], 4.0, 0.0, 0, 0, 0.0),
+        (2, slot["both", 20], 2.0, -1.0, 0, 0, 0.0),
     ]
     assert (resolved.request_id, resolved.prompt_len, resolved.readout) == ("id", PROMPT_LEN, None)
 
@@ -101,7 +102,79 @@ def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission)
 )
 def test_each_operation_is_one_entry(admission: Admission, steering: Steering, entry: tuple[float, float, int]) -> None:
     (resolved,) = at(resolve(admission, steering), 0).entries
-    assert resolved[2:] == entry
+    assert resolved[2:5] == entry
+
+
+def test_a_condition_at_the_entry_s_own_layer_is_part_of_it(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    above = Steering("kind", 4, when=When("cold", above=0.25))
+    (entry,) = at(resolve(admission, above), 0).entries
+    assert entry == (1, slot["kind", 12], 4.0, 0.0, ABOVE, slot["cold", 12], 0.25)
+    below = Steering("kind", 4, layer=20, keep_norm=True, when=When("long", below=-1, layer=20))
+    (entry,) = at(resolve(admission, below), 0).entries
+    assert entry == (2, slot["kind", 12], 4.0, 0.0, KEEP_NORM | BELOW, slot["long", 12], -1.0)
+    assert resolve(admission, above).slots == tuple(sorted({slot["kind", 12], slot["cold", 12]}))
+    assert dict(resolve(admission, above).contents).keys() == {slot["kind", 12], slot["cold", 12]}
+
+
+def test_a_condition_at_an_earlier_layer_reads_a_probe_behind_that_layer_s_entries() -> None:
+    admission = Admission(SteerSettings(layers=HOOKED, max_entries=3), SIZE)
+    admission.registry.register([Direction("kind", 12, KIND), Direction("cold", 12, COLD), Direction("both", 8, KIND)])
+    slot = {one.name: one.slot for one in admission.registry.all()}
+    asked = [
+        Steering("kind", 4, layer=20, span="generated", when=When("both", above=0.5)),
+        Steering("kind", 2, when=When("cold", below=0.75, layer=8)),
+        Steering("cold", 1, layer=20, span="generated", when=When("both", below=0.1)),
+        Steering("cold", 3, layer=8),
+    ]
+    resolved = resolve(admission, *asked)
+    assert at(resolved, 0).entries == [
+        (0, slot["cold"], 3.0, 0.0, 0, 0, 0.0),
+        (0, slot["cold"], 0.0, 0.0, PROBE, 0, 0.0),
+        (1, slot["kind"], 2.0, 0.0, BELOW | STORED, 0, 0.75),
+    ]
+    assert [(one.layer_index, one.mode, one.gate) for one in at(resolved, PROMPT_LEN).entries] == [
+        (0, 0, 0),
+        (0, PROBE, 0),
+        (0, PROBE, 1),
+        (1, BELOW | STORED, 0),
+        (2, ABOVE | STORED, 1),
+        (2, BELOW | STORED, 1),
+    ]
+    assert resolved.slots == (0, 1, 2)
+    with pytest.raises(TooManyEntries, match="4 entries at layer 8; allowed: 3"):
+        resolve(admission, *asked, Steering("cold", 3, layer=8, span="generated"))
+
+
+CONDITIONS: list[tuple[When, int, type[SteerError], str]] = [
+    (When("nobody", above=1), 12, UnknownDirection, "'nobody'"),
+    (When("both", above=1), 12, AmbiguousDirection, "'both'"),
+    (When("kind", above=1, layer=13), 12, LayerNotHooked, "layer 13"),
+    (When("kind", above=1), 8, BadCondition, "looks at layer 12 and its entry acts at layer 8"),
+]
+
+
+@pytest.mark.parametrize(("when", "layer", "refusal", "told"), CONDITIONS)
+def test_a_condition_that_cannot_be_evaluated_is_refused(
+    admission: Admission, when: When, layer: int, refusal: type[SteerError], told: str
+) -> None:
+    with pytest.raises(refusal, match=told):
+        resolve(admission, Steering("kind", 1, layer=layer, when=when))
+
+
+def test_too_many_probes_and_probes_across_stages_are_refused() -> None:
+    settings = SteerSettings(layers=(1, 2, 3, 4, 5, 6))
+    admission = Admission(settings, SIZE)
+    admission.registry.register([Direction("kind", 1, KIND)])
+    asked = [Steering("kind", 1, layer=6, when=When("kind", above=1, layer=layer)) for layer in (1, 2, 3, 4, 5)]
+    resolve(admission, *asked[:4])
+    with pytest.raises(BadCondition, match="5 pairs of an earlier layer and a direction; allowed: 4"):
+        resolve(admission, *asked)
+    staged = Admission(settings, SIZE, num_stages=2)
+    staged.registry.register([Direction("kind", 1, KIND)])
+    resolve(staged, Steering("kind", 1, when=When("kind", above=1)))
+    with pytest.raises(BadCondition, match="pipeline parallelism"):
+        resolve(staged, asked[0])
 
 
 def test_what_leaves_the_stream_as_it_is_takes_no_entry(admission: Admission) -> None:
@@ -137,11 +210,27 @@ def test_new_content_under_the_same_name_has_a_new_digest(admission: Admission) 
         Steering("kind", 4, keep_norm=True),
         Steering("kind", 4, op="scale"),
         Steering("kind", op="clamp", high=4),
+        Steering("kind", 4, when=When("cold", above=0)),
     ],
     ids=repr,
 )
 def test_any_difference_in_content_is_a_difference_in_digest(admission: Admission, other: Steering) -> None:
     assert digests(admission, Steering("kind", 4))[0] != digests(admission, other)[0]
+
+
+def test_any_difference_in_a_condition_is_a_difference_in_digest(admission: Admission) -> None:
+    conditions = [
+        When("cold", above=0),
+        When("cold", below=0),
+        When("cold", above=0.5),
+        When("kind", above=0),
+        When("cold", above=0, layer=8),
+        When("kind-again", above=0, layer=8),
+    ]
+    found = {digests(admission, Steering("kind", 4, when=when))[0] for when in conditions}
+    assert len(found) == len(conditions)
+    same = Steering("kind", 4, when=When("kind-again", above=0))
+    assert digests(admission, same) == digests(admission, Steering("kind", 4, when=When("kind", above=0)))
 
 
 def test_alpha_0_of_add_is_dropped_and_of_set_is_not(admission: Admission) -> None:
@@ -372,7 +461,7 @@ def test_a_direction_of_several_layers_is_the_one_at_the_hooked_layer() -> None:
         + [Direction("none", layer, KIND) for layer in (1, 2)]
     )
     slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
-    assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0, 0)]
+    assert at(resolve(admission, Steering("many", 2)), 0).entries == [(0, slot["many", 8], 2.0, 0.0, 0, 0, 0.0)]
     traced = resolve(admission, readout=Readout([12], trace=["many"])).readout
     assert traced is not None
     assert traced.trace == [("many", 0, slot["many", 8], 8, True)]

@@ -86,7 +86,9 @@ class StandInEngine:
 def engine(**settings: Any) -> StandInEngine:
     of_engine = SteerSettings(layers=(LAYER,), max_directions=2, **settings)
     processor = object.__new__(InputProcessor)
-    processor.vllm_config = SimpleNamespace(additional_config={CONFIG_KEY: of_engine.as_config()})
+    stages = SimpleNamespace(pipeline_parallel_size=1)
+    config = {CONFIG_KEY: of_engine.as_config()}
+    processor.vllm_config = SimpleNamespace(additional_config=config, parallel_config=stages)
     processor.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE, dtype="float32")
     return StandInEngine(processor)
 

@@ -55,7 +55,8 @@ class TestFrontEnd:
         def made(settings: SteerSettings | None) -> InputProcessor:
             processor = object.__new__(InputProcessor)
             of_engine = {} if settings is None else {CONFIG_KEY: settings.as_config()}
-            processor.vllm_config = SimpleNamespace(additional_config=of_engine)
+            stages = SimpleNamespace(pipeline_parallel_size=1)
+            processor.vllm_config = SimpleNamespace(additional_config=of_engine, parallel_config=stages)
             processor.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE, dtype="float32")
             if settings is not None:
                 request_intake.admission_of(processor).registry.register([KIND_DIRECTION])  # type: ignore[attr-defined]

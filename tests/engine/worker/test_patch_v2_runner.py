@@ -90,7 +90,7 @@ class ToyModel(nn.Module):
             stream = stream + np.tanh(stream @ layer.weight.double().numpy())
             if request is not None and number in HOOKED:
                 entries = [window for window in request.windows if window.start <= position][-1].entries
-                for index, slot, a, b, _ in entries:
+                for index, slot, a, b, *_ in entries:
                     if index == HOOKED.index(number):
                         direction = DIRECTIONS[index, slot]
                         stream = stream + (a + b * (stream @ direction)) * direction

@@ -217,6 +217,8 @@ def _caller(key: str) -> str:
         ({"steering": [CALM]}, None, True),
         ({"steering": [KIND]}, "tied", True),
         ({"steering": [CALM]}, "tied", False),
+        ({"steering": [{**KIND, "when": {"direction": "kind", "above": 0}}]}, "tied", True),
+        ({"steering": [{**KIND, "when": {"direction": "calm", "above": 0}}]}, "tied", False),
         ({"readout": {"layers": [1], "project": ["calm"]}}, "tied", False),
         ({"readout": {"trace": ["calm"]}}, "tied", False),
         ({"model": "base-kind"}, "barred", True),  # the alias's own entries are the operator's

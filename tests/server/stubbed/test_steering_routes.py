@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from vllm_steer import Direction, Steering, errors, load_directions, save_directions
+from vllm_steer import Direction, Steering, When, errors, load_directions, save_directions
 from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.routes import SERVER, SteeredServer, router
 from vllm_steer.server.registry.shared_registry import SharedRegistry
@@ -37,7 +37,10 @@ SETTINGS = SteerSettings(
     layers=(1, LAYER),
     max_directions=CAPACITY,
     max_upload_mib=1,
-    served_aliases={"model-kind": (Steering("needed", 3.0),)},
+    served_aliases={
+        "model-kind": (Steering("needed", 3.0),),
+        "model-careful": (Steering("needed", 3.0, when=When("seen", above=0.5)),),
+    },
 )
 
 
@@ -121,7 +124,10 @@ def test_the_overview_tells_layers_limits_bank_and_aliases(client: TestClient) -
     shown = client.get("/v1/steering").json()
     assert shown["layers"] == [1, LAYER]
     assert shown["bank"] == {"registered": 2, "held": 0, "free": CAPACITY - 2}
-    assert shown["aliases"] == {"model-kind": [Steering("needed", 3.0).to_json()]}
+    assert shown["aliases"] == {
+        "model-kind": [Steering("needed", 3.0).to_json()],
+        "model-careful": [Steering("needed", 3.0, when=When("seen", above=0.5)).to_json()],
+    }
     assert [one["name"] for one in shown["directions"]] == ["kind", "needed"]
     assert shown["changes"] is True
 
@@ -176,6 +182,11 @@ def test_what_an_alias_needs_can_be_replaced_and_not_taken_away(client: TestClie
     # At a second layer the name would be ambiguous, and the alias names none.
     refusal(put_raw(client, "needed", OTHER.vector, layer=1), 409, "DirectionNeeded")
     assert names(client) == [("needed", LAYER)]
+
+
+def test_what_an_alias_s_condition_looks_at_is_needed_too(client: TestClient) -> None:
+    assert put_raw(client, "seen", OTHER.vector).status_code == 201
+    assert "'model-careful'" in refusal(client.delete(f"{ROOT}/seen", headers=ADMIN), 409, "DirectionNeeded")
 
 
 def test_a_full_bank_is_a_conflict(client: TestClient) -> None:

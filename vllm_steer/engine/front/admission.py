@@ -25,6 +25,7 @@ from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
+    BadCondition,
     BadOp,
     BadReadout,
     BadSpan,
@@ -33,11 +34,22 @@ from vllm_steer.errors import (
     TooManyEntries,
 )
 from vllm_steer.ops.stream_range import LARGEST_ADDITION, LARGEST_GROWTH
-from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE, Entry
-from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.plan.entry_rows import (
+    ABOVE,
+    BELOW,
+    CLAMP,
+    KEEP_NORM,
+    MOST_PROBES,
+    PROBE,
+    RELATIVE,
+    STORED,
+    Entry,
+)
+from vllm_steer.schema import Readout, RequestSpec, Steering, When
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20
+_PROBING = Steering("probe", 0.0)  # what a probe counts as: an entry that changes nothing
 
 _keys = count()
 _KEY_PREFIX = os.urandom(6).hex()  # keeps keys unique: workers may serve several front-end processes
@@ -66,12 +78,14 @@ class Asked:
 
 
 class _NamedEntry(NamedTuple):
-    """One entry of a request, and the registered direction that it names."""
+    """One entry of a request, and the registered directions that it names."""
 
     layer: int
     steering: Steering
     entry: Entry
     direction: Registered
+    condition: Registered | None = None
+    probed: int | None = None  # the layer of the condition, if that is an earlier one
 
     @property
     def acts(self) -> bool:
@@ -105,6 +119,7 @@ class Admission:
         settings: the engine's settings.
         hidden_size: D, the required length of every direction.
         dtype: dtype of the residual stream: ``float16``, ``bfloat16`` or ``float32``.
+        num_stages: pipeline stages, whose layers see nothing of each other but the stream.
 
     Attributes:
         registry: the directions that requests can name.
@@ -115,7 +130,7 @@ class Admission:
         BadDirectionFile, BadVector, WrongDimension, BankFull: a configured direction file cannot be used.
     """
 
-    def __init__(self, settings: SteerSettings, hidden_size: int, dtype: str = "float32") -> None:
+    def __init__(self, settings: SteerSettings, hidden_size: int, dtype: str = "float32", num_stages: int = 1) -> None:
         self.settings = settings
         registry = DirectionRegistry(settings.max_directions, hidden_size)
         registry.register(configured_directions(settings))
@@ -123,6 +138,7 @@ class Admission:
         self.in_flight: InFlight | None = None
         self.asked: dict[str, Asked] = {}
         self._dtype = dtype
+        self._num_stages = num_stages
         self._index_of = {layer: index for index, layer in enumerate(settings.layers)}
 
     def resolve(
@@ -184,11 +200,16 @@ class Admission:
         entries = [self._entry(book, steering) for steering in spec.entries]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
+        entries, probes = self._with_probes(entries)
         windows: list[Window] = []
         for start, numbers in spans.windows([entry.steering.span for entry in entries], prompt_len):
             here = [entry for number in numbers if (entry := entries[number]).acts]
+            content = _digest(here)
+            probed = {one.entry.gate for one in here if one.probed is not None}
+            # A probe sees its layer's stream as the entries there leave it, so it comes behind them.
+            here = sorted([*here, *(probes[number] for number in sorted(probed))], key=attrgetter("layer"))
             self._check_bounds(here)
-            window = Window(start, [one.entry for one in here], _digest(here))
+            window = Window(start, [one.entry for one in here], content)
             if not windows or windows[-1].digest != window.digest:
                 windows.append(window)
         self._check_windows(windows)
@@ -196,7 +217,8 @@ class Admission:
             _check_reach([one.span for one in spec.entries], prompt_len, num_computed)
         if num_computed is not None and spec.readout is not None:
             _check_reach([spec.readout.span], prompt_len, num_computed)
-        contents = {entry.direction.slot: entry.direction.content_hash for entry in entries if entry.acts}
+        named = (one for entry in entries if entry.acts for one in (entry.direction, entry.condition) if one)
+        contents = {one.slot: one.content_hash for one in named}
         readout = None
         if spec.readout is not None:
             readout = self._readout(book, spec.readout, prompt_len)
@@ -246,7 +268,53 @@ class Admission:
                 "or a unit direction. Register Direction(...).normalised()."
             )
         mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
-        return _NamedEntry(layer, steering, Entry(hook, direction.slot, *steering.coefficients, mode), direction)
+        entry = _NamedEntry(layer, steering, Entry(hook, direction.slot, *steering.coefficients, mode), direction)
+        return entry if steering.when is None else self._conditional(book, entry, steering.when)
+
+    def _conditional(self, book: DirectionBook, named: _NamedEntry, when: When) -> _NamedEntry:
+        condition = book.find(when.direction, when.layer, self._index_of)
+        layer = condition.layer if when.layer is None else when.layer
+        self._hooked(layer)
+        if layer > named.layer:
+            raise BadCondition(
+                f"when looks at layer {layer} and its entry acts at layer {named.layer}; allowed: the entry's layer or "
+                "an earlier hooked one, since later ones are not computed yet. Choose one of these."
+            )
+        if layer < named.layer and self._num_stages > 1:
+            raise BadCondition(
+                f"when looks at layer {layer} and its entry acts at layer {named.layer}; allowed with pipeline "
+                "parallelism: the entry's own layer, since stages hand on nothing but the stream. Look there."
+            )
+        bound = when.below if when.above is None else when.above
+        assert bound is not None  # checked by When
+        mode = named.entry.mode | (BELOW if when.above is None else ABOVE)
+        if layer == named.layer:
+            entry = named.entry._replace(mode=mode, gate=condition.slot, threshold=bound)
+            return named._replace(entry=entry, condition=condition)
+        entry = named.entry._replace(mode=mode | STORED, threshold=bound)
+        return named._replace(entry=entry, condition=condition, probed=layer)
+
+    def _with_probes(self, entries: Sequence[_NamedEntry]) -> tuple[list[_NamedEntry], list[_NamedEntry]]:
+        """The entries, which now say what probes their conditions read, and these probes by number.
+
+        A probe stores what a condition at a later layer looks at. Conditions on the same direction and layer share it.
+        """
+        probes: dict[tuple[int, int], _NamedEntry] = {}
+        linked = []
+        for named in entries:
+            if named.probed is not None and named.condition is not None and named.acts:
+                key = named.probed, named.condition.slot
+                if key not in probes:
+                    entry = Entry(self._hooked(named.probed), named.condition.slot, 0.0, 0.0, PROBE, gate=len(probes))
+                    probes[key] = _NamedEntry(named.probed, _PROBING, entry, named.condition)
+                named = named._replace(entry=named.entry._replace(gate=probes[key].entry.gate))
+            linked.append(named)
+        if len(probes) > MOST_PROBES:
+            raise BadCondition(
+                f"the conditions look at {len(probes)} pairs of an earlier layer and a direction; allowed: "
+                f"{MOST_PROBES}. Use fewer, or conditions at their entries' own layers."
+            )
+        return linked, list(probes.values())
 
     def _check_windows(self, windows: Sequence[Window]) -> None:
         steered = sum(bool(window.entries) for window in windows)
@@ -396,7 +464,13 @@ def _growth(entries: Sequence[_NamedEntry]) -> float:
 
 
 def _digest(entries: Sequence[_NamedEntry]) -> str:
-    return digest([(one.layer, *one.entry[2:], one.direction.content_hash) for one in entries])
+    return digest([_content(one) for one in entries])
+
+
+def _content(one: _NamedEntry) -> tuple[Any, ...]:
+    entry = one.entry
+    plain = one.layer, entry.a, entry.b, entry.mode, one.direction.content_hash
+    return plain if one.condition is None else (*plain, entry.threshold, one.condition.content_hash, one.probed)
 
 
 def admission_of(processor: InputProcessor) -> Admission:
@@ -422,7 +496,8 @@ def configured_admission_of(processor: InputProcessor) -> Admission | None:
         admission = None
         if settings is not None:
             model = processor.model_config
-            admission = Admission(settings, model.get_hidden_size(), str(model.dtype).removeprefix("torch."))
+            dtype, stages = str(model.dtype).removeprefix("torch."), processor.vllm_config.parallel_config
+            admission = Admission(settings, model.get_hidden_size(), dtype, stages.pipeline_parallel_size)
         known = (admission,)
         ADMISSION.put(processor, known)
     return known[0]

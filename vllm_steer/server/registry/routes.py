@@ -257,6 +257,8 @@ def _check_needed(settings: SteerSettings, before: DirectionBook, after: Directi
 def _is_usable(book: DirectionBook, steering: Steering, settings: SteerSettings) -> bool:
     try:
         direction = book.find(steering.direction, steering.layer, settings.layers)
+        if steering.when is not None:
+            book.find(steering.when.direction, steering.when.layer, settings.layers)
     except (UnknownDirection, AmbiguousDirection, LayerNotHooked):
         return False
     return steering.op == "add" or direction.is_unit
