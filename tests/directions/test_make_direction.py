@@ -70,7 +70,7 @@ def test_metadata_stays_with_a_direction_and_changes_nothing(tmp_path: Path) -> 
     assert made.metadata["model"] == "demo"
 
 
-@pytest.mark.parametrize("metadata", [{"rows": [1, 2]}, {1: "a"}, "text", {"a": object()}], ids=repr)
+@pytest.mark.parametrize("metadata", [{"rows": [1, 2]}, {1: "a"}, "text", {"a": b"bytes"}], ids=repr)
 def test_metadata_that_no_file_could_keep_is_refused(metadata: Any) -> None:
     with pytest.raises(MalformedSpec, match="has metadata"):
         Direction("kind", 3, POSITIVE[0], metadata)
