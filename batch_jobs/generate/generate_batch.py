@@ -154,7 +154,9 @@ def row_params(row: Row, study: Study) -> Any:
     entries = []
     if cell.steered:
         entries = [Steering(cell.direction, cell.alpha, layer=cell.layer, op=cell.op, span=cell.span)]
-    sampling = {**study.sampling.model_dump(), "seed": row.seed}
+    # A prompt whose KV comes from the cache differs in its last bits from one that is computed, and so may the text: a
+    # row that is run again must not depend on what ran before it.
+    sampling = {**study.sampling.model_dump(), "seed": row.seed, "skip_reading_prefix_cache": True}
     readout = Readout(layers=(cell.layer,), span="generated", project=(cell.direction,), vectors=False)
     return steered(sampling, entries, readout=readout)
 

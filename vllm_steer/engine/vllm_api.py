@@ -145,7 +145,7 @@ VLLM_NAMES = (
     # Prefix-cache keys.
     *(VllmName(module, "") for module in _HASH_HOLDERS),
     VllmName("vllm.v1.core.kv_cache_manager", "KVCacheManager"),
-    VllmName("vllm.v1.request", "Request.num_tokens", "self", needed_by="engine/prefix_cache.py"),
+    VllmName("vllm.v1.request", "Request.num_tokens", needed_by="engine/prefix_cache.py"),
     VllmName("vllm.v1.request", "Request.sampling_params"),
     VllmName(
         "vllm.v1.request",

@@ -200,11 +200,10 @@ def _steered(
     most: int,
 ) -> _Steered | None:
     """None if no token is steered at this layer; ``tables``: slots, coefficients, modes, gates and thresholds."""
-    slot_UE, ab_UE2, mode_UE, gate_UE, threshold_UE = (table.numpy()[units.row_U, :depth] for table in tables)
+    slot_UE, ab_UE2, mode_UE = (table.numpy()[units.row_U, :depth] for table in tables[:3])
     # Entries are packed to the left, so a unit whose first entry is empty does nothing at this layer.
     some_U = slot_UE[:, 0] >= 0
     slot_UE, ab_UE2, mode_UE = slot_UE[some_U], ab_UE2[some_U], mode_UE[some_U]
-    gate_UE, threshold_UE = gate_UE[some_U], threshold_UE[some_U]
     has_modes = bool(mode_UE[slot_UE >= 0].any())
     first_U, count_U = units.first_U[some_U], units.count_U[some_U]
     if not count_U.size:
@@ -228,8 +227,9 @@ def _steered(
     delta_UD = embedding_bag(slots_UE, bank_SD, mode="sum", per_sample_weights=a_UE) if is_fixed else None
     forms = None
     if has_modes:
+        gate_UE, threshold_UE = (table.numpy()[units.row_U[some_U], :depth] for table in tables[3:])
         used_UE = np.where(slot_UE >= 0, mode_UE, 0)
-        forms = tuple(map(torch.from_numpy, (used_UE, gate_UE.astype(np.int64), threshold_UE.copy())))
+        forms = tuple(map(torch.from_numpy, (used_UE, gate_UE.astype(np.int64), threshold_UE)))
     return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, forms, delta_UD, parts)
 
 
