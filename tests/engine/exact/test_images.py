@@ -247,14 +247,18 @@ def test_a_picture_that_two_steps_share_is_steered_and_read_in_both(
 ) -> None:
     shown = show("sea" + " sea" * 59 + "{} and so on", picture(7, *SMALL))
     assert shown.seen[0] < STEP_TOKENS <= shown.seen[-1]
-    assert llm.reset_prefix_cache()
     for skip_first in (0, shown.seen[1], shown.seen[-1]):
+        assert llm.reset_prefix_cache()
         readout = {"layers": LAYERS, "span": "all", "skip_first": skip_first, "trace": [trace_name("calm", 2)]}
         request = Request(shown.ids, [_entry("bold", 15.0)], readout, VECTORS)
         with step_sizes(llm) as sizes:
             (out,) = answers(llm, [shown], [request])
         assert sizes[:2] == [STEP_TOKENS, len(shown.ids) - STEP_TOKENS]
         assert_right(llm, reference, shown, request, out)
+    # Once more: the part of the picture before the span comes from the cache.
+    (out,) = answers(llm, [shown], [request])
+    assert (out.num_cached_tokens or 0) > shown.seen[0]
+    assert_right(llm, reference, shown, request, out)
 
 
 @pytest.mark.conformance("images")
