@@ -50,6 +50,11 @@ class Request:
         return 4 if any("generated[" in span for span in spans) else 1
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a condition looks at an earlier layer than its entry's."""
+        return any("when" in entry and entry["when"]["layer"] < entry["layer"] for entry in self.steering)
+
+    @property
     def label(self) -> str:
         """The request in words, for failures."""
         entries = [" ".join(f"{e[name]}" for name in e if name != "vector") for e in self.steering]

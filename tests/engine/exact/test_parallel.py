@@ -22,12 +22,13 @@ from tests.support.mixed_batch import (
     mixed_batch,
     random_prompts,
     references,
+    run,
     unit_vectors,
 )
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from vllm_steer import register_directions, steer_config
 from vllm_steer.engine.startup_checks import check
-from vllm_steer.errors import UnsupportedFeature
+from vllm_steer.errors import BadCondition, UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 
 pytestmark = pytest.mark.engine
@@ -48,6 +49,17 @@ class Workload:
     def check(self, llm: LLM) -> None:
         excused = check_against_reference(llm, self.reference, self.requests, self.expected)
         assert excused <= 2  # see test_parity
+
+    def check_stages(self, llm: LLM) -> None:
+        """``check`` for pipeline stages, which refuse conditions at an earlier layer."""
+        fit = [number for number, request in enumerate(self.requests) if not request.looks_back]
+        assert len(fit) < len(self.requests)
+        for request in self.requests:
+            if request.looks_back:
+                with pytest.raises(BadCondition, match="pipeline parallelism"):
+                    run(llm, [request], max_tokens=MAX_TOKENS)
+        requests, expected = ([given[number] for number in fit] for given in (self.requests, self.expected))
+        Workload(requests, self.reference, expected).check(llm)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +136,7 @@ def test_two_pipeline_stages_answer_as_the_reference_each_with_its_own_layers(
 
         core.scheduler.schedule = counting
         register_directions(llm, as_directions(workload.requests[0].vectors))
-        workload.check(llm)
+        workload.check_stages(llm)
         first, second = llm.collective_rpc(state_of_rank)
     assert max(under_way) > 0, "no two batches were ever under way at once"
     # The batch has readouts that span both stages and readouts that one stage holds completely.
