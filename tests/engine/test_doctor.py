@@ -144,12 +144,17 @@ class TestRun:
         assert diagnosis.experiment is not None
         assert {layer["convention"] for layer in diagnosis.experiment["experiment"]["layers"]} == {"fused"}
 
-    def test_a_model_without_a_reference_needs_leave(self, tmp_path: Path) -> None:
-        model = tiny_config_of("HeliumForCausalLM", tmp_path)
-        refused = diagnose(model, layers=[1], run=True)
+    @pytest.mark.breadth
+    def test_a_model_without_a_reference_is_refused(self, tmp_path: Path) -> None:
+        refused = diagnose(tiny_config_of("HeliumForCausalLM", tmp_path), layers=[1], run=True)
         assert refused.proof == "experiment"
         assert "HeliumDecoderLayer, whose steering was never compared" in refused.problems[0]
-        assert diagnose(model, layers=[1], run=True, unproven_model="experiment").is_fit
+
+    def test_a_model_without_a_reference_runs_by_leave(self, tmp_path: Path) -> None:
+        model = tiny_config_of("HeliumForCausalLM", tmp_path)
+        allowed = diagnose(model, layers=[1], run=True, unproven_model="experiment")
+        assert allowed.is_fit
+        assert allowed.proof == "experiment"
 
 
 def test_every_problem_is_listed_not_only_the_first(folder: ConfigFolder, directions: Callable[..., Path]) -> None:

@@ -20,7 +20,8 @@ from tests.support.mixed_batch import NEAR_TIE, READOUT_TOLERANCE, TRACE_TOLERAN
 from tests.support.tiny_images import WRAPPERS, picture, processed, save_tiny_wrapper
 from vllm_steer import Direction
 
-pytestmark = [pytest.mark.slow, pytest.mark.server]
+# A server of its own; the same positions are compared offline in every run of the tests.
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.breadth]
 
 FAMILY = "Qwen3VLForConditionalGeneration"
 GENERATED = 12
@@ -108,7 +109,6 @@ def entries(directions: dict[str, Direction]) -> list[Entry]:
     ]
 
 
-@pytest.mark.breadth  # a server of its own; the same positions are compared offline in every run of the tests
 @pytest.mark.conformance("images", family=FAMILY)
 @pytest.mark.parametrize("readout", [{"span": "prompt", "skip_first": 6}, {"span": "all"}, {"span": "generated"}])
 def test_a_chat_with_a_picture_is_steered_and_read_as_hugging_face_does_it(

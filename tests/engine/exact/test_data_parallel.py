@@ -88,6 +88,7 @@ def bed(checkpoint: Path) -> Iterator[Bed]:
             engine.shutdown()
 
 
+@pytest.mark.breadth  # two engines that start: three minutes
 @pytest.mark.conformance("data parallelism (2)", family="llama")
 def test_both_engines_steer_and_read_as_the_reference(bed: Bed, reference: Reference) -> None:
     async def answers() -> tuple[list[RequestOutput], list[Any]]:
@@ -99,6 +100,7 @@ def test_both_engines_steer_and_read_as_the_reference(bed: Bed, reference: Refer
     assert check_answers(reference, REQUESTS, expected, outputs, reads) <= 1
 
 
+@pytest.mark.breadth
 def test_each_engine_holds_the_readouts_of_its_own_requests(bed: Bed) -> None:
     async def who_knows() -> list[list[bool]]:
         outputs = await bed.run_all()
