@@ -12,7 +12,7 @@ import torch
 from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
-from vllm_steer.plan.entry_rows import CLAMP, KEEP_NORM, RELATIVE
+from vllm_steer.plan.entry_rows import ABOVE, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, VERSION
 
 IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
@@ -94,6 +94,18 @@ def test_entries_of_every_mode_agree_with_the_loop(
             case.row_of_token[:] = 3
             case.row_of_token[90:] = 4
         check(case, implementation, scale=4)  # what one entry has rounded, later ones multiply
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", [ABOVE, ABOVE | KEEP_NORM, ABOVE | STORED, PROBE])
+def test_a_token_on_which_no_condition_holds_stays_equal_bit_for_bit(
+    implementation: Callable[..., None], dtype: torch.dtype, mode: int
+) -> None:
+    case = make_case(8, tokens=17, steered="all", dtype=dtype)
+    case.entry_mode[:], case.entry_gate[:], case.entry_threshold[:] = mode, 1, torch.inf
+    before = case.copy()
+    implementation(*case.args())
+    assert torch.equal(case.hidden, before.hidden)
 
 
 def test_a_stream_of_nothing_has_no_length_to_keep(implementation: Callable[..., None]) -> None:

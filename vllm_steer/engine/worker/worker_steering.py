@@ -90,7 +90,8 @@ class WorkerSteering:
         self._taken: dict[str, FinishedReadout] = {}  # internal id -> last readout taken of a live request
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
         self._tails = TailRows(self.buffers.last_L_AD)
-        self._may_stop: set[str] = set()  # live requests that may end at a stop string, with a readout up to their end
+        # Live requests with a readout up to their end that may end at a stop string, or that read their last token.
+        self._need_tails: set[str] = set()
         self.hooked = put_hooks(blocks, how, settings.layers, self.findings.num_layers, self.buffers)
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
         self._may_cut = False  # whether the step that was last prepared steers a float16 stream
@@ -130,7 +131,7 @@ class WorkerSteering:
             readout = self._resolved[request_id].readout
             # The last row of a sum with a surplus token is that of the token before it.
             if readout is not None and readout.end is None and (params.stop or readout.pool == "last"):
-                self._may_stop.add(request_id)
+                self._need_tails.add(request_id)
 
     def preempt(self, request_id: str) -> None:
         """Drop the sums of a request that will be computed again from its first token."""
@@ -148,7 +149,9 @@ class WorkerSteering:
         self.fetch()
         self._take_ended()  # before their accumulators are reused
         poolings = self.planner.poolings
-        self._tails.keep({one: poolings[one] for one in self._may_stop if one in poolings and poolings[one].num_tokens})
+        self._tails.keep(
+            {one: poolings[one] for one in self._need_tails if one in poolings and poolings[one].num_tokens}
+        )
         plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
         self.buffers.write(plan)
         self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
@@ -192,7 +195,7 @@ class WorkerSteering:
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
         self._taken.pop(request_id, None)
-        self._may_stop.discard(request_id)
+        self._need_tails.discard(request_id)
         self.planner.remove(request_id)
 
     def find(self, samples: Sequence[SampleKey]) -> list[FinishedReadout | None]:
