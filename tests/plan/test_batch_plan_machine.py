@@ -117,6 +117,10 @@ class Schedule(RuleBasedStateMachine):
                     if name in readout.project and layer in readout.layers
                 }
                 life.traced = {name: (HOMES[name], self.vectors[name, HOMES[name]]) for name in readout.trace}
+                life.watched = [
+                    (one, HOMES[one.direction], self.vectors[one.direction, HOMES[one.direction]])
+                    for one in readout.watches
+                ]
                 if readout.pool == "max":
                     life.largest = {(name, layer): vector for name, (layer, vector) in life.traced.items()}
                     life.largest |= life.projected
@@ -158,6 +162,7 @@ class Schedule(RuleBasedStateMachine):
         contents = [life.content(position, is_wrong) for life, position, is_wrong in tokens]
         contents += [CONTENT[-1 - row] for row in range(padding)]
         self.check_streams(tokens, np.stack(contents))
+        self.check_marks(batch)
         for part in batch:
             part.life.computed += part.known + part.right
             part.life.drafted = part.drafted
@@ -293,6 +298,31 @@ class Schedule(RuleBasedStateMachine):
                 assert block >= first or torch.equal(got[row], untouched[row]), f"{names[row]}: touched"
             assert torch.equal(got[len(tokens) :], untouched[len(tokens) :]), "padding was steered"
 
+    def check_marks(self, batch: list[Scheduled]) -> None:
+        """The step shows the projections of the generated tokens of each request with a stop, wrong drafts' too."""
+        start = self.runner.steering.start_reading_marks()
+        marks = None if start is None else start()
+        expected, unwatched = {}, []
+        for part in batch:
+            life = part.life
+            if life.readout is None or life.readout.stop is None:
+                continue
+            if not life.has_columns:
+                unwatched.append(life.request_id)
+                continue
+            first, end = max(life.computed, life.prompt_len), life.computed + part.known + part.drafted
+            _, layer, vector = life.watched[0]
+            known = life.computed + part.known + part.right
+            values = [life.stream(position, position >= known)[layer] @ vector for position in range(first, end)]
+            if values:
+                expected[life.request_id] = first, values
+        told = {} if marks is None else {one.request_id: (one.position, one.values) for one in marks.watching}
+        assert set(told) == set(expected)
+        for request_id, (first, values) in expected.items():
+            assert told[request_id][0] == first
+            np.testing.assert_allclose(told[request_id][1], values, rtol=0, atol=TOLERANCE, err_msg=request_id)
+        assert sorted([] if marks is None else marks.unwatched) == sorted(unwatched)
+
     def check_readouts(self) -> None:
         for life in self.lives:
             if life.running:
@@ -347,6 +377,13 @@ class Schedule(RuleBasedStateMachine):
             np.testing.assert_allclose(value, max(values_N, default=np.nan), rtol=0, atol=TOLERANCE, err_msg=name)
             assert position in positions if positions else position == -1
             assert not positions or values_N[positions.index(position)] > max(values_N) - TOLERANCE
+        held = [life.crossing(*one, computed) for one in life.watched] if life.has_columns else []
+        has_stop = life.readout.stop is not None
+        for field, truth in (("stopped", held[:has_stop]), ("flags", held[has_stop:])):
+            crossings = [one for one in truth if one is not None]
+            assert [position for _, _, position, _ in answer[field]] == [position for position, _ in crossings]
+            values = [value for *_, value in answer[field]]
+            np.testing.assert_allclose(values, [value for _, value in crossings], rtol=0, atol=TOLERANCE)
         traces = {name: np.frombuffer(values, np.float32) for name, values in answer["trace"]}
         assert set(traces) == (set(life.traced) if life.has_columns else set())
         for name, values in traces.items():

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.client.refusals import refusal_in_stream
-from vllm_steer.schema import ReadoutResult, Steering
+from vllm_steer.schema import Crossing, ReadoutResult, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,18 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
     # a server of before this field says nothing: it knew compared models only
     proof = told.get("proof", "parity")
-    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest), None
+    stopped, flags = told.get("stopped"), told.get("flags", ())
+    return ReadoutResult(
+        mean=mean,
+        num_tokens=told["num_tokens"],
+        projections=projections,
+        trace=trace,
+        proof=proof,
+        last=last,
+        max=largest,
+        stopped=None if stopped is None else Crossing(**stopped),
+        flags=tuple(Crossing(**one) for one in flags),
+    ), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

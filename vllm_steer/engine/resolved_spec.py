@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -39,6 +39,23 @@ class Traced(NamedTuple):
     is_shown: bool = True
 
 
+class Watched(NamedTuple):
+    """A watch on the generated tokens: their projection after hooked layer number ``layer_index``.
+
+    It holds once ``patience`` tokens in a row are above (below, if not ``is_above``) ``bound``. ``is_stop`` tells
+    whether the request then ends.
+    """
+
+    name: str
+    layer_index: int
+    slot: int
+    layer: int
+    is_above: bool
+    bound: float
+    patience: int
+    is_stop: bool
+
+
 class Window(NamedTuple):
     """Tokens of a request that are all steered alike.
 
@@ -65,6 +82,8 @@ class ResolvedReadout:
         vectors: whether to return the pooled vectors themselves.
         trace: the projections of every token.
         pool: see ``Readout``.
+        watch: the watches on the generated tokens.
+        watch_first: position of the first generated token.
     """
 
     layers: list[int]
@@ -75,22 +94,31 @@ class ResolvedReadout:
     vectors: bool
     trace: list[Traced]
     pool: str = "mean"
+    watch: list[Watched] = field(default_factory=list)
+    watch_first: int = 0
 
     @property
-    def directions(self) -> tuple[Projected | Traced, ...]:
+    def directions(self) -> tuple[Projected | Traced | Watched, ...]:
         """Everything that the readout projects onto."""
-        return (*self.project, *self.trace)
+        return (*self.project, *self.trace, *self.watch)
+
+    @property
+    def stop(self) -> Watched | None:
+        """The watch that ends the request."""
+        return next((one for one in self.watch if one.is_stop), None)
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> ResolvedReadout:
         """Rebuild an object from its part of the result of ``Resolved.dump``."""
         project = list(map(Projected._make, value["project"]))
-        return cls(**{**value, "project": project, "trace": list(map(Traced._make, value["trace"]))})
+        trace, watch = list(map(Traced._make, value["trace"])), list(map(Watched._make, value["watch"]))
+        return cls(**{**value, "project": project, "trace": trace, "watch": watch})
 
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
         trace = tuple((one.layer_index, one.slot) for one in self.trace)
-        return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
+        watch = tuple((one.layer_index, one.slot) for one in self.watch)
+        return Pooling(tuple(self.layer_indices), self.first, self.end, trace, watch, self.watch_first)
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
@@ -102,6 +130,7 @@ class ResolvedReadout:
             layer_indices=[index for _, index in kept],
             project=[one for one in self.project if one.layer in layers],
             trace=[one for one in self.trace if one.layer_index in held],
+            watch=[one for one in self.watch if one.layer_index in held],
         )
 
 

@@ -90,6 +90,8 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
+        "stopped": [crossing for stage in stages for crossing in stage["stopped"]],
+        "flags": [crossing for stage in stages for crossing in stage["flags"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

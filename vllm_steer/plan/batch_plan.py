@@ -37,12 +37,20 @@ class Pooling:
         layer_indices: hooked layers, by index, whose stream is summed.
         first, end: positions [first, end) of the request; with ``end`` None there is no end.
         trace: directions to follow over the same positions.
+        watch: directions to follow from position ``watch_first`` on.
     """
 
     layer_indices: tuple[int, ...]
     first: int
     end: int | None
     trace: tuple[Pair, ...] = ()
+    watch: tuple[Pair, ...] = ()
+    watch_first: int = 0
+
+    @property
+    def followed(self) -> tuple[Pair, ...]:
+        """Those of ``trace``, then those of ``watch``."""
+        return self.trace + self.watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class RequestPlan:
         if self.pooling is not None:
             bounds += [self.pooling.first, self.pooling.first + 1]  # the sum begins with its first token
             bounds += [] if self.pooling.end is None else [self.pooling.end]
+            bounds += [self.pooling.watch_first] if self.pooling.watch else []
         return min((bound for bound in bounds if bound > position), default=math.inf) - position - 1
 
 
@@ -148,8 +157,8 @@ class BatchPlanner:
     Attributes:
         requests: request -> its plan.
         poolings: request -> progress of its readout, from its first step on.
-        columns: request -> its trace columns, one for each direction of ``Pooling.trace``. A request is missing here if
-            it traces nothing, or if too few columns were free when it was added.
+        columns: request -> its trace columns, one for each direction of ``Pooling.followed``. A request is missing here
+            if it follows nothing, or if too few columns were free when it was added.
     """
 
     def __init__(
@@ -177,8 +186,8 @@ class BatchPlanner:
         """Start planning for a new request."""
         self._settled = None
         self.requests[request_id] = plan
-        if plan.pooling is not None and plan.pooling.trace:
-            columns = self._trace_columns.bind(request_id, plan.pooling.trace)
+        if plan.pooling is not None and plan.pooling.followed:
+            columns = self._trace_columns.bind(request_id, plan.pooling.followed)
             if columns is not None:
                 self.columns[request_id] = columns
 
@@ -186,7 +195,7 @@ class BatchPlanner:
         """Forget a finished request and free its rows, accumulator and trace columns."""
         plan = self.requests.pop(request_id, None)
         if plan is not None and plan.pooling is not None:
-            self._trace_columns.release(request_id, plan.pooling.trace)
+            self._trace_columns.release(request_id, plan.pooling.followed)
         self.columns.pop(request_id, None)
         self.preempt(request_id)
 
@@ -269,6 +278,8 @@ class BatchPlanner:
                     if request_id not in self.poolings:
                         self.poolings[request_id] = PoolingState(self._free_accumulator(request_ids))
                     self._pool(plan, reads, request_id, request.pooling, offset, computed, scheduled, num_drafts)
+                    if request.pooling.watch and request_id in self.columns:
+                        _watch(plan, request_id, request.pooling, offset, computed, scheduled, num_drafts)
             offset += scheduled
         if rows_used:
             plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
@@ -276,7 +287,7 @@ class BatchPlanner:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
             plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
         self._settled = None
-        if steps_left and not plan.accepted and not plan.traced:
+        if steps_left and not plan.accepted and not plan.traced and not plan.watched:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
@@ -348,6 +359,17 @@ class BatchPlanner:
             reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
             plan.keep_A[state.drafts] = 0
         reads.layers.add(pooling.layer_indices)
-        if request_id in self.columns:
+        if pooling.trace and request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
             plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1
+
+
+def _watch(
+    plan: StepPlan, request_id: str, pooling: Pooling, offset: int, computed: int, scheduled: int, num_drafts: int
+) -> None:
+    """Note the tokens of a step that a request watches."""
+    start, end = max(computed, pooling.watch_first), computed + scheduled
+    if start < end:
+        token, count = offset + start - computed, end - start
+        plan.watched.append(TracedTokens(request_id, token, start, count, min(num_drafts, count)))
+        plan.flags_L3[[layer_index for layer_index, _ in pooling.watch], TRACE] = 1

@@ -47,6 +47,7 @@ class StepPlan:
         new_rows: new rows of the entry table, see ``EntryRows.take_changes``.
         trace_slot_LK: see ``TraceColumns.take_changes``; None if unchanged since the step before.
         traced: the traced tokens of each request.
+        watched: the generated tokens of each request with watches.
         accepted: pairs (accumulator, draft accumulator); the second is added to the first before the step.
     """
 
@@ -58,6 +59,7 @@ class StepPlan:
     new_rows: list[tuple[int, IntArray]] = field(default_factory=list)
     trace_slot_LK: IntArray | None = None
     traced: list[TracedTokens] = field(default_factory=list)
+    watched: list[TracedTokens] = field(default_factory=list)
     accepted: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod

@@ -29,7 +29,7 @@ from vllm_steer.errors import (
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
-from vllm_steer.schema import Readout, RequestSpec, Steering, When
+from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
 SIZE = 8
@@ -543,6 +543,35 @@ def test_the_largest_projections_are_traced_and_not_shown(admission: Admission) 
         resolve(admission, readout=Readout([8, 12], project=["both", "kind", "cold"], pool="max"))
 
 
+def test_watches_are_resolved_and_what_they_need_is_counted(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    stop, flag = Watch("kind", above=2.0, patience=3), Watch("both", below=-1.0, layer=8)
+    readout = resolve(admission, readout=Readout(stop=stop, flag=[flag])).readout
+    assert readout is not None
+    assert readout.watch == [
+        ("kind", 1, slot["kind", 12], 12, True, 2.0, 3, True),
+        ("both", 0, slot["both", 8], 8, False, -1.0, 1, False),
+    ]
+    assert readout.stop == readout.watch[0]
+    # nothing of the prompt is read, so all of it may come from the prefix cache
+    assert (readout.layers, readout.first, readout.end, readout.watch_first) == ([], PROMPT_LEN, None, PROMPT_LEN)
+    with pytest.raises(BadReadout, match=r"3 directions to trace .*; allowed: 2"):
+        resolve(admission, readout=Readout([8], stop=stop, flag=[flag], trace=["cold"]))
+    with pytest.raises(UnknownDirection, match="kidn"):
+        resolve(admission, readout=Readout(stop=Watch("kidn", above=1.0)))
+    with pytest.raises(LayerNotHooked, match="layer 13"):
+        resolve(admission, readout=Readout(stop=Watch("kind", above=1.0, layer=13)))
+
+
+def test_a_stop_is_refused_across_pipeline_stages(admission: Admission) -> None:
+    staged = Admission(admission.settings, SIZE, num_stages=2)
+    staged.registry = admission.registry
+    watch = Watch("kind", above=2.0)
+    assert resolve(staged, readout=Readout(flag=[watch])).readout is not None
+    with pytest.raises(BadReadout, match="pipeline parallelism"):
+        resolve(staged, readout=Readout(stop=watch))
+
+
 def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: Admission) -> None:
     readout = resolve(admission, readout=Readout([8], trace=["both"])).readout
     assert readout is not None
@@ -577,7 +606,9 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
     assert arrived.plan() == in_halves(
         PROMPT_LEN,
         prompt=(Entry(1, at(resolved, 0).entries[0][1], 4.0, 0.0),),
-        pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),)),
+        pooling=Pooling(
+            (0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),), watch_first=5
+        ),
     )
     assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
     assert Resolved.load(resolve(admission).dump()).plan() == in_halves(PROMPT_LEN)

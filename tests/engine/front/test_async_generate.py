@@ -38,6 +38,8 @@ class FakeEngine:
             "layers": [2],
             "pooled": None,
             "max": [],
+            "stopped": [],
+            "flags": [],
             "projections": [],
             "trace": [["kind", values]],
             "trace_error": self.failure,

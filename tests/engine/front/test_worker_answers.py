@@ -15,6 +15,8 @@ def _answer(layers: list[int], num_tokens: int = 4, **fields: Any) -> dict[str, 
     return {
         "num_tokens": num_tokens,
         "layers": layers,
+        "stopped": [],
+        "flags": [[f"of layer {layer}", layer, 7, 0.25] for layer in layers],
         "max": [[f"of layer {layer}", layer, 0.5, 3] for layer in layers],
         "pooled": b"".join(np.full(2, layer, np.float32).tobytes() for layer in layers),
         "projections": [["kind", layer, float(layer)] for layer in layers],

@@ -367,6 +367,8 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
         "layers": [1, 2],
         "pooled": rows.tobytes(),
         "max": [],
+        "stopped": [],
+        "flags": [],
         "trace": [],
         "trace_error": "no column is free",
         "proof": "parity",

@@ -21,7 +21,7 @@ from vllm_steer import spans
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
-from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, Window, digest
+from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, Watched, Window, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
@@ -45,7 +45,7 @@ from vllm_steer.plan.entry_rows import (
     STORED,
     Entry,
 )
-from vllm_steer.schema import Readout, RequestSpec, Steering, When
+from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20
@@ -405,8 +405,28 @@ class Admission:
                 if (name, layer) not in known
             ]
             project = []
-        self._check_columns(trace)
-        return ResolvedReadout(list(readout.layers), indices, first, end, project, vectors, trace, readout.pool)
+        watch = [self._watched(book, one, is_stop=one is readout.stop) for one in readout.watches]
+        self._check_columns([*trace, *watch])
+        if not readout.layers and not trace:  # the watches alone need no token of the prompt
+            first, end = prompt_len, None
+        return ResolvedReadout(
+            list(readout.layers), indices, first, end, project, vectors, trace, readout.pool, watch, prompt_len
+        )
+
+    def _watched(self, book: DirectionBook, watch: Watch, *, is_stop: bool) -> Watched:
+        direction = book.find(watch.direction, watch.layer, self._index_of)
+        layer = direction.layer if watch.layer is None else watch.layer
+        if is_stop and self._num_stages > 1:
+            raise BadReadout(
+                "stop came to an engine with pipeline parallelism, whose last stage alone can end a request; allowed "
+                "there: flag. Use it, or start the engine without pipeline parallelism."
+            )
+        bound = watch.below if watch.above is None else watch.above
+        assert bound is not None  # checked by Watch
+        is_above = watch.above is not None
+        return Watched(
+            watch.direction, self._hooked(layer), direction.slot, layer, is_above, bound, watch.patience, is_stop
+        )
 
     def _trace(self, book: DirectionBook, readout: Readout) -> list[Traced]:
         trace: list[Traced] = []
@@ -424,13 +444,13 @@ class Admission:
             trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot, own[0]))
         return trace
 
-    def _check_columns(self, trace: Sequence[Traced]) -> None:
+    def _check_columns(self, trace: Sequence[Traced | Watched]) -> None:
         distinct = len({(one.layer_index, one.slot) for one in trace})
         if distinct > self.settings.trace_columns:
             raise BadReadout(
-                f"{distinct} directions to trace (with pool 'max', those of project too); allowed: "
-                f"{self.settings.trace_columns}. Trace fewer, or start the engine with steer_config(trace_columns=...) "
-                "larger."
+                f"{distinct} directions to trace (those of stop and flag too, and with pool 'max' those of project); "
+                f"allowed: {self.settings.trace_columns}. Name fewer, or start the engine with "
+                "steer_config(trace_columns=...) larger."
             )
 
 

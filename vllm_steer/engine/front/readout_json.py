@@ -29,6 +29,13 @@ def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
         readout["trace"] = {"error": answer["trace_error"]}
     for name, layer, value, position in answer["max"]:
         readout.setdefault("max", {}).setdefault(name, {})[str(layer)] = [finite(value), position]
+    for crossings, field in ((answer["stopped"], "stopped"), (answer["flags"], "flags")):
+        told = [
+            {"direction": name, "layer": layer, "position": position, "value": finite(value)}
+            for name, layer, position, value in crossings
+        ]
+        if told:
+            readout[field] = told if field == "flags" else told[0]
     if answer["pooled"] is not None:
         rows_LD = np.frombuffer(answer["pooled"], dtype=np.float32).reshape(len(answer["layers"]), -1)
         readout[pool] = {

@@ -13,6 +13,7 @@ import torch
 from vllm_steer.engine.resolved_spec import ResolvedReadout, Traced
 from vllm_steer.engine.worker.traces import FloatArray, Trace
 from vllm_steer.plan.batch_plan import PoolingState
+from vllm_steer.plan.watch_run import WatchRun
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class FinishedReadout:
             it; None with ``vectors=False``.
         sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
         trace: the projections of each token, or None if none were requested.
+        watched: those of each generated token onto the directions of ``spec.watch``; None if there are none.
     """
 
     spec: ResolvedReadout
@@ -37,6 +39,7 @@ class FinishedReadout:
     sums_PN: torch.Tensor
     tail_PM: torch.Tensor
     trace: Trace | None
+    watched: Trace | None = None
 
     def settle(self) -> None:
         """Clone the slices so that the host buffer shared with other readouts can be freed."""
@@ -50,19 +53,20 @@ class FinishedReadout:
         """Size of the tensors and the trace in bytes."""
         tensors = (self.sums_LND, self.tail_LMD, self.sums_PN, self.tail_PM)
         pooled = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-        return pooled + (self.trace.num_bytes if self.trace is not None else 0)
+        return pooled + sum(one.num_bytes for one in (self.trace, self.watched) if one is not None)
 
     def answer(self, computed_end: int) -> dict[str, Any]:
         """The readout as plain types for the RPC.
 
         Args:
             computed_end: number of tokens of the sample that the model must have computed: the prompt and all generated
-                tokens but the last.
+                tokens but the last, and that one too if the request's stop held for it.
 
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
-            layer, value, position]], "trace_error": why trace and max alone cannot be given, or None}``.
+            layer, value, position]], "stopped", "flags": [[name, layer, position, value]], "trace_error": why trace,
+            max and flags alone cannot be given, or None}``. ``stopped`` has at most one element.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
@@ -109,13 +113,26 @@ class FinishedReadout:
             "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
             "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
-            "trace_error": self.trace.failure if self.trace is not None else None,
+            **self._crossings(computed_end),
+            "trace_error": next((one.failure for one in (self.trace, self.watched) if one is not None), None),
         }
 
     def _traced(self, count: int) -> list[tuple[Traced, FloatArray]]:
         if self.trace is None or self.trace.failure is not None:
             return []
         return list(zip(self.spec.trace, self.trace.values(0, count), strict=True))
+
+    def _crossings(self, computed_end: int) -> dict[str, list[list[Any]]]:
+        told: dict[str, list[list[Any]]] = {"stopped": [], "flags": []}
+        if self.watched is not None and self.watched.failure is None:
+            first = self.spec.watch_first
+            values_CN = self.watched.values(0, max(computed_end - first, 0))
+            for one, values_N in zip(self.spec.watch, values_CN.tolist(), strict=True):
+                position = WatchRun(one, first).see(first, values_N)
+                if position is not None:
+                    field = "stopped" if one.is_stop else "flags"
+                    told[field].append([one.name, one.layer, position, values_N[position - first]])
+        return told
 
     def _largest(self, one: Traced, values_N: FloatArray) -> list[Any]:
         if not len(values_N):
