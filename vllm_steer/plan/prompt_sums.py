@@ -80,21 +80,23 @@ class PromptSums:
             plan: the plan of this step.
 
         Raises:
-            UnsupportedFeature: the engine has left out a token. No request can cause this, so the engine stops.
+            UnsupportedFeature: the engine has left out a token, or computes generated tokens while the sum is not
+                complete. No request can cause this, so the engine stops.
         """
         progress = self._progress[request_id]
         if progress.next_position >= prompt_len:
             return
         if computed == 0:  # the beginning, or again after a preemption
             progress.next_position = 0
-        if computed != progress.next_position:
+        end = computed + scheduled
+        if computed != progress.next_position or end > prompt_len:
             raise UnsupportedFeature(
-                f"the engine went on at token {computed} of request {request_id!r} where token "
-                f"{progress.next_position} was due, and a condition needs the mean over its whole prompt; allowed: "
-                "engines that compute all of it. Report this, and leave conditions over the prompt out until then."
+                f"the engine computes the tokens {computed} to {end - 1} of request {request_id!r} where those from "
+                f"{progress.next_position} to {prompt_len - 1} were due, and a condition needs the mean over all of "
+                "these first; allowed: engines that compute a whole prompt before they generate. Report this, and "
+                "leave conditions over the prompt out until then."
             )
         assert progress.place is not None
-        end = min(computed + scheduled, prompt_len)
         plan.prompt_parts.append(PromptPart(progress.place, offset, end - computed, is_first=computed == 0))
         progress.next_position = end
 
