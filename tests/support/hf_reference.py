@@ -190,8 +190,9 @@ class Reference:
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
         return logits[0].float()
 
-    def _decided(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> list[Entry]:
-        """The entries whose condition over the prompt holds, without it, and all others.
+    @torch.inference_mode()
+    def decided(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> list[Entry]:
+        """All entries but those whose condition over the prompt fails; without such conditions, which then hold.
 
         One condition after another, by its layer: what later ones gate does not reach that layer's prompt tokens.
         """
@@ -209,7 +210,7 @@ class Reference:
         return [entry for entry in decided if entry is not None]
 
     def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache | None:
-        self._entries = self._decided(prompt_ids, steering)
+        self._entries = self.decided(prompt_ids, steering)
         self._prompt_len, self._seen = len(prompt_ids), {}
         return DynamicCache(config=self.model.config) if self._has_cache else None
 
