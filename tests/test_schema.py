@@ -45,8 +45,10 @@ def steerings(draw: st.DrawFn) -> Steering:
     fields["keep_norm"] = draw(st.booleans())
     if draw(st.booleans()):
         bound = draw(st.sampled_from([{"above": 0.5}, {"below": -3}, {"above": 0, "layer": 4}]))
-        fields["when"] = When(draw(names), **bound)
+        fields["when"] = When(draw(names), **bound, over=draw(st.sampled_from(["token", "prompt"])))
     layer, span = draw(st.none() | layers), draw(st.sampled_from(SPANS))
+    if "when" in fields and fields["when"].over == "prompt":
+        span = draw(st.sampled_from(["generated", "response", "generated[2:5]"]))
     return Steering(draw(names), layer=layer, op=op, span=span, **fields)
 
 
@@ -224,7 +226,8 @@ REFUSED_CONDITIONS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"below": float("nan")}, BadCondition, "below of when is nan"),
     ({"above": 1e39}, BadCondition, "1e+39"),
     ({"above": 1.0, "layer": -1}, MalformedSpec, "-1"),
-    ({"above": 1.0, "over": "prompt"}, BadCondition, "'prompt'"),
+    ({"above": 1.0, "over": "answer"}, BadCondition, "'answer'; allowed: token, prompt"),
+    ({"above": 1.0, "over": None}, BadCondition, "over is 'None'; allowed: token, prompt"),
 ]
 
 
@@ -238,6 +241,26 @@ def test_a_wrong_condition_is_refused_with_its_own_class(
     assert named in str(caught.value)
     with pytest.raises(SteerError):
         Steering.from_json({**ENTRY, "when": {"direction": "harm", **fields}})
+
+
+@pytest.mark.parametrize("span", ["generated", "generated[3:9]", "response", "prompt[-1]", "prompt[-1:] + generated"])
+def test_a_condition_over_the_prompt_takes_spans_behind_it_and_says_so_on_the_wire(span: str) -> None:
+    entry = Steering("kind", 1.0, span=span, when=When("harm", above=1, over="prompt"))
+    assert entry.to_json()["when"] == {"direction": "harm", "above": 1.0, "over": "prompt"}
+    assert Steering.from_json(entry.to_json()) == entry
+    assert entry.version == 2
+    assert "over" not in When("harm", above=1).to_json()
+
+
+@pytest.mark.parametrize(
+    "span",
+    ["all", "prompt", "prompt[-2:]", "prompt[:-1]", "prompt[-5:3]", "all[40:]", "prompt[3]", "generated+prompt[0]"],
+)
+def test_a_condition_over_the_prompt_is_refused_on_tokens_that_come_before_it_is_known(span: str) -> None:
+    with pytest.raises(BadCondition, match="allowed: generated, its slices") as caught:
+        Steering("kind", 1.0, span=span, when=When("harm", above=1, over="prompt"))
+    assert repr(span) in str(caught.value)
+    Steering("kind", 1.0, span=span, when=When("harm", above=1))
 
 
 REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [

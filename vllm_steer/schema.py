@@ -44,15 +44,17 @@ REPLY_VERSION = 1
 Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
+Over = Literal["token", "prompt"]
 Pool = Literal["mean", "last", "max"]
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
 OPS: tuple[str, ...] = get_args(Op)
+OVERS: tuple[str, ...] = get_args(Over)
 POOLS: tuple[str, ...] = get_args(Pool)
 _OPS_OF_V1, _SPANS_OF_V1 = ("add", "ablate", "set"), ("prompt", "generated", "all")
 _RELATIVE_OPS = ("add", "set", "clamp")
-_MOST_FLOAT32 = float(np.finfo(np.float32).max)
+MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _layer(layer: object, where: str) -> int:
@@ -97,7 +99,7 @@ def _check_condition(condition: When | Watch, where: str) -> None:
     for name in ("above", "below"):
         if (bound := getattr(condition, name)) is not None:
             number = _finite(bound, f"{name} of {where}", BadCondition)
-            if abs(number) > _MOST_FLOAT32:
+            if abs(number) > MOST_FLOAT32:
                 raise BadCondition(f"{name} of {where} is {number:g}; allowed: what float32 holds. Use a smaller one.")
             object.__setattr__(condition, name, number)
     if condition.layer is not None:
@@ -106,17 +108,26 @@ def _check_condition(condition: When | Watch, where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """A condition on each token: an entry with it acts only where the condition holds.
+    """A condition on each token or on the prompt: an entry with it acts only where the condition holds.
 
-    It compares ⟨h, d⟩, the projection of the token's own stream onto a registered direction, with a bound. At the
-    entry's layer, h is the stream as it is when the entry is reached; at an earlier layer, as that layer left it. It is
-    evaluated on the device, in the same step.
+    Over ``token`` it compares ⟨h, d⟩, the projection of the token's own stream onto a registered direction, with a
+    bound. At the entry's layer, h is the stream as it is when the entry is reached; at an earlier layer, as that layer
+    left it.
+
+    Over ``prompt`` it compares the mean of ⟨h, d⟩ over all prompt tokens, with h as the layer left it: what
+    ``Readout(layers=[layer], span="prompt", project=[direction])`` gives. The mean is known when the prompt is done, so
+    it may gate only tokens behind it: those of ``generated`` and its slices; and, if it looks at an earlier layer than
+    the entry's, the last prompt token too, as in ``response``. Such a request computes its whole prompt itself, and
+    takes nothing of it from the prefix cache.
+
+    Both are evaluated on the device, in the same step.
 
     Args:
         direction: name of the registered direction d, of any length.
-        above, below: the bound, exactly one of them: the condition holds where ⟨h, d⟩ > ``above``, or < ``below``.
+        above, below: the bound, exactly one of them: the condition holds where ⟨h, d⟩, or its mean, is > ``above``, or
+            < ``below``.
         layer: the layer of h, a hooked one, at most the entry's; ``None`` means the direction's own.
-        over: ``token``, each token decides for itself.
+        over: ``token``, each token decides for itself; or ``prompt``, the prompt decides for the tokens behind it.
 
     Raises:
         MalformedSpec, BadCondition: at construction, naming the offending value.
@@ -126,16 +137,17 @@ class When:
     above: float | None = None
     below: float | None = None
     layer: int | None = None
-    over: Literal["token"] = "token"
+    over: Over = "token"
 
     def __post_init__(self) -> None:
         _check_condition(self, "when")
-        if self.over != "token":
-            raise BadCondition(f"over is {self.over!r}; allowed: token. Leave it out.")
+        if self.over not in OVERS:
+            raise BadCondition(f"over is {str(self.over)[:80]!r}; allowed: {', '.join(OVERS)}. Choose one of them.")
 
     def to_json(self) -> dict[str, Any]:
         """The condition as a JSON object, without fields at their default."""
         told = {"direction": self.direction, "above": self.above, "below": self.below, "layer": self.layer}
+        told |= {} if self.over == "token" else {"over": self.over}
         return {name: value for name, value in told.items() if value is not None}
 
     @classmethod
@@ -239,7 +251,7 @@ class Steering:
             is reached. For ``add``, ``set`` and ``clamp``; the other ops are relative anyway.
         keep_norm: afterwards gives h the length that it had before this entry.
         low, high: the bounds of ``clamp``; ``None`` for none.
-        when: the tokens of the span on which the entry acts; ``None`` for all of them.
+        when: the condition under which the entry acts on tokens of the span; ``None`` to act on all of them.
 
     Several entries at one layer are applied in the order given.
 
@@ -275,6 +287,12 @@ class Steering:
                 )
         if not isinstance(self.when, When | None):
             raise MalformedSpec(f"when is {str(self.when)[:80]!r}; allowed: a condition. Give When(...).")
+        if self.when is not None and self.when.over == "prompt" and spans.reach_back(self.span) > 1:
+            raise BadCondition(
+                f"an entry with span {self.span!r} has a condition over the prompt, whose mean is known when the "
+                "prompt is done; allowed: generated, its slices, and (with a condition at an earlier layer) the last "
+                "prompt token, as in response. Use one of these spans."
+            )
         if self.op == "clamp" or self.low is not None or self.high is not None:
             self._check_bounds()
             return

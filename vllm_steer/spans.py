@@ -122,6 +122,17 @@ def windows(spans: Sequence[str], prompt_len: int) -> list[tuple[int, list[int]]
     return found
 
 
+def reach_back(span: str) -> int:
+    """How many of a long prompt's last tokens a span begins before: 0 for one of generated tokens, 1 for ``response``.
+
+    Args:
+        span: a span that ``check`` has passed.
+    """
+    runs_of_long_prompt = (part.run(LONG_PROMPT) for part in _parts(span) or ())
+    # A part that a long prompt has not, such as prompt[-5:3], is one of short prompts.
+    return max(0, *(LONG_PROMPT if run is None else LONG_PROMPT - run[0] for run in runs_of_long_prompt))
+
+
 def beyond(span: str, prompt_len: int, num_computed: int) -> str | None:
     """The first part of a span with a slice that begins behind the last token which the model can compute, or None.
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.step_cases import Case, check, make_case
+from tests.ops.step_cases import Case, check, make_case, over_prompt
 from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
@@ -81,6 +81,11 @@ def test_a_segment_longer_than_a_block_of_tokens(tokens: int) -> None:
     case = make_case(5, tokens=tokens)
     case.segment[:] = torch.tensor([[0, 1], [1, 0], [2, tokens - 2], [1, 1]])
     check(case, steer_and_read, DEVICE)
+
+
+@pytest.mark.parametrize("count", [1, 256, 600])
+def test_a_part_of_a_prompt_longer_than_a_block_is_summed_once(count: int) -> None:
+    check(over_prompt(count), steer_and_read, DEVICE)
 
 
 def test_a_stream_whose_elements_are_apart() -> None:
@@ -186,6 +191,8 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
         hook.entry_gate,
         hook.entry_threshold,
         hook.probe,
+        hook.prompt_sums,
+        hook.prompt_part,
         hook.keep,
         hook.segment,
         hook.sums,

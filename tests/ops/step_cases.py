@@ -14,6 +14,7 @@ from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.step_plan import READ
 
 DIMENSION, SLOTS, REQUESTS, PROBES = 24, 5, 4, 4
+WRITTEN_PROBES = 2  # of a hook: those before it have written the others, of which conditions over prompts take sums
 SPARE_TOKENS = 3  # the token tables are longer than a call: entries beyond it must be ignored
 
 
@@ -31,6 +32,8 @@ class Case:
     entry_gate: torch.Tensor
     entry_threshold: torch.Tensor
     probe: torch.Tensor
+    prompt_sums: torch.Tensor
+    prompt_part: torch.Tensor
     keep: torch.Tensor
     segment: torch.Tensor
     sums: torch.Tensor
@@ -100,7 +103,7 @@ def make_case(
     entry_ab = np.zeros((rows, entries, 2), np.float32)
     entry_gate = np.full((rows, entries), 10**9, np.int32)
     entry_threshold = np.zeros((rows, entries), np.float32)
-    entry_mode = np.full((rows, entries), 127, np.int32)  # that of an empty entry means nothing
+    entry_mode = np.full((rows, entries), 255, np.int32)  # that of an empty entry means nothing
     for row, count in enumerate(counts):
         entry_slot[row, :count] = rng.integers(0, SLOTS, count)
         for entry in range(count):
@@ -117,15 +120,25 @@ def make_case(
                 if (a or mode) and rng.random() < 0.5:
                     a, b, mode = a / 8, b / 8 if mode else b, mode | 1
                 entry_ab[row, entry] = a, b
-                # above or below a threshold, of what is seen here or was stored before; or a probe, which does nothing
-                condition = [0, 0, 8, 16, 8 | 32, 16 | 32, 64][rng.integers(7)]
+                # above or below a threshold, of what is seen here, was stored before, or was stored over the prompt; or
+                # a probe, which does nothing
+                condition = [0, 0, 8, 16, 8 | 32, 16 | 32, 64, 8 | 128, 16 | 128][rng.integers(9)]
                 entry_mode[row, entry] = mode | 2 * int(rng.random() < 0.4) | condition
-                entry_gate[row, entry] = rng.integers(PROBES if condition & (32 | 64) else SLOTS)
+                entry_gate[row, entry] = rng.integers(PROBES if condition & 32 else SLOTS)
+                if condition & 64:
+                    entry_gate[row, entry] = rng.integers(WRITTEN_PROBES)
+                if condition & 128:
+                    entry_gate[row, entry] = rng.integers(REQUESTS) * PROBES + rng.integers(WRITTEN_PROBES, PROBES)
                 entry_threshold[row, entry] = rng.normal()
     bank = normal(SLOTS, dimension)
     bank /= bank.norm(dim=1, keepdim=True)
     trace_slot = np.arange(columns, dtype=np.int32) % SLOTS
     trace_slot[1:2] = -1  # the second column is off
+    prompt_part = np.zeros((REQUESTS, 2), np.int32)
+    if modes:  # two with prompt tokens in this step, whose sums are about as large as the thresholds
+        for place in rng.permutation(REQUESTS)[:2]:
+            first = int(rng.integers(0, tokens))
+            prompt_part[place] = first, min(int(rng.integers(1, 5)), tokens - first)
     any_steered = bool((row_of_token[:tokens] >= 0).any())
     return Case(
         hidden=hidden,
@@ -138,6 +151,8 @@ def make_case(
         entry_gate=torch.from_numpy(entry_gate),
         entry_threshold=torch.from_numpy(entry_threshold),
         probe=normal(tokens + SPARE_TOKENS, PROBES),
+        prompt_sums=normal(REQUESTS, PROBES),
+        prompt_part=torch.from_numpy(prompt_part),
         keep=torch.from_numpy(rng.integers(0, 2, REQUESTS).astype(np.int32)),
         segment=torch.from_numpy(segment),
         sums=normal(REQUESTS, dimension),
@@ -149,6 +164,24 @@ def make_case(
             [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0), 0], dtype=torch.int32
         ),
     )
+
+
+def over_prompt(count: int) -> Case:
+    """The last token has three entries, gated by sums over ``count`` prompt tokens of this step and those before it.
+
+    The first holds by a little, the second fails by a little, and the third looks at a prompt without a part.
+    """
+    case = make_case(17, tokens=count + 1, entries=3, steered="none", read="none")
+    place, probe = 2, 3
+    case.prompt_part[place] = torch.tensor([0, count])
+    total = case.prompt_sums[place, probe].double() + case.probe[:count, probe].double().sum()
+    case.row_of_token[count] = 0
+    case.entry_slot[0], case.entry_ab[0] = 1, torch.tensor([5.0, 0.0])
+    case.entry_mode[0] = torch.tensor([128 | 8, 128 | 16, 128 | 8], dtype=torch.int32)
+    case.entry_gate[0] = torch.tensor([place * PROBES + probe] * 2 + [probe], dtype=torch.int32)
+    case.entry_threshold[0] = torch.tensor([total - 0.01, total - 0.01, case.prompt_sums[0, probe] - 0.01])
+    case.flags[0] = 3
+    return case
 
 
 @dataclass(frozen=True)
@@ -215,7 +248,12 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
                         probe[t, gate] = h @ bank[slot]
                         continue
                     if mode & (8 | 16):
-                        seen = probe[t, gate] if mode & 32 else h @ bank[gate]
+                        if mode & 128:
+                            first, count = case.prompt_part[gate // PROBES].tolist()
+                            seen = float(case.prompt_sums[gate // PROBES, gate % PROBES])
+                            seen += probe[first : first + count, gate % PROBES].sum()
+                        else:
+                            seen = probe[t, gate] if mode & 32 else h @ bank[gate]
                         if not (
                             seen > case.entry_threshold[row, e] if mode & 8 else seen < case.entry_threshold[row, e]
                         ):
@@ -285,6 +323,8 @@ def check(
         "entry_mode",
         "entry_gate",
         "entry_threshold",
+        "prompt_sums",
+        "prompt_part",
         "keep",
         "segment",
         "flags",

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.step_cases import REQUESTS, Case, check, loop, make_case
+from tests.ops.step_cases import PROBES, REQUESTS, Case, check, loop, make_case, over_prompt
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
-from vllm_steer.plan.entry_rows import ABOVE, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, VERSION
 
 IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
@@ -97,7 +97,7 @@ def test_entries_of_every_mode_agree_with_the_loop(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", [ABOVE, ABOVE | KEEP_NORM, ABOVE | STORED, PROBE])
+@pytest.mark.parametrize("mode", [ABOVE, ABOVE | KEEP_NORM, ABOVE | STORED, ABOVE | PROMPT, PROBE])
 def test_a_token_on_which_no_condition_holds_stays_equal_bit_for_bit(
     implementation: Callable[..., None], dtype: torch.dtype, mode: int
 ) -> None:
@@ -106,6 +106,32 @@ def test_a_token_on_which_no_condition_holds_stays_equal_bit_for_bit(
     before = case.copy()
     implementation(*case.args())
     assert torch.equal(case.hidden, before.hidden)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_condition_over_the_prompt_sums_the_part_of_this_step_and_those_before(
+    implementation: Callable[..., None], count: int
+) -> None:
+    case = over_prompt(count)
+    check(case, implementation)
+    run = case.copy()
+    implementation(*run.args())
+    # twice of three times 5·d; the entry that fails would make it three times
+    moved = (run.hidden - case.hidden)[count] @ case.bank[1]
+    torch.testing.assert_close(moved, torch.tensor(10.0), rtol=0, atol=1e-4)
+
+
+def test_a_nan_in_one_prompt_leaves_the_conditions_over_others_alone(implementation: Callable[..., None]) -> None:
+    case = over_prompt(6)
+    case.prompt_part[1] = torch.tensor([6, 1])
+    case.probe[6, :], case.prompt_sums[3] = torch.nan, torch.nan
+    moved = case.copy()
+    implementation(*moved.args())
+    torch.testing.assert_close((moved.hidden - case.hidden)[6] @ case.bank[1], torch.tensor(10.0), rtol=0, atol=1e-4)
+    case.entry_gate[0, 0] = 1 * PROBES + 3  # its own NaN holds nowhere
+    moved = case.copy()
+    implementation(*moved.args())
+    torch.testing.assert_close((moved.hidden - case.hidden)[6] @ case.bank[1], torch.tensor(5.0), rtol=0, atol=1e-4)
 
 
 def test_a_stream_of_nothing_has_no_length_to_keep(implementation: Callable[..., None]) -> None:

@@ -165,6 +165,7 @@ class Schedule(RuleBasedStateMachine):
         self.check_marks(batch)
         for part in batch:
             part.life.computed += part.known + part.right
+            part.life.has_sums |= part.life.computed >= part.life.prompt_len
             part.life.drafted = part.drafted
             part.life.steps = (*part.life.steps[-1:], (part.known, part.right))
         if data.draw(st.booleans(), label="asked"):  # asking collects traces, which must happen unasked too
@@ -185,16 +186,27 @@ class Schedule(RuleBasedStateMachine):
             if not life.running:
                 seats -= 1
                 # The prefix cache may have some of it, of one that comes back generated tokens too.
-                most = min(remaining - 1, life.first_read, remaining if life.started else life.prompt_len - 1)
+                life.computed = 0
+                most = (
+                    0
+                    if life.left_to_sum
+                    else min(remaining - 1, life.first_read, remaining if life.started else life.prompt_len - 1)
+                )
                 life.computed = data.draw(st.integers(0, most), label="cached")
-            elif life.computed and not life.drafted and remaining > 1 and data.draw(st.integers(0, 30)) == 30:
+            elif (
+                life.computed
+                and not life.drafted
+                and remaining > 1
+                and not life.left_to_sum
+                and (data.draw(st.integers(0, 30)) == 30)
+            ):
                 life.computed += 1  # cached KV in place of a token: no engine should do this, but one could
                 life.has_gap = life.computed > life.first_read
             remaining = life.total - life.computed
-            known = data.draw(st.integers(1, min(remaining, left)), label="tokens")
+            known = data.draw(st.integers(1, min(life.left_to_sum or remaining, left)), label="tokens")
             left -= known
             drafted = right = 0
-            if life.computed + known >= life.prompt_len:  # else a known token follows
+            if life.computed + known >= life.prompt_len and not life.left_to_sum:  # else a known token follows
                 drafted = data.draw(st.integers(0, min(DRAFTS, left, remaining - known)), label="drafts")
                 right = data.draw(st.integers(0, drafted), label="right")
                 left -= drafted
@@ -399,6 +411,8 @@ class Schedule(RuleBasedStateMachine):
         assert not planner.requests
         assert not planner.poolings
         assert not planner.columns
+        assert not len(planner._prompt_sums)
+        assert not self.runner.steering.buffers._parked
         readout = Readout(HOOKED, span="all", trace=["a", "b"])
         spec = RequestSpec((), readout)
         lives = []

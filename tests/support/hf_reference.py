@@ -4,7 +4,8 @@ Nothing here comes from the package under test. A steering entry is a plain dict
 
     {"layer": 2, "vector": (D,) array, "alpha": 5.0, "op": "add", "span": "all"}
 
-where "relative", "keep_norm", "low", "high" and "when" may follow, the last as {"layer", "vector", "above" or "below"},
+where "relative", "keep_norm", "low", "high" and "when" may follow, the last as {"layer", "vector", "above" or "below"}
+and perhaps {"over": "prompt"}, which is decided by passes over the prompt alone before anything else,
 
 and entries are applied in the order given, at the output of decoder block `layer`, to the tokens of their span: a
 token is a *prompt* token when its position is below the prompt length, a *generated* one otherwise.
@@ -189,8 +190,28 @@ class Reference:
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
         return logits[0].float()
 
+    @torch.inference_mode()
+    def decided(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> list[Entry]:
+        """All entries but those whose condition over the prompt fails; without such conditions, which then hold.
+
+        One condition after another, by its layer: what later ones gate does not reach that layer's prompt tokens.
+        """
+        decided: list[Entry | None] = list(steering)
+        over = [(e["when"]["layer"], at) for at, e in enumerate(steering) if e.get("when", {}).get("over") == "prompt"]
+        for layer, at in sorted(over):
+            left = {other for one, other in over if decided[other] is steering[other]}
+            self._entries = [e for number, e in enumerate(decided) if e is not None and number not in left]
+            self._prompt_len = len(prompt_ids)
+            self._forward(prompt_ids, None)
+            when = steering[at]["when"]
+            mean = float((self._seen[layer][-1] @ torch.as_tensor(when["vector"])).double().mean())
+            holds = mean > when["above"] if "above" in when else mean < when["below"]
+            decided[at] = {name: value for name, value in steering[at].items() if name != "when"} if holds else None
+        return [entry for entry in decided if entry is not None]
+
     def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache | None:
-        self._entries, self._prompt_len, self._seen = steering, len(prompt_ids), {}
+        self._entries = self.decided(prompt_ids, steering)
+        self._prompt_len, self._seen = len(prompt_ids), {}
         return DynamicCache(config=self.model.config) if self._has_cache else None
 
     def _finish(self, tokens: list[int], logits: list[torch.Tensor]) -> ReferenceRun:

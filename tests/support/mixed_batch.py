@@ -96,7 +96,7 @@ def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, An
 
 
 def _when(condition: dict[str, Any]) -> When:
-    bound = {name: condition[name] for name in ("above", "below") if name in condition}
+    bound = {name: condition[name] for name in ("above", "below", "over") if name in condition}
     return When(condition["name"], layer=condition["layer"], **bound)
 
 
@@ -128,7 +128,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """52 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """57 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
@@ -139,7 +139,7 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         vector = vectors[name, layer]
         return {"name": name, "layer": layer, "vector": vector, "alpha": alpha, "op": op, "span": span, **more}
 
-    def when(name: str, layer: int, **bound: float) -> dict[str, Any]:
+    def when(name: str, layer: int, **bound: float | str) -> dict[str, Any]:
         return {"name": name, "layer": layer, "vector": vectors[name, layer], **bound}
 
     steerings: list[list[Entry]] = [
@@ -265,15 +265,33 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     asked += zip(
         [[], [entry("calm", first, 15)], [entry("bold", middle, -16, span="response")], []], watched, strict=True
     )
+    # A condition over the prompt and its opposite, one of which holds; at the entry's layer and at an earlier one.
+    above, below = {"above": 0.05, "over": "prompt"}, {"below": 0.05, "over": "prompt"}
+    whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)]}
+    asked += [
+        ([entry("calm", first, 21, span="generated", when=when("bold", first, **above))], whole),
+        ([entry("calm", first, 21, span="generated", when=when("bold", first, **below))], None),
+        ([entry("bold", last, -19, span="response", when=when("calm", first, **above))], None),
+        ([entry("bold", last, -19, span="response", when=when("calm", first, **below))], whole),
+        (
+            [
+                entry("bold", first, 9, span="prompt"),
+                entry("calm", last, 14, "set", "prompt[-1] + generated[1:]", when=when("bold", first, **above)),
+                entry("bold", last, 12, span="generated", when=when("calm", last, **below)),
+            ],
+            None,
+        ),
+    ]
     return [
         Request(prompts[i % len(prompts)], steering, readout, vectors) for i, (steering, readout) in enumerate(asked)
     ]
 
 
 def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """78 requests: each form of each operation over spans of each kind, prompts taken in turn.
+    """104 requests: each form of each operation over spans of each kind, prompts taken in turn.
 
-    The layers of `vectors` are taken in turn too; prompts have three tokens or more.
+    The layers of `vectors` are taken in turn too; prompts have three tokens or more. The last 26 have conditions
+    over the prompt, of which about half hold.
     """
     layers = sorted({layer for _, layer in vectors})
     forms: list[dict[str, Any]] = [
@@ -301,6 +319,13 @@ def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Requ
             condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen]}
             entry["when"] = condition | ({"above": 0.0} if number % 2 else {"below": 0.0})
         readout = {"layers": layers, "span": "response", "trace": [trace_name(name, layer)]} if number % 3 else None
+        made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
+    for number, (span, form) in enumerate(product(("generated", "response"), forms)):
+        seen, layer = layers[:2] if span == "response" else layers[number % len(layers) :][:1] * 2
+        entry = {"name": "calm", "layer": layer, "vector": vectors["calm", layer], **form, "span": span}
+        condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen], "over": "prompt"}
+        entry["when"] = condition | ({"above": 0.05} if number % 2 else {"below": 0.05})
+        readout = {"layers": layers, "span": "generated"} if number % 3 == 0 else None
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     return made
 

@@ -34,6 +34,7 @@ class Life:
         drafted: draft tokens in its last step.
         steps: (known tokens, right draft tokens) of its last two steps.
         has_gap: the engine has skipped a token.
+        has_sums: its whole prompt has been computed once.
         may_fail: the worker may have given its sums up, see ``Schedule.empty_step``.
     """
 
@@ -55,6 +56,7 @@ class Life:
     drafted: int = 0
     steps: tuple[tuple[int, int], ...] = ()
     has_gap: bool = False
+    has_sums: bool = False
     may_fail: bool = False
     streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
 
@@ -85,7 +87,11 @@ class Life:
                 for layer, entry, d, condition in self.entries:
                     if layer == block and position in positions(entry.span, self.prompt_len, position + 1):
                         if entry.when is not None and condition is not None:
-                            seen = (h if condition[0] == block else streams[condition[0]]) @ condition[1]
+                            if entry.when.over == "prompt":
+                                prompt = (self.stream(p) if p != position else streams for p in range(self.prompt_len))
+                                seen = np.mean([one[condition[0]] @ condition[1] for one in prompt])
+                            else:
+                                seen = (h if condition[0] == block else streams[condition[0]]) @ condition[1]
                             bounds = entry.when.above, entry.when.below
                             if not (seen < bounds[1] if bounds[0] is None else seen > bounds[0]):
                                 continue
@@ -99,6 +105,12 @@ class Life:
         entries = ((layer, entry.span) for layer, entry, *_ in self.entries)
         held = (layer for layer, span in entries if position in positions(span, self.prompt_len, position + 1))
         return min(held, default=BLOCKS)
+
+    @property
+    def left_to_sum(self) -> int:
+        """Prompt tokens that must come before any other, and not from the prefix cache; 0 if none must."""
+        over = [entry.when.over for _, entry, *_ in self.entries if entry.when is not None]
+        return 0 if self.has_sums or "prompt" not in over else self.prompt_len - self.computed
 
     @property
     def has_row_before_last(self) -> bool:
@@ -162,6 +174,7 @@ STEERED_SPANS = [
     *("all", "prompt", "generated", "response", "prompt[-2:]", "prompt[1:]"),
     *("all[2:5]", "generated[:2]", "generated[1:]", "prompt[0] + generated[1]"),
 ]
+BEHIND_PROMPT = ["generated", "generated[:2]", "generated[1:]", "response", "prompt[-1]", "prompt[-1] + generated[1]"]
 READ_SPANS = ["all", "prompt", "generated", "response", "prompt[-2:]", "prompt[:2]", "all[1:]", "generated[1:]"]
 
 
@@ -181,12 +194,16 @@ def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
     if op == "clamp":
         fields = draw(st.sampled_from([{"low": 1.0}, {"high": -0.5}, {"low": -0.2, "high": 0.3}]))
     layer = draw(st.sampled_from(HOOKED if name == "both" else (None, *HOOKED)))
-    when = None
+    when, span = None, draw(spans_of(STEERED_SPANS, prompt_len))
     if draw(st.integers(0, 2)) == 0:
         acts_at = HOMES[name] if layer is None else layer
         # Thresholds that no projection of these streams comes near.
         bound = draw(st.sampled_from([{"above": 0.1234567}, {"below": -0.7654321}, {"above": -9.0}]))
-        when = When(draw(st.sampled_from(["a", "b", "c"])), layer=draw(st.sampled_from([1, acts_at])), **bound)
+        seen_at = draw(st.sampled_from([1, acts_at]))
+        over = draw(st.sampled_from(["token", "prompt"]))
+        if over == "prompt":
+            span = draw(st.sampled_from(BEHIND_PROMPT if seen_at < acts_at else BEHIND_PROMPT[:3]))
+        when = When(draw(st.sampled_from(["a", "b", "c"])), layer=seen_at, over=over, **bound)
     return Steering(
         name,
         **fields,
@@ -195,7 +212,7 @@ def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
         keep_norm=draw(st.integers(0, 3)) == 0,
         layer=layer,
         op=op,
-        span=draw(spans_of(STEERED_SPANS, prompt_len)),
+        span=span,
     )
 
 

@@ -22,6 +22,8 @@ def state_held(worker: Any) -> dict[str, int]:
         "accumulators": planner.max_requests - len(planner._free_accumulators),
         "traced": len(planner.columns),
         "trace columns": columns.num_columns - len(columns._free),
+        "sums over prompts": len(planner._prompt_sums),
+        "sums put aside": len(steering.buffers._parked),
         "resolved": len(steering._resolved),
         "traces": len(steering._traces),
         "reading": len(steering._reading),

@@ -6,7 +6,7 @@ CUDA graph holds their addresses. Letters of shapes as in ``batch_plan`` and ``o
 The tables of a step are packed into one int32 tensor, those that change most often first. One copy of its beginning
 brings all changes to the device::
 
-    accepted drafts | keep | segments | flags | trace slots | row of token | entries, row by row
+    accepted drafts | keep | segments | flags | trace slots | row of token | parts of prompts | entries, row by row
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_steer.device.staging import ring_for
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.ops.host_flags import HostFlags
 from vllm_steer.plan.entry_rows import MOST_PROBES
-from vllm_steer.plan.step_plan import VERSION, IntArray, StepPlan
+from vllm_steer.plan.step_plan import VERSION, IntArray, PromptPart, StepPlan
 
 _CHANGES = itertools.count()
 """Numbers the versions of all tables in this process."""
@@ -48,6 +48,8 @@ class SteerBuffers:
         entry_slot_LRE, entry_ab_LRE2, entry_mode_LRE, entry_gate_LRE, entry_threshold_LRE: the entry table; slots,
             modes and gates are int32, the others float32.
         probe_TG: (T, G) float32, the projections that probes store for conditions at later layers.
+        prompt_sums_MG: (M, G) float32, the sums over the prompts of what their probes stored, up to the last step.
+        prompt_part_M2: int32, the first token and the number of tokens of each prompt's part of this step.
         sums_L_AD, last_L_AD: for each layer (A, D) float32, the sums and the last tokens of the accumulators.
         trace_TK: (T, K) float32, the traced projections.
         cut_R: (R,) int32, 1 for rows whose stream was clipped.
@@ -81,6 +83,7 @@ class SteerBuffers:
         self._flags = packer.table(num_layers, _aligned(VERSION + 1), fill=0)
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
+        self._prompt_part = packer.table(max_requests, 2, fill=0)
         # Rows are written before they are read.
         self._entry = packer.table(rows, num_layers, 8 * max_entries, fill=-1)
         packed = packer.pack(device)
@@ -91,6 +94,8 @@ class SteerBuffers:
         self._high_water = 0
         self._nothing = StepPlan.blank(num_layers, accumulators)
         self._written: StepPlan | None = None
+        self._to_sum: list[PromptPart] = []
+        self._parked: dict[str, torch.Tensor] = {}
 
         self.bank_SD = floats(max_directions, hidden_size)
         self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
@@ -103,6 +108,8 @@ class SteerBuffers:
         floats_LRE8 = entry_LRE8.view(torch.float32)
         self.entry_ab_LRE2, self.entry_threshold_LRE = floats_LRE8[..., 1:3], floats_LRE8[..., 5]
         self.probe_TG = floats(max_tokens, MOST_PROBES)
+        self.prompt_sums_MG = floats(max_requests, MOST_PROBES)
+        self.prompt_part_M2 = self._prompt_part.of(packed)
         # One tensor per layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
         self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
         self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
@@ -118,12 +125,15 @@ class SteerBuffers:
     def write(self, plan: StepPlan | None) -> None:
         """Copy a step's tables to the device, in at most one copy; tokens beyond the step are marked untouched.
 
-        Accepted draft tokens of earlier steps are added to their sums, once per plan.
+        Accepted draft tokens of earlier steps are added to their sums, once per plan; so are the parts of prompts that
+        the last step computed.
 
         Args:
             plan: None for an idle step after an idle step.
         """
         self._host_flags.is_step = True
+        if self._to_sum:
+            self._sum_prompts()
         if plan is None or plan is self._written:  # a steady decode has one plan for all its steps
             return
         self._written = plan
@@ -139,6 +149,8 @@ class SteerBuffers:
             # Padding tokens of a graph that is larger than the step must not use rows of an older step.
             self._put(self._row, np.full(self._high_water - plan.num_tokens, -1, np.int32), at=plan.num_tokens)
         self._high_water = plan.num_tokens
+        if plan.prompt_parts or plan.parked or plan.returned:
+            self._begin_prompts(plan)
         if plan.new_rows and self.can_cut:
             self.cut_R.zero_()
         for row, row_LE8 in plan.new_rows:
@@ -154,6 +166,10 @@ class SteerBuffers:
             for sums_AD in self.sums_L_AD:
                 sums_AD.index_add_(0, into_N, sums_AD[draft_N])
 
+    def forget(self, request_id: str) -> None:
+        """Drop the sums that were put aside for a request which has ended."""
+        self._parked.pop(request_id, None)
+
     def silence(self) -> None:
         """Mark every token untouched, for forward passes without requests."""
         self.write(self._nothing)
@@ -162,6 +178,27 @@ class SteerBuffers:
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
         """Write a direction's (D,) float32 vector into a slot of the bank."""
         self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
+
+    def _begin_prompts(self, plan: StepPlan) -> None:
+        """Prepare the sums over prompts of which this step computes a part, or which are put aside or come back."""
+        for request_id, place in plan.parked:
+            self._parked[request_id] = self.prompt_sums_MG[place].clone()
+        for request_id, place in plan.returned:
+            self.prompt_sums_MG[place] = self._parked.pop(request_id)
+        part_M2 = np.zeros(self._prompt_part.shape, np.int32)
+        for part in plan.prompt_parts:
+            part_M2[part.place] = part.token, part.count
+            if part.is_first:
+                self.prompt_sums_MG[part.place].zero_()
+        self._put(self._prompt_part, part_M2)
+        self._to_sum = plan.prompt_parts
+
+    def _sum_prompts(self) -> None:
+        """Add what the probes of the last step stored to the sums over its prompts, each part in one order."""
+        for part in self._to_sum:
+            self.prompt_sums_MG[part.place] += self.probe_TG[part.token : part.token + part.count].sum(dim=0)
+        self._to_sum = []
+        self._put(self._prompt_part, np.zeros(self._prompt_part.shape, np.int32))
 
     def _put(self, table: _Table, values: IntArray, at: int = 0) -> None:
         """Write rows of a table from ``at`` on, as wide as ``values``, and note how much to copy to the device."""
@@ -237,6 +274,8 @@ class HookPoint(nn.Module):
             "entry_gate": buffers.entry_gate_LRE[index],
             "entry_threshold": buffers.entry_threshold_LRE[index],
             "probe": buffers.probe_TG,
+            "prompt_sums": buffers.prompt_sums_MG,
+            "prompt_part": buffers.prompt_part_M2,
             "keep": buffers.keep_A,
             "segment": buffers.segment_A2,
             "sums": buffers.sums_L_AD[index],
@@ -262,6 +301,8 @@ class HookPoint(nn.Module):
             self.entry_gate,
             self.entry_threshold,
             self.probe,
+            self.prompt_sums,
+            self.prompt_part,
             self.keep,
             self.segment,
             self.sums,

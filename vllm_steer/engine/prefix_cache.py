@@ -12,6 +12,9 @@ into windows that are steered alike, so the chain of block hashes must contain t
 The second needs the patch below. A window can begin at the end of the prompt, and a later request can carry the same
 tokens in its prompt, where they are steered as prompt tokens: so the key contains the place.
 
+A condition over the prompt depends on all of the prompt, which the chain contains, and on where it ends, which the
+digest of the windows that it gates contains.
+
 A readout needs the activations of its span, which cached KV does not have. So a request with a readout finds cached
 blocks before the span only, also when it comes back from a preemption with blocks of its own in the cache.
 """

@@ -13,7 +13,7 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
-from vllm_steer.plan.entry_rows import Entry
+from vllm_steer.plan.entry_rows import PROMPT, Entry
 
 RESOLVED_KEY = "vllm_steer_resolved"
 
@@ -162,6 +162,11 @@ class Resolved:
             found |= {one.slot for one in self.readout.directions}
         return tuple(sorted(found))
 
+    @property
+    def looks_at_prompt(self) -> bool:
+        """Whether a condition does, so that every prompt token must be computed."""
+        return any(entry.mode & PROMPT for window in self.windows for entry in window.entries)
+
     def dump(self) -> dict[str, Any]:
         """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
         return _shallow(self) | {"readout": None if self.readout is None else _shallow(self.readout)}
@@ -182,6 +187,7 @@ class Resolved:
         return RequestPlan(
             windows=tuple(windows) if is_steered else (),
             pooling=None if self.readout is None else self.readout.pooling(),
+            summed_prompt=self.prompt_len if self.looks_at_prompt else 0,
         )
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 
 LONG_RUN = 16
 """Average length, in tokens, from which runs are steered one by one."""
@@ -49,6 +49,8 @@ def steer_and_read(
     entry_gate_RE: torch.Tensor,
     entry_threshold_RE: torch.Tensor,
     probe_TG: torch.Tensor,
+    prompt_sums_MG: torch.Tensor,
+    prompt_part_M2: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -77,7 +79,10 @@ def steer_and_read(
         )
         _LAST[flags_4.data_ptr()] = asked, work
     if work.steered is not None:
-        _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, cut_R)
+        summed_MG = prompt_sums_MG
+        if work.steered.looks_at_prompts and prompt_part_M2[:, 1].any():
+            summed_MG = _summed_over_prompts(probe_TG, prompt_sums_MG, prompt_part_M2)
+        _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, summed_MG, cut_R)
     if is_read:
         if work.reset is not None:
             sums_AD[work.reset] = 0.0
@@ -180,6 +185,7 @@ class _Steered:
         delta_UD: vector to add to each token of a unit; None if it depends on the token, that is if any b or mode is
             not 0.
         parts: tokens, with the unit of each or one unit for all of them.
+        looks_at_prompts: whether any condition does.
     """
 
     row_U: torch.Tensor
@@ -189,6 +195,7 @@ class _Steered:
     forms: tuple[torch.Tensor, ...] | None
     delta_UD: torch.Tensor | None
     parts: list[tuple[Rows, Rows]]
+    looks_at_prompts: bool
 
 
 def _steered(
@@ -230,7 +237,9 @@ def _steered(
         gate_UE, threshold_UE = (table.numpy()[units.row_U[some_U], :depth] for table in tables[3:])
         used_UE = np.where(slot_UE >= 0, mode_UE, 0)
         forms = tuple(map(torch.from_numpy, (used_UE, gate_UE.astype(np.int64), threshold_UE)))
-    return _Steered(torch.from_numpy(units.row_U[some_U]), slots_UE, a_UE, b_UE, forms, delta_UD, parts)
+    looks_at_prompts = forms is not None and bool((forms[0] & PROMPT).any())
+    row_U = torch.from_numpy(units.row_U[some_U])
+    return _Steered(row_U, slots_UE, a_UE, b_UE, forms, delta_UD, parts, looks_at_prompts)
 
 
 def _steer(
@@ -239,6 +248,7 @@ def _steer(
     bank_SD: torch.Tensor,
     steered: _Steered,
     probe_TG: torch.Tensor,
+    summed_MG: torch.Tensor,
     cut_R: torch.Tensor,
 ) -> None:
     is_bounded = hidden_TD.dtype == torch.float16
@@ -254,13 +264,24 @@ def _steer(
             else:
                 forms_EN = [_rows(table_UE, units).T for table_UE in steered.forms]
                 probe_NG = _rows(probe_TG[: len(hidden_TD)], tokens)
-                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, forms_EN, bank_SD, probe_NG)
+                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, forms_EN, bank_SD, probe_NG, summed_MG)
                 if isinstance(tokens, torch.Tensor):  # else it was a view
                     probe_TG.index_copy_(0, tokens, probe_NG)
         if is_bounded:
             _add_within_limit(hidden_TD, residual_TD, tokens, delta_ND, _rows(steered.row_U, units), cut_R)
         else:
             _add(hidden_TD, tokens, delta_ND)
+
+
+def _summed_over_prompts(
+    probe_TG: torch.Tensor, prompt_sums_MG: torch.Tensor, prompt_part_M2: torch.Tensor
+) -> torch.Tensor:
+    """(M, G) float32: ``prompt_sums_MG``, and the parts of this step added."""
+    summed_MG = prompt_sums_MG.clone()
+    for place, (first, count) in enumerate(prompt_part_M2.tolist()):
+        if count:
+            summed_MG[place] += probe_TG[first : first + count].sum(dim=0)
+    return summed_MG
 
 
 def _add(hidden_TD: torch.Tensor, at: Rows, delta_ND: torch.Tensor) -> None:
@@ -316,8 +337,10 @@ def _delta_by_mode(
     forms: Sequence[torch.Tensor],
     bank_SD: torch.Tensor,
     probe_NG: torch.Tensor,
+    summed_MG: torch.Tensor,
 ) -> torch.Tensor:
     """``_delta`` for entries of which some have a mode; probes are stored in ``probe_NG``."""
+    summed = summed_MG.flatten()
     steered_ND = stream_ND
     for direction, a_e, b_e, mode_e, gate_e, threshold_e in zip(directions, a, b, *forms, strict=True):
         norm_N = torch.linalg.vector_norm(steered_ND, dim=1)
@@ -333,6 +356,7 @@ def _delta_by_mode(
             place_N = gate_e.clamp(max=probe_NG.shape[1] - 1).expand(len(stream_ND))[:, None]
             seen_N = (steered_ND * bank_SD[gate_e.clamp(max=len(bank_SD) - 1)]).sum(dim=1)
             seen_N = probe_NG.gather(1, place_N)[:, 0].where((mode_e & STORED) != 0, seen_N)
+            seen_N = summed[gate_e.clamp(max=len(summed) - 1)].where((mode_e & PROMPT) != 0, seen_N)
             is_on_N = is_on_N & (((mode_e & ABOVE) == 0) | (seen_N > threshold_e))
             is_on_N = is_on_N & (((mode_e & BELOW) == 0) | (seen_N < threshold_e))
             factor_N = factor_N.where(is_on_N, 0.0)

@@ -25,9 +25,9 @@ _NAME = "steer_and_read"
 # What the op writes is declared as mutated: the compiler removes an op that mutates nothing and returns nothing.
 _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
-    "entry_ab, Tensor entry_mode, Tensor entry_gate, Tensor entry_threshold, Tensor(b!) probe, Tensor keep, Tensor "
-    "segment, Tensor(c!) sums, Tensor(d!) last, Tensor trace_slot, Tensor(e!) trace, Tensor(f!) cut, Tensor flags) "
-    "-> ()"
+    "entry_ab, Tensor entry_mode, Tensor entry_gate, Tensor entry_threshold, Tensor(b!) probe, Tensor prompt_sums, "
+    "Tensor prompt_part, Tensor keep, Tensor segment, Tensor(c!) sums, Tensor(d!) last, Tensor trace_slot, "
+    "Tensor(e!) trace, Tensor(f!) cut, Tensor flags) -> ()"
 )
 
 

@@ -15,7 +15,11 @@ As a loop, with every number in float32::
                         continue
                     if mode & (ABOVE | BELOW):
                         gate, threshold = entry_gate[row_of_token[t], e], entry_threshold[row_of_token[t], e]
-                        w = probe[t, gate] if mode & STORED else dot(h, bank[gate])
+                        if mode & PROMPT:                       # over the prompt: of earlier steps, and of this one
+                            (first, count), g = prompt_part[gate // G], gate % G
+                            w = prompt_sums[gate // G, g] + sum(probe[first:first + count, g])
+                        else:
+                            w = probe[t, gate] if mode & STORED else dot(h, bank[gate])
                         if not (w > threshold if mode & ABOVE else w < threshold):
                             continue
                     unit = before if mode & RELATIVE else 1
@@ -46,9 +50,11 @@ As a loop, with every number in float32::
 already beyond the limit can only move towards zero. NaN and infinity from the model itself stay as they are.
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, G probes, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or float16 with
-any strides. The tables and ``cut`` are int32, all other tensors float32. Segments lie within the T tokens and do not
-overlap. Entries of a row are packed to the left.
+entries, G probes, M prompts, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or
+float16 with any strides. The tables and ``cut`` are int32, all other tensors float32. Segments and the parts of prompts
+lie within the T tokens; segments do not overlap. Entries of a row are packed to the left. The probes that
+``prompt_part`` names for an entry with ``PROMPT`` were stored by earlier calls of the same forward pass, so no call
+writes what it also sums.
 
 ``flags`` holds four numbers: the most entries of a row of this step, whether anything is read, whether anything is
 traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast paths may skip
@@ -60,7 +66,7 @@ from __future__ import annotations
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 
 
 def steer_and_read(
@@ -74,6 +80,8 @@ def steer_and_read(
     entry_gate_RE: torch.Tensor,
     entry_threshold_RE: torch.Tensor,
     probe_TG: torch.Tensor,
+    prompt_sums_MG: torch.Tensor,
+    prompt_part_M2: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -95,6 +103,7 @@ def steer_and_read(
     slot_TE = torch.where((row_T >= 0)[:, None], slot_TE, -1)
     ab_TE2, mode_TE = entry_ab_RE2[row_T.clamp(min=0)], entry_mode_RE[row_T.clamp(min=0)]
     gate_TE, threshold_TE = entry_gate_RE[row_T.clamp(min=0)].long(), entry_threshold_RE[row_T.clamp(min=0)]
+    summed = _summed_over_prompts(probe_TG[:tokens], prompt_sums_MG, prompt_part_M2).flatten()
     delta_TD = torch.zeros_like(stream_TD)
     for entry in range(slot_TE.shape[1]):
         direction_TD = bank_SD[slot_TE[:, entry].clamp(min=0)]
@@ -103,6 +112,7 @@ def steer_and_read(
         seen_T = (before_TD * bank_SD[gate_T.clamp(max=len(bank_SD) - 1)]).sum(dim=1)
         place_T = gate_T.clamp(max=probe_TG.shape[1] - 1)
         seen_T = torch.where((mode_T & STORED) != 0, probe_TG[:tokens].gather(1, place_T[:, None])[:, 0], seen_T)
+        seen_T = torch.where((mode_T & PROMPT) != 0, summed[gate_T.clamp(max=len(summed) - 1)], seen_T)
         threshold_T = threshold_TE[:, entry]
         is_off_T = ((mode_T & ABOVE) != 0) & ~(seen_T > threshold_T)
         is_off_T = is_off_T | (((mode_T & BELOW) != 0) & ~(seen_T < threshold_T)) | ((mode_T & PROBE) != 0)
@@ -151,6 +161,17 @@ def steer_and_read(
     if trace_slot_K.shape[0]:
         traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T
         trace_TK[:tokens] = torch.where((trace_slot_K >= 0)[None, :], traced_TK, trace_TK[:tokens])
+
+
+def _summed_over_prompts(
+    probe_TG: torch.Tensor, prompt_sums_MG: torch.Tensor, prompt_part_M2: torch.Tensor
+) -> torch.Tensor:
+    """(M, G) float32: ``prompt_sums_MG``, and the parts of this step added."""
+    first_M1, count_M1 = prompt_part_M2[:, :1], prompt_part_M2[:, 1:]
+    token_T = torch.arange(len(probe_TG), device=probe_TG.device)
+    is_in_MT = (token_T >= first_M1) & (token_T < first_M1 + count_M1)
+    # Selected, not multiplied: NaN times zero is NaN.
+    return prompt_sums_MG + torch.where(is_in_MT[:, :, None], probe_TG[None], 0.0).sum(dim=1)
 
 
 def within_limit(

@@ -26,7 +26,12 @@ KEEP_NORM = tl.constexpr(entry_rows.KEEP_NORM)
 CLAMP = tl.constexpr(entry_rows.CLAMP)
 ABOVE, BELOW = tl.constexpr(entry_rows.ABOVE), tl.constexpr(entry_rows.BELOW)
 STORED, PROBE = tl.constexpr(entry_rows.STORED), tl.constexpr(entry_rows.PROBE)
+PROMPT = tl.constexpr(entry_rows.PROMPT)
 NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
+
+
+PROMPT_BLOCK = tl.constexpr(256)
+"""Prompt tokens whose probes are summed at a time."""
 
 
 class Tiling(NamedTuple):
@@ -76,6 +81,8 @@ def _steer_and_trace(
     entry_gate,
     entry_threshold,
     probe,
+    prompt_sums,
+    prompt_part,
     trace_slot,
     trace,
     cut,
@@ -156,7 +163,15 @@ def _steer_and_trace(
                         tl.store(probe + token * G + gate, tl.sum((stream + delta) * direction, axis=0))
                     else:
                         seen = 0.0
-                        if (mode & STORED) != 0:
+                        if (mode & PROMPT) != 0:
+                            seen = tl.load(prompt_sums + gate)
+                            first = tl.load(prompt_part + 2 * (gate // G)).to(tl.int64)
+                            count = tl.load(prompt_part + 2 * (gate // G) + 1)
+                            for start in range(0, count, PROMPT_BLOCK):
+                                index = start + tl.arange(0, PROMPT_BLOCK)
+                                stored_at = probe + (first + index) * G + gate % G
+                                seen += tl.sum(tl.load(stored_at, mask=index < count, other=0.0), axis=0)
+                        elif (mode & STORED) != 0:
                             seen = tl.load(probe + token * G + gate)
                         else:
                             other = tl.load(bank + gate.to(tl.int64) * D + column, mask=within, other=0.0)
@@ -266,6 +281,8 @@ def steer_and_read(
     entry_gate_RE: torch.Tensor,
     entry_threshold_RE: torch.Tensor,
     probe_TG: torch.Tensor,
+    prompt_sums_MG: torch.Tensor,
+    prompt_part_M2: torch.Tensor,
     keep_A: torch.Tensor,
     segment_A2: torch.Tensor,
     sums_AD: torch.Tensor,
@@ -291,9 +308,9 @@ def steer_and_read(
         _steer_and_trace[(tokens,)](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
             entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2],
-            entry_mode_RE, *entry_mode_RE.stride(), entry_gate_RE, entry_threshold_RE, probe_TG, trace_slot_K, trace_TK,
-            cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0], G=probe_TG.shape[1],
-            HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
+            entry_mode_RE, *entry_mode_RE.stride(), entry_gate_RE, entry_threshold_RE, probe_TG, prompt_sums_MG,
+            prompt_part_M2, trace_slot_K, trace_TK, cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0],
+            G=probe_TG.shape[1], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
             num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:

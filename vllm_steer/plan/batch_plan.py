@@ -7,7 +7,8 @@ at position ``num_computed[i]`` of the request. For these tokens the plan contai
   the token's own position decides. After a preemption, the prompt and the tokens generated so far are computed again
   together, and are steered exactly as the first time;
 * the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
-* the **traced** tokens, for requests that follow directions token by token.
+* the **traced** tokens, for requests that follow directions token by token;
+* the **parts of prompts** to sum, for requests with conditions over their prompt.
 
 With speculative decoding the last tokens of a request in a step can be **draft** tokens. Only the next step's
 ``num_computed`` shows how many were accepted. Each draft is summed into its own draft accumulator. The next plan lists
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from vllm_steer.plan.entry_rows import Entry, EntryRows
+from vllm_steer.plan.prompt_sums import PromptSums
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
@@ -61,13 +63,17 @@ class RequestPlan:
         windows: (first position, entries) of each window in order. The first begins at 0, each ends where the next
             begins; empty if no token is steered.
         pooling: what to read; None for nothing.
+        summed_prompt: the number of prompt tokens if a condition looks at the prompt, else 0.
     """
 
     windows: tuple[tuple[int, tuple[Entry, ...]], ...] = ()
     pooling: Pooling | None = None
+    summed_prompt: int = 0
 
     def alike_after(self, position: int) -> float:
         """How many tokens after this one get the same treatment as it and may share its plan; may be infinite."""
+        if position < self.summed_prompt:
+            return 0
         bounds = [start for start, _ in self.windows]
         if self.pooling is not None:
             bounds += [self.pooling.first, self.pooling.first + 1]  # the sum begins with its first token
@@ -177,6 +183,7 @@ class BatchPlanner:
         self.poolings: dict[str, PoolingState] = {}
         self.columns: dict[str, tuple[int, ...]] = {}
         self._rows = EntryRows(num_layers, max_requests, max_entries, max_windows)
+        self._prompt_sums = PromptSums(max_requests)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
         self._free_accumulators = list(range(max_requests - 1, -1, -1))
         self._settled: _SettledStep | None = None
@@ -192,15 +199,19 @@ class BatchPlanner:
                 self.columns[request_id] = columns
 
     def remove(self, request_id: str) -> None:
-        """Forget a finished request and free its rows, accumulator and trace columns."""
+        """Forget a finished request and free its rows, accumulator, trace columns and sums over its prompt."""
         plan = self.requests.pop(request_id, None)
         if plan is not None and plan.pooling is not None:
             self._trace_columns.release(request_id, plan.pooling.followed)
         self.columns.pop(request_id, None)
+        self._prompt_sums.release(request_id)
         self.preempt(request_id)
 
     def preempt(self, request_id: str) -> None:
-        """Free the rows and the accumulator of a preempted request; it is computed again from position 0."""
+        """Free the rows and the accumulator of a preempted request; it is computed again from position 0.
+
+        It keeps the sums over its prompt.
+        """
         self._settled = None
         self._rows.release(request_id)
         self._release(request_id)
@@ -261,8 +272,10 @@ class BatchPlanner:
             request = self.requests.get(request_id)
             if request is not None:
                 steps_left = min(steps_left, request.alike_after(computed)) if steps_left else 0
+                place = self._sum_prompt(plan, request_id, request, request_ids, offset, computed, scheduled)
                 if request.windows:
-                    rows = self._rows.lend(request_id, [entries for _, entries in request.windows], request_ids)
+                    entries_W = [entries for _, entries in request.windows]
+                    rows = self._rows.lend(request_id, entries_W, request_ids, place)
                     end = computed + scheduled
                     for (start, _), row in zip(reversed(request.windows), reversed(rows), strict=True):
                         if start < end:
@@ -287,10 +300,29 @@ class BatchPlanner:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
             plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
         self._settled = None
-        if steps_left and not plan.accepted and not plan.traced and not plan.watched:
+        if steps_left and not (plan.accepted or plan.traced or plan.watched or plan.parked or plan.returned):
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+
+    def _sum_prompt(
+        self,
+        plan: StepPlan,
+        request_id: str,
+        request: RequestPlan,
+        request_ids: Sequence[str],
+        offset: int,
+        computed: int,
+        scheduled: int,
+    ) -> int:
+        """The request's row in the sums over prompts, 0 for one without; adds its prompt tokens to those to sum."""
+        if not request.summed_prompt:
+            return 0
+        place, is_new = self._prompt_sums.lend(request_id, request_ids, plan)
+        if is_new:  # its entries name another place
+            self._rows.release(request_id)
+        self._prompt_sums.add(request_id, request.summed_prompt, offset, computed, scheduled, plan)
+        return place
 
     def _free_accumulator(self, request_ids: Sequence[str]) -> int:
         """An accumulator for a request of this step.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-RELATIVE, KEEP_NORM, CLAMP, ABOVE, BELOW, STORED, PROBE = 1, 2, 4, 8, 16, 32, 64
+RELATIVE, KEEP_NORM, CLAMP, ABOVE, BELOW, STORED, PROBE, PROMPT = 1, 2, 4, 8, 16, 32, 64, 128
 """Bits of ``Entry.mode``."""
 MOST_PROBES = 4
 """G, projections that one token can carry from earlier layers to conditions at later ones."""
@@ -29,7 +29,8 @@ class Entry(NamedTuple):
         mode: bits. With ``RELATIVE``, a (with ``CLAMP`` also b) is in units of ‖h‖. ``KEEP_NORM`` then gives h the
             length that it had before the entry. With ``ABOVE`` (``BELOW``) the entry acts only on tokens where p is
             above (below) ``threshold``: p is ⟨h,w⟩, w in slot ``gate``; with ``STORED``, what a probe has stored. A
-            ``PROBE`` changes nothing; it stores ⟨h,d⟩ of the token as its number ``gate``.
+            ``PROBE`` changes nothing; it stores ⟨h,d⟩ of the token as its number ``gate``. With ``PROMPT``, p is the
+            sum of what probe ``gate`` has stored over all tokens of the request's prompt.
         gate, threshold: see ``mode``.
     """
 
@@ -44,7 +45,7 @@ class Entry(NamedTuple):
     @property
     def slots(self) -> tuple[int, ...]:
         """The slots of the bank that it reads."""
-        is_seen_here = self.mode & (ABOVE | BELOW) and not self.mode & STORED
+        is_seen_here = self.mode & (ABOVE | BELOW) and not self.mode & (STORED | PROMPT)
         return (self.slot, self.gate) if is_seen_here else (self.slot,)
 
 
@@ -67,7 +68,9 @@ class EntryRows:
         self._depth_RL = np.zeros((max_requests * max_windows, num_layers), np.int32)
         self._changes: list[tuple[int, npt.NDArray[np.int32]]] = []
 
-    def lend(self, request_id: str, windows: Sequence[Sequence[Entry]], in_step: Collection[str]) -> tuple[int, ...]:
+    def lend(
+        self, request_id: str, windows: Sequence[Sequence[Entry]], in_step: Collection[str], place: int = 0
+    ) -> tuple[int, ...]:
         """Assign rows to a request until ``release``, and return the row of each window; -1 for one without entries.
 
         There are as many rows as the windows of all requests that can run. A request that was preempted in a step
@@ -78,6 +81,7 @@ class EntryRows:
             request_id: the request.
             windows: the entries of each window, at most ``max_windows``; used for new rows only.
             in_step: all requests of this step.
+            place: the request's row in the sums over prompts, see ``PromptSums``; used for new rows only.
         """
         rows = self._rows.get(request_id)
         if rows is None:
@@ -91,7 +95,7 @@ class EntryRows:
             self._rows[request_id] = rows
             for row, entries in zip(rows, windows, strict=True):
                 if entries:
-                    self._write(row, entries)
+                    self._write(row, entries, place)
         return rows
 
     def lent(self) -> dict[str, tuple[int, ...]]:
@@ -111,19 +115,20 @@ class EntryRows:
         """The rows written since the last call, and (L, E, 8) int32 for each.
 
         An entry is (slot, a, b, mode, gate, threshold, 0, 0); a, b and the threshold are the bits of a float32. Slot -1
-        means no entry. Entries are packed to the left, in the order given.
+        means no entry. Entries are packed to the left, in the order given. The gate of one with ``PROMPT`` is the
+        number of its sum among those of all requests.
         """
         changes, self._changes = self._changes, []
         return changes
 
-    def _write(self, row: int, entries: Sequence[Entry]) -> None:
+    def _write(self, row: int, entries: Sequence[Entry], place: int) -> None:
         row_LE8 = self._blank_LE8.copy()
         floats_LE8 = row_LE8.view(np.float32)
         depth = [0] * len(row_LE8)
         for layer_index, slot, a, b, mode, gate, threshold in entries:
-            place = layer_index, depth[layer_index]
-            row_LE8[place][[0, 3, 4]] = slot, mode, gate
-            floats_LE8[place][[1, 2, 5]] = a, b, threshold
+            at = layer_index, depth[layer_index]
+            row_LE8[at][[0, 3, 4]] = slot, mode, gate + (MOST_PROBES * place if mode & PROMPT else 0)
+            floats_LE8[at][[1, 2, 5]] = a, b, threshold
             depth[layer_index] += 1
         self._depth_RL[row] = depth
         self._changes.append((row, row_LE8))

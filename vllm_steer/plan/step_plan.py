@@ -35,6 +35,22 @@ class TracedTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Prompt tokens of one request whose probes are summed: the step's tokens [token, token + count).
+
+    Attributes:
+        place: the request's row in the sums over prompts.
+        token, count: see above.
+        is_first: whether they are the first of the prompt, so that the sum begins with them.
+    """
+
+    place: int
+    token: int
+    count: int
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """The tables of one step.
 
@@ -49,6 +65,9 @@ class StepPlan:
         traced: the traced tokens of each request.
         watched: the generated tokens of each request with watches.
         accepted: pairs (accumulator, draft accumulator); the second is added to the first before the step.
+        prompt_parts: the prompt tokens to sum for conditions over the prompt.
+        parked, returned: pairs (request, row in the sums over prompts): rows that are put aside before the step, and
+            then rows that take up again what was put aside.
     """
 
     num_tokens: int
@@ -61,6 +80,9 @@ class StepPlan:
     traced: list[TracedTokens] = field(default_factory=list)
     watched: list[TracedTokens] = field(default_factory=list)
     accepted: list[tuple[int, int]] = field(default_factory=list)
+    prompt_parts: list[PromptPart] = field(default_factory=list)
+    parked: list[tuple[str, int]] = field(default_factory=list)
+    returned: list[tuple[str, int]] = field(default_factory=list)
 
     @classmethod
     def blank(cls, num_layers: int, num_accumulators: int, num_tokens: int = 0) -> StepPlan:

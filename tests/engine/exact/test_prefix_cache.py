@@ -284,6 +284,75 @@ def test_a_preempted_reader_computes_its_span_again_though_its_blocks_are_in_the
     assert check_answers(reference, [request], [reference.generate(prompt, MAX_TOKENS, [entry()])], outs, [read]) == 0
 
 
+@pytest.fixture
+def over_prompt(
+    reference: Reference, vectors: Vectors, prompt: list[int], entry: Callable[..., Entry]
+) -> tuple[list[Entry], list[Entry]]:
+    """Steering of the generated tokens under a condition over the prompt that holds by a little, and that fails so."""
+    mean = float(reference.generate(prompt, 1).mean(LAYER, "prompt") @ vectors["bold", LAYER])
+    when = {"name": "bold", "layer": LAYER, "vector": vectors["bold", LAYER], "over": "prompt"}
+    # float32 moves the mean by less than 1e-5
+    holds, fails = ([entry(span="generated", when={**when, "above": mean + off})] for off in (-1e-3, 1e-3))
+    return holds, fails
+
+
+@pytest.mark.conformance("conditions over the prompt", family="llama")
+def test_a_condition_over_the_prompt_computes_all_of_it_and_shares_nothing_of_what_it_gates(
+    llm: LLM,
+    reference: Reference,
+    prompt: list[int],
+    entry: Callable[..., Entry],
+    over_prompt: tuple[list[Entry], list[Entry]],
+) -> None:
+    holds, fails = over_prompt
+    plain = [entry(span="generated")]
+    kinds = {"nothing": [], "holds": holds, "fails": fails, "always": plain}
+    order = ("nothing", "holds", "fails", "always", "holds", "nothing")
+    outs = [answer(llm, prompt, kinds[name]) for name in order]
+    for name, out in zip(order, outs, strict=True):
+        assert_right(reference, out, prompt, kinds[name])
+    assert [out.num_cached_tokens for out in outs] == [0, 0, 0, PROMPT_BLOCKS, 0, PROMPT_BLOCKS]
+    nothing, held, failed, always, *_ = map(tokens, outs)
+    assert held == always
+    assert failed == nothing != held
+    # The next turn: the same tokens are all prompt, or are steered by their position alone.
+    next_turn = prompt + held[:-1]
+    assert len(next_turn) > PROMPT_BLOCKS + BLOCK_SIZE
+    for steering in ([], [entry(span=f"all[{PROMPT_LEN}:]")]):
+        llm.reset_prefix_cache()
+        answer(llm, prompt, holds)
+        out = answer(llm, next_turn, steering)
+        assert out.num_cached_tokens == PROMPT_BLOCKS
+        assert_right(reference, out, next_turn, steering)
+    for steering in over_prompt:  # over another prompt, now
+        out = answer(llm, next_turn, steering)
+        assert out.num_cached_tokens == 0
+        assert_right(reference, out, next_turn, steering)
+
+
+@pytest.mark.conformance("conditions over the prompt", family="llama")
+@pytest.mark.conformance("preemption", family="llama")
+def test_requests_with_conditions_over_the_prompt_are_exact_when_they_are_preempted(
+    llm: LLM, reference: Reference, prompt: list[int], over_prompt: tuple[list[Entry], list[Entry]]
+) -> None:
+    requests = [Request(prompt, steering, None) for steering in over_prompt]
+    for number, request in enumerate(requests):
+        params = request.params(max_tokens=MAX_TOKENS)
+        llm.llm_engine.add_request(f"gated-{number}", {"prompt_token_ids": prompt}, params)
+    outs: dict[str, RequestOutput] = {}
+    preempted: list[tuple[str, int]] = []
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    while llm.llm_engine.has_unfinished_requests():
+        for victim in [one for one in scheduler.running if one.num_output_tokens in (3, 30)]:
+            scheduler.running.remove(victim)
+            scheduler._preempt_request(victim, 0.0)
+            preempted.append((victim.request_id.rsplit("-", 1)[0], victim.num_output_tokens))
+        outs |= {out.request_id: out for out in llm.llm_engine.step() if out.finished}
+    assert set(preempted) == {(f"gated-{number}", count) for number in range(2) for count in (3, 30)}
+    for number, steering in enumerate(over_prompt):
+        assert_right(reference, outs[f"gated-{number}"], prompt, steering)
+
+
 def test_a_callers_own_cache_salt_still_separates_steered_requests(
     llm: LLM, prompt: list[int], entry: Callable[..., Entry]
 ) -> None:

@@ -28,7 +28,7 @@ from vllm_steer.errors import (
     UnknownDirection,
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
@@ -168,13 +168,78 @@ def test_too_many_probes_and_probes_across_stages_are_refused() -> None:
     admission.registry.register([Direction("kind", 1, KIND)])
     asked = [Steering("kind", 1, layer=6, when=When("kind", above=1, layer=layer)) for layer in (1, 2, 3, 4, 5)]
     resolve(admission, *asked[:4])
-    with pytest.raises(BadCondition, match="5 pairs of an earlier layer and a direction; allowed: 4"):
+    with pytest.raises(BadCondition, match=r"look at 5 pairs .* allowed: 4"):
         resolve(admission, *asked)
     staged = Admission(settings, SIZE, num_stages=2)
     staged.registry.register([Direction("kind", 1, KIND)])
     resolve(staged, Steering("kind", 1, when=When("kind", above=1)))
     with pytest.raises(BadCondition, match="pipeline parallelism"):
         resolve(staged, asked[0])
+    resolve(staged, Steering("kind", 1, span="generated", when=When("kind", above=1, over="prompt")))
+    with pytest.raises(BadCondition, match="pipeline parallelism"):
+        resolve(staged, Steering("kind", 1, layer=6, span="response", when=When("kind", above=1, over="prompt")))
+
+
+def test_a_condition_over_the_prompt_probes_the_prompt_and_compares_the_sum(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    over = [When("both", layer=8, above=0.5, over="prompt"), When("cold", below=-0.25, over="prompt")]
+    resolved = resolve(
+        admission,
+        Steering("kind", 4, span="response", when=over[0]),
+        Steering("cold", 2, layer=20, span="generated", when=over[1]),
+        Steering("cold", 3, layer=8, span="prompt[:2]"),
+    )
+    probes = [(0, slot["both", 8], 0.0, 0.0, PROBE, 0, 0.0), (1, slot["cold", 12], 0.0, 0.0, PROBE, 1, 0.0)]
+    first = (1, slot["kind", 12], 4.0, 0.0, ABOVE | PROMPT, 0, 0.5 * PROMPT_LEN)
+    second = (2, slot["cold", 12], 2.0, 0.0, BELOW | PROMPT, 1, -0.25 * PROMPT_LEN)
+    assert [(one.start, one.entries) for one in resolved.windows] == [
+        (0, [(0, slot["cold", 12], 3.0, 0.0, 0, 0, 0.0), *probes]),
+        (2, probes),
+        (PROMPT_LEN - 1, [probes[0], first, probes[1]]),
+        (PROMPT_LEN, [first, second]),
+    ]
+    assert [bool(one.digest) for one in resolved.windows] == [True, False, True, True]
+    assert resolved.looks_at_prompt
+    assert resolved.plan().summed_prompt == PROMPT_LEN
+    assert set(resolved.slots) == {slot["both", 8], slot["cold", 12], slot["kind", 12]}
+    assert dict(resolved.contents).keys() == set(resolved.slots)
+    plain = resolve(admission, Steering("kind", 4, when=When("both", layer=8, above=0.5)))
+    assert not plain.looks_at_prompt
+    assert plain.plan().summed_prompt == 0
+
+
+@pytest.mark.parametrize("bound", [3e38, -3e38])
+def test_a_bound_that_no_sum_reaches_stays_a_number(admission: Admission, bound: float) -> None:
+    resolved = resolve(admission, Steering("kind", 4, span="generated", when=When("cold", above=bound, over="prompt")))
+    assert abs(at(resolved, PROMPT_LEN).entries[0].threshold) == np.finfo(np.float32).max
+
+
+@pytest.mark.parametrize("span", ["response", "prompt[-1]"])
+def test_a_condition_over_the_prompt_cannot_gate_its_last_token_at_the_same_layer(
+    admission: Admission, span: str
+) -> None:
+    with pytest.raises(BadCondition, match=r"at the same layer, .* allowed: a condition at an earlier hooked layer"):
+        resolve(admission, Steering("kind", 1, span=span, when=When("cold", above=1, over="prompt")))
+    resolve(admission, Steering("kind", 1, span=span, when=When("cold", layer=8, above=1, over="prompt")))
+
+
+def test_what_a_condition_over_the_prompt_gates_depends_on_where_the_prompt_ends(admission: Admission) -> None:
+    """The tokens alone do not say it: the fifth generated token of one prompt may be the fourth of a longer one."""
+    when = When("cold", above=0, over="prompt")
+
+    def digest_of(span: str, prompt_len: int, when: When = when) -> str:
+        spec = RequestSpec((Steering("kind", 4, span=span, when=when),))
+        resolved = admission.resolve("id", spec, prompt_len)
+        assert resolved.windows[-1].start == PROMPT_LEN + 4
+        assert not resolved.windows[0].digest, "an unsteered prompt is everyone's"
+        return resolved.windows[-1].digest
+
+    assert digest_of("generated[4:]", PROMPT_LEN) != digest_of("generated[3:]", PROMPT_LEN + 1)
+    others = [When("cold", above=0), When("cold", above=1, over="prompt"), When("kind", above=0, over="prompt")]
+    others += [When("cold", below=0, over="prompt"), When("cold", above=0, layer=8, over="prompt")]
+    assert len({digest_of("generated[4:]", PROMPT_LEN, one) for one in (when, *others)}) == 6
+    on_tokens = When("cold", above=0)
+    assert digest_of("generated[4:]", PROMPT_LEN, on_tokens) == digest_of("generated[3:]", PROMPT_LEN + 1, on_tokens)
 
 
 def test_what_leaves_the_stream_as_it_is_takes_no_entry(admission: Admission) -> None:

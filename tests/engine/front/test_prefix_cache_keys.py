@@ -18,7 +18,7 @@ from vllm_steer.engine.front.admission import Admission, Asked
 from vllm_steer.engine.front.request_intake import _admit
 from vllm_steer.engine.prefix_cache import fork_key
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
-from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.schema import Readout, RequestSpec, Steering, When
 from vllm_steer.settings import SteerSettings
 
 BLOCK, TOKENS = 3, 9
@@ -63,7 +63,8 @@ def steering_of_token(steering: tuple[Steering, ...], prompt_len: int, position:
         for one in steering:
             is_here = position in positions(one.span, prompt_len, TOKENS)
             if (one.layer or 1) == layer and is_here and one.coefficients != (0.0, 0.0):
-                done.append((layer, *one.coefficients, tuple(VECTORS[one.direction])))
+                over_prompt = None if one.when is None else (prompt_len, one.when.above)  # all tokens are the same
+                done.append((layer, *one.coefficients, tuple(VECTORS[one.direction]), over_prompt))
     return done
 
 
@@ -75,6 +76,7 @@ def check(first: tuple[tuple[Steering, ...], int], second: tuple[tuple[Steering,
         assert (ours == theirs) == alike, f"block {block} of {first} and {second}"
 
 
+OVER_PROMPT = When("kind", above=0.0, over="prompt")
 SMALL: list[tuple[Steering, ...]] = [
     (),
     (Steering("kind", 0.0),),
@@ -90,6 +92,12 @@ SMALL: list[tuple[Steering, ...]] = [
     (Steering("kind", 1.0, span="prompt[-1]+generated[:2]"),),
     (Steering("kind", 1.0, span="all[1:3]"),),
     (Steering("kind", 1.0, span="prompt"), Steering("again", 1.0, span="generated[:2]")),
+    (Steering("kind", 1.0, span="generated", when=OVER_PROMPT),),
+    (Steering("again", 1.0, span="generated", when=When("again", above=0.0, over="prompt")),),
+    (Steering("kind", 1.0, span="generated", when=When("kind", above=1.0, over="prompt")),),
+    (Steering("kind", 1.0, span="generated[2:]", when=OVER_PROMPT),),
+    (Steering("kind", 1.0, span="generated[1:]", when=OVER_PROMPT),),
+    (Steering("kind", 1.0, layer=2, span="response", when=OVER_PROMPT),),
 ]
 
 
@@ -135,6 +143,12 @@ def test_unsteered_requests_keep_vllm_s_own_keys() -> None:
     assert request((Steering("kind", 1.0, span="generated"),), 4, "a").cache_salt == "a"  # the prompt stays shared
     for params in (None, SimpleNamespace(extra_args=None), SimpleNamespace(extra_args={"other": 1})):
         assert fork_key(SimpleNamespace(sampling_params=params), 0, BLOCK) is None
+
+
+def test_a_condition_over_the_prompt_forgoes_cached_tokens() -> None:
+    for when in (OVER_PROMPT, When("kind", above=0.0)):
+        made = request((Steering("kind", 1.0, span="generated", when=when),), 4)
+        assert made.sampling_params.skip_reading_prefix_cache is (True if when is OVER_PROMPT else None)
 
 
 @pytest.mark.parametrize("readout", [None, Readout([1])])

@@ -41,11 +41,12 @@ from vllm_steer.plan.entry_rows import (
     KEEP_NORM,
     MOST_PROBES,
     PROBE,
+    PROMPT,
     RELATIVE,
     STORED,
     Entry,
 )
-from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
+from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20
@@ -85,7 +86,12 @@ class _NamedEntry(NamedTuple):
     entry: Entry
     direction: Registered
     condition: Registered | None = None
-    probed: int | None = None  # the layer of the condition, if that is an earlier one
+    probed: int | None = None  # the layer of the condition, if a probe must look there
+
+    @property
+    def looks_at_prompt(self) -> bool:
+        """Whether its condition is one over the prompt."""
+        return bool(self.entry.mode & PROMPT)
 
     @property
     def acts(self) -> bool:
@@ -197,15 +203,17 @@ class Admission:
         key: str | None,
         num_computed: int | None,
     ) -> Resolved:
-        entries = [self._entry(book, steering) for steering in spec.entries]
+        entries = [self._entry(book, steering, prompt_len) for steering in spec.entries]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         entries, probes = self._with_probes(entries)
+        over_prompt = {one.entry.gate for one in entries if one.looks_at_prompt and one.acts}
         windows: list[Window] = []
         for start, numbers in spans.windows([entry.steering.span for entry in entries], prompt_len):
             here = [entry for number in numbers if (entry := entries[number]).acts]
-            content = _digest(here)
-            probed = {one.entry.gate for one in here if one.probed is not None}
+            content = _digest(here, prompt_len)
+            probed = {one.entry.gate for one in here if one.probed is not None and not one.looks_at_prompt}
+            probed |= over_prompt if start < prompt_len else set()
             # A probe sees its layer's stream as the entries there leave it, so it comes behind them.
             here = sorted([*here, *(probes[number] for number in sorted(probed))], key=attrgetter("layer"))
             self._check_bounds(here)
@@ -258,7 +266,7 @@ class Admission:
             )
         return self._index_of[layer]
 
-    def _entry(self, book: DirectionBook, steering: Steering) -> _NamedEntry:
+    def _entry(self, book: DirectionBook, steering: Steering, prompt_len: int) -> _NamedEntry:
         direction = book.find(steering.direction, steering.layer, self._index_of)
         layer = direction.layer if steering.layer is None else steering.layer
         hook = self._hooked(layer)
@@ -269,9 +277,9 @@ class Admission:
             )
         mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
         entry = _NamedEntry(layer, steering, Entry(hook, direction.slot, *steering.coefficients, mode), direction)
-        return entry if steering.when is None else self._conditional(book, entry, steering.when)
+        return entry if steering.when is None else self._conditional(book, entry, steering.when, prompt_len)
 
-    def _conditional(self, book: DirectionBook, named: _NamedEntry, when: When) -> _NamedEntry:
+    def _conditional(self, book: DirectionBook, named: _NamedEntry, when: When, prompt_len: int) -> _NamedEntry:
         condition = book.find(when.direction, when.layer, self._index_of)
         layer = condition.layer if when.layer is None else when.layer
         self._hooked(layer)
@@ -288,6 +296,17 @@ class Admission:
         bound = when.below if when.above is None else when.above
         assert bound is not None  # checked by When
         mode = named.entry.mode | (BELOW if when.above is None else ABOVE)
+        if when.over == "prompt":
+            if layer == named.layer and spans.reach_back(named.steering.span):
+                raise BadCondition(
+                    f"an entry at layer {layer} with span {named.steering.span!r} has a condition over the prompt at "
+                    "the same layer, where the prompt's last token is not known before it is steered; allowed: a "
+                    "condition at an earlier hooked layer, or generated and its slices. Use one of these."
+                )
+            # The device compares the sum over the prompt with so many times the bound.
+            total = min(max(bound * prompt_len, -MOST_FLOAT32), MOST_FLOAT32)
+            entry = named.entry._replace(mode=mode | PROMPT, threshold=total)
+            return named._replace(entry=entry, condition=condition, probed=layer)
         if layer == named.layer:
             entry = named.entry._replace(mode=mode, gate=condition.slot, threshold=bound)
             return named._replace(entry=entry, condition=condition)
@@ -311,8 +330,8 @@ class Admission:
             linked.append(named)
         if len(probes) > MOST_PROBES:
             raise BadCondition(
-                f"the conditions look at {len(probes)} pairs of an earlier layer and a direction; allowed: "
-                f"{MOST_PROBES}. Use fewer, or conditions at their entries' own layers."
+                f"the conditions look at {len(probes)} pairs of a direction and an earlier layer, or a layer of the "
+                f"prompt; allowed: {MOST_PROBES}. Use fewer, or conditions on tokens at their entries' own layers."
             )
         return linked, list(probes.values())
 
@@ -483,14 +502,18 @@ def _growth(entries: Sequence[_NamedEntry]) -> float:
     return growth
 
 
-def _digest(entries: Sequence[_NamedEntry]) -> str:
-    return digest([_content(one) for one in entries])
+def _digest(entries: Sequence[_NamedEntry], prompt_len: int) -> str:
+    return digest([_content(one, prompt_len) for one in entries])
 
 
-def _content(one: _NamedEntry) -> tuple[Any, ...]:
+def _content(one: _NamedEntry, prompt_len: int) -> tuple[Any, ...]:
     entry = one.entry
     plain = one.layer, entry.a, entry.b, entry.mode, one.direction.content_hash
-    return plain if one.condition is None else (*plain, entry.threshold, one.condition.content_hash, one.probed)
+    if one.condition is None:
+        return plain
+    condition = entry.threshold, one.condition.content_hash, one.probed
+    # The tokens do not say how many of them are the prompt.
+    return (*plain, *condition, prompt_len) if one.looks_at_prompt else (*plain, *condition)
 
 
 def admission_of(processor: InputProcessor) -> Admission:

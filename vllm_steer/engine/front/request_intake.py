@@ -159,9 +159,10 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
     if resolved.windows[0].digest:
         CACHE_SALT.put(request, salt(request.cache_salt, resolved.windows[0].digest))
+    # See ``prefix_cache`` for readouts that begin later.
+    if resolved.looks_at_prompt or (resolved.readout is not None and resolved.readout.first < 1):
+        SKIP_READING_PREFIX_CACHE.put(params, True)
     if resolved.readout is not None:
-        if resolved.readout.first < 1:  # see ``prefix_cache`` for the others
-            SKIP_READING_PREFIX_CACHE.put(params, True)
         admission.remember(request.request_id, asked)
     if asked.admitted is not None:
         asked.admitted()
@@ -222,7 +223,8 @@ EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
 SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
     "SamplingParams",
     "skip_reading_prefix_cache",
-    why="A readout from the first token on needs every activation computed, so cached KV cannot replace any token.",
+    why="A readout from the first token on and a condition over the prompt need every activation computed, so cached "
+    "KV cannot replace any token.",
     gone_when=_SPEC_GONE,
 )
 CACHE_SALT: Attribute[str] = Attribute(

@@ -229,6 +229,7 @@ class WorkerSteering:
         self._taken.pop(request_id, None)
         self._need_tails.discard(request_id)
         self.planner.remove(request_id)
+        self.buffers.forget(request_id)
 
     def find(self, samples: Sequence[SampleKey]) -> list[FinishedReadout | None]:
         """The readouts of samples, from the store or of requests that are finished but not yet removed; else None."""
