@@ -44,7 +44,7 @@ REPLY_VERSION = 1
 Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
-Pool = Literal["mean", "last", "max"]
+Pool = Literal["mean", "last", "max", "rows"]
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
@@ -313,7 +313,9 @@ class Readout:
             the one that ``layers`` contains.
         pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
             any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
-            of its projections takes a trace column as ``trace`` does.
+            of its projections takes a trace column as ``trace`` does. ``rows`` pools nothing: the stream of every token
+            of the span, as many as the engine's ``max_rows`` allows. It goes without ``project``; ``trace`` gives the
+            projections of every token.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -358,6 +360,11 @@ class Readout:
             raise BadReadout(f"readout pool is {self.pool!r}; allowed: {', '.join(POOLS)}. Choose one of them.")
         if self.pool == "max" and not self.project and not self.trace:
             raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
+        if self.pool == "rows" and (self.project or not self.vectors):
+            raise BadReadout(
+                f"pool 'rows' came with {'project' if self.project else 'vectors false'}; allowed: rows alone, and with "
+                "trace, which projects every token. Use trace instead, or another pool."
+            )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
         object.__setattr__(self, "trace", tuple(self.trace))
@@ -406,6 +413,7 @@ class ReadoutResult:
         last: layer -> (D,) float32, the stream of the span's last token, with the pool ``last``.
         max: direction name -> layer -> (largest ⟨h, direction⟩ of any token of the span, position of that token in the
             request), with the pool ``max``; (NaN, -1) over no tokens.
+        rows: layer -> (num_tokens, D) float32, the stream of each token of the span in order, with the pool ``rows``.
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
@@ -415,6 +423,7 @@ class ReadoutResult:
     proof: Proof = "parity"
     last: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     max: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
+    rows: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,10 +220,18 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
         }
         for name, layers in told.get("max", {}).items()
     }
+    num_tokens = int(told["num_tokens"])
+    # over no tokens nothing tells the size of a row
+    rows = {
+        int(layer): (row := np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float32)).reshape(
+            num_tokens, row.size // max(num_tokens, 1)
+        )
+        for layer, packed in told.get("rows", {}).items()
+    }
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
     # a server of before this field says nothing: it knew compared models only
     proof = told.get("proof", "parity")
-    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest), None
+    return ReadoutResult(mean, num_tokens, projections, trace, proof, last, largest, rows), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

@@ -90,7 +90,7 @@ class ResolvedReadout:
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
         trace = tuple((one.layer_index, one.slot) for one in self.trace)
-        return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
+        return Pooling(tuple(self.layer_indices), self.first, self.end, trace, self.pool == "rows")
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""

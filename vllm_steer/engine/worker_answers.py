@@ -90,6 +90,7 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
+        "rows": [rows for stage in stages for rows in stage["rows"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

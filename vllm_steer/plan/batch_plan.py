@@ -7,7 +7,8 @@ at position ``num_computed[i]`` of the request. For these tokens the plan contai
   the token's own position decides. After a preemption, the prompt and the tokens generated so far are computed again
   together, and are steered exactly as the first time;
 * the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
-* the **traced** tokens, for requests that follow directions token by token.
+* the **traced** tokens, for requests that follow directions token by token;
+* the **stored** tokens, for requests that want every token's row. These have no segment.
 
 With speculative decoding the last tokens of a request in a step can be **draft** tokens. Only the next step's
 ``num_computed`` shows how many were accepted. Each draft is summed into its own draft accumulator. The next plan lists
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from vllm_steer.plan.entry_rows import Entry, EntryRows
-from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
+from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
 
@@ -37,12 +38,14 @@ class Pooling:
         layer_indices: hooked layers, by index, whose stream is summed.
         first, end: positions [first, end) of the request; with ``end`` None there is no end.
         trace: directions to follow over the same positions.
+        stores_rows: store the row of each token and sum nothing.
     """
 
     layer_indices: tuple[int, ...]
     first: int
     end: int | None
     trace: tuple[Pair, ...] = ()
+    stores_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,9 +277,9 @@ class BatchPlanner:
             plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
         if reads.segments:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
-            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] |= SUMS
         self._settled = None
-        if steps_left and not plan.accepted and not plan.traced:
+        if steps_left and not plan.accepted and not plan.traced and not plan.stored:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
@@ -321,7 +324,8 @@ class BatchPlanner:
         if state.failure is not None:
             return
         num_read = max(num_accepted - state.num_unread, 0)
-        plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
+        if not pooling.stores_rows:
+            plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
         state.num_tokens += num_read
         first_draft = self.max_requests + state.accumulator * self.max_drafts
         state.next_position = computed + scheduled - num_drafts
@@ -340,14 +344,18 @@ class BatchPlanner:
             state.num_tokens = 0
         known = max(min(end, state.next_position) - start, 0)  # the tokens after them are drafts
         token = offset + start - computed
-        if known > 0:
-            state.num_tokens += known
-            reads.segments[state.accumulator] = token, known
-        if end > state.next_position:
-            first = token + known
-            reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
-            plan.keep_A[state.drafts] = 0
-        reads.layers.add(pooling.layer_indices)
+        state.num_tokens += known
+        if pooling.stores_rows:
+            plan.stored.append(TracedTokens(request_id, token, start, end - start, end - start - known))
+            plan.flags_L3[list(pooling.layer_indices), READ] |= ROWS
+        else:
+            reads.layers.add(pooling.layer_indices)
+            if known > 0:
+                reads.segments[state.accumulator] = token, known
+            if end > state.next_position:
+                first = token + known
+                reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
+                plan.keep_A[state.drafts] = 0
         if request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
             plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1

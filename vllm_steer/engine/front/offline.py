@@ -329,6 +329,10 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
     largest: dict[str, dict[int, tuple[float, int]]] = {}
     for name, layer, value, position in answer["max"]:
         largest.setdefault(name, {})[layer] = value, position
+    rows = {
+        layer: np.frombuffer(stored, dtype=np.float32).reshape(-1, size).copy()
+        for layer, size, stored in answer["rows"]
+    }
     return ReadoutResult(
         mean=pooled if asked.pool == "mean" else {},
         num_tokens=answer["num_tokens"],
@@ -337,4 +341,5 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         proof=answer["proof"],
         last=pooled if asked.pool == "last" else {},
         max=largest,
+        rows=rows,
     )

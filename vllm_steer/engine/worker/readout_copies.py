@@ -32,7 +32,7 @@ class Summed:
     """A sample whose readout is to be taken in its present state.
 
     Attributes:
-        spec, state, trace: see ``FinishedReadout``, which takes them over.
+        spec, state, trace, rows: see ``FinishedReadout``, which takes them over.
         before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
@@ -40,6 +40,7 @@ class Summed:
     state: PoolingState
     trace: traces.Trace | None
     before_last: Sequence[torch.Tensor] = ()
+    rows: traces.Trace | None = None
 
     @property
     def alike(self) -> _Alike:
@@ -120,6 +121,7 @@ class ReadoutFlow:
                     sums_PN=projected_PR[:, sums],
                     tail_PM=projected_PR[:, tail],
                     trace=sample.trace,
+                    rows=sample.rows,
                 )
             )
         return readouts, has_arrived

@@ -21,6 +21,7 @@ from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
 from vllm_steer.engine.worker.layer_experiment import examine
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.rows import RowFlow, rows_of
 from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
@@ -81,11 +82,13 @@ class WorkerSteering:
             max_drafts=max_drafts,
             max_windows=settings.max_windows,
             can_cut=config.model_config.dtype == torch.float16,
+            has_rows=settings.max_rows > 0,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
         self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
         self._traces: dict[str, Trace] = {}
+        self._row_flow, self._stored = RowFlow(self.buffers.rows_L_TD), dict[str, Trace]()  # those of live requests
         self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
         self._taken: dict[str, FinishedReadout] = {}  # internal id -> last readout taken of a live request
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
@@ -157,6 +160,7 @@ class WorkerSteering:
         self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
         if plan is not None:
             self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
+            self._row_flow.expect([self._stored_rows(tokens) for tokens in plan.stored])
 
     def start_reading_marks(self) -> Callable[[], list[str]] | None:
         """Start to read the marks of the requests whose stream was cut off; call it after each step's forward pass.
@@ -179,6 +183,7 @@ class WorkerSteering:
     def fetch(self) -> None:
         """Take in the traces and readouts up to the last forward pass that have arrived; never waits for the device."""
         self._trace_flow.fetch()
+        self._row_flow.fetch()
         self._readout_flow.fetch()
 
     def finish(self, request_id: str) -> None:
@@ -194,6 +199,7 @@ class WorkerSteering:
             del self._reading[key]
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
+        self._stored.pop(request_id, None)
         self._taken.pop(request_id, None)
         self._need_tails.discard(request_id)
         self.planner.remove(request_id)
@@ -249,6 +255,8 @@ class WorkerSteering:
                 "later, or start the engine with steer_config(trace_columns=...) larger"
             )
         self._traces[request_id] = Trace(len(resolved.readout.trace), failure)
+        if resolved.readout.pool == "rows":
+            self._stored[request_id] = rows_of(len(resolved.readout.layers), self.buffers.bank_SD.shape[1])
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
@@ -256,6 +264,12 @@ class WorkerSteering:
         trace, columns = self._traces[traced.request_id], self.planner.columns[traced.request_id]
         start = traced.position - readout.first
         return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
+
+    def _stored_rows(self, stored: TracedTokens) -> TraceRows:
+        readout = self._resolved[stored.request_id].readout
+        assert readout is not None  # only requests with a readout store rows
+        rows, start = self._stored[stored.request_id], stored.position - readout.first
+        return TraceRows(rows, tuple(readout.layer_indices), stored.token, stored.count, start, stored.num_drafts)
 
     def _to_take(self, request_id: str) -> Summed | None:
         """The present readout of a request; None if nothing was computed for it since it was last taken."""
@@ -266,7 +280,8 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-        return Summed(readout, replace(state), self._traces.get(request_id), before_last)
+        rows = self._stored.get(request_id)
+        return Summed(readout, replace(state), self._traces.get(request_id), before_last, rows)
 
     def _take_ended(self) -> None:
         """Move the readouts of finished requests to the store."""
