@@ -314,8 +314,8 @@ class Readout:
         pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
             any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
             of its projections takes a trace column as ``trace`` does. ``rows`` pools nothing: the stream of every token
-            of the span, as many as the engine's ``max_rows`` allows. It goes without ``project``; ``trace`` gives the
-            projections of every token.
+            of the span, as many as the engine's ``max_rows`` allows. It goes without ``project``; ``trace`` projects
+            every token.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -362,8 +362,8 @@ class Readout:
             raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
         if self.pool == "rows" and (self.project or not self.vectors):
             raise BadReadout(
-                f"pool 'rows' came with {'project' if self.project else 'vectors false'}; allowed: rows alone, and with "
-                "trace, which projects every token. Use trace instead, or another pool."
+                f"pool 'rows' came with {'project' if self.project else 'vectors false'}; allowed: rows alone, or "
+                "with trace, which projects every token. Use trace instead, or another pool."
             )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))

@@ -49,9 +49,9 @@ As a loop, with every number in float32::
 already beyond the limit can only move towards zero. NaN and infinity from the model itself stay as they are.
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, G probes, A accumulators, K trace columns. ``rows`` has as many rows as the token tables, or none. ``hidden`` and ``residual`` are float32, bfloat16 or float16 with
-any strides. The tables and ``cut`` are int32, all other tensors float32. Segments lie within the T tokens and do not
-overlap. Entries of a row are packed to the left.
+entries, G probes, A accumulators, K trace columns. ``rows`` has as many rows as the token tables, or none. ``hidden``
+and ``residual`` are float32, bfloat16 or float16 with any strides. The tables and ``cut`` are int32, all other tensors
+float32. Segments lie within the T tokens and do not overlap. Entries of a row are packed to the left.
 
 ``flags`` holds four numbers: the most entries of a row of this step, what is read (``SUMS``, ``ROWS`` or both), whether
 anything is traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast

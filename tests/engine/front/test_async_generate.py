@@ -40,6 +40,7 @@ class FakeEngine:
             "max": [],
             "projections": [],
             "trace": [["kind", values]],
+            "rows": [],
             "trace_error": self.failure,
             "proof": "parity",
         }

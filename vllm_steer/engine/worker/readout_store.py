@@ -64,7 +64,8 @@ class FinishedReadout:
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
-            layer, value, position]], "rows": [[layer, D, bytes of (num_tokens, D) float32]], "trace_error": why trace and max alone cannot be given, or None}``.
+            layer, value, position]], "rows": [[layer, D, bytes of (num_tokens, D) float32]], "trace_error": why trace
+            and max alone cannot be given, or None}``.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
@@ -117,7 +118,7 @@ class FinishedReadout:
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
             "rows": [
                 [layer, rows_ND.shape[1], rows_ND.tobytes()]
-                for layer, rows_ND in zip(self.spec.layers, stored, strict=False)
+                for layer, rows_ND in zip(self.spec.layers if stored else (), stored, strict=True)
             ],
             "trace_error": self.trace.failure if self.trace is not None else None,
         }

@@ -133,7 +133,8 @@ class WorkerSteering:
             self._begin(request_id, resolved)
             readout = self._resolved[request_id].readout
             # The last row of a sum with a surplus token is that of the token before it.
-            if readout is not None and readout.end is None and (params.stop or readout.pool == "last"):
+            is_open = readout is not None and readout.end is None and readout.pool != "rows"  # rows leave it out
+            if readout is not None and is_open and (params.stop or readout.pool == "last"):
                 self._need_tails.add(request_id)
 
     def preempt(self, request_id: str) -> None:
