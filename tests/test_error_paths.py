@@ -35,6 +35,7 @@ SHOWN_BY = {
     "admission._check_reach": "engine/front/test_admission.py::test_a_slice_behind_the_last_computed_token_is_refused",
     "admission.Admission._check_alpha": "engine/front/test_admission.py::test_the_largest_alpha_is_one_of_the_request",
     "admission.Admission._check_columns": "engine/front/test_admission.py::test_the_largest_projections_are_traced",
+    "admission.Admission._check_rows": "engine/front/test_admission.py::test_more_rows_than_the_operator_allows_are_re",
     "admission.Admission._check_range": "engine/front/test_admission.py::test_what_the_engine_s_dtype_cannot_hold_is",
     "admission.Admission._readout": "engine/front/test_admission.py::test_skipping_the_whole_prompt_is_refused",
     "admission.Admission._trace": "engine/front/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",

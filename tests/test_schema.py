@@ -63,7 +63,7 @@ def readouts(draw: st.DrawFn) -> Readout:
         vectors=draw(st.booleans()) if project or trace else True,
         skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, 10)),
         trace=trace,
-        pool=draw(st.sampled_from(["mean", "last", "max"] if project or trace else ["mean", "last"])),
+        pool=draw(st.sampled_from(["mean", "last", "max"] if project or trace else ["mean", "last", "rows"])),
     )
 
 
@@ -79,6 +79,7 @@ def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
         RequestSpec((Steering("kind", 1.0, span="response"),)),
         RequestSpec(None, Readout([1], "prompt[1:]")),
         RequestSpec(None, Readout([1], pool="last")),
+        RequestSpec(None, Readout([1], pool="rows")),
     ):
         assert json.loads(new.dumps())["v"] == 2
         assert RequestSpec.from_json({**json.loads(new.dumps()), "v": 2}) == new
@@ -276,6 +277,8 @@ REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"pool": "median"}, BadReadout, "'median'"),
     ({"pool": None}, BadReadout, "None"),
     ({"pool": "max"}, BadReadout, "'max' came without project and trace"),
+    ({"pool": "rows", "project": ["kind"]}, BadReadout, "'rows' came with project"),
+    ({"pool": "rows", "vectors": False, "trace": ["kind"]}, BadReadout, "'rows' came with vectors false"),
     ({"vectors": False}, BadReadout, "project is empty and trace is empty"),
     ({"trace": "kind"}, MalformedSpec, "readout trace is 'kind'"),
     ({"trace": None}, MalformedSpec, "readout trace is None"),

@@ -45,7 +45,7 @@ Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
 Over = Literal["token", "prompt"]
-Pool = Literal["mean", "last", "max"]
+Pool = Literal["mean", "last", "max", "rows"]
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
@@ -403,7 +403,9 @@ class Readout:
             the one that ``layers`` contains.
         pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
             any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
-            of its projections takes a trace column as ``trace`` does.
+            of its projections takes a trace column as ``trace`` does. ``rows`` pools nothing: the stream of every token
+            of the span, as many as the engine's ``max_rows`` allows. It goes without ``project``; ``trace`` projects
+            every token.
         stop: ends the request with the generated token with which the watch holds: the sample's ``finish_reason`` is
             ``stop`` and its ``stop_reason`` is ``vllm_steer:`` and the direction's name. That last token has been
             computed, so ``generated``, ``response`` and ``all`` hold it here. Takes a trace column.
@@ -468,6 +470,11 @@ class Readout:
             raise BadReadout(f"readout pool is {self.pool!r}; allowed: {', '.join(POOLS)}. Choose one of them.")
         if self.pool == "max" and not self.project and not self.trace:
             raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
+        if self.pool == "rows" and (self.project or not self.vectors):
+            raise BadReadout(
+                f"pool 'rows' came with {'project' if self.project else 'vectors false'}; allowed: rows alone, or "
+                "with trace, which projects every token. Use trace instead, or another pool."
+            )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
         object.__setattr__(self, "trace", tuple(self.trace))
@@ -550,6 +557,7 @@ class ReadoutResult:
             request), with the pool ``max``; (NaN, -1) over no tokens.
         stopped: where ``Readout.stop`` ended the sample; ``None`` if it ended for another reason.
         flags: for each watch of ``Readout.flag`` that held, where it held first, in the order asked for.
+        rows: layer -> (num_tokens, D) float32, the stream of each token of the span in order, with the pool ``rows``.
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
@@ -561,6 +569,7 @@ class ReadoutResult:
     max: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
     stopped: Crossing | None = None
     flags: tuple[Crossing, ...] = ()
+    rows: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 from vllm_steer.settings import SteerSettings
 
 RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass
-SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=7, max_windows=16, trace_columns=MOST_TRACED)
+SETTINGS = SteerSettings(
+    layers=HOOKED, max_directions=6, max_entries=7, max_windows=16, trace_columns=MOST_TRACED, max_rows=99
+)
 
 # Streams here stay below 100, where some twenty float32 roundings add up to less than 2e-4. Any wrong entry, vector or
 # token changes them by more than 0.1: every α is at least 1 in size, and two tokens' contents differ as random vectors.
@@ -96,7 +98,9 @@ class Schedule(RuleBasedStateMachine):
         params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
         if steering or readout is not None:
             spec = RequestSpec(tuple(steering), readout)
-            resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len)
+            stores_rows = readout is not None and readout.pool == "rows"
+            most = prompt_len + generated + 9 if stores_rows else None  # must be known, and leaves no slice empty
+            resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len, num_computed=most)
             # msgpack makes lists of tuples, as JSON does
             params.extra_args = json.loads(json.dumps({WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}))
         entries = []
@@ -244,7 +248,8 @@ class Schedule(RuleBasedStateMachine):
             assert torch.equal(got, expected), "a pass that no request stands behind was steered"
         # An op that ignores the flags follows these tables alone, and overwrites the trace.
         buffers = self.runner.steering.buffers
-        buffers.trace_TK[:rows] = torch.nan
+        for buffer_TD in (buffers.trace_TK, *buffers.rows_L_TD):
+            buffer_TD[:rows] = torch.nan
         for table, untouched in ((buffers.row_of_token, -1), (buffers.segment_A2, 0), (buffers.keep_A, 1)):
             assert (table == untouched).all()
         self.check_readouts()
@@ -370,7 +375,12 @@ class Schedule(RuleBasedStateMachine):
             layer: np.mean([life.stream(position)[layer] for position in pooled_at] or nothing, axis=0)
             for layer in life.readout.layers
         }
-        if life.readout.vectors and life.readout.pool != "max":
+        stored = {layer: np.frombuffer(rows, np.float32).reshape(-1, size) for layer, size, rows in answer["rows"]}
+        assert set(stored) == (set(life.readout.layers) if life.readout.pool == "rows" else set())
+        for layer, rows_ND in stored.items():
+            expected_ND = np.array([life.stream(position)[layer] for position in positions]).reshape(-1, SIZE)
+            np.testing.assert_allclose(rows_ND, expected_ND, rtol=0, atol=TOLERANCE, err_msg=life.request_id)
+        if life.readout.vectors and life.readout.pool not in ("max", "rows"):
             mean_LD = np.frombuffer(answer["pooled"], np.float32).reshape(len(life.readout.layers), SIZE)
             expected = np.stack([means[layer] for layer in life.readout.layers])
             np.testing.assert_allclose(mean_LD, expected, rtol=0, atol=TOLERANCE, err_msg=life.request_id)

@@ -128,7 +128,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """57 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """63 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
@@ -282,6 +282,17 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
             None,
         ),
     ]
+    asked += [
+        ([entry("calm", middle, 15, span="response")], {"layers": layers, "span": "all", "pool": "rows"}),
+        ([], {"layers": [last], "span": "generated", "pool": "rows", "trace": [trace_name("bold", last)]}),
+        ([entry("bold", first, -14)], {"layers": [first, last], "span": "prompt", "skip_first": 1, "pool": "rows"}),
+        ([entry("calm", first, 16, "set")], {"layers": layers, "span": "response", "pool": "rows"}),
+        ([entry("bold", middle, 12)], {"layers": [middle], "span": "prompt[1:3]", "pool": "rows"}),
+        (
+            [entry("calm", last, 18, span="generated")],
+            {"layers": layers, "span": "all[2:]", "pool": "rows", "trace": [trace_name("calm", first)]},
+        ),
+    ]
     return [
         Request(prompts[i % len(prompts)], steering, readout, vectors) for i, (steering, readout) in enumerate(asked)
     ]
@@ -430,7 +441,8 @@ def check_readout(
     span, skip_first = asked.get("span", "prompt"), asked.get("skip_first", 0)
     pool = asked.get("pool", "mean")
     vectors = result.last if pool == "last" else result.mean
-    assert set(vectors) == (set() if pool == "max" else set(asked["layers"])), label
+    assert set(vectors) == (set() if pool in ("max", "rows") else set(asked["layers"])), label
+    assert set(result.rows) == (set(asked["layers"]) if pool == "rows" else set()), label
     assert bool(result.last) == (pool == "last"), label
     assert bool(result.max) == (pool == "max"), label
     span = span if asked["layers"] else "generated"  # nothing is pooled
@@ -442,6 +454,12 @@ def check_readout(
         assert vector.shape == truth.shape
         off = np.linalg.norm(vector - truth) / np.linalg.norm(truth)
         assert off < READOUT_TOLERANCE, f"{label}: readout at layer {layer} is off by {off:.2e} relative"
+    for layer, stored in result.rows.items():
+        rows = expected.rows(layer, span, skip_first)
+        assert stored.dtype == np.float32
+        assert stored.shape == rows.shape, label
+        off = (np.linalg.norm(stored - rows, axis=1) / np.linalg.norm(rows, axis=1)).max(initial=0)
+        assert off < READOUT_TOLERANCE, f"{label}: a row at layer {layer} is off by {off:.2e} relative"
 
 
 def check_trace(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:

@@ -222,9 +222,9 @@ def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
-    pool = draw(st.sampled_from(["mean", "mean", "last", "max"]))
+    pool = draw(st.sampled_from(["mean", "mean", "last", "max", "rows"]))
     project = draw(
-        st.lists(st.sampled_from(own), min_size=pool == "max", max_size=1 if pool == "max" else 9, unique=True)
+        st.lists(st.sampled_from(own), min_size=pool == "max", max_size={"max": 1, "rows": 0}.get(pool, 9), unique=True)
     )
     # "both" takes two columns
     most = MOST_TRACED if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)

@@ -118,7 +118,15 @@ class ResolvedReadout:
         """The same readout in the form that ``batch_plan`` takes."""
         trace = tuple((one.layer_index, one.slot) for one in self.trace)
         watch = tuple((one.layer_index, one.slot) for one in self.watch)
-        return Pooling(tuple(self.layer_indices), self.first, self.end, trace, watch, self.watch_first)
+        return Pooling(
+            tuple(self.layer_indices),
+            self.first,
+            self.end,
+            trace,
+            watch,
+            self.watch_first,
+            stores_rows=self.pool == "rows",
+        )
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""

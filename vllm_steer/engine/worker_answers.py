@@ -92,6 +92,7 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "max": [largest for stage in stages for largest in stage["max"]],
         "stopped": [crossing for stage in stages for crossing in stage["stopped"]],
         "flags": [crossing for stage in stages for crossing in stage["flags"]],
+        "rows": [rows for stage in stages for rows in stage["rows"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

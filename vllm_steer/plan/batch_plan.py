@@ -8,6 +8,7 @@ at position ``num_computed[i]`` of the request. For these tokens the plan contai
   together, and are steered exactly as the first time;
 * the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
 * the **traced** tokens, for requests that follow directions token by token;
+* the **stored** tokens, for requests that want every token's row. These have no segment;
 * the **parts of prompts** to sum, for requests with conditions over their prompt.
 
 With speculative decoding the last tokens of a request in a step can be **draft** tokens. Only the next step's
@@ -27,7 +28,7 @@ from types import MappingProxyType
 
 from vllm_steer.plan.entry_rows import Entry, EntryRows
 from vllm_steer.plan.prompt_sums import PromptSums
-from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
+from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
 
@@ -40,6 +41,7 @@ class Pooling:
         first, end: positions [first, end) of the request; with ``end`` None there is no end.
         trace: directions to follow over the same positions.
         watch: directions to follow from position ``watch_first`` on.
+        stores_rows: store the row of each token and sum nothing.
     """
 
     layer_indices: tuple[int, ...]
@@ -48,6 +50,7 @@ class Pooling:
     trace: tuple[Pair, ...] = ()
     watch: tuple[Pair, ...] = ()
     watch_first: int = 0
+    stores_rows: bool = False
 
     @property
     def followed(self) -> tuple[Pair, ...]:
@@ -298,9 +301,10 @@ class BatchPlanner:
             plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
         if reads.segments:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
-            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] |= SUMS
         self._settled = None
-        if steps_left and not (plan.accepted or plan.traced or plan.watched or plan.parked or plan.returned):
+        alone = plan.accepted or plan.traced or plan.watched or plan.stored or plan.parked or plan.returned
+        if steps_left and not alone:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
@@ -364,7 +368,8 @@ class BatchPlanner:
         if state.failure is not None:
             return
         num_read = max(num_accepted - state.num_unread, 0)
-        plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
+        if not pooling.stores_rows:
+            plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
         state.num_tokens += num_read
         first_draft = self.max_requests + state.accumulator * self.max_drafts
         state.next_position = computed + scheduled - num_drafts
@@ -383,14 +388,18 @@ class BatchPlanner:
             state.num_tokens = 0
         known = max(min(end, state.next_position) - start, 0)  # the tokens after them are drafts
         token = offset + start - computed
-        if known > 0:
-            state.num_tokens += known
-            reads.segments[state.accumulator] = token, known
-        if end > state.next_position:
-            first = token + known
-            reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
-            plan.keep_A[state.drafts] = 0
-        reads.layers.add(pooling.layer_indices)
+        state.num_tokens += known
+        if pooling.stores_rows:
+            plan.stored.append(TracedTokens(request_id, token, start, end - start, end - start - known))
+            plan.flags_L3[list(pooling.layer_indices), READ] |= ROWS
+        else:
+            reads.layers.add(pooling.layer_indices)
+            if known > 0:
+                reads.segments[state.accumulator] = token, known
+            if end > state.next_position:
+                first = token + known
+                reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
+                plan.keep_A[state.drafts] = 0
         if pooling.trace and request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
             plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1

@@ -700,3 +700,34 @@ def test_the_salt_tells_apart_both_its_parts() -> None:
     salts = {salt(own, digest) for own in (None, "tenant", "tenant2") for digest in ("a" * 64, "b" * 64)}
     assert len(salts) == 6
     assert salt(None, "a" * 64) == salt("", "a" * 64)
+
+
+def ask_rows(
+    admission: Admission, readout: Readout, num_computed: int | None = None, prompt_len: int = PROMPT_LEN
+) -> Resolved:
+    return admission.resolve("id", RequestSpec((), readout), prompt_len, num_computed=num_computed)
+
+
+def test_more_rows_than_the_operator_allows_are_refused() -> None:
+    admission = Admission(SteerSettings(layers=HOOKED, max_rows=8), SIZE)
+    allowed = ask_rows(admission, Readout([8, 12], "prompt", skip_first=1, pool="rows")).readout
+    assert allowed is not None
+    assert (allowed.pool, allowed.vectors, allowed.pooling().stores_rows) == ("rows", False, True)
+    assert ask_rows(admission, Readout([8], "all", pool="rows"), num_computed=8).readout is not None
+    assert ask_rows(admission, Readout([8, 12, 20], "generated[1:]", pool="rows"), num_computed=8).readout is not None
+    for readout, num_computed, said in (
+        (Readout([8, 12], pool="rows"), None, "5 tokens at 2 layers, 10 rows; allowed: up to 8 rows"),
+        (Readout([8], "all", pool="rows"), 9, "9 tokens at 1 layers, 9 rows; allowed: up to 8 rows.*lower max_tokens"),
+        (Readout([8], "generated", pool="rows"), None, "max_tokens is not set; allowed: up to 8 rows"),
+    ):
+        with pytest.raises(BadReadout, match=said):
+            ask_rows(admission, readout, num_computed)
+    with pytest.raises(BadReadout, match="max_rows 0; allowed: the other pools"):
+        ask_rows(Admission(SteerSettings(layers=HOOKED), SIZE), Readout([8], pool="rows"))
+
+
+def test_rows_are_looked_at_before_the_prompt_is_known_as_far_as_that_goes() -> None:
+    spec = RequestSpec((), Readout([8], "all", pool="rows"))
+    Admission(SteerSettings(layers=HOOKED, max_rows=1), SIZE).check(spec)
+    with pytest.raises(BadReadout, match="max_rows 0"):
+        Admission(SteerSettings(layers=HOOKED), SIZE).check(spec)

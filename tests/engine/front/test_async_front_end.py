@@ -196,6 +196,7 @@ def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
         "flags": [],
         "projections": [],
         "trace": [],
+        "rows": [],
         "trace_error": None,
         "proof": "parity",
     }
@@ -222,6 +223,7 @@ def test_a_request_that_ended_with_an_error_has_no_readout_and_the_others_have()
                 "flags": [],
                 "projections": [],
                 "trace": [],
+                "rows": [],
                 "trace_error": None,
                 "proof": "parity",
             }

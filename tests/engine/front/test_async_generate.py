@@ -42,6 +42,7 @@ class FakeEngine:
             "flags": [],
             "projections": [],
             "trace": [["kind", values]],
+            "rows": [],
             "trace_error": self.failure,
             "proof": "parity",
         }

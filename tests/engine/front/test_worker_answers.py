@@ -21,6 +21,7 @@ def _answer(layers: list[int], num_tokens: int = 4, **fields: Any) -> dict[str, 
         "pooled": b"".join(np.full(2, layer, np.float32).tobytes() for layer in layers),
         "projections": [["kind", layer, float(layer)] for layer in layers],
         "trace": [[f"of layer {layer}", bytes([layer])] for layer in layers],
+        "rows": [[layer, 2, bytes([layer])] for layer in layers],
         "trace_error": None,
         "proof": "parity",
     } | fields

@@ -117,7 +117,7 @@ def stopping(stop: Watch, num_prompt: int, tokens: int, **state: Any) -> StandIn
     settings = SteerSettings(layers=(1,))
     admission = Admission(settings, SIZE)
     admission.registry.register([KIND])  # type: ignore[attr-defined]
-    resolved = admission.resolve("one", RequestSpec((), Readout(stop=stop)), num_prompt)
+    resolved = admission.resolve("one", RequestSpec((Steering("kind", 1.0),), Readout(stop=stop)), num_prompt)
     scheduler = StandInScheduler({"one": [1]}, {"one": resolved.dump()})
     fields = {"num_prompt_tokens": num_prompt, "num_tokens": tokens, "num_stale_output_tokens": 0}
     vars(scheduler.requests["one"]).update(fields | {"drop_stale_output": False} | state)

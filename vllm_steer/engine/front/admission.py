@@ -230,6 +230,8 @@ class Admission:
         readout = None
         if spec.readout is not None:
             readout = self._readout(book, spec.readout, prompt_len)
+            if readout.pool == "rows":
+                self._check_rows(readout, prompt_len, num_computed)
             for read in readout.directions:
                 own = book.layers_of(read.name).values()
                 contents[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
@@ -415,7 +417,7 @@ class Admission:
             )
         first, end = spans.read_run(readout.span, readout.skip_first, prompt_len)
         trace = self._trace(book, readout)
-        vectors = readout.vectors and readout.pool != "max"
+        vectors = readout.vectors and readout.pool not in ("max", "rows")
         if readout.pool == "max":
             known = {(one.name, one.layer) for one in trace}
             trace += [
@@ -462,6 +464,31 @@ class Admission:
                 )
             trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot, own[0]))
         return trace
+
+    def _check_rows(self, readout: ResolvedReadout, prompt_len: int, num_computed: int | None) -> None:
+        """Refuse a readout that could store more rows than the operator allows."""
+        most, layers = self.settings.max_rows, len(readout.layers)
+        if not most:
+            raise BadReadout(
+                "pool 'rows' was asked of an engine with max_rows 0; allowed: the other pools. Start the engine with "
+                "steer_config(max_rows=...), the most tokens times layers of one request."
+            )
+        if prompt_len == sys.maxsize:  # the prompt is not known yet
+            return
+        end = num_computed if readout.end is None else readout.end
+        if end is None:
+            raise BadReadout(
+                f"pool 'rows' was asked of a span without an end and max_tokens is not set; allowed: up to {most} "
+                "rows, tokens times layers. Set max_tokens, or read a span that ends with the prompt."
+            )
+        tokens = max(end - readout.first, 0)
+        if tokens * layers > most:
+            what = "lower max_tokens, " if readout.end is None else ""
+            raise BadReadout(
+                f"pool 'rows' could read {tokens} tokens at {layers} layers, {tokens * layers} rows; allowed: up to "
+                f"{most} rows. Read a shorter span or fewer layers, {what}or start the engine with "
+                "steer_config(max_rows=...) larger."
+            )
 
     def _check_columns(self, trace: Sequence[Traced | Watched]) -> None:
         distinct = len({(one.layer_index, one.slot) for one in trace})

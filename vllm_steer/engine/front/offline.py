@@ -332,6 +332,10 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
     largest: dict[str, dict[int, tuple[float, int]]] = {}
     for name, layer, value, position in answer["max"]:
         largest.setdefault(name, {})[layer] = value, position
+    rows = {
+        layer: np.frombuffer(stored, dtype=np.float32).reshape(-1, size).copy()
+        for layer, size, stored in answer["rows"]
+    }
     return ReadoutResult(
         mean=pooled if asked.pool == "mean" else {},
         num_tokens=answer["num_tokens"],
@@ -342,4 +346,5 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         max=largest,
         stopped=next(iter(starmap(Crossing, answer["stopped"])), None),
         flags=tuple(starmap(Crossing, answer["flags"])),
+        rows=rows,
     )

@@ -32,7 +32,7 @@ class Summed:
     """A sample whose readout is to be taken in its present state.
 
     Attributes:
-        spec, state, trace, watched: see ``FinishedReadout``, which takes them over.
+        spec, state, trace, watched, rows: see ``FinishedReadout``, which takes them over.
         before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
@@ -41,6 +41,7 @@ class Summed:
     trace: traces.Trace | None
     before_last: Sequence[torch.Tensor] = ()
     watched: traces.Trace | None = None
+    rows: traces.Trace | None = None
 
     @property
     def alike(self) -> _Alike:
@@ -122,6 +123,7 @@ class ReadoutFlow:
                     tail_PM=projected_PR[:, tail],
                     trace=sample.trace,
                     watched=sample.watched,
+                    rows=sample.rows,
                 )
             )
         return readouts, has_arrived

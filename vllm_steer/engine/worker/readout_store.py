@@ -30,6 +30,7 @@ class FinishedReadout:
         sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
         trace: the projections of each token, or None if none were requested.
         watched: those of each generated token onto the directions of ``spec.watch``; None if there are none.
+        rows: the rows of each token, or None if none were requested.
     """
 
     spec: ResolvedReadout
@@ -40,6 +41,7 @@ class FinishedReadout:
     tail_PM: torch.Tensor
     trace: Trace | None
     watched: Trace | None = None
+    rows: Trace | None = None
 
     def settle(self) -> None:
         """Clone the slices so that the host buffer shared with other readouts can be freed."""
@@ -50,10 +52,10 @@ class FinishedReadout:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors and the trace in bytes."""
+        """Size of the tensors, the trace and the rows in bytes."""
         tensors = (self.sums_LND, self.tail_LMD, self.sums_PN, self.tail_PM)
         pooled = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-        return pooled + sum(one.num_bytes for one in (self.trace, self.watched) if one is not None)
+        return pooled + sum(one.num_bytes for one in (self.trace, self.watched, self.rows) if one is not None)
 
     def answer(self, computed_end: int) -> dict[str, Any]:
         """The readout as plain types for the RPC.
@@ -65,14 +67,16 @@ class FinishedReadout:
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
-            layer, value, position]], "stopped", "flags": [[name, layer, position, value]], "trace_error": why trace,
-            max and flags alone cannot be given, or None}``. ``stopped`` has at most one element.
+            layer, value, position]], "stopped", "flags": [[name, layer, position, value]], "rows": [[layer, D, bytes of
+            (num_tokens, D) float32]], "trace_error": why trace, max and flags alone cannot be given, or None}``.
+            ``stopped`` has at most one element.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
         over = 0 if self.spec.end is not None else self.state.next_position - computed_end
         most = self.tail_PM.shape[1]
-        if not -(self.state.num_unread + len(self.state.drafts)) <= over <= most:
+        # Rows need nothing subtracted: surplus ones are left out.
+        if over < -(self.state.num_unread + len(self.state.drafts)) or (over > most and self.rows is None):
             return {
                 "error": f"the sum goes up to token {self.state.next_position} but the sample ends at {computed_end}; "
                 f"allowed: up to {most} tokens too many, which can be subtracted (an abort can cause this, or a stop "
@@ -106,6 +110,9 @@ class FinishedReadout:
             vectors = pooled(self.sums_LND, self.tail_LMD).tobytes()
         values = pooled(self.sums_PN, self.tail_PM).tolist() if self.spec.project else []
         traced = self._traced(count)
+        stored = [] if self.rows is None else list(self.rows.values(0, count))
+        if stored and len(stored[0]) < count:
+            return {"error": f"{len(stored[0])} of the rows of {count} tokens have arrived from the device"}
         return {
             "num_tokens": count,
             "layers": self.spec.layers,
@@ -113,6 +120,10 @@ class FinishedReadout:
             "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
             "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
+            "rows": [
+                [layer, rows_ND.shape[1], rows_ND.tobytes()]
+                for layer, rows_ND in zip(self.spec.layers if stored else (), stored, strict=True)
+            ],
             **self._crossings(computed_end),
             "trace_error": next((one.failure for one in (self.trace, self.watched) if one is not None), None),
         }

@@ -21,6 +21,7 @@ from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
 from vllm_steer.engine.worker.layer_experiment import examine
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.rows import RowFlow, rows_of
 from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
@@ -81,6 +82,7 @@ class WorkerSteering:
             max_drafts=max_drafts,
             max_windows=settings.max_windows,
             can_cut=config.model_config.dtype == torch.float16,
+            has_rows=settings.max_rows > 0,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
@@ -88,6 +90,7 @@ class WorkerSteering:
         self._traces: dict[str, Trace] = {}
         self._watched: dict[str, Trace] = {}  # of live requests with watches
         self._unwatched: set[str] = set()  # live requests with a stop and without a trace column
+        self._row_flow, self._stored = RowFlow(self.buffers.rows_L_TD), dict[str, Trace]()  # those of live requests
         self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
         self._taken: dict[str, FinishedReadout] = {}  # internal id -> last readout taken of a live request
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
@@ -135,7 +138,8 @@ class WorkerSteering:
             readout = self._resolved[request_id].readout
             # The last row of a sum with a surplus token is that of the token before it.
             has_stop = bool(params.stop) or (readout is not None and readout.stop is not None)
-            if readout is not None and readout.end is None and (has_stop or readout.pool == "last"):
+            is_open = readout is not None and readout.end is None and readout.pool != "rows"  # rows leave it out
+            if readout is not None and is_open and (has_stop or readout.pool == "last"):
                 self._need_tails.add(request_id)
 
     def preempt(self, request_id: str) -> None:
@@ -167,6 +171,7 @@ class WorkerSteering:
             self._stops_in_step = [
                 tokens for tokens in plan.watched if self._stop_column(tokens.request_id) is not None
             ]
+            self._row_flow.expect([self._stored_rows(tokens) for tokens in plan.stored])
 
     def start_reading_marks(self) -> Callable[[], StepMarks] | None:
         """Start to read what the step shows of requests that may have to end; call it after each forward pass.
@@ -209,6 +214,7 @@ class WorkerSteering:
     def fetch(self) -> None:
         """Take in the traces and readouts up to the last forward pass that have arrived; never waits for the device."""
         self._trace_flow.fetch()
+        self._row_flow.fetch()
         self._readout_flow.fetch()
 
     def finish(self, request_id: str) -> None:
@@ -226,6 +232,7 @@ class WorkerSteering:
         self._traces.pop(request_id, None)
         self._watched.pop(request_id, None)
         self._unwatched.discard(request_id)
+        self._stored.pop(request_id, None)
         self._taken.pop(request_id, None)
         self._need_tails.discard(request_id)
         self.planner.remove(request_id)
@@ -286,6 +293,8 @@ class WorkerSteering:
         self._traces[request_id] = Trace(len(readout.trace), failure)
         if readout.watch:
             self._watched[request_id] = Trace(len(readout.watch), failure)
+        if readout.pool == "rows":
+            self._stored[request_id] = rows_of(len(readout.layers), self.buffers.bank_SD.shape[1])
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
@@ -312,6 +321,12 @@ class WorkerSteering:
             return None
         return self.planner.columns[request_id][len(readout.trace) + readout.watch.index(stop)]
 
+    def _stored_rows(self, stored: TracedTokens) -> TraceRows:
+        readout = self._resolved[stored.request_id].readout
+        assert readout is not None  # only requests with a readout store rows
+        rows, start = self._stored[stored.request_id], stored.position - readout.first
+        return TraceRows(rows, tuple(readout.layer_indices), stored.token, stored.count, start, stored.num_drafts)
+
     def _to_take(self, request_id: str) -> Summed | None:
         """The present readout of a request; None if nothing was computed for it since it was last taken."""
         state = self.planner.poolings.get(request_id)
@@ -321,8 +336,8 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-        watched = self._watched.get(request_id)
-        return Summed(readout, replace(state), self._traces.get(request_id), before_last, watched)
+        watched, rows = self._watched.get(request_id), self._stored.get(request_id)
+        return Summed(readout, replace(state), self._traces.get(request_id), before_last, watched, rows)
 
     def _take_ended(self) -> None:
         """Move the readouts of finished requests to the store."""
