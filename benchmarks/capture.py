@@ -97,11 +97,10 @@ def _rate(llm: Any, ids: Any, readout: Readout | None, layers: list[int]) -> flo
         prompts = [{"prompt_token_ids": row.tolist()} for row in ids[start : start + each]]
         params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout)
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        if readout is None:
-            continue
-        for (read,) in collect_readouts(llm, outputs):
+        for (read,) in collect_readouts(llm, outputs) if readout is not None else ():
             assert read is not None
-            seen += sum(len(read.rows[layer]) if readout.pool == "rows" else read.num_tokens for layer in layers)
+            # a mean counts the tokens in it, at each of its layers
+            seen += sum(len(read.rows[layer]) if read.rows else read.num_tokens for layer in layers)
     seconds = time.monotonic() - began
     assert readout is None or seen == ids.size * len(layers)
     return float(ids.size / seconds)
