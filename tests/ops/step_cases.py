@@ -146,9 +146,24 @@ def make_case(
         trace=normal(tokens + SPARE_TOKENS, columns),
         cut=torch.zeros(rows, dtype=torch.int32),
         flags=torch.tensor(
-            [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0), 0], dtype=torch.int32
+            [entries if any_steered else 0, len(segment) if segment[:, 1].any() else 0, int(columns > 0), 0],
+            dtype=torch.int32,
         ),
     )
+
+
+def with_blocks(case: Case, size: int, spare: int = 3) -> Case:
+    """Behind each request's segment the sums of its blocks of ``size`` tokens, in rows in no particular order."""
+    tokens = [(first, first + count) for first, count in case.segment.tolist()]
+    parts = [(at, min(size, end - at)) for first, end in tokens for at in range(first, end, size)]
+    segments = torch.tensor([*case.segment.tolist(), *parts], dtype=torch.int32).reshape(-1, 2)
+    rows = REQUESTS + torch.randperm(len(parts) + spare, generator=torch.Generator().manual_seed(1))[: len(parts)]
+    sums = torch.full((REQUESTS + len(parts) + spare, case.sums.shape[1]), torch.nan)  # of older content
+    sums[:REQUESTS] = case.sums
+    flags = case.flags.clone()
+    flags[READ] = len(segments)
+    keep = torch.cat([case.keep, -rows.int()])
+    return replace(case, keep=keep, segment=segments, sums=sums, last=sums.clone(), flags=flags)
 
 
 @dataclass(frozen=True)
@@ -232,11 +247,13 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
             untouched.append(t)
     stream = (hidden if hidden_after is None else hidden_after) + residual
     for s, (first, count) in enumerate(case.segment.tolist()):
-        if case.keep[s] == 0:
-            sums[s] = 0
+        keep = int(case.keep[s])
+        row = s if keep >= 0 else -keep
+        if keep <= 0:
+            sums[row] = 0
         for t in range(first, first + count):
-            sums[s] += stream[t]
-            last[s] = stream[t]
+            sums[row] += stream[t]
+            last[row] = stream[t]
     for k, slot in enumerate(case.trace_slot.tolist()):
         if slot >= 0:
             trace[:tokens, k] = stream @ bank[slot]

@@ -14,7 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.patching import Attribute, patch
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
 from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
 
@@ -160,7 +160,7 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     if resolved.windows[0].digest:
         CACHE_SALT.put(request, salt(request.cache_salt, resolved.windows[0].digest))
     if resolved.readout is not None:
-        if resolved.readout.first < 1:  # see ``prefix_cache`` for the others
+        if resolved.readout.first < 1 and not sums_suffice(resolved.dump()["readout"]):  # see ``prefix_cache``
             SKIP_READING_PREFIX_CACHE.put(params, True)
         admission.remember(request.request_id, asked)
     if asked.admitted is not None:
@@ -222,7 +222,7 @@ EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
 SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
     "SamplingParams",
     "skip_reading_prefix_cache",
-    why="A readout from the first token on needs every activation computed, so cached KV cannot replace any token.",
+    why="A trace from the first token on needs every activation computed, so cached KV cannot replace any token.",
     gone_when=_SPEC_GONE,
 )
 CACHE_SALT: Attribute[str] = Attribute(
