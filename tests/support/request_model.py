@@ -33,6 +33,8 @@ class Life:
         drafted: draft tokens in its last step.
         steps: (known tokens, right draft tokens) of its last two steps.
         has_gap: the engine has skipped a token.
+        text: which text its prompt is the beginning of.
+        steered_as: names its steering; equal for equal steering.
         may_fail: the worker may have given its sums up, see ``Schedule.empty_step``.
     """
 
@@ -55,6 +57,8 @@ class Life:
     has_gap: bool = False
     may_fail: bool = False
     streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
+    text: int = 0
+    steered_as: Any = None
 
     def __repr__(self) -> str:
         return self.request_id
@@ -71,7 +75,14 @@ class Life:
 
     def content(self, position: int, is_wrong: bool = False) -> Any:
         """float32 (BLOCKS + 1, SIZE): a token's embedding and what each block adds; ``is_wrong``: of a wrong draft."""
-        return CONTENT[(self.number * 53 + self.index * 29 + position + 500 * is_wrong) % len(CONTENT)]
+        sample = 0 if position < self.prompt_len else self.index * 29
+        return CONTENT[(self.text * 53 + sample + position + 500 * is_wrong) % len(CONTENT)]
+
+    def hashes(self, size: int) -> list[Any]:
+        """What stands for each of its blocks of ``size`` tokens: the text, and how its tokens are steered."""
+        own = self.text, str(self.steered_as)
+        ends = range(size, self.total + 1, size)
+        return [(*own, end) if end <= self.prompt_len else (*own, self.prompt_len, self.index, end) for end in ends]
 
     def stream(self, position: int, is_wrong: bool = False) -> list[Any]:
         """The float64 (SIZE,) stream of one token after each block, by the definition of the ops."""
