@@ -53,6 +53,8 @@ class SteerSettings(BaseModel):
             counts. What is in lengths of the stream (α of ``relative`` entries, α − 1 of ``scale``) counts that many
             times the layer's mean residual norm if ``residual_norms`` has it, else as it is.
         readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
+        block_sums_mib: memory, in MiB on the model's device, for sums of the residual stream over KV blocks, with which
+            a readout may take tokens of its span from the prefix cache; 0 keeps none.
         trace_columns: directions that can be traced at once, over all requests; each costs one number per token.
         max_rows: most vectors, tokens times layers, that one request may read with the pool ``rows``. With 0 no request
             can, and nothing is allocated for it. Otherwise each hooked layer holds one float32 row on the device for
@@ -83,6 +85,7 @@ class SteerSettings(BaseModel):
     max_windows: Annotated[int, Field(ge=2, le=64)] = 8
     max_alpha: Annotated[float, Field(gt=0, le=1e30)] = 1000.0  # the tables hold α as float32
     readout_store_mib: Annotated[int, Field(ge=1)] = 512
+    block_sums_mib: Annotated[int, Field(ge=0)] = 256
     trace_columns: Annotated[int, Field(ge=0, le=256)] = 8
     max_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     served_aliases: dict[str, tuple[SteeringEntry, ...]] = Field(default_factory=dict)

@@ -113,7 +113,7 @@ def test_the_device_gets_what_the_plan_says(copies: list[int], step: Callable[..
     assert buffers.row_of_token.tolist() == [-1] * 2 + [row] * 4 + [row + 1] * 2 + [-1] * 8
     assert buffers.segment_A2[0].tolist() == [2, 6]
     assert buffers.keep_A.tolist() == [0, 1, 1]
-    assert buffers.flags_L4[:, :VERSION].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert buffers.flags_L4[:, :VERSION].tolist() == [[1, 3, 1], [1, 0, 0]]
     assert buffers.trace_slot_LK.tolist() == [[1, -1], [-1, -1]]
     assert buffers.entry_slot_LRE[:, row].tolist() == [[1, -1], [0, -1]]
     assert buffers.entry_ab_LRE2[:, row, 0].tolist() == [[2.0, 0.0], [1.0, -1.0]]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.step_cases import Case, check, make_case, over_prompt
+from tests.ops.step_cases import Case, check, make_case, over_prompt, with_blocks
 from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
@@ -82,6 +82,12 @@ def test_a_float16_stream_is_cut_off_at_its_limit_and_the_row_says_so(alpha: flo
 def test_any_size_of_the_stream_will_do(dimension: int) -> None:
     # Normalised vectors of one element are ±1, and so is every direction: the tolerances stay the same.
     check(make_case(3, dimension=dimension, columns=2, dtype=torch.float16), steer_and_read, DEVICE)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_blocks_are_summed_beside_the_requests_that_they_are_of(size: int) -> None:
+    for seed, tokens in ((51, 9), (52, 170)):
+        check(with_blocks(make_case(seed, tokens=tokens), size), steer_and_read, DEVICE)
 
 
 # Segments that are longer than two blocks of tokens, in a small call and in a large one.

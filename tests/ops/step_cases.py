@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.step_plan import READ, ROWS
+from vllm_steer.plan.step_plan import READ, ROWS, TRACE, TRACED
 
 DIMENSION, SLOTS, REQUESTS, PROBES = 24, 5, 4, 4
 WRITTEN_PROBES = 2  # of a hook: those before it have written the others, of which conditions over prompts take sums
@@ -168,7 +168,12 @@ def make_case(
         cut=torch.zeros(rows, dtype=torch.int32),
         rows=normal(0 if stored is None else tokens + SPARE_TOKENS, dimension),
         flags=torch.tensor(
-            [entries if any_steered else 0, int(segment[:, 1].any()) | ROWS * bool(stored), int(columns > 0), 0],
+            [
+                entries if any_steered else 0,
+                len(segment) if segment[:, 1].any() else 0,
+                TRACED * (columns > 0) | ROWS * bool(stored),
+                0,
+            ],
             dtype=torch.int32,
         ),
     )
@@ -190,6 +195,20 @@ def over_prompt(count: int) -> Case:
     case.entry_threshold[0] = torch.tensor([total - 0.01, total - 0.01, case.prompt_sums[0, probe] - 0.01])
     case.flags[0] = 3
     return case
+
+
+def with_blocks(case: Case, size: int, spare: int = 3) -> Case:
+    """Behind each request's segment the sums of its blocks of ``size`` tokens, in rows in no particular order."""
+    tokens = [(first, first + count) for first, count in case.segment.tolist()]
+    parts = [(at, min(size, end - at)) for first, end in tokens for at in range(first, end, size)]
+    segments = torch.tensor([*case.segment.tolist(), *parts], dtype=torch.int32).reshape(-1, 2)
+    rows = REQUESTS + torch.randperm(len(parts) + spare, generator=torch.Generator().manual_seed(1))[: len(parts)]
+    sums = torch.full((REQUESTS + len(parts) + spare, case.sums.shape[1]), torch.nan)  # of older content
+    sums[:REQUESTS] = case.sums
+    flags = case.flags.clone()
+    flags[READ] = len(segments)
+    keep = torch.cat([case.keep, -rows.int()])
+    return replace(case, keep=keep, segment=segments, sums=sums, last=sums.clone(), flags=flags)
 
 
 @dataclass(frozen=True)
@@ -279,16 +298,18 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
             untouched.append(t)
     stream = (hidden if hidden_after is None else hidden_after) + residual
     for s, (first, count) in enumerate(case.segment.tolist()):
-        if case.keep[s] == 0:
-            sums[s] = 0
+        keep = int(case.keep[s])
+        row = s if keep >= 0 else -keep
+        if keep <= 0:
+            sums[row] = 0
         for t in range(first, first + count):
-            sums[s] += stream[t]
-            last[s] = stream[t]
+            sums[row] += stream[t]
+            last[row] = stream[t]
     for k, slot in enumerate(case.trace_slot.tolist()):
         if slot >= 0:
             trace[:tokens, k] = stream @ bank[slot]
     rows = case.rows.double().numpy().copy()
-    if int(case.flags[1]) & 2 and len(rows):
+    if int(case.flags[TRACE]) & ROWS and len(rows):
         rows[:tokens] = stream
     return Expected(hidden, sums, last, trace, probe, cut, rows, untouched)
 
@@ -302,7 +323,7 @@ def check(
         rounding: how far the one rounding to hidden's type may go, in units of its eps.
         scale: the largest α divided by 8.
     """
-    if not case.flags[READ] & 1:
+    if not case.flags[READ]:
         # A reset where nothing is read at the layer has no effect (the accumulator is not read before its next reset),
         # and the fast paths skip it.
         case = replace(case, keep=torch.ones_like(case.keep))

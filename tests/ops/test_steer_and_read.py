@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.step_cases import PROBES, REQUESTS, Case, check, loop, make_case, over_prompt
+from tests.ops.step_cases import PROBES, REQUESTS, Case, check, loop, make_case, over_prompt, with_blocks
 from vllm_steer.ops import cpu, reference
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.plan.entry_rows import ABOVE, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
@@ -200,8 +200,19 @@ def test_long_runs_and_segments_agree_with_the_loop(
     case.entry_ab[..., 1] = 0.0 if op == "add" else -1.0
     case.entry_ab[case.entry_slot < 0] = 0.0
     case.segment[:] = torch.tensor([[0, 0], [70, 100], [0, 69], [0, 0]])
-    case.flags[READ] = 1
+    case.flags[READ] = len(case.segment)
     check(case, implementation)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_are_summed_beside_the_requests_that_they_are_of(
+    implementation: Callable[..., None], dtype: torch.dtype, size: int
+) -> None:
+    for seed, tokens in ((51, 9), (52, 170)):
+        case = make_case(seed, tokens=tokens, dtype=dtype)
+        assert case.segment[:, 1].any()
+        check(with_blocks(case, size), implementation)
 
 
 LARGEST = 65504.0  # of float16

@@ -35,6 +35,8 @@ class Life:
         steps: (known tokens, right draft tokens) of its last two steps.
         has_gap: the engine has skipped a token.
         has_sums: its whole prompt has been computed once.
+        text: which text its prompt is the beginning of.
+        steered_as: names its steering; equal for equal steering.
         may_fail: the worker may have given its sums up, see ``Schedule.empty_step``.
     """
 
@@ -59,6 +61,8 @@ class Life:
     has_sums: bool = False
     may_fail: bool = False
     streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
+    text: int = 0
+    steered_as: Any = None
 
     def __repr__(self) -> str:
         return self.request_id
@@ -75,7 +79,14 @@ class Life:
 
     def content(self, position: int, is_wrong: bool = False) -> Any:
         """float32 (BLOCKS + 1, SIZE): a token's embedding and what each block adds; ``is_wrong``: of a wrong draft."""
-        return CONTENT[(self.number * 53 + self.index * 29 + position + 500 * is_wrong) % len(CONTENT)]
+        sample = 0 if position < self.prompt_len else self.index * 29
+        return CONTENT[(self.text * 53 + sample + position + 500 * is_wrong) % len(CONTENT)]
+
+    def hashes(self, size: int) -> list[Any]:
+        """What stands for each of its blocks of ``size`` tokens: the text, and how its tokens are steered."""
+        own = self.text, str(self.steered_as)
+        ends = range(size, self.total + 1, size)
+        return [(*own, end) if end <= self.prompt_len else (*own, self.prompt_len, self.index, end) for end in ends]
 
     def stream(self, position: int, is_wrong: bool = False) -> list[Any]:
         """The float64 (SIZE,) stream of one token after each block, by the definition of the ops."""
@@ -109,8 +120,12 @@ class Life:
     @property
     def left_to_sum(self) -> int:
         """Prompt tokens that must come before any other, and not from the prefix cache; 0 if none must."""
-        over = [entry.when.over for _, entry, *_ in self.entries if entry.when is not None]
-        return 0 if self.has_sums or "prompt" not in over else self.prompt_len - self.computed
+        return self.prompt_len - self.computed if self.looks_at_prompt and not self.has_sums else 0
+
+    @property
+    def looks_at_prompt(self) -> bool:
+        """Whether one of its conditions is over the prompt."""
+        return any(entry.when is not None and entry.when.over == "prompt" for _, entry, *_ in self.entries)
 
     @property
     def has_row_before_last(self) -> bool:
@@ -222,13 +237,14 @@ def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
-    pool = draw(st.sampled_from(["mean", "mean", "last", "max", "rows"]))
+    pool = draw(st.sampled_from(["mean", "mean", "mean", "last", "last", "max", "rows"]))
     project = draw(
         st.lists(st.sampled_from(own), min_size=pool == "max", max_size={"max": 1, "rows": 0}.get(pool, 9), unique=True)
     )
     # "both" takes two columns
     most = MOST_TRACED if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)
-    trace = draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True))
+    is_traced = draw(st.integers(0, 2)) == 0  # one that is not may begin within its span
+    trace = draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True)) if is_traced else []
     watches: list[Watch] = []
     for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=2)) if pool != "max" else []:
         if len({*trace, name, *(one.direction for one in watches)}) <= MOST_TRACED:

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from vllm_steer.engine.reader_blocks import STEP_BLOCKS
 from vllm_steer.engine.worker import patch_classic_runner, worker_steering
 from vllm_steer.engine.worker.layer_experiment import Findings, Layer, class_path
 from vllm_steer.engine.worker.worker_steering import WorkerSteering
+from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
 SIZE, BLOCKS = 8, 5
@@ -84,6 +86,7 @@ class StandInRunner:
                 architecture="LlamaForCausalLM", get_hidden_size=lambda: SIZE, dtype=torch.float32
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
             num_speculative_tokens=drafts,
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[rows]),
         )
@@ -129,6 +132,7 @@ class StandInRunner:
         new: Sequence[Any] = (),
         preempted: Collection[str] = (),
         drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        blocks: StepBlocks | None = None,
     ) -> None:
         """Prepare a step of (request id, computed, scheduled) in this order; older rows follow in vLLM's arrays."""
         ids, computed, scheduled = ([one[i] for one in batch] for i in range(3))
@@ -138,6 +142,8 @@ class StandInRunner:
         output = SimpleNamespace(
             scheduled_new_reqs=list(new), preempted_req_ids=set(preempted), scheduled_spec_decode_tokens=drafts
         )
+        if blocks is not None:
+            STEP_BLOCKS.put(output, blocks)
         self._prepare_inputs(output, np.array(scheduled, np.int32))
 
     def forward(self, contents: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.functional import embedding_bag
 
 from vllm_steer.device.staging import ring_for
 from vllm_steer.ops.dispatch import steer_and_read
 from vllm_steer.ops.host_flags import HostFlags
+from vllm_steer.plan.block_sums import MOST_SEGMENTS
 from vllm_steer.plan.entry_rows import MOST_PROBES
 from vllm_steer.plan.step_plan import VERSION, IntArray, PromptPart, StepPlan
 
@@ -41,6 +44,7 @@ class SteerBuffers:
         device: where the model runs.
         has_rows: whether rows can be stored.
         can_cut: whether the residual stream is float16, which the op may have to clip.
+        num_blocks: KV blocks whose sums are kept, see ``block_sums``.
 
     Attributes:
         bank_SD: (S, D) float32, the directions.
@@ -51,7 +55,8 @@ class SteerBuffers:
         probe_TG: (T, G) float32, the projections that probes store for conditions at later layers.
         prompt_sums_MG: (M, G) float32, the sums over the prompts of what their probes stored, up to the last step.
         prompt_part_M2: int32, the first token and the number of tokens of each prompt's part of this step.
-        sums_L_AD, last_L_AD: for each layer (A, D) float32, the sums and the last tokens of the accumulators.
+        sums_L_AD, last_L_AD: for each layer (A + num_blocks, D) float32, the sums and the last tokens of the
+            accumulators, and behind them those of KV blocks.
         trace_TK: (T, K) float32, the traced projections.
         rows_L_TD: for each layer (T, D) float32, the stored rows of the step; (0, D) without ``has_rows``.
         cut_R: (R,) int32, 1 for rows whose stream was clipped.
@@ -72,8 +77,10 @@ class SteerBuffers:
         max_windows: int = 2,
         can_cut: bool = False,
         has_rows: bool = False,
+        num_blocks: int = 0,
     ) -> None:
         self.can_cut = can_cut
+        segments = max_requests * (1 + max_drafts) + min(num_blocks, MOST_SEGMENTS)
         rows, accumulators = max_windows * max_requests, max_requests * (1 + max_drafts)
 
         def floats(*shape: int) -> torch.Tensor:
@@ -81,8 +88,8 @@ class SteerBuffers:
 
         packer = _Packer()
         self._accepted = packer.table(max_requests * max_drafts, 2, fill=0)
-        self._keep = packer.table(accumulators, fill=1)
-        self._segment = packer.table(accumulators, 2, fill=0)
+        self._keep = packer.table(segments, fill=1)
+        self._segment = packer.table(segments, 2, fill=0)
         self._flags = packer.table(num_layers, _aligned(VERSION + 1), fill=0)
         self._trace_slot = packer.table(num_layers, _aligned(trace_columns), fill=-1)
         self._row = packer.table(max_tokens, fill=-1)
@@ -95,6 +102,7 @@ class SteerBuffers:
         self._packed, self._ring = packed, ring_for(device, len(packed))
         self._num_changed = 0
         self._high_water = 0
+        self._segments_high_water = accumulators
         self._nothing = StepPlan.blank(num_layers, accumulators)
         self._written: StepPlan | None = None
         self._to_sum: list[PromptPart] = []
@@ -114,8 +122,15 @@ class SteerBuffers:
         self.prompt_sums_MG = floats(max_requests, MOST_PROBES)
         self.prompt_part_M2 = self._prompt_part.of(packed)
         # One tensor per layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
-        self.sums_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
-        self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
+        self.sums_L_AD, self.last_L_AD = (
+            [
+                torch.empty(accumulators + num_blocks, hidden_size, dtype=torch.float32, device=device)
+                for _ in range(num_layers)
+            ]
+            for _ in range(2)
+        )
+        for rows_AD in (*self.sums_L_AD, *self.last_L_AD):
+            rows_AD[:accumulators] = 0  # rows of blocks are written before they are read
         # One tensor for all layers; each writes only its own columns. So one copy fetches the traces of a step.
         self.trace_TK = floats(max_tokens, trace_columns)
         self.rows_L_TD = [floats(max_tokens if has_rows else 0, hidden_size) for _ in range(num_layers)]
@@ -145,6 +160,11 @@ class SteerBuffers:
             self._put(self._accepted, np.array(plan.accepted, np.int32))
         self._put(self._keep, plan.keep_A)
         self._put(self._segment, plan.segment_A2)
+        stale = self._segments_high_water - len(plan.keep_A)
+        if stale > 0:  # segments of blocks of an older step
+            self._put(self._keep, np.ones(stale, np.int32), at=len(plan.keep_A))
+            self._put(self._segment, np.zeros((stale, 2), np.int32), at=len(plan.keep_A))
+        self._segments_high_water = len(plan.keep_A)
         self._put(self._flags, plan.flags_L3)
         if plan.trace_slot_LK is not None:
             self._put(self._trace_slot, plan.trace_slot_LK)
@@ -169,6 +189,19 @@ class SteerBuffers:
             into_N, draft_N = self._accepted.of(self._packed)[: len(plan.accepted)].unbind(1)
             for sums_AD in self.sums_L_AD:
                 sums_AD.index_add_(0, into_N, sums_AD[draft_N])
+        if plan.loaded:
+            self._load(plan.loaded)
+
+    def _load(self, loaded: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        """Assign to accumulators the sums of rows of blocks, and the last of the rows of last tokens. Never waits."""
+        ends = list(itertools.accumulate(len(rows) for _, rows in loaded))
+        numbers = [accumulator for accumulator, _ in loaded] + [0, *ends[:-1]] + [rows[-1] for _, rows in loaded]
+        numbers += [row for _, rows in loaded for row in rows]
+        on_device = torch.tensor(numbers).to(self.keep_A.device, non_blocking=True)
+        into_N, offset_N, last_N, row_M = on_device.split([len(loaded)] * 3 + [ends[-1]])
+        for sums_AD, last_AD in zip(self.sums_L_AD, self.last_L_AD, strict=True):
+            sums_AD[into_N] = embedding_bag(row_M, sums_AD, offset_N, mode="sum")
+            last_AD[into_N] = last_AD[last_N]
 
     def forget(self, request_id: str) -> None:
         """Drop the sums that were put aside for a request which has ended."""

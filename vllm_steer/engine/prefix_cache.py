@@ -16,7 +16,8 @@ A condition over the prompt depends on all of the prompt, which the chain contai
 digest of the windows that it gates contains.
 
 A readout needs the activations of its span, which cached KV does not have. So a request with a readout finds cached
-blocks before the span only, also when it comes back from a preemption with blocks of its own in the cache.
+blocks before the span, and in the span as far as there are sums of them that suffice for it (``reader_blocks``). The
+same holds when it comes back from a preemption with blocks of its own in the cache.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.simple_kv_offload import manager
 
 from vllm_steer.engine.patching import patch
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.engine.reader_blocks import BLOCK_SUMS
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
+from vllm_steer.plan.block_sums import Reader
 
 _KEY = "vllm_steer"
 
@@ -68,12 +71,34 @@ def _get_computed_blocks(original: Any) -> Any:
         resolved = _resolved_of(request)
         if resolved is None or resolved["readout"] is None:
             return original(self, request, *bound)
-        readout = resolved["readout"]
+        readout, sums = resolved["readout"], BLOCK_SUMS.of(self)
         first = min(readout["first"], readout["watch_first"]) if readout["watch"] else readout["first"]
-        # Since 0.33 a caller can give a bound of its own.
-        return original(self, _Beginning(request, first), *(min(one, first) for one in bound if one is not None))
+
+        def cached(end: int) -> Any:
+            # Since 0.33 a caller can give a bound of its own.
+            return original(self, _Beginning(request, end), *(min(one, end) for one in bound if one is not None))
+
+        if sums is None or request.skip_reading_prefix_cache or not sums_suffice(readout):
+            return cached(first)
+        reader = _reader(request, resolved)
+        found = cached(sums.reach(reader, request.num_tokens))
+        if not sums.begin(request.request_id, reader, found[1]):  # the hit ends within a block
+            found = cached(first)
+            sums.begin(request.request_id, reader, found[1])
+        return found
 
     return get_computed_blocks
+
+
+def _reader(request: Any, resolved: dict[str, Any]) -> Reader:
+    readout = resolved["readout"]
+    return Reader(
+        request.block_hashes,
+        readout["first"],
+        readout["end"],
+        resolved["prompt_len"],
+        frozenset(readout["layer_indices"]),
+    )
 
 
 class _Beginning:

@@ -142,6 +142,11 @@ class ResolvedReadout:
         )
 
 
+def sums_suffice(readout: dict[str, Any]) -> bool:
+    """Whether a dumped readout needs no more of its tokens than their sum and the last of them."""
+    return readout["pool"] in ("mean", "last") and not readout["trace"]
+
+
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Everything that a worker and the scheduler need to know about one request.

@@ -115,7 +115,7 @@ VLLM_NAMES = (
         "pipeline_parallel_size "
         "prefill_context_parallel_size tensor_parallel_size use_sequence_parallel_moe use_ubatching",
     ),
-    VllmName("vllm.config.cache", "CacheConfig.kv_sharing_fast_prefill"),
+    *_members("vllm.config.cache", "CacheConfig", "enable_prefix_caching kv_sharing_fast_prefill"),
     *_members("vllm.config.scheduler", "SchedulerConfig", "async_scheduling max_num_batched_tokens max_num_seqs"),
     VllmName("vllm.config.compilation", "CompilationConfig.cudagraph_capture_sizes"),
     *_members("vllm.config.speculative", "SpeculativeConfig", "method rejection_sample_method"),
@@ -146,7 +146,9 @@ VLLM_NAMES = (
     *(VllmName(module, "") for module in _HASH_HOLDERS),
     VllmName("vllm.v1.core.kv_cache_manager", "KVCacheManager"),
     VllmName("vllm.v1.request", "Request.num_tokens", needed_by="engine/prefix_cache.py"),
-    VllmName("vllm.v1.request", "Request.sampling_params"),
+    *_members("vllm.v1.request", "Request", "block_hashes num_computed_tokens sampling_params"),
+    VllmName("vllm.v1.request", "Request.skip_reading_prefix_cache", needed_by="engine/prefix_cache.py"),
+    VllmName("vllm.v1.core.block_pool", "BlockPool.hash_block_size"),
     VllmName(
         "vllm.v1.request",
         "Request.get_skip_reading_prefix_cache",
@@ -273,7 +275,7 @@ VLLM_NAMES = (
     *_members(
         _SCHEDULED,
         "SchedulerOutput",
-        "finished_req_ids preempted_req_ids scheduled_new_reqs scheduled_spec_decode_tokens",
+        "finished_req_ids num_scheduled_tokens preempted_req_ids scheduled_new_reqs scheduled_spec_decode_tokens",
     ),
     *_members(_SCHEDULED, "NewRequestData", "req_id sampling_params"),
     # The classic runner.

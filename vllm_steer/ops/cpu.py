@@ -22,7 +22,7 @@ from torch.nn.functional import embedding_bag
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
-from vllm_steer.plan.step_plan import ROWS, SUMS
+from vllm_steer.plan.step_plan import ROWS, TRACED
 
 LONG_RUN = 16
 """Average length, in tokens, from which runs are steered one by one."""
@@ -63,10 +63,10 @@ def steer_and_read(
     flags_4: torch.Tensor,
 ) -> None:
     """The op on the CPU; see ``reference.steer_and_read``."""
-    depth, read, is_traced, version = flags_4.tolist()
-    if not (depth or read or is_traced):
+    depth, num_segments, by_token, version = flags_4.tolist()
+    if not (depth or num_segments or by_token):
         return
-    is_read = read & SUMS
+    is_traced = by_token & TRACED
     asked = version, hidden_TD.shape, bank_SD._version
     last, work = _LAST.get(flags_4.data_ptr(), (None, None))
     if work is None or last != asked or not version:
@@ -76,8 +76,12 @@ def steer_and_read(
         tables = (entry_slot_RE, entry_ab_RE2, entry_mode_RE, entry_gate_RE, entry_threshold_RE)
         work = _Work(
             None if units is None else _steered(bank_SD, units, num_tokens, tables, depth, most),
-            _index(reset) if is_read and (reset := np.flatnonzero(keep_A.numpy() == 0)).size else None,
-            _summed(segment_A2.numpy().tobytes(), num_tokens, most) if is_read else [],
+            _index(reset) if num_segments and (reset := _reset(keep_A.numpy()[:num_segments])).size else None,
+            _summed(
+                segment_A2.numpy()[:num_segments].tobytes(), keep_A.numpy()[:num_segments].tobytes(), num_tokens, most
+            )
+            if num_segments
+            else [],
             _parts(0, num_tokens, most) if is_traced else [],
         )
         _LAST[flags_4.data_ptr()] = asked, work
@@ -86,7 +90,7 @@ def steer_and_read(
         if work.steered.looks_at_prompts and prompt_part_M2[:, 1].any():
             summed_MG = _summed_over_prompts(probe_TG, prompt_sums_MG, prompt_part_M2)
         _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, summed_MG, cut_R)
-    if is_read:
+    if num_segments:
         if work.reset is not None:
             sums_AD[work.reset] = 0.0
         _accumulate(hidden_TD, residual_TD, work.summed, sums_AD, last_AD)
@@ -95,7 +99,7 @@ def steer_and_read(
         directions_DK = bank_SD[trace_slot_K[columns].long()].T
         for tokens in work.traced:
             trace_TK[tokens, columns] = _stream(hidden_TD, residual_TD, tokens) @ directions_DK
-    if read & ROWS and len(rows_TD):
+    if by_token & ROWS and len(rows_TD):
         _store(hidden_TD, residual_TD, rows_TD[: len(hidden_TD)])
 
 
@@ -386,9 +390,9 @@ class _Summed:
     """Tokens that are summed in one call.
 
     Attributes:
-        tokens: the tokens, in the order of their accumulators.
-        into: one accumulator for all tokens, or one for each.
-        ended: accumulators whose segments end among these tokens.
+        tokens: the tokens, in the order of their segments.
+        into: one row for all tokens, or one for each.
+        ended: rows of the segments that end among these tokens.
         ends: the last token of each of these segments, as rows of ``tokens``.
     """
 
@@ -414,20 +418,40 @@ def _accumulate(
         last_AD[part.ended] = _rows(stream_MD, part.ends)
 
 
+def _row_of(keep_A: Counts) -> Counts:
+    """The row into which each segment is summed."""
+    rows: Counts = np.where(keep_A < 0, -keep_A, np.arange(len(keep_A)))
+    return rows
+
+
+def _reset(keep_A: Counts) -> Counts:
+    rows: Counts = _row_of(keep_A)[keep_A <= 0].astype(np.int64)
+    return rows
+
+
 @lru_cache(maxsize=4)
-def _summed(table: bytes, num_tokens: int, most: int) -> list[_Summed]:
+def _summed(table: bytes, keep: bytes, num_tokens: int, most: int) -> list[_Summed]:
     """The segments of a step, which all its layers share, in parts of at most ``most`` tokens."""
     first_A, count_A = np.frombuffer(table, np.int32).astype(np.int64).reshape(-1, 2).T
-    filled_N = np.flatnonzero(count_A)
-    first_N, count_N = first_A[filled_N], count_A[filled_N]
+    row_A = _row_of(np.frombuffer(keep, np.int32).astype(np.int64))
+    is_block_A = np.frombuffer(keep, np.int32) < 0
+    found = []
+    for of_blocks in (False, True) if is_block_A.any() else (False,):  # segments of blocks overlap the others
+        filled_N = np.flatnonzero((count_A != 0) & (is_block_A == of_blocks))
+        found += _in_parts(row_A[filled_N], first_A[filled_N], count_A[filled_N], num_tokens, most)
+    return found
+
+
+def _in_parts(filled_N: Counts, first_N: Counts, count_N: Counts, num_tokens: int, most: int) -> list[_Summed]:
+    """Segments that do not overlap; ``filled_N``: the row of each."""
     stop_N = count_N.cumsum()
-    accumulator_M = filled_N.repeat(count_N)
+    row_M = filled_N.repeat(count_N)
     token_M = _consecutive(first_N, count_N)
     is_long = len(token_M) >= LONG_SEGMENT * len(filled_N)
     bounds = zip((stop_N - count_N).tolist(), stop_N.tolist(), strict=True) if is_long else [(0, len(token_M))]
     found = []
     for part in (part for first, stop in bounds for part in _parts(first, stop, most)):
-        into = accumulator_M[part]
+        into = row_M[part]
         is_one = len(into) > 1 and into[0] == into[-1]
         ended_N = np.flatnonzero((stop_N > part.start) & (stop_N <= part.stop))
         found.append(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE
+from vllm_steer.plan.step_plan import READ, STEER, TRACE
 
 
 class HostFlags:
@@ -39,8 +39,7 @@ class HostFlags:
         if not self.is_step:
             return True, True
         flags_4 = self._on_host_L4[self._layer_at[address]]
-        read = int(flags_4[READ])
-        return bool(flags_4[STEER] or flags_4[TRACE] or read & ROWS), bool(read & SUMS)
+        return bool(flags_4[STEER] or flags_4[TRACE]), bool(flags_4[READ])
 
 
 _KNOWN: WeakValueDictionary[int, HostFlags] = WeakValueDictionary()

@@ -36,16 +36,17 @@ As a loop, with every number in float32::
             hidden[t] = new                                     # rounded once, to hidden's dtype
             h = hidden[t] + residual[t]                         # reads see what the next layer gets
     for s in range(A):
-        if keep[s] == 0:
-            sums[s] = 0                                         # assigned: a NaN or inf must not outlive its request
+        row = s if keep[s] >= 0 else -keep[s]                   # the sum of a KV block has a row of its own
+        if keep[s] <= 0:
+            sums[row] = 0                                       # assigned: a NaN or inf must not outlive its request
         first, count = segment[s]
         for t in range(first, first + count):
-            sums[s] += h[t]
+            sums[row] += h[t]
         if count > 0:
-            last[s] = h[first + count - 1]
+            last[row] = h[first + count - 1]
     for t, k with trace_slot[k] >= 0:
         trace[t, k] = dot(h[t], bank[trace_slot[k]])
-    if flags[READ] & ROWS and rows is not empty:
+    if flags[TRACE] & ROWS and rows is not empty:
         for t in range(T):
             rows[t] = h[t]
 
@@ -55,14 +56,15 @@ already beyond the limit can only move towards zero. NaN and infinity from the m
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
 entries, G probes, M prompts, A accumulators, K trace columns. ``rows`` has as many rows as the token tables, or none.
 ``hidden`` and ``residual`` are float32, bfloat16 or float16 with any strides. The tables and ``cut`` are int32, all
-other tensors float32. Segments and the parts of prompts lie within the T tokens; segments do not overlap. Entries of a
-row are packed to the left. The probes that ``prompt_part`` names for an entry with ``PROMPT`` were stored by earlier
-calls of the same forward pass, so no call writes what it also sums.
+other tensors float32. Segments and the parts of prompts lie within the T tokens. Segments with keep >= 0 do not overlap
+each other, nor do those with keep < 0. ``sums`` and ``last`` have A rows or more; keep < 0 names one of them, each at
+most once. Entries of a row are packed to the left. The probes that ``prompt_part`` names for an entry with ``PROMPT``
+were stored by earlier calls of the same forward pass, so no call writes what it also sums.
 
-``flags`` holds four numbers: the most entries of a row of this step, what is read (``SUMS``, ``ROWS`` or both), whether
-anything is traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast
-paths may skip work that the flags rule out, and may cache the work for tables of one version. The reference ignores all
-flags but ``ROWS``.
+``flags`` holds four numbers: the most entries of a row of this step, how many of the first segments are in use (0 if
+nothing is summed), what is done for each token (``TRACED``, ``ROWS`` or both), and a process-unique version of the
+tables, these three numbers included; 0 means unknown. Fast paths may skip work that the flags rule out, and may cache
+the work for tables of one version. The reference ignores all flags but ``ROWS``.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
-from vllm_steer.plan.step_plan import READ, ROWS
+from vllm_steer.plan.step_plan import ROWS, TRACE
 
 
 def steer_and_read(
@@ -150,24 +152,34 @@ def steer_and_read(
     stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
 
     first_A, count_A = segment_A2.long().unbind(1)
-    accumulators = sums_AD.shape[0]
+    accumulators = len(keep_A)
+    number_A = torch.arange(accumulators, device=keep_A.device) - accumulators
+    is_block_A1 = (keep_A < 0)[:, None]
     # Each segment adds its number at its first token and subtracts it after its last one, so the running total is the
     # accumulator of each token. Tokens that are not read go to one extra accumulator, which is discarded, so no shape
     # depends on the data.
-    number_A = torch.where(count_A > 0, torch.arange(accumulators, device=sums_AD.device) - accumulators, 0)
-    ends_T = number_A.new_zeros(tokens + 1).index_add_(0, first_A, number_A)
-    accumulator_T = ends_T.index_add_(0, first_A + count_A, -number_A).cumsum(0)[:tokens] + accumulators
-    kept_AD = torch.where(keep_A[:, None] == 0, 0.0, sums_AD)
-    sums = torch.cat([kept_AD, sums_AD.new_zeros(1, dimension)]).index_add_(0, accumulator_T, stream_TD)
-    sums_AD.copy_(sums[:accumulators])
+    added = sums_AD.new_zeros(accumulators + 1, dimension)
+    for is_one_A in (keep_A >= 0, keep_A < 0):
+        own_A = torch.where((count_A > 0) & is_one_A, number_A, 0)
+        ends_T = own_A.new_zeros(tokens + 1).index_add_(0, first_A, own_A)
+        accumulator_T = ends_T.index_add_(0, first_A + count_A, -own_A).cumsum(0)[:tokens] + accumulators
+        added.index_add_(0, accumulator_T, stream_TD)
     last_token_A = (first_A + count_A - 1).clamp(min=0)
-    last_AD.copy_(torch.where((count_A > 0)[:, None], stream_TD[last_token_A], last_AD))
+    kept_AD = torch.where(keep_A[:, None] > 0, sums_AD[:accumulators], 0.0)
+    for rows, new_AD, is_new_A1 in (
+        (sums_AD, kept_AD + added[:accumulators], torch.ones_like(is_block_A1)),
+        (last_AD, stream_TD[last_token_A], (count_A > 0)[:, None]),
+    ):
+        rows[:accumulators] = torch.where(~is_block_A1 & is_new_A1, new_AD, rows[:accumulators])
+        # Accumulators that are not of a block all write row 0, as it is.
+        row_A = torch.where(keep_A < 0, -keep_A.long(), 0)
+        rows.index_copy_(0, row_A, torch.where(is_block_A1 & is_new_A1, new_AD, rows[row_A]))
 
     if trace_slot_K.shape[0]:
         traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T
         trace_TK[:tokens] = torch.where((trace_slot_K >= 0)[None, :], traced_TK, trace_TK[:tokens])
     if rows_TD.shape[0]:
-        rows_TD[:tokens] = torch.where((flags_4[READ] & ROWS) != 0, stream_TD, rows_TD[:tokens])
+        rows_TD[:tokens] = torch.where((flags_4[TRACE] & ROWS) != 0, stream_TD, rows_TD[:tokens])
 
 
 def _summed_over_prompts(

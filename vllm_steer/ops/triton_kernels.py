@@ -28,7 +28,7 @@ CLAMP = tl.constexpr(entry_rows.CLAMP)
 ABOVE, BELOW = tl.constexpr(entry_rows.ABOVE), tl.constexpr(entry_rows.BELOW)
 STORED, PROBE = tl.constexpr(entry_rows.STORED), tl.constexpr(entry_rows.PROBE)
 PROMPT = tl.constexpr(entry_rows.PROMPT)
-SUMS, ROWS = tl.constexpr(step_plan.SUMS), tl.constexpr(step_plan.ROWS)
+TRACED, ROWS = tl.constexpr(step_plan.TRACED), tl.constexpr(step_plan.ROWS)
 NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
 
 
@@ -100,7 +100,8 @@ def _steer_and_trace(
 ):
     token = tl.program_id(0).to(tl.int64)  # 131,072 tokens of 16,384 elements exceed an int32
     depth = tl.load(flags)
-    traced = tl.load(flags + 2)
+    by_token = tl.load(flags + 2)
+    traced = by_token & TRACED
     row = tl.load(row_of_token + token)
     steered = False
     if (depth > 0) & (row >= 0):
@@ -108,7 +109,7 @@ def _steer_and_trace(
         steered = tl.load(entry_slot + row.to(tl.int64) * slot_stride_r) >= 0
     stored = 0
     if HAS_ROWS:
-        stored = tl.load(flags + 1) & ROWS
+        stored = by_token & ROWS
     if (not steered) & (traced == 0) & (stored == 0):
         return
 
@@ -236,24 +237,26 @@ def _read(
     sums,
     last,
     flags,
-    A,
     D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if (tl.load(flags + 1) & SUMS) == 0:
+    used = tl.load(flags + 1)
+    if used == 0:
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = column < D
     hidden_column = hidden + column.to(tl.int64) * hidden_stride_d
     residual_column = residual + column.to(tl.int64) * residual_stride_d
-    for accumulator in range(tl.program_id(0), A, tl.num_programs(0)):
+    for accumulator in range(tl.program_id(0), used, tl.num_programs(0)):
         first = tl.load(segment + 2 * accumulator).to(tl.int64)
         count = tl.load(segment + 2 * accumulator + 1)
-        is_kept = tl.load(keep + accumulator) != 0
+        kept_at = tl.load(keep + accumulator)
+        is_kept = kept_at > 0
         if (count > 0) | (is_kept == 0):
-            at = accumulator * D + column.to(tl.int64)
+            row = tl.where(kept_at < 0, -kept_at, accumulator)
+            at = row.to(tl.int64) * D + column
             total = tl.zeros([BLOCK_D], dtype=tl.float32)
             if count > 0:
                 token = first + count - 1
@@ -328,6 +331,6 @@ def steer_and_read(
     if is_read:
         _read[(min(len(keep_A), tiling.programs), triton.cdiv(dimension, tiling.block_d))](
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), keep_A, segment_A2, sums_AD, last_AD,
-            flags_4, len(keep_A), D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=tiling.block_t,
+            flags_4, D=dimension, HAS_RESIDUAL=residual_TD is not None, BLOCK_T=tiling.block_t,
             BLOCK_D=tiling.block_d, num_warps=tiling.warps,
         )  # fmt: skip

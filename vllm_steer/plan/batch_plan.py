@@ -16,6 +16,9 @@ With speculative decoding the last tokens of a request in a step can be **draft*
 the draft accumulators to add to the request's accumulator before anything else. Drafts follow the last known token, so
 they are never part of the prompt.
 
+A reader that begins within its span has the sums of its cached tokens loaded from rows behind the accumulators, where
+segments of KV blocks put them; ``block_sums`` decides which.
+
 Letters of shapes: T tokens, R rows, E entries per row, L hooked layers, A accumulators, K trace columns.
 """
 
@@ -26,9 +29,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.plan.entry_rows import Entry, EntryRows
 from vllm_steer.plan.prompt_sums import PromptSums
-from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE, StepPlan, TracedTokens
+from vllm_steer.plan.step_plan import READ, ROWS, STEER, TRACE, TRACED, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
 
@@ -119,12 +123,14 @@ class _Reads:
         layers: the layer indices of each readout.
         growing: states whose sums take in tokens of this step.
         passing: states whose sums take in none, but whose position advances.
+        blocks: (first token, number of tokens, row) of each segment of a block.
     """
 
     segments: dict[int, tuple[int, int]] = field(default_factory=dict)
     layers: set[tuple[int, ...]] = field(default_factory=set)
     growing: list[PoolingState] = field(default_factory=list)
     passing: list[PoolingState] = field(default_factory=list)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +194,7 @@ class BatchPlanner:
         self._rows = EntryRows(num_layers, max_requests, max_entries, max_windows)
         self._prompt_sums = PromptSums(max_requests)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
+        self._num_accumulators = max_requests * (1 + max_drafts)
         self._free_accumulators = list(range(max_requests - 1, -1, -1))
         self._settled: _SettledStep | None = None
         self._is_idle = True
@@ -232,6 +239,7 @@ class BatchPlanner:
         num_computed: Sequence[int],
         num_scheduled: Sequence[int],
         drafts: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        blocks: StepBlocks | None = None,
     ) -> StepPlan | None:
         """Build the plan of a step; None if there are no requests to plan for, now and in the step before.
 
@@ -240,13 +248,15 @@ class BatchPlanner:
             num_computed: number of tokens of each request that were computed before this step.
             num_scheduled: number of tokens of each request in this step, its draft tokens included.
             drafts: request -> its draft tokens, for requests that have any.
+            blocks: what the step does with sums of blocks.
         """
         if not self.requests and self._is_idle:
             return None
         self._is_idle = not self.requests
-        if self._settled is not None and not drafts and self._settled.follows(request_ids, num_computed, num_scheduled):
+        is_alike = self._settled is not None and not drafts and blocks is None
+        if self._settled is not None and is_alike and self._settled.follows(request_ids, num_computed, num_scheduled):
             return self._go_on(self._settled)
-        return self._build(request_ids, num_computed, num_scheduled, drafts)
+        return self._build(request_ids, num_computed, num_scheduled, drafts, blocks or StepBlocks())
 
     def _go_on(self, settled: _SettledStep) -> StepPlan:
         """Advance all readouts by one token and return the same plan again."""
@@ -265,8 +275,9 @@ class BatchPlanner:
         num_computed: Sequence[int],
         num_scheduled: Sequence[int],
         drafts: Mapping[str, Sequence[int]],
+        blocks: StepBlocks,
     ) -> StepPlan:
-        plan = StepPlan.blank(self.num_layers, self.max_requests * (1 + self.max_drafts), sum(num_scheduled))
+        plan = StepPlan.blank(self.num_layers, self._num_accumulators, sum(num_scheduled))
         reads = _Reads()
         rows_used: list[int] = []
         steps_left = math.inf if not drafts and max(num_scheduled, default=0) == 1 else 0
@@ -293,18 +304,27 @@ class BatchPlanner:
                     num_drafts = len(drafts.get(request_id, ())) if drafts else 0
                     if request_id not in self.poolings:
                         self.poolings[request_id] = PoolingState(self._free_accumulator(request_ids))
+                    if request_id in blocks.loads:
+                        self._load(plan, request_id, request.pooling, computed, blocks.loads[request_id])
+                    for first, end, slot in blocks.parts.get(request_id, ()):
+                        assert computed <= first < end <= computed + scheduled  # else other tokens would be summed
+                        reads.blocks.append((offset + first - computed, end - first, self._num_accumulators + slot))
+                        reads.layers.add(request.pooling.layer_indices)
                     self._pool(plan, reads, request_id, request.pooling, offset, computed, scheduled, num_drafts)
                     if request.pooling.watch and request_id in self.columns:
                         _watch(plan, request_id, request.pooling, offset, computed, scheduled, num_drafts)
             offset += scheduled
         if rows_used:
             plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
+        if reads.blocks:
+            plan = plan.with_blocks(reads.blocks)
         if reads.segments:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
-            plan.flags_L3[sorted(set().union(*reads.layers)), READ] |= SUMS
+        if reads.segments or reads.blocks:
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = len(plan.segment_A2)
         self._settled = None
         alone = plan.accepted or plan.traced or plan.watched or plan.stored or plan.parked or plan.returned
-        if steps_left and not alone:
+        if steps_left and not (alone or plan.loaded or reads.blocks):
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
@@ -338,6 +358,14 @@ class BatchPlanner:
             for absent in [one for one in self.poolings if one not in request_ids][:1]:
                 self._release(absent)
         return self._free_accumulators.pop()
+
+    def _load(self, plan: StepPlan, request_id: str, pooling: Pooling, computed: int, slots: tuple[int, ...]) -> None:
+        """Begin a readout within its span."""
+        state = self.poolings[request_id]
+        state.num_starts += 1
+        state.next_position, state.drafts, state.num_unread = computed, range(0), 0
+        state.num_tokens = (computed if pooling.end is None else min(computed, pooling.end)) - pooling.first
+        plan.loaded.append((state.accumulator, tuple(self._num_accumulators + slot for slot in slots)))
 
     def _release(self, request_id: str) -> None:
         state = self.poolings.pop(request_id, None)
@@ -391,7 +419,7 @@ class BatchPlanner:
         state.num_tokens += known
         if pooling.stores_rows:
             plan.stored.append(TracedTokens(request_id, token, start, end - start, end - start - known))
-            plan.flags_L3[list(pooling.layer_indices), READ] |= ROWS
+            plan.flags_L3[list(pooling.layer_indices), TRACE] |= ROWS
         else:
             reads.layers.add(pooling.layer_indices)
             if known > 0:
@@ -402,7 +430,7 @@ class BatchPlanner:
                 plan.keep_A[state.drafts] = 0
         if pooling.trace and request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
-            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1
+            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] |= TRACED
 
 
 def _watch(
@@ -413,4 +441,4 @@ def _watch(
     if start < end:
         token, count = offset + start - computed, end - start
         plan.watched.append(TracedTokens(request_id, token, start, count, min(num_drafts, count)))
-        plan.flags_L3[[layer_index for layer_index, _ in pooling.watch], TRACE] = 1
+        plan.flags_L3[[layer_index for layer_index, _ in pooling.watch], TRACE] |= TRACED

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,8 @@ IntArray = npt.NDArray[np.int32]
 
 STEER, READ, TRACE = 0, 1, 2
 """Columns of ``StepPlan.flags_L3``, and of the op's flags."""
-SUMS, ROWS = 1, 2
-"""Bits in the column ``READ``: segments are summed; the rows of all tokens are stored."""
+TRACED, ROWS = 1, 2
+"""Bits in the column ``TRACE``: all tokens are traced; the rows of all tokens are stored."""
 VERSION = 3
 """A further column of the op's flags; see ``ops.reference``."""
 
@@ -59,10 +60,11 @@ class StepPlan:
     Attributes:
         num_tokens: T.
         row_of_token_T: row of the entry table for each token; -1 if the token is not steered.
-        keep_A: 0 for an accumulator that is set to zero before its segment is added, else 1.
-        segment_A2: first token and number of tokens of each accumulator's segment.
-        flags_L3: at each layer: most entries of a row, what is read (``SUMS``, ``ROWS`` or both), whether anything is
-            traced.
+        keep_A: 0 for an accumulator that is set to zero before its segment is added, else 1. Segments of blocks follow
+            the accumulators; -r assigns such a sum to row r.
+        segment_A2: first token and number of tokens of each accumulator's segment, and of each block's.
+        flags_L3: at each layer: most entries of a row, the number of segments (0 if nothing is summed), what is done
+            for each token (``TRACED``, ``ROWS`` or both).
         new_rows: new rows of the entry table, see ``EntryRows.take_changes``.
         trace_slot_LK: see ``TraceColumns.take_changes``; None if unchanged since the step before.
         traced: the traced tokens of each request.
@@ -72,6 +74,7 @@ class StepPlan:
         prompt_parts: the prompt tokens to sum for conditions over the prompt.
         parked, returned: pairs (request, row in the sums over prompts): rows that are put aside before the step, and
             then rows that take up again what was put aside.
+        loaded: (accumulator, rows of blocks); the sum of the rows is assigned to the accumulator before the step.
     """
 
     num_tokens: int
@@ -88,6 +91,7 @@ class StepPlan:
     parked: list[tuple[str, int]] = field(default_factory=list)
     returned: list[tuple[str, int]] = field(default_factory=list)
     stored: list[TracedTokens] = field(default_factory=list)
+    loaded: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
     @classmethod
     def blank(cls, num_layers: int, num_accumulators: int, num_tokens: int = 0) -> StepPlan:
@@ -98,4 +102,13 @@ class StepPlan:
             keep_A=np.ones(num_accumulators, np.int32),
             segment_A2=np.zeros((num_accumulators, 2), np.int32),
             flags_L3=np.zeros((num_layers, 3), np.int32),
+        )
+
+    def with_blocks(self, blocks: Sequence[tuple[int, int, int]]) -> StepPlan:
+        """The same step with a segment for each of these (first token, number of tokens, row to assign the sum to)."""
+        blocks_B3 = np.array(blocks, np.int32)
+        return replace(
+            self,
+            keep_A=np.concatenate([self.keep_A, -blocks_B3[:, 2]]),
+            segment_A2=np.concatenate([self.segment_A2, blocks_B3[:, :2]]),
         )

@@ -204,11 +204,11 @@ def test_the_same_vector_under_another_name_shares_its_kv(
 
 
 @pytest.mark.parametrize("is_steered", [False, True])
-def test_a_readout_from_the_first_token_on_computes_every_token_itself_and_leaves_its_kv_to_others(
+def test_a_trace_from_the_first_token_on_computes_every_token_itself_and_leaves_its_kv_to_others(
     llm: LLM, prompt: list[int], entry: Callable[..., Entry], is_steered: bool
 ) -> None:
     steering = [entry()] if is_steered else []
-    readout = {"layers": [LAYER], "span": "prompt"}
+    readout = {"layers": [LAYER], "span": "prompt", "trace": [trace_name("bold", LAYER)]}
     assert answer(llm, prompt, steering, readout).num_cached_tokens == 0
     assert answer(llm, prompt, steering).num_cached_tokens == PROMPT_BLOCKS
     (out,), ((read,),) = run(llm, [Request(prompt, steering, readout)], max_tokens=MAX_TOKENS)

@@ -151,10 +151,20 @@ def test_a_condition_over_the_prompt_forgoes_cached_tokens() -> None:
         assert made.sampling_params.skip_reading_prefix_cache is (True if when is OVER_PROMPT else None)
 
 
-@pytest.mark.parametrize("readout", [None, Readout([1])])
-def test_only_a_readout_forgoes_cached_tokens(readout: Readout | None) -> None:
+@pytest.mark.parametrize(
+    ("readout", "forgoes"),
+    [
+        (None, None),
+        (Readout([1]), None),
+        (Readout([1], pool="last"), None),
+        (Readout([1], trace=["kind"]), True),
+        (Readout([1], pool="max", project=["kind"]), True),
+        (Readout([1], trace=["kind"], skip_first=1), None),  # it takes the first token
+    ],
+)
+def test_only_what_needs_every_token_forgoes_cached_ones(readout: Readout | None, forgoes: bool | None) -> None:
     made = request((), 4)
     _admit(ADMISSION, Asked(RequestSpec((), readout)), made)
-    assert made.sampling_params.skip_reading_prefix_cache is (None if readout is None else True)
+    assert made.sampling_params.skip_reading_prefix_cache is forgoes
     assert RESOLVED_KEY in made.sampling_params.extra_args
     assert (made.request_id in ADMISSION.asked) == (readout is not None)

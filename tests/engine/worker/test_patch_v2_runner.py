@@ -176,6 +176,7 @@ def configuration() -> Any:
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQUESTS, max_num_batched_tokens=MAX_TOKENS),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[8, LARGEST_GRAPH], static_forward_context={}),
         num_speculative_tokens=0,
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
     )
 
 

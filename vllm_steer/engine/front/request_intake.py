@@ -14,7 +14,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.patching import Attribute, patch
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
 from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
 
@@ -159,8 +159,9 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
     if resolved.windows[0].digest:
         CACHE_SALT.put(request, salt(request.cache_salt, resolved.windows[0].digest))
-    # See ``prefix_cache`` for readouts that begin later.
-    if resolved.looks_at_prompt or (resolved.readout is not None and resolved.readout.first < 1):
+    readout = resolved.readout
+    needs_first = readout is not None and readout.first < 1 and not sums_suffice(resolved.dump()["readout"])
+    if resolved.looks_at_prompt or needs_first:  # see ``prefix_cache`` for the others
         SKIP_READING_PREFIX_CACHE.put(params, True)
     if resolved.readout is not None:
         admission.remember(request.request_id, asked)
@@ -223,8 +224,8 @@ EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
 SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
     "SamplingParams",
     "skip_reading_prefix_cache",
-    why="A readout from the first token on and a condition over the prompt need every activation computed, so cached "
-    "KV cannot replace any token.",
+    why="A trace from the first token on and a condition over the prompt need every activation computed, so cached KV "
+    "cannot replace any token.",
     gone_when=_SPEC_GONE,
 )
 CACHE_SALT: Attribute[str] = Attribute(

@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_steer.engine.patching import patch
+from vllm_steer.engine.reader_blocks import STEP_BLOCKS
 from vllm_steer.engine.worker.worker_steering import equip, steering_of
 from vllm_steer.errors import UnsupportedFeature
 
@@ -40,6 +41,7 @@ def _prepare_inputs(original: Any) -> Any:
                 steering.preempt(request_id)
             for new in scheduler_output.scheduled_new_reqs:
                 steering.begin(new.req_id, new.sampling_params)
+            steering.blocks = STEP_BLOCKS.of(scheduler_output)
             batch, count = self.input_batch, self.input_batch.num_reqs
             steering.prepare(
                 batch.req_ids[:count],

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_steer.engine.patching import patch
+from vllm_steer.engine.reader_blocks import STEP_BLOCKS
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, equip, steering_of
 from vllm_steer.settings import SteerSettings
 
@@ -92,6 +93,7 @@ def _finish_requests(original: Any) -> Any:
                 steering.preempt(request_id)
             for request_id in scheduler_output.finished_req_ids:
                 steering.finish(request_id)
+            steering.blocks = STEP_BLOCKS.of(scheduler_output)
         original(self, scheduler_output)
 
     return finish_requests

@@ -15,6 +15,7 @@ from vllm_steer.engine.early_ends import StepMarks, Watching
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, refuse_rescaled
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
+from vllm_steer.engine.reader_blocks import kept_blocks
 from vllm_steer.engine.registry import DirectionRegistry, configured_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved
 from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
@@ -26,6 +27,7 @@ from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
 from vllm_steer.plan.batch_plan import BatchPlanner
+from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.plan.step_plan import STEER, TracedTokens
 from vllm_steer.schema import WIRE_KEY
 from vllm_steer.settings import SteerSettings
@@ -83,7 +85,9 @@ class WorkerSteering:
             max_windows=settings.max_windows,
             can_cut=config.model_config.dtype == torch.float16,
             has_rows=settings.max_rows > 0,
+            num_blocks=kept_blocks(config, settings),
         )
+        self.blocks: StepBlocks | None = None  # of the step that is prepared next
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
         self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
@@ -161,7 +165,8 @@ class WorkerSteering:
         self._tails.keep(
             {one: poolings[one] for one in self._need_tails if one in poolings and poolings[one].num_tokens}
         )
-        plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
+        blocks, self.blocks = self.blocks, None
+        plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts, blocks)
         self.buffers.write(plan)
         self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
         self._unwatched_in_step = [one for one in request_ids if one in self._unwatched] if self._unwatched else []
