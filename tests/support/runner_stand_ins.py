@@ -87,6 +87,7 @@ class StandInRunner:
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=tokens),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
+            device_config=SimpleNamespace(device_type="cpu"),
             num_speculative_tokens=drafts,
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[rows]),
         )

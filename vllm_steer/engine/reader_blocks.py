@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.ops.dispatch import is_fast_on
 from vllm_steer.plan.block_sums import BlockSums, StepBlocks, num_slots
 from vllm_steer.settings import SteerSettings
 
@@ -26,7 +27,7 @@ def install() -> None:
 
 def kept_blocks(config: Any, settings: SteerSettings) -> int:
     """How many KV blocks an engine keeps sums of; the same number in its scheduler and in its workers."""
-    if not config.cache_config.enable_prefix_caching:
+    if not config.cache_config.enable_prefix_caching or not is_fast_on(config.device_config.device_type):
         return 0
     return num_slots(settings.block_sums_mib, len(settings.layers), config.model_config.get_hidden_size())
 

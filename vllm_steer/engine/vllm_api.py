@@ -97,7 +97,7 @@ VLLM_NAMES = (
     *_members(
         _CONFIG,
         "VllmConfig",
-        "additional_config cache_config compilation_config kv_transfer_config lora_config model_config "
+        "additional_config cache_config compilation_config device_config kv_transfer_config lora_config model_config "
         "num_speculative_tokens parallel_config scheduler_config speculative_config use_v2_model_runner",
     ),
     *_members(
@@ -117,6 +117,7 @@ VLLM_NAMES = (
     ),
     *_members("vllm.config.cache", "CacheConfig", "enable_prefix_caching kv_sharing_fast_prefill"),
     *_members("vllm.config.scheduler", "SchedulerConfig", "async_scheduling max_num_batched_tokens max_num_seqs"),
+    VllmName("vllm.config.device", "DeviceConfig.device_type"),
     VllmName("vllm.config.compilation", "CompilationConfig.cudagraph_capture_sizes"),
     *_members("vllm.config.speculative", "SpeculativeConfig", "method rejection_sample_method"),
     # Requests: the caller's parameters, and the objects that the front end makes from them.

@@ -35,6 +35,11 @@ def _on_cuda(*args: Any) -> None:
     _cuda_implementation()(*args)
 
 
+def is_fast_on(device_type: str) -> bool:
+    """Whether a device has an implementation that skips what a step does not need; ``reference`` does all work."""
+    return device_type == "cpu" or (device_type == "cuda" and find_spec("triton") is not None)
+
+
 @cache
 def _cuda_implementation() -> Callable[..., None]:
     """Selected at the first call, so that a process without a GPU never imports Triton for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.support.span_reference import positions
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front.admission import Admission, Asked
 from vllm_steer.engine.front.request_intake import _admit
 from vllm_steer.engine.prefix_cache import fork_key
+from vllm_steer.engine.reader_blocks import STEP_BLOCKS
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
+from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.schema import Readout, RequestSpec, Steering, When
 from vllm_steer.settings import SteerSettings
 
@@ -168,3 +172,10 @@ def test_only_what_needs_every_token_forgoes_cached_ones(readout: Readout | None
     assert made.sampling_params.skip_reading_prefix_cache is forgoes
     assert RESOLVED_KEY in made.sampling_params.extra_args
     assert (made.request_id in ADMISSION.asked) == (readout is not None)
+
+
+def test_what_a_step_does_with_sums_reaches_workers_in_other_processes() -> None:
+    output = SchedulerOutput.make_empty()
+    assert STEP_BLOCKS.of(output) is None
+    STEP_BLOCKS.put(output, StepBlocks({"a": (1, 2)}, {"b": ((0, 4, 7),)}))
+    assert STEP_BLOCKS.of(pickle.loads(pickle.dumps(output))) == StepBlocks({"a": (1, 2)}, {"b": ((0, 4, 7),)})

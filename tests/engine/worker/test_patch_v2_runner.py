@@ -177,6 +177,7 @@ def configuration() -> Any:
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[8, LARGEST_GRAPH], static_forward_context={}),
         num_speculative_tokens=0,
         cache_config=SimpleNamespace(enable_prefix_caching=True),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
 
 
