@@ -8,8 +8,8 @@
                  "trace": ["kind"]}}
 
 ``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
-``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when`` and
-``pool``. Otherwise it is 2.
+``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when``, ``pool``
+and ``held``. Otherwise it is 2.
 A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
@@ -332,6 +332,8 @@ class Readout:
         pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
             any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
             of its projections takes a trace column as ``trace`` does.
+        held: also tell of each entry with a condition on how many of the span's tokens it held, or, of one over the
+            prompt, whether it held. Each condition on tokens takes a trace column.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -344,6 +346,7 @@ class Readout:
     skip_first: int = 0
     trace: Sequence[str] = ()
     pool: Pool = "mean"
+    held: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -368,7 +371,8 @@ class Readout:
                 f"skip_first came with span {self.span!r}; allowed: 0 there, since it counts prompt tokens. Leave it "
                 "out, or move the span's bounds."
             )
-        if not self.vectors and not self.project and not self.trace:
+        _check_flag(self.held, "readout held")
+        if not (self.vectors or self.project or self.trace or self.held):
             raise BadReadout(
                 "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
@@ -381,7 +385,7 @@ class Readout:
         object.__setattr__(self, "trace", tuple(self.trace))
 
     def to_json(self) -> dict[str, Any]:
-        """The readout as a JSON object: all fields of version 1, and ``pool`` where it is not ``mean``."""
+        """The readout as a JSON object: all fields of version 1, and the others where they are not at their default."""
         told: dict[str, Any] = {
             "layers": list(self.layers),
             "span": self.span,
@@ -390,12 +394,12 @@ class Readout:
             "skip_first": self.skip_first,
             "trace": list(self.trace),
         }
-        return told if self.pool == "mean" else told | {"pool": self.pool}
+        return told | ({} if self.pool == "mean" else {"pool": self.pool}) | ({"held": True} if self.held else {})
 
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this readout uses."""
-        return 1 if self.span in _SPANS_OF_V1 and self.pool == "mean" else 2
+        return 1 if self.span in _SPANS_OF_V1 and self.pool == "mean" and not self.held else 2
 
     @classmethod
     def from_json(cls, value: object) -> Readout:
@@ -424,6 +428,9 @@ class ReadoutResult:
         last: layer -> (D,) float32, the stream of the span's last token, with the pool ``last``.
         max: direction name -> layer -> (largest ⟨h, direction⟩ of any token of the span, position of that token in the
             request), with the pool ``max``; (NaN, -1) over no tokens.
+        held: with ``Readout.held``, one for each entry with a condition, in the order of the request's entries: on how
+            many of the span's tokens that the entry covers it held; of one over the prompt, whether it held. None for
+            an entry that changes nothing, whose condition is not evaluated.
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
@@ -433,6 +440,7 @@ class ReadoutResult:
     proof: Proof = "parity"
     last: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     max: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
+    held: tuple[int | bool | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,8 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
     # a server of before this field says nothing: it knew compared models only
     proof = told.get("proof", "parity")
-    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest), None
+    held = tuple(told.get("held", ()))
+    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest, held), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

@@ -166,6 +166,11 @@ class SteerBuffers:
             for sums_AD in self.sums_L_AD:
                 sums_AD.index_add_(0, into_N, sums_AD[draft_N])
 
+    def sums_of_prompt(self, place: int) -> torch.Tensor:
+        """(G,) float32 on the device, a copy of one row of ``prompt_sums_MG`` after the last forward pass."""
+        self._sum_prompts()
+        return self.prompt_sums_MG[place].clone()
+
     def forget(self, request_id: str) -> None:
         """Drop the sums that were put aside for a request which has ended."""
         self._parked.pop(request_id, None)

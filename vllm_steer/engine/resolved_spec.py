@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import PROMPT, Entry
+from vllm_steer.plan.trace_columns import HELD
 
 RESOLVED_KEY = "vllm_steer_resolved"
 
@@ -37,6 +38,30 @@ class Traced(NamedTuple):
     slot: int
     layer: int = -1
     is_shown: bool = True
+
+
+class Held(NamedTuple):
+    """An entry whose condition a readout tells of.
+
+    Attributes:
+        number: its number among the request's entries with a condition, in the order given.
+        layer_index: the hooked layer at which it acts.
+        runs: the positions [first, end) that it covers, ``end`` None for no end.
+        gate, threshold: of a condition over the prompt, as in its ``Entry``; gate -1 for one on tokens.
+        is_above: of a condition over the prompt, whether it holds above the threshold.
+    """
+
+    number: int
+    layer_index: int
+    runs: Sequence[Sequence[int | None]]
+    gate: int = -1
+    threshold: float = 0.0
+    is_above: bool = False
+
+    def within(self, first: int) -> list[slice]:
+        """The tokens that it covers, counted from position ``first`` on."""
+        ends = ((start or 0, end) for start, end in self.runs)
+        return [slice(max(start - first, 0), None if end is None else max(end - first, 0)) for start, end in ends]
 
 
 class Window(NamedTuple):
@@ -65,6 +90,8 @@ class ResolvedReadout:
         vectors: whether to return the pooled vectors themselves.
         trace: the projections of every token.
         pool: see ``Readout``.
+        held: the entries whose conditions to tell of; ``num_held``, all entries with a condition, or None for not
+            telling.
     """
 
     layers: list[int]
@@ -75,6 +102,13 @@ class ResolvedReadout:
     vectors: bool
     trace: list[Traced]
     pool: str = "mean"
+    held: list[Held] = field(default_factory=list)
+    num_held: int | None = None
+
+    @property
+    def counted(self) -> list[Held]:
+        """The conditions on tokens of ``held``, each of which has a column behind those of ``trace``."""
+        return [one for one in self.held if one.gate < 0]
 
     @property
     def directions(self) -> tuple[Projected | Traced, ...]:
@@ -84,12 +118,15 @@ class ResolvedReadout:
     @classmethod
     def load(cls, value: dict[str, Any]) -> ResolvedReadout:
         """Rebuild an object from its part of the result of ``Resolved.dump``."""
-        project = list(map(Projected._make, value["project"]))
-        return cls(**{**value, "project": project, "trace": list(map(Traced._make, value["trace"]))})
+        project, held = list(map(Projected._make, value["project"])), list(map(Held._make, value["held"]))
+        return cls(**{**value, "project": project, "trace": list(map(Traced._make, value["trace"])), "held": held})
 
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
-        trace = tuple((one.layer_index, one.slot) for one in self.trace)
+        trace = (
+            *((one.layer_index, one.slot) for one in self.trace),
+            *((HELD, one.number) for one in self.counted),
+        )
         return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
@@ -102,6 +139,7 @@ class ResolvedReadout:
             layer_indices=[index for _, index in kept],
             project=[one for one in self.project if one.layer in layers],
             trace=[one for one in self.trace if one.layer_index in held],
+            held=[one for one in self.held if one.layer_index in held],
         )
 
 

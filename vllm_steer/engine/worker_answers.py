@@ -90,9 +90,16 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
+        "held": _whole_held([stage["held"] for stage in stages]),
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }
+
+
+def _whole_held(parts: Sequence[list[Any] | None]) -> list[Any] | None:
+    """Each condition from the stage that has evaluated it."""
+    told = [part for part in parts if part is not None]
+    return [next((one for one in of if one is not None), None) for of in zip(*told, strict=True)] if told else None
 
 
 def _whole_trace(parts: Sequence[LiveTrace | None]) -> LiveTrace | None:

@@ -28,7 +28,9 @@ from types import MappingProxyType
 from vllm_steer.plan.entry_rows import Entry, EntryRows
 from vllm_steer.plan.prompt_sums import PromptSums
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
-from vllm_steer.plan.trace_columns import Pair, TraceColumns
+from vllm_steer.plan.trace_columns import HELD, Pair, TraceColumns
+
+_NONE: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Pooling:
     Attributes:
         layer_indices: hooked layers, by index, whose stream is summed.
         first, end: positions [first, end) of the request; with ``end`` None there is no end.
-        trace: directions to follow over the same positions.
+        trace: directions to follow over the same positions, and conditions to count there.
     """
 
     layer_indices: tuple[int, ...]
@@ -173,6 +175,7 @@ class BatchPlanner:
         self.requests: dict[str, RequestPlan] = {}
         self.poolings: dict[str, PoolingState] = {}
         self.columns: dict[str, tuple[int, ...]] = {}
+        self._held_columns: dict[str, dict[int, int]] = {}
         self._rows = EntryRows(num_layers, max_requests, max_entries, max_windows)
         self._prompt_sums = PromptSums(max_requests)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
@@ -188,6 +191,10 @@ class BatchPlanner:
             columns = self._trace_columns.bind(request_id, plan.pooling.trace)
             if columns is not None:
                 self.columns[request_id] = columns
+                pairs = zip(plan.pooling.trace, columns, strict=True)
+                held = {number: column for (layer_index, number), column in pairs if layer_index == HELD}
+                if held:
+                    self._held_columns[request_id] = held
 
     def remove(self, request_id: str) -> None:
         """Forget a finished request and free its rows, accumulator, trace columns and sums over its prompt."""
@@ -195,6 +202,7 @@ class BatchPlanner:
         if plan is not None and plan.pooling is not None:
             self._trace_columns.release(request_id, plan.pooling.trace)
         self.columns.pop(request_id, None)
+        self._held_columns.pop(request_id, None)
         self._prompt_sums.release(request_id)
         self.preempt(request_id)
 
@@ -266,7 +274,8 @@ class BatchPlanner:
                 place = self._sum_prompt(plan, request_id, request, request_ids, offset, computed, scheduled)
                 if request.windows:
                     entries_W = [entries for _, entries in request.windows]
-                    rows = self._rows.lend(request_id, entries_W, request_ids, place)
+                    held_columns = self._held_columns.get(request_id, _NONE)
+                    rows = self._rows.lend(request_id, entries_W, request_ids, place, held_columns)
                     end = computed + scheduled
                     for (start, _), row in zip(reversed(request.windows), reversed(rows), strict=True):
                         if start < end:
@@ -293,6 +302,11 @@ class BatchPlanner:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+
+    def prompt_sums_of(self, request_id: str) -> int | None:
+        """The request's row in the sums over prompts; None without one, or if its prompt has not been computed."""
+        request = self.requests.get(request_id)
+        return None if request is None else self._prompt_sums.complete(request_id, request.summed_prompt)
 
     def _sum_prompt(
         self,
@@ -382,4 +396,4 @@ class BatchPlanner:
         reads.layers.add(pooling.layer_indices)
         if request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
-            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1
+            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace if layer_index != HELD], TRACE] = 1

@@ -337,4 +337,5 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         proof=answer["proof"],
         last=pooled if asked.pool == "last" else {},
         max=largest,
+        held=tuple(answer["held"] or ()),
     )

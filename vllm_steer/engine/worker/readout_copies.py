@@ -33,6 +33,7 @@ class Summed:
 
     Attributes:
         spec, state, trace: see ``FinishedReadout``, which takes them over.
+        prompt_sums_G: see ``FinishedReadout``.
         before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
@@ -40,6 +41,7 @@ class Summed:
     state: PoolingState
     trace: traces.Trace | None
     before_last: Sequence[torch.Tensor] = ()
+    prompt_sums_G: torch.Tensor | None = None
 
     @property
     def alike(self) -> _Alike:
@@ -120,6 +122,7 @@ class ReadoutFlow:
                     sums_PN=projected_PR[:, sums],
                     tail_PM=projected_PR[:, tail],
                     trace=sample.trace,
+                    prompt_sums_G=sample.prompt_sums_G,
                 )
             )
         return readouts, has_arrived

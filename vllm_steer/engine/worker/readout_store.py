@@ -27,7 +27,10 @@ class FinishedReadout:
         tail_LMD: (L, M, D) float32: the rows of the last tokens in the sum, oldest first, which can be subtracted from
             it; None with ``vectors=False``.
         sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
-        trace: the projections of each token, or None if none were requested.
+        trace: the projections of each token, or None if none were requested; then whether each condition of
+            ``spec.counted`` holds there.
+        prompt_sums_G: (G,) float32, the sums over the prompt at which conditions look, if these are asked for and the
+            prompt was computed.
     """
 
     spec: ResolvedReadout
@@ -37,6 +40,7 @@ class FinishedReadout:
     sums_PN: torch.Tensor
     tail_PM: torch.Tensor
     trace: Trace | None
+    prompt_sums_G: torch.Tensor | None = None
 
     def settle(self) -> None:
         """Clone the slices so that the host buffer shared with other readouts can be freed."""
@@ -62,7 +66,8 @@ class FinishedReadout:
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
-            layer, value, position]], "trace_error": why trace and max alone cannot be given, or None}``.
+            layer, value, position]], "held": None, or for each entry with a condition the count or bool or None,
+            "trace_error": why trace, max and held alone cannot be given, or None}``.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
@@ -109,13 +114,29 @@ class FinishedReadout:
             "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
             "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
+            "held": self._held(count),
             "trace_error": self.trace.failure if self.trace is not None else None,
         }
 
     def _traced(self, count: int) -> list[tuple[Traced, FloatArray]]:
         if self.trace is None or self.trace.failure is not None:
             return []
-        return list(zip(self.spec.trace, self.trace.values(0, count), strict=True))
+        return list(zip(self.spec.trace, self.trace.values(0, count)[: len(self.spec.trace)], strict=True))
+
+    def _held(self, count: int) -> list[int | bool | None] | None:
+        if self.spec.num_held is None:
+            return None
+        held: list[int | bool | None] = [None] * self.spec.num_held
+        for one in self.spec.held:
+            if one.gate >= 0 and self.prompt_sums_G is not None:
+                total, threshold = np.float32(self.prompt_sums_G[one.gate]), np.float32(one.threshold)
+                held[one.number] = bool(total > threshold if one.is_above else total < threshold)
+        if self.trace is not None and self.trace.failure is None:
+            values_CN = self.trace.values(0, count)[len(self.spec.trace) :]
+            for one, values_N in zip(self.spec.counted, values_CN, strict=True):
+                # Where the entry is not, its column holds what an earlier step has left there.
+                held[one.number] = sum(int(values_N[part].sum()) for part in one.within(self.spec.first))
+        return held
 
     def _largest(self, one: Traced, values_N: FloatArray) -> list[Any]:
         if not len(values_N):

@@ -223,7 +223,8 @@ class WorkerSteering:
             return None
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are in _reading
-        return [one.name if one.is_shown else "" for one in readout.trace], self._traces[request_id]
+        names = [one.name if one.is_shown else "" for one in readout.trace]
+        return [*names, *("" for _ in readout.counted)], self._traces[request_id]
 
     def _check_bank(self, resolved: Resolved) -> None:
         contents = dict(resolved.contents)
@@ -244,12 +245,13 @@ class WorkerSteering:
             return
         self._reading[sample_key(request_id, resolved)] = request_id
         failure = None
-        if resolved.readout.trace and request_id not in self.planner.columns:
+        num_traced = len(resolved.readout.trace) + len(resolved.readout.counted)
+        if num_traced and request_id not in self.planner.columns:
             failure = (
                 f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
                 "later, or start the engine with steer_config(trace_columns=...) larger"
             )
-        self._traces[request_id] = Trace(len(resolved.readout.trace), failure)
+        self._traces[request_id] = Trace(num_traced, failure)
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
@@ -267,7 +269,9 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-        return Summed(readout, replace(state), self._traces.get(request_id), before_last)
+        place = self.planner.prompt_sums_of(request_id) if any(one.gate >= 0 for one in readout.held) else None
+        sums_G = None if place is None else start_copy(self.buffers.sums_of_prompt(place))[0]
+        return Summed(readout, replace(state), self._traces.get(request_id), before_last, sums_G)
 
     def _take_ended(self) -> None:
         """Move the readouts of finished requests to the store."""
