@@ -263,6 +263,17 @@ def test_a_condition_over_the_prompt_is_refused_on_tokens_that_come_before_it_is
     Steering("kind", 1.0, span=span, when=When("harm", above=1))
 
 
+def test_a_readout_tells_of_conditions_when_it_is_asked_to() -> None:
+    asked = Readout([1], held=True)
+    assert asked.version == 2
+    assert asked.to_json()["held"] is True
+    assert Readout.from_json(asked.to_json()) == asked
+    assert "held" not in Readout([1]).to_json()
+    assert Readout([1], vectors=False, held=True).held
+    with pytest.raises(MalformedSpec, match="readout held is 1; allowed: true or false"):
+        Readout([1], held=1)  # type: ignore[arg-type]
+
+
 REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"layers": []}, BadReadout, "empty"),
     ({"layers": "12"}, MalformedSpec, "'12'"),

@@ -218,10 +218,10 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     ]
     asked = [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(steerings)] + cut
     pooled: list[dict[str, Any] | None] = [
-        {"layers": layers, "span": "all", "pool": "last"},
+        {"layers": layers, "span": "all", "pool": "last", "held": True},
         {"layers": [middle], "span": "generated", "pool": "max", "project": [trace_name("bold", middle)]},
         {"layers": [first, last], "span": "prompt", "pool": "last", "trace": [trace_name("calm", last)]},
-        {"layers": layers, "span": "response", "pool": "max", "trace": [trace_name("calm", middle)]},
+        {"layers": layers, "span": "response", "pool": "max", "trace": [trace_name("calm", middle)], "held": True},
         None,
         {"layers": [last], "span": "prompt[:-1]", "pool": "last"},
         {"layers": layers, "span": "prompt", "skip_first": 1, "pool": "max", "project": [trace_name("calm", first)]},
@@ -230,7 +230,7 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     asked += list(zip(operations, pooled, strict=True))
     # A condition over the prompt and its opposite, one of which holds; at the entry's layer and at an earlier one.
     above, below = {"above": 0.05, "over": "prompt"}, {"below": 0.05, "over": "prompt"}
-    whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)]}
+    whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)], "held": True}
     asked += [
         ([entry("calm", first, 21, span="generated", when=when("bold", first, **above))], whole),
         ([entry("calm", first, 21, span="generated", when=when("bold", first, **below))], None),
@@ -282,13 +282,15 @@ def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Requ
             condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen]}
             entry["when"] = condition | ({"above": 0.0} if number % 2 else {"below": 0.0})
         readout = {"layers": layers, "span": "response", "trace": [trace_name(name, layer)]} if number % 3 else None
+        if readout is not None and "when" in entry:
+            readout["held"] = True
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     for number, (span, form) in enumerate(product(("generated", "response"), forms)):
         seen, layer = layers[:2] if span == "response" else layers[number % len(layers) :][:1] * 2
         entry = {"name": "calm", "layer": layer, "vector": vectors["calm", layer], **form, "span": span}
         condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen], "over": "prompt"}
         entry["when"] = condition | ({"above": 0.05} if number % 2 else {"below": 0.05})
-        readout = {"layers": layers, "span": "generated"} if number % 3 == 0 else None
+        readout = {"layers": layers, "span": "generated", "held": True} if number % 3 == 0 else None
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     return made
 
@@ -372,6 +374,16 @@ def check_readout(
         assert off < READOUT_TOLERANCE, f"{label}: readout at layer {layer} is off by {off:.2e} relative"
 
 
+def check_held(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
+    """Assert that `result` tells of each condition on how many tokens it held, or whether the prompt's did."""
+    if result is None or request.readout is None or not request.readout.get("held"):
+        assert result is None or result.held == (), request.label
+        return
+    places = set(expected.places(request.readout["span"]))
+    truth = [held if isinstance(held, bool) else len(held & places) for held in expected.held]
+    assert list(result.held) == truth, request.label
+
+
 def check_trace(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
     """Assert that the trace in `result` is the projection of each token of `expected` at the directions' own layers."""
     asked = request.readout
@@ -428,4 +440,5 @@ def check_answers(
             truth = reference.replay(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
         check_readout(read, request.readout, truth, request.label)
         check_trace(read, request, truth)
+        check_held(read, request, truth)
     return excused

@@ -90,7 +90,7 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
-        "held": _whole_held([stage["held"] for stage in stages]),
+        "held": _whole_held([stage.get("held") for stage in stages]),
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

@@ -337,5 +337,5 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         proof=answer["proof"],
         last=pooled if asked.pool == "last" else {},
         max=largest,
-        held=tuple(answer["held"] or ()),
+        held=tuple(answer.get("held") or ()),
     )

@@ -29,7 +29,7 @@ def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
         readout["trace"] = {"error": answer["trace_error"]}
     for name, layer, value, position in answer["max"]:
         readout.setdefault("max", {}).setdefault(name, {})[str(layer)] = [finite(value), position]
-    if answer["held"] is not None:
+    if answer.get("held") is not None:
         readout["held"] = answer["held"]
     if answer["pooled"] is not None:
         rows_LD = np.frombuffer(answer["pooled"], dtype=np.float32).reshape(len(answer["layers"]), -1)
