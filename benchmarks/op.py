@@ -161,7 +161,7 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_roun
     tables = [
         hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.entry_mode, hook.entry_gate,
         hook.entry_threshold, hook.probe, hook.keep, hook.segment, hook.sums, hook.last,
-        hook.trace_slot, hook.trace, hook.cut, hook.flags,
+        hook.trace_slot, hook.trace, hook.cut, hook.rows, hook.flags,
     ]  # fmt: skip
     num_bytes = setting.num_bytes(hidden.element_size())
     source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)  # a copy reads and writes

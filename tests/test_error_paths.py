@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_steer"
 MODULES = {
-    "engine": "vllm_versions startup_checks layer_classes prefix_cache stream_overflow",
+    "engine": "vllm_versions startup_checks layer_classes prefix_cache early_ends",
     "engine/front": "admission request_intake async_generate offline",
-    "engine/worker": "worker_steering rpc patch_classic_runner patch_v2_runner cut_off_marks hooked_layers "
+    "engine/worker": "worker_steering rpc patch_classic_runner patch_v2_runner step_marks hooked_layers "
     "layer_experiment",
     "server": "batch_runner",
 }
@@ -35,6 +35,7 @@ SHOWN_BY = {
     "admission._check_reach": "engine/front/test_admission.py::test_a_slice_behind_the_last_computed_token_is_refused",
     "admission.Admission._check_alpha": "engine/front/test_admission.py::test_the_largest_alpha_is_one_of_the_request",
     "admission.Admission._check_columns": "engine/front/test_admission.py::test_the_largest_projections_are_traced",
+    "admission.Admission._check_rows": "engine/front/test_admission.py::test_more_rows_than_the_operator_allows_are_re",
     "admission.Admission._check_range": "engine/front/test_admission.py::test_what_the_engine_s_dtype_cannot_hold_is",
     "admission.Admission._readout": "engine/front/test_admission.py::test_skipping_the_whole_prompt_is_refused",
     "admission.Admission._trace": "engine/front/test_admission.py::test_a_trace_that_cannot_be_taken_is_refused",
@@ -48,7 +49,8 @@ SHOWN_BY = {
     "async_generate._generated": "server/test_api_server.py::test_a_bad_spec_is_a_client_error",
     "async_generate._with_asked": "engine/front/test_async_front_end.py::test_a_readout_that_ray_s_stage_would_lose",
     "async_generate._alone": "engine/front/test_async_front_end.py::test_two_readouts_under_one_id_at_once_are_refused",
-    "async_generate._check_overflow": "engine/front/test_async_front_end.py::test_an_overflow_is_an_error_of_the_plu",
+    "async_generate._check_ends": "engine/front/test_async_front_end.py::test_an_overflow_is_an_error_of_the_plugin",
+    "admission.Admission._watched": "engine/front/test_admission.py::test_a_stop_is_refused_across_pipeline_stages",
     "batch_runner._answer": "server/test_batch_runner.py::test_a_line_that_cannot_be_honoured_is_an_error_of_that_line",
     "batch_runner._completed": "engine/front/test_async_front_end.py::test_a_line_that_was_answered_unsteered_is_an",
     "offline.steered": "engine/test_front_end.py::test_beam_search_takes_no_spec_and_runs_unsteered",

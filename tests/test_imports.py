@@ -174,7 +174,7 @@ LAYERS = (
     {"endpoint", "run"},
     {"directions"},
     {"generate", "scoring"},
-    {"pairs", "report"},
+    {"capture", "pairs", "report"},
     {"compare", "pipeline"},
     {"print_summary"},
     {"cli"},

@@ -20,7 +20,7 @@ from vllm_steer.errors import (
     SteerError,
     UnknownField,
 )
-from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, When
+from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, Watch, When
 
 ENTRY = {"direction": "kind", "alpha": 1.0}
 
@@ -63,7 +63,7 @@ def readouts(draw: st.DrawFn) -> Readout:
         vectors=draw(st.booleans()) if project or trace else True,
         skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, 10)),
         trace=trace,
-        pool=draw(st.sampled_from(["mean", "last", "max"] if project or trace else ["mean", "last"])),
+        pool=draw(st.sampled_from(["mean", "last", "max"] if project or trace else ["mean", "last", "rows"])),
     )
 
 
@@ -79,6 +79,7 @@ def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:
         RequestSpec((Steering("kind", 1.0, span="response"),)),
         RequestSpec(None, Readout([1], "prompt[1:]")),
         RequestSpec(None, Readout([1], pool="last")),
+        RequestSpec(None, Readout([1], pool="rows")),
     ):
         assert json.loads(new.dumps())["v"] == 2
         assert RequestSpec.from_json({**json.loads(new.dumps()), "v": 2}) == new
@@ -270,6 +271,10 @@ def test_a_readout_tells_of_conditions_when_it_is_asked_to() -> None:
     assert Readout.from_json(asked.to_json()) == asked
     assert "held" not in Readout([1]).to_json()
     assert Readout([1], vectors=False, held=True).held
+    watching = Readout(stop=Watch("kind", above=1.0), held=True)
+    assert (watching.version, watching.names, watching.vectors) == (2, ("kind",), False)
+    assert Readout.from_json(watching.to_json()) == watching
+    assert Readout([1], pool="rows", held=True).held
     with pytest.raises(MalformedSpec, match="readout held is 1; allowed: true or false"):
         Readout([1], held=1)  # type: ignore[arg-type]
 
@@ -287,6 +292,8 @@ REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"pool": "median"}, BadReadout, "'median'"),
     ({"pool": None}, BadReadout, "None"),
     ({"pool": "max"}, BadReadout, "'max' came without project and trace"),
+    ({"pool": "rows", "project": ["kind"]}, BadReadout, "'rows' came with project"),
+    ({"pool": "rows", "vectors": False, "trace": ["kind"]}, BadReadout, "'rows' came with vectors false"),
     ({"vectors": False}, BadReadout, "project is empty and trace is empty"),
     ({"trace": "kind"}, MalformedSpec, "readout trace is 'kind'"),
     ({"trace": None}, MalformedSpec, "readout trace is None"),

@@ -26,18 +26,20 @@ if TYPE_CHECKING:
         steered,
     )
     from vllm_steer.errors import SteerError
-    from vllm_steer.schema import Readout, ReadoutResult, Steering, When
+    from vllm_steer.schema import Crossing, Readout, ReadoutResult, Steering, Watch, When
     from vllm_steer.settings import steer_config
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Crossing",
     "Diagnosis",
     "Direction",
     "Readout",
     "ReadoutResult",
     "SteerError",
     "Steering",
+    "Watch",
     "When",
     "__version__",
     "abandon_requests",
@@ -66,6 +68,8 @@ _HOME = {
     "SteerError": "vllm_steer.errors",
     "Readout": "vllm_steer.schema",
     "ReadoutResult": "vllm_steer.schema",
+    "Crossing": "vllm_steer.schema",
+    "Watch": "vllm_steer.schema",
     "When": "vllm_steer.schema",
     "Steering": "vllm_steer.schema",
     "steer_config": "vllm_steer.settings",

@@ -38,6 +38,7 @@ answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body
     ├── DirectionNotAllowed      a name that the operator does not allow this caller to use    403
     ├── NotConfigured            steering on an engine without ``steer_config``                400
     ├── StreamOverflow           the steered stream left the range of the engine's dtype       400
+    ├── NoTraceColumn            a stop that could not be watched, so its request was ended    503
     └── ReadoutUnavailable       a finished request whose readout is not available            409
 """
 
@@ -203,6 +204,12 @@ class NotConfigured(SteerError):
 
 class StreamOverflow(SteerError):
     """The steered residual stream left the range of the engine's dtype, so the request was ended."""
+
+
+class NoTraceColumn(SteerError):
+    """All trace columns were taken by other requests, so a stop could not be watched and its request was ended."""
+
+    status = 503
 
 
 class ReadoutUnavailable(SteerError):

@@ -17,13 +17,13 @@ def register() -> None:
     startup_checks.install()
     startup_checks.prepare_batch_runner(_install_batch_runner)
     if vllm_versions.unsupported_reason() is None:
-        from vllm_steer.engine import prefix_cache, stream_overflow
+        from vllm_steer.engine import early_ends, prefix_cache
         from vllm_steer.engine.front import request_intake
         from vllm_steer.engine.vllm_faults import death_watch
         from vllm_steer.engine.worker import rpc
 
         # ``rpc`` installs the patches of the runner, in worker processes of engines that are configured for steering.
-        for module in (request_intake, prefix_cache, rpc, death_watch, stream_overflow):
+        for module in (request_intake, prefix_cache, rpc, death_watch, early_ends):
             module.install()
     vllm_versions.note_loaded()
 

@@ -8,8 +8,8 @@
                  "trace": ["kind"]}}
 
 ``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
-``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when``, ``pool``
-and ``held``. Otherwise it is 2.
+``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when``, ``pool``,
+``stop``, ``flag`` and ``held``. Otherwise it is 2.
 A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
@@ -45,7 +45,7 @@ Op = Literal["add", "ablate", "set", "scale", "clamp"]
 Span = str
 """``prompt``, ``generated``, ``response``, ``all``, their slices and sums; see ``vllm_steer.spans``."""
 Over = Literal["token", "prompt"]
-Pool = Literal["mean", "last", "max"]
+Pool = Literal["mean", "last", "max", "rows"]
 Proof = Literal["parity", "experiment"]
 """Why a model's layers are taken to return the residual stream: their classes were compared with Hugging Face
 (``parity``), or only the experiment at start-up says so (``experiment``)."""
@@ -91,6 +91,21 @@ def _check_name(name: object, where: str) -> None:
         )
 
 
+def _check_condition(condition: When | Watch, where: str) -> None:
+    """Check direction, bound and layer of a condition, and store them as plain numbers."""
+    _check_name(condition.direction, f"the direction of {where}")
+    if (condition.above is None) == (condition.below is None):
+        raise BadCondition(f"{where} has both or none of above and below; allowed: one of them. Give one.")
+    for name in ("above", "below"):
+        if (bound := getattr(condition, name)) is not None:
+            number = _finite(bound, f"{name} of {where}", BadCondition)
+            if abs(number) > MOST_FLOAT32:
+                raise BadCondition(f"{name} of {where} is {number:g}; allowed: what float32 holds. Use a smaller one.")
+            object.__setattr__(condition, name, number)
+    if condition.layer is not None:
+        object.__setattr__(condition, "layer", _layer(condition.layer, f"the layer of {where}"))
+
+
 @dataclass(frozen=True, slots=True)
 class When:
     """A condition on each token or on the prompt: an entry with it acts only where the condition holds.
@@ -125,17 +140,7 @@ class When:
     over: Over = "token"
 
     def __post_init__(self) -> None:
-        _check_name(self.direction, "the direction of when")
-        if (self.above is None) == (self.below is None):
-            raise BadCondition("when has both or none of above and below; allowed: one of them. Give one.")
-        for name in ("above", "below"):
-            if (bound := getattr(self, name)) is not None:
-                number = _finite(bound, f"{name} of when", BadCondition)
-                if abs(number) > MOST_FLOAT32:
-                    raise BadCondition(f"{name} of when is {number:g}; allowed: what float32 holds. Use a smaller one.")
-                object.__setattr__(self, name, number)
-        if self.layer is not None:
-            object.__setattr__(self, "layer", _layer(self.layer, "the layer of when"))
+        _check_condition(self, "when")
         if self.over not in OVERS:
             raise BadCondition(f"over is {str(self.over)[:80]!r}; allowed: {', '.join(OVERS)}. Choose one of them.")
 
@@ -154,6 +159,68 @@ class When:
             MalformedSpec, BadCondition: as the constructor, or ``direction`` is missing.
         """
         return cls(**_checked_fields(cls, value, "when", required=("direction",)))
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A condition on the generated tokens, for ``Readout.stop`` and ``Readout.flag``.
+
+    It holds once ⟨h, d⟩ of ``patience`` generated tokens in a row is beyond the bound; h is the stream that the layer
+    leaves, after its own steering.
+
+    Args:
+        direction: name of the registered direction d, of any length.
+        above, below: the bound, exactly one of them: a token is beyond it where ⟨h, d⟩ > ``above``, or < ``below``.
+        patience: how many tokens in a row, from 1.
+        layer: the layer of h, a hooked one; ``None`` means the direction's own.
+
+    Raises:
+        MalformedSpec, BadCondition: at construction, naming the offending value.
+    """
+
+    direction: str
+    above: float | None = None
+    below: float | None = None
+    patience: int = 1
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_condition(self, "the watch")
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
+            raise BadCondition(f"patience is {self.patience!r}; allowed: a whole number from 1. Give one.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The watch as a JSON object, without fields at their default."""
+        told = {"direction": self.direction, "above": self.above, "below": self.below, "layer": self.layer}
+        told["patience"] = None if self.patience == 1 else self.patience
+        return {name: value for name, value in told.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "stop") -> Watch:
+        """Build a watch from a decoded JSON object.
+
+        Raises:
+            UnknownField: it has a field that ``Watch`` does not have.
+            MalformedSpec, BadCondition: as the constructor, or ``direction`` is missing.
+        """
+        return cls(**_checked_fields(cls, value, where, required=("direction",)))
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """Where a ``Watch`` held first.
+
+    Attributes:
+        direction: its name.
+        layer: the layer that was watched.
+        position: the position in the request of the token with which the watch held.
+        value: ⟨h, d⟩ of that token.
+    """
+
+    direction: str
+    layer: int
+    position: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +325,11 @@ class Steering:
             raise BadAlpha(f"low is {self.low:g} and high is {self.high:g}; allowed: low up to high. Swap them.")
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The direction, and that of the condition."""
+        return (self.direction,) if self.when is None else (self.direction, self.when.direction)
+
+    @property
     def coefficients(self) -> tuple[float, float]:
         """(a, b) of ``plan.entry_rows.Entry``: h + (a + b·⟨h,d⟩)·d, or the bounds of ``clamp``."""
         if self.op == "clamp":
@@ -331,29 +403,51 @@ class Readout:
             the one that ``layers`` contains.
         pool: what becomes of the span's tokens: their ``mean``; the ``last`` one; or ``max``, the largest projection of
             any token onto each name in ``project`` and ``trace``, and where it is. ``max`` gives no vectors, and each
-            of its projections takes a trace column as ``trace`` does.
+            of its projections takes a trace column as ``trace`` does. ``rows`` pools nothing: the stream of every token
+            of the span, as many as the engine's ``max_rows`` allows. It goes without ``project``; ``trace`` projects
+            every token.
+        stop: ends the request with the generated token with which the watch holds: the sample's ``finish_reason`` is
+            ``stop`` and its ``stop_reason`` is ``vllm_steer:`` and the direction's name. That last token has been
+            computed, so ``generated``, ``response`` and ``all`` hold it here. Takes a trace column.
+        flag: watches that are only reported. Each takes a trace column.
         held: also tell of each entry with a condition on how many of the span's tokens it held, or, of one over the
             prompt, whether it held. Each condition on tokens takes a trace column.
+
+    With ``stop`` or ``flag``, ``layers`` may be empty: then nothing is pooled. If ``trace`` is empty too and ``held``
+    false, cached tokens of the prompt are used as for a request without a readout.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
     """
 
-    layers: Sequence[int]
+    layers: Sequence[int] = ()
     span: Span = "prompt"
     project: Sequence[str] = ()
     vectors: bool = True
     skip_first: int = 0
     trace: Sequence[str] = ()
     pool: Pool = "mean"
+    stop: Watch | None = None
+    flag: Sequence[Watch] = ()
     held: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
             raise MalformedSpec(f"readout layers is {self.layers!r}; allowed: a list of layer numbers. Give a list.")
         layers = {_layer(layer, "a readout layer") for layer in self.layers}
-        if not self.layers:
+        if not isinstance(self.stop, Watch | None) or not (
+            isinstance(self.flag, Sequence) and all(isinstance(one, Watch) for one in self.flag)
+        ):
+            raise MalformedSpec("readout stop or flag is of another type; allowed: Watch(...), and a list of them.")
+        if not self.layers and not self.watches:
             raise BadReadout("readout layers is empty; allowed: one or more hooked layers. Name the layers to read.")
+        if not self.layers and (self.project or self.pool != "mean"):
+            raise BadReadout(
+                "readout layers is empty and project or pool is set; allowed: stop, flag, trace and held alone. Name "
+                "the layers to read."
+            )
+        if not self.layers:
+            object.__setattr__(self, "vectors", False)
         spans.check(self.span)
         for where, names in (("project", self.project), ("trace", self.trace)):
             if isinstance(names, str) or not isinstance(names, Sequence):
@@ -372,7 +466,7 @@ class Readout:
                 "out, or move the span's bounds."
             )
         _check_flag(self.held, "readout held")
-        if not (self.vectors or self.project or self.trace or self.held):
+        if not (self.vectors or self.project or self.trace or self.watches or self.held):
             raise BadReadout(
                 "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
@@ -380,9 +474,29 @@ class Readout:
             raise BadReadout(f"readout pool is {self.pool!r}; allowed: {', '.join(POOLS)}. Choose one of them.")
         if self.pool == "max" and not self.project and not self.trace:
             raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
+        if self.pool == "rows" and (self.project or not self.vectors):
+            raise BadReadout(
+                f"pool 'rows' came with {'project' if self.project else 'vectors false'}; allowed: rows alone, or "
+                "with trace, which projects every token. Use trace instead, or another pool."
+            )
         object.__setattr__(self, "layers", tuple(sorted(layers)))
         object.__setattr__(self, "project", tuple(dict.fromkeys(self.project)))
         object.__setattr__(self, "trace", tuple(self.trace))
+        object.__setattr__(self, "flag", tuple(self.flag))
+
+    @property
+    def watches(self) -> tuple[Watch, ...]:
+        """``stop``, if there is one, and those of ``flag``."""
+        return (*(() if self.stop is None else (self.stop,)), *self.flag)
+
+    def is_stopped_by(self, reason: object) -> bool:
+        """Whether a sample with this ``stop_reason`` was ended by ``stop``."""
+        return self.stop is not None and reason == stop_reason(self.stop.direction)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every direction that the readout names."""
+        return (*self.project, *self.trace, *(one.direction for one in self.watches))
 
     def to_json(self) -> dict[str, Any]:
         """The readout as a JSON object: all fields of version 1, and the others where they are not at their default."""
@@ -394,12 +508,21 @@ class Readout:
             "skip_first": self.skip_first,
             "trace": list(self.trace),
         }
-        return told | ({} if self.pool == "mean" else {"pool": self.pool}) | ({"held": True} if self.held else {})
+        if self.pool != "mean":
+            told["pool"] = self.pool
+        if self.stop is not None:
+            told["stop"] = self.stop.to_json()
+        if self.flag:
+            told["flag"] = [one.to_json() for one in self.flag]
+        if self.held:
+            told["held"] = True
+        return told
 
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this readout uses."""
-        return 1 if self.span in _SPANS_OF_V1 and self.pool == "mean" and not self.held else 2
+        is_later = self.pool != "mean" or bool(self.watches) or self.held
+        return 1 if self.span in _SPANS_OF_V1 and not is_later else 2
 
     @classmethod
     def from_json(cls, value: object) -> Readout:
@@ -407,9 +530,20 @@ class Readout:
 
         Raises:
             UnknownField: it has a field that ``Readout`` does not have.
-            MalformedSpec, BadReadout, BadSpan: as the constructor, or ``layers`` is missing.
+            MalformedSpec, BadCondition, BadReadout, BadSpan: as the constructor, or ``layers`` is missing without
+                ``stop`` and ``flag``.
         """
-        return cls(**_checked_fields(cls, value, "readout", required=("layers",)))
+        is_watch = isinstance(value, dict) and bool(value.get("stop") or value.get("flag"))
+        fields = dict(_checked_fields(cls, value, "readout", required=() if is_watch else ("layers",)))
+        if fields.get("stop") is not None:
+            fields["stop"] = Watch.from_json(fields["stop"])
+        if "flag" in fields:
+            if not isinstance(fields["flag"], list):
+                raise MalformedSpec(
+                    f"readout flag is a JSON {type(fields['flag']).__name__}; allowed: a list of objects. Give a list."
+                )
+            fields["flag"] = [Watch.from_json(one, "an entry of flag") for one in fields["flag"]]
+        return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -428,6 +562,9 @@ class ReadoutResult:
         last: layer -> (D,) float32, the stream of the span's last token, with the pool ``last``.
         max: direction name -> layer -> (largest ⟨h, direction⟩ of any token of the span, position of that token in the
             request), with the pool ``max``; (NaN, -1) over no tokens.
+        stopped: where ``Readout.stop`` ended the sample; ``None`` if it ended for another reason.
+        flags: for each watch of ``Readout.flag`` that held, where it held first, in the order asked for.
+        rows: layer -> (num_tokens, D) float32, the stream of each token of the span in order, with the pool ``rows``.
         held: with ``Readout.held``, one for each entry with a condition, in the order of the request's entries: on how
             many of the span's tokens that the entry covers it held; of one over the prompt, whether it held. None for
             an entry that changes nothing, whose condition is not evaluated.
@@ -440,6 +577,9 @@ class ReadoutResult:
     proof: Proof = "parity"
     last: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     max: Mapping[str, Mapping[int, tuple[float, int]]] = field(default_factory=dict)
+    stopped: Crossing | None = None
+    flags: tuple[Crossing, ...] = ()
+    rows: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     held: tuple[int | bool | None, ...] = ()
 
 
@@ -460,6 +600,12 @@ class RequestSpec:
     def entries(self) -> tuple[Steering, ...]:
         """``steering``, or an empty tuple for ``None``."""
         return self.steering or ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every direction that the request names, in entries, conditions and the readout; some more than once."""
+        read = () if self.readout is None else self.readout.names
+        return (*(name for entry in self.entries for name in entry.names), *read)
 
     @property
     def is_empty(self) -> bool:
@@ -530,6 +676,11 @@ class RequestSpec:
 def _spec_of(text: str) -> RequestSpec:
     """Cached, because consecutive requests often have the same spec: texts of an extraction, rows of a condition."""
     return RequestSpec.from_json(decoded(text))
+
+
+def stop_reason(direction: str) -> str:
+    """The ``stop_reason`` of a sample that ``Readout.stop`` ended, by the name of its direction."""
+    return f"{WIRE_KEY}:{direction}"
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class SteerSettings(BaseModel):
             times the layer's mean residual norm if ``residual_norms`` has it, else as it is.
         readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
         trace_columns: directions that can be traced at once, over all requests; each costs one number per token.
+        max_rows: most vectors, tokens times layers, that one request may read with the pool ``rows``. With 0 no request
+            can, and nothing is allocated for it. Otherwise each hooked layer holds one float32 row on the device for
+            every token of a step (``max_num_batched_tokens``).
         served_aliases: additional model name of a server -> the steering that it applies. ``/v1/models`` lists them.
         default_steering: steering of requests that do not mention steering, in process or over HTTP.
         registry_dir: folder in which a server keeps directions registered over HTTP; with ``None`` they are lost when
@@ -81,6 +84,7 @@ class SteerSettings(BaseModel):
     max_alpha: Annotated[float, Field(gt=0, le=1e30)] = 1000.0  # the tables hold α as float32
     readout_store_mib: Annotated[int, Field(ge=1)] = 512
     trace_columns: Annotated[int, Field(ge=0, le=256)] = 8
+    max_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     served_aliases: dict[str, tuple[SteeringEntry, ...]] = Field(default_factory=dict)
     default_steering: tuple[SteeringEntry, ...] = ()
     registry_dir: str | None = None

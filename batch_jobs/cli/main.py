@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batch_jobs.cli import doctor, pairs, serve, study
+from batch_jobs.cli import capture, doctor, pairs, serve, study
 from vllm_steer.errors import SteerError
 
 USAGE_EXIT_CODE = 2
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(study.app, name="study")
 app.add_typer(pairs.app, name="pairs")
 app.command("doctor")(doctor.doctor)
+app.command("capture")(capture.capture)
 app.command("serve", context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [VLLM FLAGS]")(
     serve.serve
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from batch_jobs.config.server import ServerConfig
 from batch_jobs.config.study import DEMO_MODEL
 from batch_jobs.engine.start_engine import decoder_blocks, model_location
-from vllm_steer import Direction, load_directions
+from vllm_steer import Direction, Steering, When, load_directions
 from vllm_steer.errors import LayerNotHooked, SettingsError, UnknownDirection
 
 PLUGIN = "vllm_steer"
@@ -96,16 +96,17 @@ def _check_aliases(config: ServerConfig, layers: Sequence[int], directions: Sequ
         named.setdefault(direction.name, set()).add(direction.layer)
     everywhere = {**config.served_aliases, "default_steering": config.default_steering}
     for alias, entries in everywhere.items():
-        for entry in entries:
+        named_by: list[Steering | When] = [*entries, *(entry.when for entry in entries if entry.when is not None)]
+        for one in named_by:
             # what a registry folder holds is known to the server alone
-            if entry.direction not in named and config.registry_dir is None:
+            if one.direction not in named and config.registry_dir is None:
                 raise UnknownDirection(
-                    f"{alias} steers with {entry.direction!r}; the direction files hold "
+                    f"{alias} names {one.direction!r}; the direction files hold "
                     f"{', '.join(sorted(named)) or 'none'}. Add its file with --directions."
                 )
-            own = named.get(entry.direction, set()) if entry.layer is None else {entry.layer}
+            own = named.get(one.direction, set()) if one.layer is None else {one.layer}
             if own and not own & set(layers):
                 raise LayerNotHooked(
-                    f"{alias} steers at layer {' or '.join(map(str, sorted(own)))}; hooked: {list(layers)}. Add the "
+                    f"{alias} names layer {' or '.join(map(str, sorted(own)))}; hooked: {list(layers)}. Add the "
                     "layer to --layers."
                 )

@@ -49,9 +49,9 @@ def model_location(model: str) -> str:
     return str(demo_model_path())
 
 
-def model_revision(location: str, engine: Engine) -> str | None:
+def model_revision(location: str, engine: Engine | None) -> str | None:
     """The revision that distinguishes two models of one name: the hub commit, or for a folder a digest of its config
-    and file sizes. None if the hub commit is unknown."""
+    and file sizes. None if the hub commit is unknown, as it is without an engine."""
     folder = Path(location)
     if folder.is_dir():
         digest = hashlib.sha256()

@@ -76,18 +76,18 @@ def read_json_lines(place: Place, *, advice: str, error: type[SteerError] = Stud
 
 
 def json_lines(
-    content: bytes, place: Place, *, advice: str, error: type[SteerError] = StudyError
+    content: bytes, place: Place, *, advice: str, error: type[SteerError] = StudyError, start: int = 1
 ) -> Iterator[JsonLine]:
     """Yield the objects in the content of a file of JSON lines; skips blank lines.
 
     A line ends only at "\\n", with or without "\\r" before it: the other characters at which `str.splitlines` splits
-    may stand inside a JSON string.
+    may stand inside a JSON string. The first line of the content has the number `start`.
 
     Raises:
         error: a line is not a JSON object in UTF-8 or holds text without a UTF-8 form; the message names file and line
             and ends in `advice`.
     """
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=start):
         if not line.strip():
             continue
         where = f"{place}: line {number}"

@@ -68,14 +68,9 @@ class RayExecutor:
         self._location = location
         self._console = console
         self._quiet = quiet
-        gpus = pool.gpus_per_worker
-        if gpus is None:
-            gpus = study.engine.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
-        self._cpus = pool.cpus_per_worker or (1 if pool.address else _cores_each(pool.workers))
-        self._resources = {"num_cpus": self._cpus, "num_gpus": gpus}
+        self._resources = resources_of(pool, study.engine.tensor_parallel_size)
         # engines on GPUs are not bound to cores: their host threads do little
-        self._cores = None if gpus else self._cpus
-        self._refuse_too_small(gpus)
+        self._cores = None if self._resources["num_gpus"] else int(self._resources["num_cpus"])
         self._board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
     def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
@@ -87,7 +82,7 @@ class RayExecutor:
         task = ray.remote(max_calls=1, **self._resources)(_make_probes)
         if not self._quiet:
             self._console.print("Extracting directions on a Ray worker", highlight=False)
-        with _ray_errors("The extraction"):
+        with ray_errors("The extraction"):
             ray.get(task.remote(study, split, run, self._location, self._cores, self._board))
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
@@ -110,7 +105,7 @@ class RayExecutor:
         )
         total = ShardOutcome(0, 0, 0, 0.0)
         view = PoolView(self._read_board, self._console, sum(len(shard.rows) for shard in shards), quiet=self._quiet)
-        with _ray_errors("Generation"), view:
+        with ray_errors("Generation"), view:
             for record in dataset.iter_rows():
                 outcome = ShardOutcome(
                     int(record["rows"]), int(record["failed"]), int(record["tokens"]), float(record["seconds"])
@@ -126,29 +121,51 @@ class RayExecutor:
             return None  # not worth stopping for; if Ray is gone, the loop over the rows raises
         return snapshot
 
-    def _refuse_too_small(self, gpus: float) -> None:
-        there = ray.cluster_resources()
-        for resource, wanted in (("CPU", self._cpus * self._pool.workers), ("GPU", gpus * self._pool.workers)):
-            if wanted > there.get(resource, 0):
-                raise StudyError(
-                    f"{self._pool.workers} workers need {wanted:g} {resource} in all and the Ray cluster has "
-                    f"{there.get(resource, 0):g}; lower --workers or the resources of each."
-                )
+
+def resources_of(pool: Pool, tensor_parallel_size: int) -> dict[str, float]:
+    """What each worker of a pool takes of the connected cluster, as options of `ray.remote`.
+
+    Raises:
+        StudyError: the cluster is too small for the pool.
+    """
+    there = ray.cluster_resources()
+    gpus = pool.gpus_per_worker
+    if gpus is None:
+        gpus = tensor_parallel_size if there.get("GPU", 0) else 0
+    cpus = pool.cpus_per_worker or (1 if pool.address else cores_each(pool.workers))
+    for resource, wanted in (("CPU", cpus * pool.workers), ("GPU", gpus * pool.workers)):
+        if wanted > there.get(resource, 0):
+            raise StudyError(
+                f"{pool.workers} workers need {wanted:g} {resource} in all and the Ray cluster has "
+                f"{there.get(resource, 0):g}; lower --workers or the resources of each."
+            )
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
 @contextmanager
 def ray_session(pool: Pool, study: Study, location: str, console: Console, *, quiet: bool) -> Iterator[RayExecutor]:
-    """Connect to the pool's cluster, or start Ray on this machine and stop it afterwards.
+    """`ray_connection`, with an executor for a study.
 
     Raises:
         StudyError: Ray cannot be used, or the cluster is too small for the pool.
+    """
+    with ray_connection(pool):
+        yield RayExecutor(pool, study, location, console, quiet=quiet)
+
+
+@contextmanager
+def ray_connection(pool: Pool) -> Iterator[None]:
+    """Connect to the pool's cluster, or start Ray on this machine and stop it afterwards.
+
+    Raises:
+        StudyError: Ray cannot be used.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's core prints warnings about Ray Data's own actors; errors that matter to the user are raised
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if pool.address is None:
-        cpus = (pool.cpus_per_worker or _cores_each(pool.workers)) * pool.workers
+        cpus = (pool.cpus_per_worker or cores_each(pool.workers)) * pool.workers
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         options["address"] = pool.address
@@ -157,7 +174,7 @@ def ray_session(pool: Pool, study: Study, location: str, console: Console, *, qu
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         raise StudyError(f"Ray at {pool.address or 'this machine'} cannot be used: {error}") from error
     try:
-        yield RayExecutor(pool, study, location, console, quiet=quiet)
+        yield
     finally:
         ray.shutdown()
 
@@ -176,12 +193,13 @@ def _on_own_cores(cores: int | None, board: Any) -> BoardProgress:
     return progress
 
 
-def _cores_each(workers: int) -> int:
+def cores_each(workers: int) -> int:
+    """An even share of this machine's cores."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 @contextmanager
-def _ray_errors(what: str) -> Iterator[None]:
+def ray_errors(what: str) -> Iterator[None]:
     """Turn a RayError into a StudyError, with the message of the worker's own SteerError or with advice."""
     try:
         yield

@@ -13,14 +13,14 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer import Readout, Steering, collect_readouts, plugin, steer_config, steered
-from vllm_steer.engine import prefix_cache, startup_checks, stream_overflow, vllm_versions
+from vllm_steer.engine import early_ends, prefix_cache, startup_checks, vllm_versions
 from vllm_steer.engine.front import request_intake
 from vllm_steer.engine.vllm_faults import death_watch
 from vllm_steer.engine.worker import rpc
 from vllm_steer.errors import UnsupportedFeature
 from vllm_steer.server.endpoints import SteerEndpoints
 
-MODULES = (startup_checks, request_intake, prefix_cache, rpc, death_watch, stream_overflow)
+MODULES = (startup_checks, request_intake, prefix_cache, rpc, death_watch, early_ends)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ OpenEngine = Callable[..., AbstractContextManager[LLM]]
 # The smallest block that vLLM's CPU attention takes; prefix sharing and preemption work in whole blocks.
 BLOCK_SIZE = 32
 KV_BYTES = 64 << 20
+MAX_ROWS = 4096  # more than any request of these engines can have; the default allows none
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def open_engine(
         "disable_log_stats": True,
     }
     if layers is not None:
-        arguments["additional_config"] = steer_config(layers=layers, **(config or {}))
+        arguments["additional_config"] = steer_config(layers=layers, **({"max_rows": MAX_ROWS} | (config or {})))
     llm: LLM | None = None
     try:
         llm = LLM(model=str(model), **(arguments | engine_args))

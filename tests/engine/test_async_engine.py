@@ -121,7 +121,7 @@ def bed(checkpoint: Path, reference: Reference, tmp_path_factory: pytest.TempPat
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=KV_BYTES,
         disable_log_stats=True,
-        additional_config=steer_config(layers=LAYERS, directions=directions, max_directions=32),
+        additional_config=steer_config(layers=LAYERS, directions=directions, max_directions=32, max_rows=4096),
     )
     with pytest.MonkeyPatch.context() as environment, asyncio.Runner() as loop:
         environment.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads by now

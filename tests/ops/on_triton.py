@@ -52,6 +52,18 @@ def test_entries_of_every_mode_agree_with_the_loop(dtype: torch.dtype, residual:
         check(case, steer_and_read, DEVICE, rounding=ROUNDING[dtype], scale=4)
 
 
+@pytest.mark.parametrize("stored", [None, False, True], ids=["no room", "not asked for", "stored"])
+@pytest.mark.parametrize("steered", ["none", "some"])
+def test_stores_the_steered_stream_of_every_token_where_rows_are_asked_for(steered: str, stored: bool | None) -> None:
+    for seed, dtype in enumerate(DTYPES):
+        for read, columns, residual in (("none", 0, True), ("some", 2, False)):
+            case = make_case(
+                seed, steered=steered, read=read, columns=columns, dtype=dtype, residual=residual, strided=True,
+                stored=stored,
+            )  # fmt: skip
+            check(case, steer_and_read, DEVICE, rounding=ROUNDING[dtype])
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
 @pytest.mark.parametrize("alpha", [1e3, -3e5])
 def test_a_float16_stream_is_cut_off_at_its_limit_and_the_row_says_so(alpha: float, residual: bool) -> None:
@@ -144,7 +156,7 @@ def same(got: Case, expected: Case) -> None:
     # Two float32 computations of the same numbers, in another order, rounded once: at most one unit of hidden's type.
     torch.testing.assert_close(got.hidden, expected.hidden, rtol=eps, atol=2e-5)
     # Sums of at most 17 rows that may differ by that rounding; a token more or less errs by about 1.
-    for name in ("sums", "last", "trace"):
+    for name in ("sums", "last", "trace", "rows"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=2 * eps, atol=20 * eps + 1e-4)
 
 
@@ -179,7 +191,7 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
     """Buffers with two hooked layers, and a call at the first one over four tokens."""
     buffers = SteerBuffers(
         num_layers=2, hidden_size=24, max_tokens=8, max_requests=2, max_entries=1, max_directions=1, trace_columns=1,
-        device=torch.device(DEVICE),
+        device=torch.device(DEVICE), has_rows=True,
     )  # fmt: skip
     hook = buffers.layer(0)
     stream = torch.ones(4, 24, device=DEVICE)
@@ -198,7 +210,7 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
         hook.segment,
         hook.sums,
     )
-    rest = (hook.last, hook.trace_slot, hook.trace, hook.cut, hook.flags)
+    rest = (hook.last, hook.trace_slot, hook.trace, hook.cut, hook.rows, hook.flags)
     return buffers, lambda: steer_and_read(stream, stream, *tables, *rest)
 
 
@@ -212,9 +224,10 @@ ENTRY = Entry(0, 0, 1.0, 0.0)
         (in_halves(4, (ENTRY,), (ENTRY,)), (1, 0)),
         (in_halves(4, pooling=Pooling((0,), 0, None)), (0, 1)),
         (in_halves(4, pooling=Pooling((0,), 0, None, trace=((0, 0),))), (1, 1)),
+        (in_halves(4, pooling=Pooling((0,), 0, None, stores_rows=True)), (1, 0)),
         (in_halves(4, (Entry(1, 0, 1.0, 0.0),), (), Pooling((1,), 0, None)), (0, 0)),
     ],
-    ids=["nothing", "steering", "reading", "tracing", "another layer"],
+    ids=["nothing", "steering", "reading", "tracing", "storing", "another layer"],
 )  # fmt: skip
 def test_a_step_launches_only_what_it_asks_of_the_layer(
     request_plan: RequestPlan, expected: tuple[int, int], launches: Callable[[], tuple[int, int]]
@@ -253,13 +266,13 @@ def test_a_captured_graph_holds_both_kernels_though_the_step_asks_for_neither(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_captured_graph_does_what_the_tables_say_when_it_is_replayed(dtype: torch.dtype) -> None:
-    case = make_case(0, tokens=17, steered="none", read="none", columns=3, dtype=dtype).copy(DEVICE)
+    case = make_case(0, tokens=17, steered="none", read="none", columns=3, dtype=dtype, stored=False).copy(DEVICE)
     steer_and_read(*case.args())  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         steer_and_read(*case.args())
     for seed in (1, 2, 3):
-        new = make_case(seed, tokens=17, columns=3, dtype=dtype)
+        new = make_case(seed, tokens=17, columns=3, dtype=dtype, stored=seed != 2)
         for old, value in zip(case.args(), new.args(), strict=True):
             old.copy_(value)
         expected = case.copy(DEVICE)

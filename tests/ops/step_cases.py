@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.step_plan import READ
+from vllm_steer.plan.step_plan import READ, ROWS
 
 DIMENSION, SLOTS, REQUESTS, PROBES = 24, 5, 4, 4
 WRITTEN_PROBES = 2  # of a hook: those before it have written the others, of which conditions over prompts take sums
@@ -41,6 +41,7 @@ class Case:
     trace_slot: torch.Tensor
     trace: torch.Tensor
     cut: torch.Tensor
+    rows: torch.Tensor
     flags: torch.Tensor
 
     def args(self) -> tuple[Any, ...]:
@@ -76,8 +77,13 @@ def make_case(
     residual: bool = True,
     strided: bool = False,
     modes: bool = False,
+    stored: bool | None = None,
 ) -> Case:
-    """A step as the planner could have made it: entries packed to the left, flags that say which tables are in use."""
+    """A step as the planner could have made it: entries packed to the left, flags that say which tables are in use.
+
+    With `stored` None there is no room for rows, as in an engine that allows none; else it says whether this step's are
+    stored.
+    """
     rng = np.random.default_rng(seed)
     rows = 2 * REQUESTS
 
@@ -162,8 +168,10 @@ def make_case(
         trace_slot=torch.from_numpy(trace_slot),
         trace=normal(tokens + SPARE_TOKENS, columns),
         cut=torch.zeros(rows, dtype=torch.int32),
+        rows=normal(0 if stored is None else tokens + SPARE_TOKENS, dimension),
         flags=torch.tensor(
-            [entries if any_steered else 0, int(segment[:, 1].any()), int(columns > 0), 0], dtype=torch.int32
+            [entries if any_steered else 0, int(segment[:, 1].any()) | ROWS * bool(stored), int(columns > 0), 0],
+            dtype=torch.int32,
         ),
     )
 
@@ -196,6 +204,7 @@ class Expected:
     trace: np.ndarray
     probe: np.ndarray
     cut: np.ndarray
+    rows: np.ndarray
     untouched: list[int]
 
 
@@ -282,7 +291,10 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
     for k, slot in enumerate(case.trace_slot.tolist()):
         if slot >= 0:
             trace[:tokens, k] = stream @ bank[slot]
-    return Expected(hidden, sums, last, trace, probe, cut, untouched)
+    rows = case.rows.double().numpy().copy()
+    if int(case.flags[1]) & 2 and len(rows):
+        rows[:tokens] = stream
+    return Expected(hidden, sums, last, trace, probe, cut, rows, untouched)
 
 
 def check(
@@ -294,7 +306,7 @@ def check(
         rounding: how far the one rounding to hidden's type may go, in units of its eps.
         scale: the largest α divided by 8.
     """
-    if not case.flags[READ]:
+    if not case.flags[READ] & 1:
         # A reset where nothing is read at the layer has no effect (the accumulator is not read before its next reset),
         # and the fast paths skip it.
         case = replace(case, keep=torch.ones_like(case.keep))
@@ -318,6 +330,8 @@ def check(
     np.testing.assert_allclose(got.sums.numpy(), read.sums, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(got.last.numpy(), read.last, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got.trace.numpy(), read.trace, rtol=1e-5, atol=1e-4)
+    # one float32 addition; a row that was not written is off by about 1
+    np.testing.assert_allclose(got.rows.numpy(), read.rows, rtol=1e-6, atol=1e-6)
     for name in (
         "residual",
         "bank",

@@ -40,6 +40,7 @@ def make_buffers() -> SteerBuffers:
         max_directions=SLOTS,
         trace_columns=2,
         device=torch.device("cpu"),
+        has_rows=True,
     )
     rng = np.random.default_rng(0)
     for slot in range(SLOTS):
@@ -77,6 +78,7 @@ def test_compiled_code_keeps_the_hook_and_sees_tables_written_later(backend: str
 
     with torch.no_grad():
         untouched = plain(x, residual)
+        buffers.rows_L_TD[1].zero_()
         torch.testing.assert_close(compiled(x, residual), untouched, rtol=1e-5, atol=1e-5)  # compiled while silent
 
         pooling = Pooling((1,), 0, 6, trace=((1, 3), (1, 0)))
@@ -90,6 +92,17 @@ def test_compiled_code_keeps_the_hook_and_sees_tables_written_later(backend: str
         planner.add("a", in_halves(6, prompt=(Entry(1, 3, -4.0, 0.0),)))
         second, _ = step(0)
         assert (second - first).abs().max() > 0.1, "tables of the step before were used"
+
+        assert not buffers.rows_L_TD[1].any(), "rows were stored that nobody asked for"
+        planner.remove("a")
+        planner.add("a", in_halves(6, pooling=Pooling((1,), 0, 6, stores_rows=True)))
+        step(0)
+        stored = buffers.rows_L_TD[1].clone()
+        buffers.rows_L_TD[1].zero_()
+        steered(x, residual)
+        torch.testing.assert_close(buffers.rows_L_TD[1], stored, rtol=1e-5, atol=1e-5)
+        assert stored[:6].all(), "the rows were not stored"
+        assert not stored[6:].any()
 
         planner.remove("a")
         silent = planner.build(["a"], [0], [6])

@@ -53,6 +53,23 @@ def test_traces_the_steered_stream_and_leaves_unused_columns(
     check(make_case(11, columns=columns, dtype=dtype), implementation)
 
 
+@pytest.mark.parametrize("stored", [None, False, True], ids=["no room", "not asked for", "stored"])
+@pytest.mark.parametrize("residual", [False, True], ids=["hidden only", "with residual"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("steered", ["none", "some"])
+def test_stores_the_steered_stream_of_every_token_where_rows_are_asked_for(
+    implementation: Callable[..., None], steered: str, dtype: torch.dtype, residual: bool, stored: bool | None
+) -> None:
+    for seed, (read, columns) in enumerate([("none", 0), ("some", 2)]):
+        check(
+            make_case(
+                seed, steered=steered, read=read, columns=columns, dtype=dtype, residual=residual, strided=True,
+                stored=stored,
+            ),
+            implementation,
+        )  # fmt: skip
+
+
 def test_the_fast_path_leaves_the_trace_alone_where_no_token_of_the_step_is_traced() -> None:
     case = make_case(12, columns=3)
     case.flags[TRACE] = 0  # a column stays bound while its request waits

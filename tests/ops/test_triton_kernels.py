@@ -25,9 +25,10 @@ from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 POINTERS = {"bank": "*fp32", "row_of_token": "*i32", "entry_slot": "*i32", "entry_ab": "*fp32", "entry_mode": "*i32",
             "entry_gate": "*i32", "entry_threshold": "*fp32", "probe": "*fp32",
             "prompt_sums": "*fp32", "prompt_part": "*i32",
-            "trace_slot": "*i32", "trace": "*fp32", "cut": "*i32", "flags": "*i32", "keep": "*i32", "segment": "*i32",
+            "trace_slot": "*i32", "trace": "*fp32", "cut": "*i32", "rows": "*fp32", "flags": "*i32",
+            "keep": "*i32", "segment": "*i32",
             "sums": "*fp32", "last": "*fp32"}
-CONSTANTS = {"D": 3584, "K": 8, "G": 4, "HAS_RESIDUAL": True, "LIMIT": FLOAT16_LIMIT}
+CONSTANTS = {"D": 3584, "K": 8, "G": 4, "HAS_RESIDUAL": True, "HAS_ROWS": True, "LIMIT": FLOAT16_LIMIT}
 KERNELS = [(triton_kernels._steer_and_trace, {"BLOCK_D": 4096})]
 for tiling in (triton_kernels.FEW, triton_kernels.MANY):
     KERNELS.append((triton_kernels._read, {"BLOCK_T": tiling.block_t, "BLOCK_D": tiling.block_d}))

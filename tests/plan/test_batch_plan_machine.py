@@ -30,7 +30,9 @@ from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 from vllm_steer.settings import SteerSettings
 
 RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass
-SETTINGS = SteerSettings(layers=HOOKED, max_directions=6, max_entries=7, max_windows=16, trace_columns=MOST_TRACED)
+SETTINGS = SteerSettings(
+    layers=HOOKED, max_directions=6, max_entries=7, max_windows=16, trace_columns=MOST_TRACED, max_rows=99
+)
 
 # Streams here stay below 100, where some twenty float32 roundings add up to less than 2e-4. Any wrong entry, vector or
 # token changes them by more than 0.1: every α is at least 1 in size, and two tokens' contents differ as random vectors.
@@ -97,7 +99,9 @@ class Schedule(RuleBasedStateMachine):
         params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
         if steering or readout is not None:
             spec = RequestSpec(tuple(steering), readout)
-            resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len)
+            stores_rows = readout is not None and readout.pool == "rows"
+            most = prompt_len + generated + 9 if stores_rows else None  # must be known, and leaves no slice empty
+            resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len, num_computed=most)
             # msgpack makes lists of tuples, as JSON does
             params.extra_args = json.loads(json.dumps({WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}))
         entries = []
@@ -118,6 +122,10 @@ class Schedule(RuleBasedStateMachine):
                     if name in readout.project and layer in readout.layers
                 }
                 life.traced = {name: (HOMES[name], self.vectors[name, HOMES[name]]) for name in readout.trace}
+                life.watched = [
+                    (one, HOMES[one.direction], self.vectors[one.direction, HOMES[one.direction]])
+                    for one in readout.watches
+                ]
                 if readout.pool == "max":
                     life.largest = {(name, layer): vector for name, (layer, vector) in life.traced.items()}
                     life.largest |= life.projected
@@ -159,6 +167,7 @@ class Schedule(RuleBasedStateMachine):
         contents = [life.content(position, is_wrong) for life, position, is_wrong in tokens]
         contents += [CONTENT[-1 - row] for row in range(padding)]
         self.check_streams(tokens, np.stack(contents))
+        self.check_marks(batch)
         for part in batch:
             part.life.computed += part.known + part.right
             part.life.has_sums |= part.life.computed >= part.life.prompt_len
@@ -240,7 +249,8 @@ class Schedule(RuleBasedStateMachine):
             assert torch.equal(got, expected), "a pass that no request stands behind was steered"
         # An op that ignores the flags follows these tables alone, and overwrites the trace.
         buffers = self.runner.steering.buffers
-        buffers.trace_TK[:rows] = torch.nan
+        for buffer_TD in (buffers.trace_TK, *buffers.rows_L_TD):
+            buffer_TD[:rows] = torch.nan
         for table, untouched in ((buffers.row_of_token, -1), (buffers.segment_A2, 0), (buffers.keep_A, 1)):
             assert (table == untouched).all()
         self.check_readouts()
@@ -306,6 +316,31 @@ class Schedule(RuleBasedStateMachine):
                 assert block >= first or torch.equal(got[row], untouched[row]), f"{names[row]}: touched"
             assert torch.equal(got[len(tokens) :], untouched[len(tokens) :]), "padding was steered"
 
+    def check_marks(self, batch: list[Scheduled]) -> None:
+        """The step shows the projections of the generated tokens of each request with a stop, wrong drafts' too."""
+        start = self.runner.steering.start_reading_marks()
+        marks = None if start is None else start()
+        expected, unwatched = {}, []
+        for part in batch:
+            life = part.life
+            if life.readout is None or life.readout.stop is None:
+                continue
+            if not life.has_columns:
+                unwatched.append(life.request_id)
+                continue
+            first, end = max(life.computed, life.prompt_len), life.computed + part.known + part.drafted
+            _, layer, vector = life.watched[0]
+            known = life.computed + part.known + part.right
+            values = [life.stream(position, position >= known)[layer] @ vector for position in range(first, end)]
+            if values:
+                expected[life.request_id] = first, values
+        told = {} if marks is None else {one.request_id: (one.position, one.values) for one in marks.watching}
+        assert set(told) == set(expected)
+        for request_id, (first, values) in expected.items():
+            assert told[request_id][0] == first
+            np.testing.assert_allclose(told[request_id][1], values, rtol=0, atol=TOLERANCE, err_msg=request_id)
+        assert sorted([] if marks is None else marks.unwatched) == sorted(unwatched)
+
     def check_readouts(self) -> None:
         for life in self.lives:
             if life.running:
@@ -341,7 +376,12 @@ class Schedule(RuleBasedStateMachine):
             layer: np.mean([life.stream(position)[layer] for position in pooled_at] or nothing, axis=0)
             for layer in life.readout.layers
         }
-        if life.readout.vectors and life.readout.pool != "max":
+        stored = {layer: np.frombuffer(rows, np.float32).reshape(-1, size) for layer, size, rows in answer["rows"]}
+        assert set(stored) == (set(life.readout.layers) if life.readout.pool == "rows" else set())
+        for layer, rows_ND in stored.items():
+            expected_ND = np.array([life.stream(position)[layer] for position in positions]).reshape(-1, SIZE)
+            np.testing.assert_allclose(rows_ND, expected_ND, rtol=0, atol=TOLERANCE, err_msg=life.request_id)
+        if life.readout.vectors and life.readout.pool not in ("max", "rows"):
             mean_LD = np.frombuffer(answer["pooled"], np.float32).reshape(len(life.readout.layers), SIZE)
             expected = np.stack([means[layer] for layer in life.readout.layers])
             np.testing.assert_allclose(mean_LD, expected, rtol=0, atol=TOLERANCE, err_msg=life.request_id)
@@ -364,6 +404,13 @@ class Schedule(RuleBasedStateMachine):
             assert answer["held"] == life.held(positions)
         else:
             assert (answer["held"] is not None) == life.readout.held
+        held = [life.crossing(*one, computed) for one in life.watched] if life.has_columns else []
+        has_stop = life.readout.stop is not None
+        for field, truth in (("stopped", held[:has_stop]), ("flags", held[has_stop:])):
+            crossings = [one for one in truth if one is not None]
+            assert [position for _, _, position, _ in answer[field]] == [position for position, _ in crossings]
+            values = [value for *_, value in answer[field]]
+            np.testing.assert_allclose(values, [value for _, value in crossings], rtol=0, atol=TOLERANCE)
         traces = {name: np.frombuffer(values, np.float32) for name, values in answer["trace"]}
         assert set(traces) == (set(life.traced) if life.has_columns else set())
         for name, values in traces.items():

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import httpx
 import numpy as np
 import openai
 import pytest
 
 from tests.server.conftest import ADMIN_KEY, ALIAS, ALIAS_ALPHA, API_KEY, KIND_LAYER, ServedModel
 from tests.support.tiny_models import HIDDEN_SIZE
-from vllm_steer import Direction, Readout, Steering
+from vllm_steer import Direction, Readout, Steering, Watch
 from vllm_steer.client import AsyncSteerClient, ServerRefusal, SteerClient
 from vllm_steer.errors import BadAlpha, ChangeNotAllowed, DirectionChanged, LayerNotHooked, UnknownDirection
 
@@ -151,6 +152,56 @@ def test_the_own_client_reads_vectors_and_traces_as_arrays(steer_client: SteerCl
     streamed = np.concatenate([piece.trace["kind"].values for piece in pieces if "kind" in piece.trace])
     # one request twice, in batches that may differ; a wrong token is off by far more
     np.testing.assert_allclose(streamed, choice.readout.trace["kind"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_stop_ends_choice_and_stream_at_its_token_and_is_counted(
+    client: openai.OpenAI, steer_client: SteerClient
+) -> None:
+    options = {"max_tokens": LENGTH, "temperature": 0, "ignore_eos": True, "logprobs": True}
+    traced = Readout([KIND_LAYER], "generated", vectors=False, trace=["kind"])
+    (whole,) = steer_client.chat(MESSAGES, steering=[Steering("kind", ALIAS_ALPHA)], readout=traced, **options).choices
+    assert whole.readout is not None
+    values = whole.readout.trace["kind"]
+    at, between = 1, float(values[:2].mean())  # the second token is the first on its side of the mean of the two
+    bound = {"below" if values[1] < values[0] else "above": between}
+    before = count_of(client, "vllm_steer_stops_total"), count_of(client, "vllm_steer_flags_total")
+
+    asked = Readout(span="generated", stop=Watch("kind", **bound), flag=[Watch("kind", **bound)], trace=["kind"])
+    (choice,) = steer_client.chat(MESSAGES, steering=[Steering("kind", ALIAS_ALPHA)], readout=asked, **options).choices
+    assert (choice.finish_reason, choice.body["stop_reason"]) == ("stop", "vllm_steer:kind")
+    tokens, all_tokens = (one.body["logprobs"]["content"] for one in (choice, whole))
+    assert [one["token"] for one in tokens] == [one["token"] for one in all_tokens[: at + 1]]
+    assert choice.readout is not None, choice.readout_error
+    assert choice.readout.num_tokens == at + 1, "the last token was computed too"
+    assert choice.readout.stopped is not None
+    assert choice.readout.stopped.value == pytest.approx(values[at], **TOLERANCE)
+    assert [flag.position for flag in choice.readout.flags] == [choice.readout.stopped.position]
+
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=LENGTH,
+        temperature=0,
+        stream=True,
+        extra_body={
+            "steering": KIND,
+            "readout": {"stop": {"direction": "kind", **bound}},
+            "ignore_eos": True,
+        },
+    )
+    pieces = [chunk.choices[0] for chunk in stream]
+    assert "".join(piece.delta.content or "" for piece in pieces) == choice.text
+    assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", "vllm_steer:kind")
+    assert pieces[-1].readout["stopped"]["position"] == choice.readout.stopped.position
+    after = count_of(client, "vllm_steer_stops_total"), count_of(client, "vllm_steer_flags_total")
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 1)
+
+
+def count_of(client: openai.OpenAI, series: str) -> float:
+    """The present value of a counter of the server, for the direction "kind"."""
+    told = httpx.get(str(client.base_url.copy_with(path="/metrics"))).text
+    found = [line for line in told.splitlines() if line.startswith(f'{series}{{direction="kind"}}')]
+    return float(found[0].split()[-1]) if found else 0.0
 
 
 def test_the_own_client_raises_what_the_offline_api_raises(steer_client: SteerClient) -> None:

@@ -126,6 +126,22 @@ def test_alpha_is_what_was_chosen_and_zero_is_always_the_unsteered_reply(
         Steering.from_json(one)
 
 
+def test_a_stop_is_asked_for_where_one_is_given_and_travels_in_the_link(
+    browser: playwright.Browser, fake: FakeSteeringServer
+) -> None:
+    visit = Visit(browser, fake.url)
+    visit.column(1).wait_for()
+    visit.page.get_by_label("Stop above").fill("2.5")
+    visit.run()
+    stops = [request["readout"]["stop"] for request in fake.requests]
+    assert stops == [{"direction": "kind", "above": 2.5, "layer": 2}] * 2
+    again = Visit(browser, fake.url, fragment=f"#{visit.page.url.partition('#')[2]}")
+    again.column(1).wait_for()
+    assert again.page.get_by_label("Stop above").input_value() == "2.5"
+    again.close()
+    visit.close()
+
+
 def test_every_token_carries_its_own_value_and_the_last_none(visit: Visit, fake: FakeSteeringServer) -> None:
     visit.run()
     tokens = visit.column(1).locator(".output span")
@@ -343,5 +359,9 @@ def test_the_real_server_streams_shaded_tokens_into_the_page(
     # the texts differ and their streams with them, by less than the 50 that α itself adds along a unit direction
     assert sum(steered) / len(steered) > sum(plain) / len(plain) + 25
     visit.page.screenshot(path=tmp_path / "playground.png", full_page=True)
+    visit.page.get_by_label("Stop above").fill("-1000000")
+    visit.run()
+    visit.page.locator("#status", has_text="stopped at").wait_for()
+    assert str(visit.column(1).locator(".detail").text_content()).startswith("1 tokens, mean projection")
     visit.complaints = [complaint for complaint in visit.complaints if "401" not in complaint]
     visit.close()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import vllm_steer
@@ -85,10 +86,21 @@ class FormulaEngine:
         )
 
 
+def rows_of(ids: Sequence[int], layer: int, first: int) -> npt.NDArray[np.float32]:
+    """float32 (N, HIDDEN): the stream of these tokens, of which the first has the position ``first``."""
+    rows = [[token, layer, first + place, *[0.5] * (HIDDEN - 3)] for place, token in enumerate(ids)]
+    return np.array(rows, np.float32).reshape(-1, HIDDEN)
+
+
 def readout_of(output: Any) -> list[ReadoutResult]:
     """The readout of an output's only sample."""
     ids, wanted = output.prompt_token_ids, output.wanted.readout
     ids = ids[wanted.skip_first :]
+    if wanted.pool == "rows":
+        if wanted.span == "all":
+            ids = [*ids, *output.outputs[0].token_ids[:-1]]
+        rows = {layer: rows_of(ids, layer, wanted.skip_first) for layer in wanted.layers}
+        return [ReadoutResult({}, len(ids), rows=rows)]
     vector = np.full(HIDDEN, 0.5, dtype=np.float32)
     vector[1] = sum(token == ord("h") for token in ids) / len(ids)
     projections = {name: dict.fromkeys(wanted.layers, float(vector[1])) for name in wanted.project}

@@ -7,7 +7,7 @@ not steered at all, and six prompts are shared by all of them, so that the prefi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.support.hf_reference import Entry, Reference, ReferenceRun
-from vllm_steer import Direction, Readout, ReadoutResult, Steering, When, collect_readouts, steered
+from vllm_steer import Direction, Readout, ReadoutResult, Steering, Watch, When, collect_readouts, steered
 
 # Where the reference's two best logits are this close, float rounding and not steering decides which of them wins.
 NEAR_TIE = 1e-3
@@ -27,6 +27,9 @@ LOGPROB_TOLERANCE = 1e-3
 READOUT_TOLERANCE = 1e-4
 # Of a trace's values, relative to the norm of their stream; a neighbouring token's value is off by 7e-2.
 TRACE_TOLERANCE = 1e-4
+# How far from the bound of a watch a value must be, relative to the norm of its stream: float32 rounding moves a
+# projection by about 1e-6 of that.
+WATCH_MARGIN = 1e-5
 
 Vectors = Mapping[tuple[str, int], npt.NDArray[np.float32]]
 
@@ -55,6 +58,11 @@ class Request:
         return any("when" in entry and entry["when"]["layer"] < entry["layer"] for entry in self.steering)
 
     @property
+    def has_stop(self) -> bool:
+        """Whether a watch can end the request."""
+        return bool(self.readout and "stop" in self.readout)
+
+    @property
     def label(self) -> str:
         """The request in words, for failures."""
         entries = [" ".join(f"{e[name]}" for name in e if name != "vector") for e in self.steering]
@@ -80,6 +88,10 @@ def ask(params: SamplingParams, steering: Sequence[Entry], readout: dict[str, An
         )
         for e in steering
     ]
+    if readout is not None:
+        watches = {"stop": Watch(**readout["stop"])} if "stop" in readout else {}
+        watches |= {"flag": [Watch(**one) for one in readout["flag"]]} if "flag" in readout else {}
+        readout = readout | watches
     return steered(params, entries, readout=Readout(**readout) if readout else None)
 
 
@@ -116,7 +128,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """53 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """65 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
@@ -228,6 +240,31 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         {"layers": layers, "span": "generated", "pool": "last"},
     ]
     asked += list(zip(operations, pooled, strict=True))
+
+    def watch(name: str, layer: int, **bound: float) -> dict[str, Any]:
+        return {"direction": trace_name(name, layer), **bound}
+
+    watched: list[dict[str, Any]] = [
+        {"layers": layers, "span": "all", "stop": watch("calm", first, above=0.0)},
+        {"layers": [], "stop": watch("bold", last, below=0.0, patience=2), "flag": [watch("bold", last, below=0.0)]},
+        {
+            "layers": [middle],
+            "span": "response",
+            "stop": watch("bold", middle, above=1e6),
+            "flag": [watch("calm", middle, above=0.0), watch("bold", first, below=-1e6)],
+            "trace": [trace_name("calm", middle)],
+        },
+        {
+            "layers": [middle, last],
+            "span": "generated",
+            "pool": "last",
+            "stop": watch("calm", middle, below=0.0),
+            "project": ["calm"],
+        },
+    ]
+    asked += zip(
+        [[], [entry("calm", first, 15)], [entry("bold", middle, -16, span="response")], []], watched, strict=True
+    )
     # A condition over the prompt and its opposite, one of which holds; at the entry's layer and at an earlier one.
     above, below = {"above": 0.05, "over": "prompt"}, {"below": 0.05, "over": "prompt"}
     whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)], "held": True}
@@ -243,6 +280,29 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
                 entry("bold", last, 12, span="generated", when=when("calm", last, **below)),
             ],
             None,
+        ),
+    ]
+    asked += [
+        ([entry("calm", middle, 15, span="response")], {"layers": layers, "span": "all", "pool": "rows"}),
+        ([], {"layers": [last], "span": "generated", "pool": "rows", "trace": [trace_name("bold", last)]}),
+        ([entry("bold", first, -14)], {"layers": [first, last], "span": "prompt", "skip_first": 1, "pool": "rows"}),
+        ([entry("calm", first, 16, "set")], {"layers": layers, "span": "response", "pool": "rows"}),
+        ([entry("bold", middle, 12)], {"layers": [middle], "span": "prompt[1:3]", "pool": "rows"}),
+        (
+            [entry("calm", last, 18, span="generated")],
+            {"layers": layers, "span": "all[2:]", "pool": "rows", "trace": [trace_name("calm", first)]},
+        ),
+    ]
+    # Counts of conditions beside watches, traces and rows: each has its own columns.
+    counted = {"held": True, "flag": [watch("bold", middle, above=0.0)]}
+    asked += [
+        (
+            [entry("calm", middle, 13, when=when("bold", first, above=0.0))],
+            {"layers": [first, last], "span": "all", "pool": "rows", "trace": [trace_name("bold", last)], **counted},
+        ),
+        (
+            [entry("bold", first, -17, span="response", when=when("calm", first, below=0.0))],
+            {"layers": [], "span": "all", "stop": watch("calm", last, above=1e6), **counted},
         ),
     ]
     return [
@@ -305,8 +365,41 @@ def run(
 
 
 def references(reference: Reference, requests: Sequence[Request], max_tokens: int) -> list[ReferenceRun]:
-    """The reference's run of each request."""
-    return [reference.generate(r.prompt_ids, max_tokens, r.steering) for r in requests]
+    """The reference's run of each request, which ends where its stop holds."""
+    return [stopped(reference.generate(one.prompt_ids, max_tokens, one.steering), one) for one in requests]
+
+
+def stopped(expected: ReferenceRun, request: Request) -> ReferenceRun:
+    """The same run, ended with the first token with which the request's stop holds; its stream is that token's too."""
+    if not request.has_stop:
+        return expected
+    held = held_at(expected, request, request.readout["stop"]) if request.readout else None
+    if held is None:
+        return expected
+    count = held[0] + 1 - expected.prompt_len
+    ended = expected.first(count)
+    streams = {layer: stream[: held[0] + 1] for layer, stream in expected.streams.items()}
+    return replace(ended, streams=streams)
+
+
+def held_at(expected: ReferenceRun, request: Request, watch: Mapping[str, Any]) -> tuple[int, float] | None:
+    """Position and value with which a watch holds first in a run; None if it never does.
+
+    Raises:
+        AssertionError: a value is so close to the bound that either answer would be right.
+    """
+    named = {trace_name(name, layer): (layer, vector) for (name, layer), vector in request.vectors.items()}
+    layer, vector = named[watch["direction"]]
+    in_a_row = 0
+    for position in range(expected.prompt_len, len(expected.streams[layer])):
+        row = expected.streams[layer][position].astype(np.float64)
+        value = float(row @ vector)
+        over = value - watch["above"] if "above" in watch else watch["below"] - value
+        assert abs(over) > WATCH_MARGIN * np.linalg.norm(row), f"{request.label}: too close to call"
+        in_a_row = in_a_row + 1 if over > 0 else 0
+        if in_a_row == watch.get("patience", 1):
+            return position, value
+    return None
 
 
 def ended_at(
@@ -337,8 +430,9 @@ def is_same_output(out: RequestOutput, expected: ReferenceRun, label: str) -> bo
     """
     completion = out.outputs[0]
     got = list(completion.token_ids)
-    assert len(got) == len(expected.tokens), f"{label}: {len(got)} tokens, the reference has {len(expected.tokens)}"
-    differing = [i for i, (a, b) in enumerate(zip(got, expected.tokens, strict=True)) if a != b]
+    differing = [i for i, (a, b) in enumerate(zip(got, expected.tokens, strict=False)) if a != b]
+    told = f"{label}: {len(got)} tokens, the reference has {len(expected.tokens)}"
+    assert differing or len(got) == len(expected.tokens), told
     agreed = differing[0] if differing else len(got)
     for step, logprobs in enumerate((completion.logprobs or [])[:agreed]):
         off = abs(logprobs[got[step]].logprob - expected.logprobs[step])
@@ -361,10 +455,12 @@ def check_readout(
     span, skip_first = asked.get("span", "prompt"), asked.get("skip_first", 0)
     pool = asked.get("pool", "mean")
     vectors = result.last if pool == "last" else result.mean
-    assert set(vectors) == (set() if pool == "max" else set(asked["layers"])), label
+    assert set(vectors) == (set() if pool in ("max", "rows") else set(asked["layers"])), label
+    assert set(result.rows) == (set(asked["layers"]) if pool == "rows" else set()), label
     assert bool(result.last) == (pool == "last"), label
     assert bool(result.max) == (pool == "max"), label
-    assert result.num_tokens == len(expected.rows(asked["layers"][0], span, skip_first)), label
+    span = span if asked["layers"] or asked.get("held") else "generated"  # nothing is pooled or counted
+    assert result.num_tokens == len(expected.places(span, skip_first)), label
     for layer, vector in vectors.items():
         rows = expected.rows(layer, span, skip_first)
         truth = rows[-1] if pool == "last" else rows.mean(axis=0)
@@ -372,6 +468,12 @@ def check_readout(
         assert vector.shape == truth.shape
         off = np.linalg.norm(vector - truth) / np.linalg.norm(truth)
         assert off < READOUT_TOLERANCE, f"{label}: readout at layer {layer} is off by {off:.2e} relative"
+    for layer, stored in result.rows.items():
+        rows = expected.rows(layer, span, skip_first)
+        assert stored.dtype == np.float32
+        assert stored.shape == rows.shape, label
+        off = (np.linalg.norm(stored - rows, axis=1) / np.linalg.norm(rows, axis=1)).max(initial=0)
+        assert off < READOUT_TOLERANCE, f"{label}: a row at layer {layer} is off by {off:.2e} relative"
 
 
 def check_held(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
@@ -412,6 +514,34 @@ def check_trace(result: ReadoutResult | None, request: Request, expected: Refere
         assert values[places.index(position)] > values.max() - allowed, request.label
 
 
+def check_watches(out: RequestOutput, result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
+    """Assert that a sample ended by its stop where `expected` does, and that its readout tells where watches held."""
+    asked = request.readout or {}
+    if result is None:
+        return
+    sample = out.outputs[0]
+    ends = len(next(iter(expected.streams.values()))) == expected.prompt_len + len(expected.tokens)
+    if ends:
+        told = ("stop", f"vllm_steer:{asked['stop']['direction']}")
+        assert (sample.finish_reason, sample.stop_reason) == told, request.label
+    else:
+        assert sample.finish_reason == "length", request.label
+        assert sample.stop_reason is None, request.label
+    crossings = [] if result.stopped is None else [result.stopped]
+    held = [held_at(expected, request, one) for one in asked.get("flag", ())]
+    truth = [one for one in held if one is not None]
+    if ends:
+        last = held_at(expected, request, asked["stop"])
+        assert last is not None
+        truth = [last, *truth]
+    crossings += result.flags
+    assert len(crossings) == len(truth), request.label
+    for crossing, (position, value) in zip(crossings, truth, strict=True):
+        norm = np.linalg.norm(expected.streams[crossing.layer][position])
+        assert crossing.position == position, request.label
+        assert abs(crossing.value - value) < TRACE_TOLERANCE * norm, request.label
+
+
 def check_against_reference(
     llm: LLM,
     reference: Reference,
@@ -437,8 +567,11 @@ def check_answers(
         same = is_same_output(out, truth, request.label)
         excused += not same
         if not same:
+            if request.has_stop:  # the tokens behind a near tie may stop elsewhere
+                continue
             truth = reference.replay(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
         check_readout(read, request.readout, truth, request.label)
         check_trace(read, request, truth)
         check_held(read, request, truth)
+        check_watches(out, read, request, truth)
     return excused

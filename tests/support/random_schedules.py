@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from vllm import SamplingParams
@@ -142,6 +142,8 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             vectors=True,
             trace=[Traced("one", 0, 0), Traced("two", 1, 2)],
         )
+        if rng.random() < 0.3:
+            readout = replace(readout, vectors=False, pool="rows")
         name = f"request-{seed}-{number}"
         starts = sorted({0, prompt_len, *rng.integers(0, prompt_len + generated, 2).tolist()})
         windows = [Window(start, entries(), "") for start in starts]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.runner_stand_ins import BLOCKS, SIZE
 from tests.support.span_reference import parts_of, positions
-from vllm_steer.schema import Readout, Steering, When
+from vllm_steer.schema import Readout, Steering, Watch, When
 
 HOOKED = (1, 3)
 HOMES = {"a": 1, "b": 3, "c": 1, "both": 1}  # name -> layer; "both" stands at layer 3 too
@@ -28,6 +28,7 @@ class Life:
     Attributes:
         entries: (layer, entry, vector, layer and vector of its condition), in the order given.
         projected, traced, largest: the vectors that its names stood for when it came.
+        watched: each of its watches with the vector and the layer that it looks at.
         has_columns: whether there were trace columns for it.
         started, running: the worker knows it; it has not been preempted.
         drafted: draft tokens in its last step.
@@ -47,6 +48,7 @@ class Life:
     projected: dict[tuple[str, int], Any] = field(default_factory=dict)
     traced: dict[str, tuple[int, Any]] = field(default_factory=dict)
     largest: dict[tuple[str, int], Any] = field(default_factory=dict)
+    watched: list[tuple[Watch, int, Any]] = field(default_factory=list)
     has_columns: bool = True
     computed: int = 0
     started: bool = False
@@ -124,6 +126,7 @@ class Life:
     def columns(self) -> set[tuple[int, tuple[float, ...]]]:
         """What it needs a trace column for: (layer, vector)."""
         wanted = [*self.traced.values(), *((layer, vector) for (_, layer), vector in self.largest.items())]
+        wanted += [(layer, vector) for _, layer, vector in self.watched]
         counted = {(-1, (float(number),)) for number, entry in self.conditional if entry.when.over == "token"}
         return {(layer, tuple(vector)) for layer, vector in wanted} | counted
 
@@ -154,7 +157,21 @@ class Life:
     @property
     def first_read(self) -> int:
         """The first position that the readout covers, which a reader must compute; far away without a readout."""
-        return 1 << 30 if self.readout is None else min(self.span(self.prompt_len + 30))
+        if self.readout is None:
+            return 1 << 30
+        first = min(self.span(self.prompt_len + 30))
+        return min(first, self.prompt_len) if self.watched else first
+
+    def crossing(self, watch: Watch, layer: int, vector: Any, computed: int) -> tuple[int, float] | None:
+        """Position and value with which a watch holds first among the first ``computed`` tokens, or None."""
+        in_a_row = 0
+        for position in range(self.prompt_len, computed):
+            value = float(self.stream(position)[layer] @ vector)
+            is_beyond = value > watch.above if watch.above is not None else value < (watch.below or 0.0)
+            in_a_row = in_a_row + 1 if is_beyond else 0
+            if in_a_row == watch.patience:
+                return position, value
+        return None
 
     def span(self, computed: int) -> list[int]:
         """The positions that the readout covers once ``computed`` tokens have been through the model."""
@@ -236,19 +253,31 @@ def readouts(draw: st.DrawFn, prompt_len: int, num_counted: int = 0) -> Readout:
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
-    pool = draw(st.sampled_from(["mean", "mean", "last", *(["max"] if most_traced == MOST_TRACED else [])]))
+    pool = draw(st.sampled_from(["mean", "mean", "last", "rows", *(["max"] if most_traced == MOST_TRACED else [])]))
     project = draw(
-        st.lists(st.sampled_from(own), min_size=pool == "max", max_size=1 if pool == "max" else 9, unique=True)
+        st.lists(st.sampled_from(own), min_size=pool == "max", max_size={"max": 1, "rows": 0}.get(pool, 9), unique=True)
     )
     # "both" takes two columns
     most = most_traced if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)
+    trace = draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True))
+    watches: list[Watch] = []
+    for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=2)) if pool != "max" else []:
+        if len({*trace, name, *(one.direction for one in watches)}) <= most_traced:
+            # Bounds that no projection of these streams comes near.
+            bound = draw(st.sampled_from([{"above": 0.1234567}, {"below": 0.7654321}, {"above": 99.0}]))
+            watches.append(Watch(name, patience=draw(st.integers(1, 3)), **bound))
+    has_stop = bool(watches) and draw(st.booleans())
+    if watches and pool == "mean" and not project and (trace or held) and draw(st.booleans()):
+        layers = []
     return Readout(
         layers,
         span=span,
         project=project,
         vectors=not project or draw(st.booleans()),
         skip_first=0 if span not in ("prompt", "all") else draw(st.integers(0, prompt_len - 1)),
-        trace=draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True)),
+        trace=trace,
         pool=pool,
+        stop=watches[0] if has_stop else None,
+        flag=watches[has_stop:],
         held=held,
     )

@@ -152,3 +152,4 @@ class StandInWorker:
     def __init__(self, runner: StandInRunner) -> None:
         self.device, self.model_runner = runner.device, runner
         self.rank, self.parallel_config = 0, SimpleNamespace(tensor_parallel_size=1)
+        self.execute_model = self.sample_tokens = lambda _: None

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.client.refusals import refusal_in_stream
-from vllm_steer.schema import ReadoutResult, Steering
+from vllm_steer.schema import Crossing, ReadoutResult, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +220,31 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
         }
         for name, layers in told.get("max", {}).items()
     }
+    num_tokens = int(told["num_tokens"])
+    # over no tokens nothing tells the size of a row
+    rows = {
+        int(layer): (row := np.frombuffer(base64.b64decode(packed), "<f4").astype(np.float32)).reshape(
+            num_tokens, row.size // max(num_tokens, 1)
+        )
+        for layer, packed in told.get("rows", {}).items()
+    }
     trace = {name: _float32(part["values"]) for name, part in told.get("trace", {}).items()}
     # a server of before this field says nothing: it knew compared models only
     proof = told.get("proof", "parity")
-    held = tuple(told.get("held", ()))
-    return ReadoutResult(mean, told["num_tokens"], projections, trace, proof, last, largest, held), None
+    stopped, flags = told.get("stopped"), told.get("flags", ())
+    return ReadoutResult(
+        mean=mean,
+        num_tokens=num_tokens,
+        projections=projections,
+        trace=trace,
+        proof=proof,
+        last=last,
+        max=largest,
+        stopped=None if stopped is None else Crossing(**stopped),
+        flags=tuple(Crossing(**one) for one in flags),
+        rows=rows,
+        held=tuple(told.get("held", ())),
+    ), None
 
 
 def _float32(values: list[float | None]) -> npt.NDArray[np.float32]:

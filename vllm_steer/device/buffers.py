@@ -39,6 +39,7 @@ class SteerBuffers:
         max_requests, max_windows: R = max_requests·max_windows.
         max_drafts: draft tokens of one request in one step; A = max_requests·(1 + max_drafts), see ``BatchPlanner``.
         device: where the model runs.
+        has_rows: whether rows can be stored.
         can_cut: whether the residual stream is float16, which the op may have to clip.
 
     Attributes:
@@ -52,6 +53,7 @@ class SteerBuffers:
         prompt_part_M2: int32, the first token and the number of tokens of each prompt's part of this step.
         sums_L_AD, last_L_AD: for each layer (A, D) float32, the sums and the last tokens of the accumulators.
         trace_TK: (T, K) float32, the traced projections.
+        rows_L_TD: for each layer (T, D) float32, the stored rows of the step; (0, D) without ``has_rows``.
         cut_R: (R,) int32, 1 for rows whose stream was clipped.
     """
 
@@ -69,6 +71,7 @@ class SteerBuffers:
         max_drafts: int = 0,
         max_windows: int = 2,
         can_cut: bool = False,
+        has_rows: bool = False,
     ) -> None:
         self.can_cut = can_cut
         rows, accumulators = max_windows * max_requests, max_requests * (1 + max_drafts)
@@ -115,6 +118,7 @@ class SteerBuffers:
         self.last_L_AD = [floats(accumulators, hidden_size) for _ in range(num_layers)]
         # One tensor for all layers; each writes only its own columns. So one copy fetches the traces of a step.
         self.trace_TK = floats(max_tokens, trace_columns)
+        self.rows_L_TD = [floats(max_tokens if has_rows else 0, hidden_size) for _ in range(num_layers)]
         # The op sets 1 at the rows of requests whose stream it clipped. A newly assigned row begins at 0.
         self.cut_R = torch.zeros(rows, dtype=torch.int32, device=device)
 
@@ -288,6 +292,7 @@ class HookPoint(nn.Module):
             "trace_slot": buffers.trace_slot_LK[index],
             "trace": buffers.trace_TK,
             "cut": buffers.cut_R,
+            "rows": buffers.rows_L_TD[index],
             "flags": buffers.flags_L4[index],
         }
         for name, tensor in tensors.items():
@@ -315,5 +320,6 @@ class HookPoint(nn.Module):
             self.trace_slot,
             self.trace,
             self.cut,
+            self.rows,
             self.flags,
         )

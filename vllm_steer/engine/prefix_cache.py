@@ -68,7 +68,8 @@ def _get_computed_blocks(original: Any) -> Any:
         resolved = _resolved_of(request)
         if resolved is None or resolved["readout"] is None:
             return original(self, request, *bound)
-        first = resolved["readout"]["first"]
+        readout = resolved["readout"]
+        first = min(readout["first"], readout["watch_first"]) if readout["watch"] else readout["first"]
         # Since 0.33 a caller can give a bound of its own.
         return original(self, _Beginning(request, first), *(min(one, first) for one in bound if one is not None))
 

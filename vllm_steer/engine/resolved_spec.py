@@ -64,6 +64,23 @@ class Held(NamedTuple):
         return [slice(max(start - first, 0), None if end is None else max(end - first, 0)) for start, end in ends]
 
 
+class Watched(NamedTuple):
+    """A watch on the generated tokens: their projection after hooked layer number ``layer_index``.
+
+    It holds once ``patience`` tokens in a row are above (below, if not ``is_above``) ``bound``. ``is_stop`` tells
+    whether the request then ends.
+    """
+
+    name: str
+    layer_index: int
+    slot: int
+    layer: int
+    is_above: bool
+    bound: float
+    patience: int
+    is_stop: bool
+
+
 class Window(NamedTuple):
     """Tokens of a request that are all steered alike.
 
@@ -90,6 +107,8 @@ class ResolvedReadout:
         vectors: whether to return the pooled vectors themselves.
         trace: the projections of every token.
         pool: see ``Readout``.
+        watch: the watches on the generated tokens.
+        watch_first: position of the first generated token.
         held: the entries whose conditions to tell of; ``num_held``, all entries with a condition, or None for not
             telling.
     """
@@ -102,32 +121,53 @@ class ResolvedReadout:
     vectors: bool
     trace: list[Traced]
     pool: str = "mean"
+    watch: list[Watched] = field(default_factory=list)
+    watch_first: int = 0
     held: list[Held] = field(default_factory=list)
     num_held: int | None = None
 
     @property
     def counted(self) -> list[Held]:
-        """The conditions on tokens of ``held``, each of which has a column behind those of ``trace``."""
+        """The conditions on tokens of ``held``, each of which takes a trace column."""
         return [one for one in self.held if one.gate < 0]
 
     @property
-    def directions(self) -> tuple[Projected | Traced, ...]:
+    def directions(self) -> tuple[Projected | Traced | Watched, ...]:
         """Everything that the readout projects onto."""
-        return (*self.project, *self.trace)
+        return (*self.project, *self.trace, *self.watch)
+
+    @property
+    def stop(self) -> Watched | None:
+        """The watch that ends the request."""
+        return next((one for one in self.watch if one.is_stop), None)
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> ResolvedReadout:
         """Rebuild an object from its part of the result of ``Resolved.dump``."""
-        project, held = list(map(Projected._make, value["project"])), list(map(Held._make, value["held"]))
-        return cls(**{**value, "project": project, "trace": list(map(Traced._make, value["trace"])), "held": held})
+        return cls(
+            **value
+            | {
+                "project": list(map(Projected._make, value["project"])),
+                "trace": list(map(Traced._make, value["trace"])),
+                "watch": list(map(Watched._make, value["watch"])),
+                "held": list(map(Held._make, value["held"])),
+            }
+        )
 
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
-        trace = (
-            *((one.layer_index, one.slot) for one in self.trace),
-            *((HELD, one.number) for one in self.counted),
+        trace = tuple((one.layer_index, one.slot) for one in self.trace)
+        watch = tuple((one.layer_index, one.slot) for one in self.watch)
+        return Pooling(
+            tuple(self.layer_indices),
+            self.first,
+            self.end,
+            trace,
+            watch,
+            self.watch_first,
+            stores_rows=self.pool == "rows",
+            held=tuple((HELD, one.number) for one in self.counted),
         )
-        return Pooling(tuple(self.layer_indices), self.first, self.end, trace)
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
@@ -139,6 +179,7 @@ class ResolvedReadout:
             layer_indices=[index for _, index in kept],
             project=[one for one in self.project if one.layer in layers],
             trace=[one for one in self.trace if one.layer_index in held],
+            watch=[one for one in self.watch if one.layer_index in held],
             held=[one for one in self.held if one.layer_index in held],
         )
 

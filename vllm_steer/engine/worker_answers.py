@@ -91,6 +91,9 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
         "held": _whole_held([stage.get("held") for stage in stages]),
+        "stopped": [crossing for stage in stages for crossing in stage["stopped"]],
+        "flags": [crossing for stage in stages for crossing in stage["flags"]],
+        "rows": [rows for stage in stages for rows in stage["rows"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }

@@ -22,6 +22,7 @@ from torch.nn.functional import embedding_bag
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.step_plan import ROWS, SUMS
 
 LONG_RUN = 16
 """Average length, in tokens, from which runs are steered one by one."""
@@ -58,12 +59,14 @@ def steer_and_read(
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
     cut_R: torch.Tensor,
+    rows_TD: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """The op on the CPU; see ``reference.steer_and_read``."""
-    depth, is_read, is_traced, version = flags_4.tolist()
-    if not (depth or is_read or is_traced):
+    depth, read, is_traced, version = flags_4.tolist()
+    if not (depth or read or is_traced):
         return
+    is_read = read & SUMS
     asked = version, hidden_TD.shape, bank_SD._version
     last, work = _LAST.get(flags_4.data_ptr(), (None, None))
     if work is None or last != asked or not version:
@@ -92,6 +95,15 @@ def steer_and_read(
         directions_DK = bank_SD[trace_slot_K[columns].long()].T
         for tokens in work.traced:
             trace_TK[tokens, columns] = _stream(hidden_TD, residual_TD, tokens) @ directions_DK
+    if read & ROWS and len(rows_TD):
+        _store(hidden_TD, residual_TD, rows_TD[: len(hidden_TD)])
+
+
+def _store(hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None, rows_TD: torch.Tensor) -> None:
+    """Write the stream of all tokens to ``rows_TD``."""
+    rows_TD.copy_(hidden_TD)
+    if residual_TD is not None:
+        rows_TD.add_(residual_TD)  # in float32, to which a narrower residual is converted exactly
 
 
 @dataclass(frozen=True, slots=True)

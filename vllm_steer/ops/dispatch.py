@@ -27,7 +27,7 @@ _LIBRARY.define(
     f"{_NAME}(Tensor(a!) hidden, Tensor? residual, Tensor bank, Tensor row_of_token, Tensor entry_slot, Tensor "
     "entry_ab, Tensor entry_mode, Tensor entry_gate, Tensor entry_threshold, Tensor(b!) probe, Tensor prompt_sums, "
     "Tensor prompt_part, Tensor keep, Tensor segment, Tensor(c!) sums, Tensor(d!) last, Tensor trace_slot, "
-    "Tensor(e!) trace, Tensor(f!) cut, Tensor flags) -> ()"
+    "Tensor(e!) trace, Tensor(f!) cut, Tensor(g!) rows, Tensor flags) -> ()"
 )
 
 

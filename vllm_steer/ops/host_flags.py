@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_steer.plan.step_plan import READ, STEER, TRACE
+from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE
 
 
 class HostFlags:
@@ -35,11 +35,12 @@ class HostFlags:
             _KNOWN[address] = self
 
     def at(self, address: int) -> tuple[bool, bool]:
-        """For the layer whose flags are at ``address``: (anything steered or traced, anything read)."""
+        """For the layer whose flags are at ``address``: (anything steered, traced or stored, anything summed)."""
         if not self.is_step:
             return True, True
         flags_4 = self._on_host_L4[self._layer_at[address]]
-        return bool(flags_4[STEER] or flags_4[TRACE]), bool(flags_4[READ])
+        read = int(flags_4[READ])
+        return bool(flags_4[STEER] or flags_4[TRACE] or read & ROWS), bool(read & SUMS)
 
 
 _KNOWN: WeakValueDictionary[int, HostFlags] = WeakValueDictionary()
@@ -47,7 +48,7 @@ _KNOWN: WeakValueDictionary[int, HostFlags] = WeakValueDictionary()
 
 
 def asked(flags_4: torch.Tensor) -> tuple[bool, bool]:
-    """Whether a call with these flags must launch the kernel that steers and traces, and the one that reads."""
+    """Whether a call with these flags must launch the kernel that steers, traces and stores, and the one that sums."""
     if flags_4.is_cuda and torch.cuda.is_current_stream_capturing():
         return True, True
     known = _KNOWN.get(flags_4.data_ptr())

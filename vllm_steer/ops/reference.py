@@ -48,20 +48,24 @@ As a loop, with every number in float32::
             last[s] = h[first + count - 1]
     for t, k with trace_slot[k] >= 0:
         trace[t, k] = dot(h[t], bank[trace_slot[k]])
+    if flags[READ] & ROWS and rows is not empty:
+        for t in range(T):
+            rows[t] = h[t]
 
 ``within`` keeps new and new + residual inside ± FLOAT16_LIMIT. An element of hidden, or of hidden + residual, that is
 already beyond the limit can only move towards zero. NaN and infinity from the model itself stay as they are.
 
 Shapes: T tokens of this call (at most as many as the token tables hold), D hidden size, S bank slots, R rows, E
-entries, G probes, M prompts, A accumulators, K trace columns. ``hidden`` and ``residual`` are float32, bfloat16 or
-float16 with any strides. The tables and ``cut`` are int32, all other tensors float32. Segments and the parts of prompts
-lie within the T tokens; segments do not overlap. Entries of a row are packed to the left. The probes that
-``prompt_part`` names for an entry with ``PROMPT`` were stored by earlier calls of the same forward pass, so no call
-writes what it also sums.
+entries, G probes, M prompts, A accumulators, K trace columns. ``rows`` has as many rows as the token tables, or none.
+``hidden`` and ``residual`` are float32, bfloat16 or float16 with any strides. The tables and ``cut`` are int32, all
+other tensors float32. Segments and the parts of prompts lie within the T tokens; segments do not overlap. Entries of a
+row are packed to the left. The probes that ``prompt_part`` names for an entry with ``PROMPT`` were stored by earlier
+calls of the same forward pass, so no call writes what it also sums.
 
-``flags`` holds four numbers: the most entries of a row of this step, whether anything is read, whether anything is
-traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast paths may skip
-work that the flags rule out, and may cache the work for tables of one version. The reference ignores the flags.
+``flags`` holds four numbers: the most entries of a row of this step, what is read (``SUMS``, ``ROWS`` or both), whether
+anything is traced, and a process-unique version of the tables, these three numbers included; 0 means unknown. Fast
+paths may skip work that the flags rule out, and may cache the work for tables of one version. The reference ignores all
+flags but ``ROWS``.
 """
 
 from __future__ import annotations
@@ -70,6 +74,7 @@ import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.step_plan import READ, ROWS
 
 
 def steer_and_read(
@@ -92,10 +97,10 @@ def steer_and_read(
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
     cut_R: torch.Tensor,
+    rows_TD: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """Steer ``hidden_TD`` in place, then sum and trace the stream; the module docstring has the loop and the shapes."""
-    del flags_4
     tokens, dimension = hidden_TD.shape
     stream_TD = hidden_TD.float()
     if residual_TD is not None:
@@ -168,6 +173,8 @@ def steer_and_read(
     if trace_slot_K.shape[0]:
         traced_TK = stream_TD @ bank_SD[trace_slot_K.long().clamp(min=0)].T
         trace_TK[:tokens] = torch.where((trace_slot_K >= 0)[None, :], traced_TK, trace_TK[:tokens])
+    if rows_TD.shape[0]:
+        rows_TD[:tokens] = torch.where((flags_4[READ] & ROWS) != 0, stream_TD, rows_TD[:tokens])
 
 
 def _summed_over_prompts(

@@ -1,9 +1,10 @@
 """The op in Triton: at most two launches per hook, each of which exits at once if there is nothing to do.
 
-``_steer_and_trace`` has one program per token, which holds the token's whole row. In ``_read`` each program has some
-accumulators and a block of D, and sums their segments by itself. So a sum has the same order in all calls with the same
-number of tokens, whatever else is in the batch, and programs share nothing. The amount of work is read on the device: a
-replayed CUDA graph does what the tables say at that time; no shape, grid or block size depends on the tables.
+``_steer_and_trace`` has one program per token, which holds the token's whole row, and stores it where rows are asked
+for. In ``_read`` each program has some accumulators and a block of D, and sums their segments by itself. So a sum has
+the same order in all calls with the same number of tokens, whatever else is in the batch, and programs share nothing.
+The amount of work is read on the device: a replayed CUDA graph does what the tables say at that time; no shape, grid or
+block size depends on the tables.
 """
 
 # Kernels are not Python functions: Triton gives their parameters its own types.
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from vllm_steer.ops.host_flags import asked
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan import entry_rows
+from vllm_steer.plan import entry_rows, step_plan
 
 RELATIVE = tl.constexpr(entry_rows.RELATIVE)
 KEEP_NORM = tl.constexpr(entry_rows.KEEP_NORM)
@@ -27,6 +28,7 @@ CLAMP = tl.constexpr(entry_rows.CLAMP)
 ABOVE, BELOW = tl.constexpr(entry_rows.ABOVE), tl.constexpr(entry_rows.BELOW)
 STORED, PROBE = tl.constexpr(entry_rows.STORED), tl.constexpr(entry_rows.PROBE)
 PROMPT, HELD_SHIFT = tl.constexpr(entry_rows.PROMPT), tl.constexpr(entry_rows.HELD_SHIFT)
+SUMS, ROWS = tl.constexpr(step_plan.SUMS), tl.constexpr(step_plan.ROWS)
 NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
 
 
@@ -86,11 +88,13 @@ def _steer_and_trace(
     trace_slot,
     trace,
     cut,
+    rows,
     flags,
     D: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
@@ -102,7 +106,10 @@ def _steer_and_trace(
     if (depth > 0) & (row >= 0):
         # Entries are packed to the left, so a row whose first entry is empty does nothing at this layer.
         steered = tl.load(entry_slot + row.to(tl.int64) * slot_stride_r) >= 0
-    if (not steered) & (traced == 0):
+    stored = 0
+    if HAS_ROWS:
+        stored = tl.load(flags + 1) & ROWS
+    if (not steered) & (traced == 0) & (stored == 0):
         return
 
     slots = entry_slot + row.to(tl.int64) * slot_stride_r
@@ -110,7 +117,7 @@ def _steer_and_trace(
     modes = entry_mode + row.to(tl.int64) * mode_stride_r
     gates = entry_gate + row.to(tl.int64) * mode_stride_r
     thresholds = entry_threshold + row.to(tl.int64) * mode_stride_r
-    projections = traced  # how many to compute; a norm counts too
+    projections = traced + stored  # how many to compute; a norm and a stored row count too
     if steered:
         for entry in range(depth):
             b = tl.load(coefficients + entry * ab_stride_e + 1)
@@ -213,6 +220,9 @@ def _steer_and_trace(
             if slot >= 0:
                 direction = tl.load(bank + slot.to(tl.int64) * D + column, mask=within, other=0.0)
                 tl.store(trace + token * K + k, tl.sum(stream * direction, axis=0))
+    if HAS_ROWS:  # noqa: SIM102  # a constant; without it nothing of this is compiled
+        if stored != 0:
+            tl.store(rows + token * D + column, stream, mask=within)
 
 
 @triton.jit
@@ -234,7 +244,7 @@ def _read(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if tl.load(flags + 1) == 0:
+    if (tl.load(flags + 1) & SUMS) == 0:
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = column < D
@@ -292,6 +302,7 @@ def steer_and_read(
     trace_slot_K: torch.Tensor,
     trace_TK: torch.Tensor,
     cut_R: torch.Tensor,
+    rows_TD: torch.Tensor,
     flags_4: torch.Tensor,
 ) -> None:
     """The op on CUDA; see ``reference.steer_and_read``.
@@ -311,8 +322,9 @@ def steer_and_read(
             hidden_TD, *hidden_TD.stride(), beside_TD, *beside_TD.stride(), bank_SD, row_of_token,
             entry_slot_RE, *entry_slot_RE.stride(), entry_ab_RE2, *entry_ab_RE2.stride()[:2],
             entry_mode_RE, *entry_mode_RE.stride(), entry_gate_RE, entry_threshold_RE, probe_TG, prompt_sums_MG,
-            prompt_part_M2, trace_slot_K, trace_TK, cut_R, flags_4, D=dimension, K=trace_slot_K.shape[0],
-            G=probe_TG.shape[1], HAS_RESIDUAL=residual_TD is not None, BLOCK_D=block, LIMIT=FLOAT16_LIMIT,
+            prompt_part_M2, trace_slot_K, trace_TK, cut_R, rows_TD, flags_4, D=dimension, K=trace_slot_K.shape[0],
+            G=probe_TG.shape[1], HAS_RESIDUAL=residual_TD is not None, HAS_ROWS=len(rows_TD) > 0, BLOCK_D=block,
+            LIMIT=FLOAT16_LIMIT,
             num_warps=min(max(block // tiling.elements_a_warp, 1), 16),
         )  # fmt: skip
     if is_read:

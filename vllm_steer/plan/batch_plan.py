@@ -8,6 +8,7 @@ at position ``num_computed[i]`` of the request. For these tokens the plan contai
   together, and are steered exactly as the first time;
 * the **segment** of the step's tokens that each accumulator sums, for requests with a readout;
 * the **traced** tokens, for requests that follow directions token by token;
+* the **stored** tokens, for requests that want every token's row. These have no segment;
 * the **parts of prompts** to sum, for requests with conditions over their prompt.
 
 With speculative decoding the last tokens of a request in a step can be **draft** tokens. Only the next step's
@@ -27,8 +28,8 @@ from types import MappingProxyType
 
 from vllm_steer.plan.entry_rows import Entry, EntryRows
 from vllm_steer.plan.prompt_sums import PromptSums
-from vllm_steer.plan.step_plan import READ, STEER, TRACE, StepPlan, TracedTokens
-from vllm_steer.plan.trace_columns import HELD, Pair, TraceColumns
+from vllm_steer.plan.step_plan import READ, ROWS, STEER, SUMS, TRACE, StepPlan, TracedTokens
+from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
 _NONE: Mapping[int, int] = MappingProxyType({})
 
@@ -40,13 +41,25 @@ class Pooling:
     Attributes:
         layer_indices: hooked layers, by index, whose stream is summed.
         first, end: positions [first, end) of the request; with ``end`` None there is no end.
-        trace: directions to follow over the same positions, and conditions to count there.
+        trace: directions to follow over the same positions.
+        watch: directions to follow from position ``watch_first`` on.
+        stores_rows: store the row of each token and sum nothing.
+        held: conditions to count over the same positions as ``trace``, each as (``HELD``, its number).
     """
 
     layer_indices: tuple[int, ...]
     first: int
     end: int | None
     trace: tuple[Pair, ...] = ()
+    watch: tuple[Pair, ...] = ()
+    watch_first: int = 0
+    stores_rows: bool = False
+    held: tuple[Pair, ...] = ()
+
+    @property
+    def followed(self) -> tuple[Pair, ...]:
+        """Everything that takes a trace column: that of ``trace``, then of ``watch``, then of ``held``."""
+        return self.trace + self.watch + self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class RequestPlan:
         if self.pooling is not None:
             bounds += [self.pooling.first, self.pooling.first + 1]  # the sum begins with its first token
             bounds += [] if self.pooling.end is None else [self.pooling.end]
+            bounds += [self.pooling.watch_first] if self.pooling.watch else []
         return min((bound for bound in bounds if bound > position), default=math.inf) - position - 1
 
 
@@ -156,8 +170,8 @@ class BatchPlanner:
     Attributes:
         requests: request -> its plan.
         poolings: request -> progress of its readout, from its first step on.
-        columns: request -> its trace columns, one for each direction of ``Pooling.trace``. A request is missing here if
-            it traces nothing, or if too few columns were free when it was added.
+        columns: request -> its trace columns, one for each direction of ``Pooling.followed``. A request is missing here
+            if it follows nothing, or if too few columns were free when it was added.
     """
 
     def __init__(
@@ -187,20 +201,20 @@ class BatchPlanner:
         """Start planning for a new request."""
         self._settled = None
         self.requests[request_id] = plan
-        if plan.pooling is not None and plan.pooling.trace:
-            columns = self._trace_columns.bind(request_id, plan.pooling.trace)
+        if plan.pooling is not None and plan.pooling.followed:
+            columns = self._trace_columns.bind(request_id, plan.pooling.followed)
             if columns is not None:
                 self.columns[request_id] = columns
-                pairs = zip(plan.pooling.trace, columns, strict=True)
-                held = {number: column for (layer_index, number), column in pairs if layer_index == HELD}
+                held = plan.pooling.held
                 if held:
-                    self._held_columns[request_id] = held
+                    own = columns[-len(held) :]
+                    self._held_columns[request_id] = {number: k for (_, number), k in zip(held, own, strict=True)}
 
     def remove(self, request_id: str) -> None:
         """Forget a finished request and free its rows, accumulator, trace columns and sums over its prompt."""
         plan = self.requests.pop(request_id, None)
         if plan is not None and plan.pooling is not None:
-            self._trace_columns.release(request_id, plan.pooling.trace)
+            self._trace_columns.release(request_id, plan.pooling.followed)
         self.columns.pop(request_id, None)
         self._held_columns.pop(request_id, None)
         self._prompt_sums.release(request_id)
@@ -291,14 +305,17 @@ class BatchPlanner:
                     if request_id not in self.poolings:
                         self.poolings[request_id] = PoolingState(self._free_accumulator(request_ids))
                     self._pool(plan, reads, request_id, request.pooling, offset, computed, scheduled, num_drafts)
+                    if request.pooling.watch and request_id in self.columns:
+                        _watch(plan, request_id, request.pooling, offset, computed, scheduled, num_drafts)
             offset += scheduled
         if rows_used:
             plan.flags_L3[:, STEER] = self._rows.depth(rows_used)
         if reads.segments:
             plan.segment_A2[list(reads.segments)] = list(reads.segments.values())
-            plan.flags_L3[sorted(set().union(*reads.layers)), READ] = 1
+            plan.flags_L3[sorted(set().union(*reads.layers)), READ] |= SUMS
         self._settled = None
-        if steps_left and not (plan.accepted or plan.traced or plan.parked or plan.returned):
+        alone = plan.accepted or plan.traced or plan.watched or plan.stored or plan.parked or plan.returned
+        if steps_left and not alone:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
@@ -367,7 +384,8 @@ class BatchPlanner:
         if state.failure is not None:
             return
         num_read = max(num_accepted - state.num_unread, 0)
-        plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
+        if not pooling.stores_rows:
+            plan.accepted.extend((state.accumulator, draft) for draft in state.drafts[:num_read])
         state.num_tokens += num_read
         first_draft = self.max_requests + state.accumulator * self.max_drafts
         state.next_position = computed + scheduled - num_drafts
@@ -386,14 +404,29 @@ class BatchPlanner:
             state.num_tokens = 0
         known = max(min(end, state.next_position) - start, 0)  # the tokens after them are drafts
         token = offset + start - computed
-        if known > 0:
-            state.num_tokens += known
-            reads.segments[state.accumulator] = token, known
-        if end > state.next_position:
-            first = token + known
-            reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
-            plan.keep_A[state.drafts] = 0
-        reads.layers.add(pooling.layer_indices)
-        if request_id in self.columns:
+        state.num_tokens += known
+        if pooling.stores_rows:
+            plan.stored.append(TracedTokens(request_id, token, start, end - start, end - start - known))
+            plan.flags_L3[list(pooling.layer_indices), READ] |= ROWS
+        else:
+            reads.layers.add(pooling.layer_indices)
+            if known > 0:
+                reads.segments[state.accumulator] = token, known
+            if end > state.next_position:
+                first = token + known
+                reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
+                plan.keep_A[state.drafts] = 0
+        if (pooling.trace or pooling.held) and request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
-            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace if layer_index != HELD], TRACE] = 1
+            plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] = 1
+
+
+def _watch(
+    plan: StepPlan, request_id: str, pooling: Pooling, offset: int, computed: int, scheduled: int, num_drafts: int
+) -> None:
+    """Note the tokens of a step that a request watches."""
+    start, end = max(computed, pooling.watch_first), computed + scheduled
+    if start < end:
+        token, count = offset + start - computed, end - start
+        plan.watched.append(TracedTokens(request_id, token, start, count, min(num_drafts, count)))
+        plan.flags_L3[[layer_index for layer_index, _ in pooling.watch], TRACE] = 1

@@ -11,13 +11,15 @@ IntArray = npt.NDArray[np.int32]
 
 STEER, READ, TRACE = 0, 1, 2
 """Columns of ``StepPlan.flags_L3``, and of the op's flags."""
+SUMS, ROWS = 1, 2
+"""Bits in the column ``READ``: segments are summed; the rows of all tokens are stored."""
 VERSION = 3
 """A further column of the op's flags; see ``ops.reference``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedTokens:
-    """Traced tokens of one request: the step's tokens [token, token + count).
+    """Tokens of one request that are traced, or whose rows are stored: the step's tokens [token, token + count).
 
     Attributes:
         request_id: the request.
@@ -59,10 +61,13 @@ class StepPlan:
         row_of_token_T: row of the entry table for each token; -1 if the token is not steered.
         keep_A: 0 for an accumulator that is set to zero before its segment is added, else 1.
         segment_A2: first token and number of tokens of each accumulator's segment.
-        flags_L3: at each layer: most entries of a row, whether anything is read, whether anything is traced.
+        flags_L3: at each layer: most entries of a row, what is read (``SUMS``, ``ROWS`` or both), whether anything is
+            traced.
         new_rows: new rows of the entry table, see ``EntryRows.take_changes``.
         trace_slot_LK: see ``TraceColumns.take_changes``; None if unchanged since the step before.
         traced: the traced tokens of each request.
+        watched: the generated tokens of each request with watches.
+        stored: the tokens of each request whose rows are stored.
         accepted: pairs (accumulator, draft accumulator); the second is added to the first before the step.
         prompt_parts: the prompt tokens to sum for conditions over the prompt.
         parked, returned: pairs (request, row in the sums over prompts): rows that are put aside before the step, and
@@ -77,10 +82,12 @@ class StepPlan:
     new_rows: list[tuple[int, IntArray]] = field(default_factory=list)
     trace_slot_LK: IntArray | None = None
     traced: list[TracedTokens] = field(default_factory=list)
+    watched: list[TracedTokens] = field(default_factory=list)
     accepted: list[tuple[int, int]] = field(default_factory=list)
     prompt_parts: list[PromptPart] = field(default_factory=list)
     parked: list[tuple[str, int]] = field(default_factory=list)
     returned: list[tuple[str, int]] = field(default_factory=list)
+    stored: list[TracedTokens] = field(default_factory=list)
 
     @classmethod
     def blank(cls, num_layers: int, num_accumulators: int, num_tokens: int = 0) -> StepPlan:

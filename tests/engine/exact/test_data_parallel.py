@@ -71,7 +71,7 @@ def bed(checkpoint: Path) -> Iterator[Bed]:
         kv_cache_memory_bytes=KV_BYTES,
         disable_log_stats=True,
         data_parallel_size=RANKS,
-        additional_config=steer_config(layers=LAYERS, max_directions=32),
+        additional_config=steer_config(layers=LAYERS, max_directions=32, max_rows=4096),
     )
     with pytest.MonkeyPatch.context() as environment, asyncio.Runner() as loop:
         environment.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads by now

@@ -28,7 +28,7 @@ from tests.support.mixed_batch import (
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from vllm_steer import register_directions, steer_config
 from vllm_steer.engine.startup_checks import check
-from vllm_steer.errors import BadCondition, UnsupportedFeature
+from vllm_steer.errors import BadCondition, BadReadout, UnsupportedFeature
 from vllm_steer.settings import SteerSettings
 
 pytestmark = pytest.mark.engine
@@ -51,12 +51,13 @@ class Workload:
         assert excused <= 2  # see test_parity
 
     def check_stages(self, llm: LLM) -> None:
-        """``check`` for pipeline stages, which refuse conditions at an earlier layer."""
-        fit = [number for number, request in enumerate(self.requests) if not request.looks_back]
-        assert len(fit) < len(self.requests)
+        """``check`` for pipeline stages, which refuse conditions at an earlier layer and stops."""
+        fit = [n for n, request in enumerate(self.requests) if not request.looks_back and not request.has_stop]
+        assert any(request.looks_back for request in self.requests)
+        assert any(request.has_stop for request in self.requests)
         for request in self.requests:
-            if request.looks_back:
-                with pytest.raises(BadCondition, match="pipeline parallelism"):
+            if request.looks_back or request.has_stop:
+                with pytest.raises(BadCondition if request.looks_back else BadReadout, match="pipeline parallelism"):
                     run(llm, [request], max_tokens=MAX_TOKENS)
         requests, expected = ([given[number] for number in fit] for given in (self.requests, self.expected))
         Workload(requests, self.reference, expected).check(llm)

@@ -143,6 +143,7 @@ def test_requests_that_make_way_for_more_urgent_ones_are_exact(
     kinds = {(bool(victim.steering), victim.readout is not None) for victim in victims}
     assert {(True, True), (True, False)} <= kinds, kinds
     assert any(victim.readout and victim.readout.get("trace") for victim in victims)
+    assert any(victim.readout and victim.readout.get("pool") == "rows" for victim in victims)
 
 
 @pytest.mark.conformance("preemption", family="llama")

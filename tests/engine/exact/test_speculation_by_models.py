@@ -53,8 +53,8 @@ from tests.support.mixed_batch import (
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS
 from vllm_steer import Direction, Steering, collect_readouts, register_directions, steered
 from vllm_steer.device.buffers import HookPoint
+from vllm_steer.engine.early_ends import CUT_OFF_REASON
 from vllm_steer.engine.front.admission import admission_of
-from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.ops.stream_range import LARGEST_ADDITION
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -421,7 +421,7 @@ def test_a_request_that_is_cut_off_in_float16_ends_alone(
         counted.clear()
         outs = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
     assert [out.finish_reason for out in outs] == ["length", "error", "length"]
-    assert str(outs[1].stop_reason).startswith(REASON_PREFIX)
+    assert outs[1].stop_reason == CUT_OFF_REASON
     assert len(outs[1].token_ids) == 1  # the drafts of the step that was cut off are gone with it
     assert [outs[index].token_ids for index in (0, 2)] == [out.token_ids for out in alone]
     assert min(counted["accepted"], counted["rejected"]) > 0

@@ -19,7 +19,7 @@ from tests.support.mixed_batch import random_prompts, unit_vectors
 from tests.support.tiny_models import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE
 from tests.support.worker_state import state_held
 from vllm_steer import Direction, Readout, Steering, collect_readouts, errors, register_directions, steered
-from vllm_steer.engine.stream_overflow import REASON_PREFIX
+from vllm_steer.engine.early_ends import CUT_OFF_REASON
 from vllm_steer.ops.stream_range import LARGEST_ADDITION
 
 pytestmark = pytest.mark.engine
@@ -82,7 +82,7 @@ def test_a_plain_request_is_the_same_before_and_after_others_steered_as_far_as_t
         for out in outs:
             (sample,) = out.outputs
             assert sample.finish_reason == "error"
-            assert str(sample.stop_reason).startswith(REASON_PREFIX)
+            assert sample.stop_reason == CUT_OFF_REASON
             assert "float16" in str(sample.stop_reason)
             # Prompt tokens are steered before the first one is generated; generated ones after it.
             assert len(sample.token_ids) == (1 if span == "generated" else 0)

@@ -29,7 +29,8 @@ from vllm_steer.errors import (
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
-from vllm_steer.schema import Readout, RequestSpec, Steering, When
+from vllm_steer.plan.trace_columns import HELD
+from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
 SIZE = 8
@@ -635,6 +636,54 @@ def test_the_largest_projections_are_traced_and_not_shown(admission: Admission) 
         resolve(admission, readout=Readout([8, 12], project=["both", "kind", "cold"], pool="max"))
 
 
+def test_watches_are_resolved_and_what_they_need_is_counted(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    stop, flag = Watch("kind", above=2.0, patience=3), Watch("both", below=-1.0, layer=8)
+    readout = resolve(admission, readout=Readout(stop=stop, flag=[flag])).readout
+    assert readout is not None
+    assert readout.watch == [
+        ("kind", 1, slot["kind", 12], 12, True, 2.0, 3, True),
+        ("both", 0, slot["both", 8], 8, False, -1.0, 1, False),
+    ]
+    assert readout.stop == readout.watch[0]
+    # nothing of the prompt is read, so all of it may come from the prefix cache
+    assert (readout.layers, readout.first, readout.end, readout.watch_first) == ([], PROMPT_LEN, None, PROMPT_LEN)
+    with pytest.raises(BadReadout, match=r"3 directions to trace .*; allowed: 2"):
+        resolve(admission, readout=Readout([8], stop=stop, flag=[flag], trace=["cold"]))
+    with pytest.raises(UnknownDirection, match="kidn"):
+        resolve(admission, readout=Readout(stop=Watch("kidn", above=1.0)))
+    with pytest.raises(LayerNotHooked, match="layer 13"):
+        resolve(admission, readout=Readout(stop=Watch("kind", above=1.0, layer=13)))
+
+
+def test_counts_of_conditions_stand_behind_traces_and_watches_and_need_their_span(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    steering = Steering("kind", 4, when=When("cold", above=0))
+    asked = Readout(stop=Watch("kind", above=2.0), span="all", held=True)
+    readout = resolve(admission, steering, readout=asked).readout
+    assert readout is not None
+    assert (readout.layers, readout.first, readout.end, readout.watch_first) == ([], 0, None, PROMPT_LEN)
+    assert readout.pooling().followed == ((1, slot["kind", 12]), (HELD, 0))
+    assert resolve(admission, readout=asked).readout is not None, "no condition takes no column"
+    rows = Readout([8], pool="rows", trace=["cold"], held=True)
+    storing = Admission(admission.settings.model_copy(update={"max_rows": 99}), SIZE)
+    storing.registry = admission.registry
+    readout = resolve(storing, steering, readout=rows).readout
+    assert readout is not None
+    assert readout.pooling().followed == (readout.pooling().trace[0], (HELD, 0))
+    with pytest.raises(BadReadout, match=r"3 directions to trace .* with held, conditions on tokens.; allowed: 2"):
+        resolve(admission, steering, readout=replace(asked, flag=[Watch("cold", above=0)]))
+
+
+def test_a_stop_is_refused_across_pipeline_stages(admission: Admission) -> None:
+    staged = Admission(admission.settings, SIZE, num_stages=2)
+    staged.registry = admission.registry
+    watch = Watch("kind", above=2.0)
+    assert resolve(staged, readout=Readout(flag=[watch])).readout is not None
+    with pytest.raises(BadReadout, match="pipeline parallelism"):
+        resolve(staged, readout=Readout(stop=watch))
+
+
 def test_a_name_of_several_layers_is_traced_at_the_one_that_is_read(admission: Admission) -> None:
     readout = resolve(admission, readout=Readout([8], trace=["both"])).readout
     assert readout is not None
@@ -669,7 +718,9 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
     assert arrived.plan() == in_halves(
         PROMPT_LEN,
         prompt=(Entry(1, at(resolved, 0).entries[0][1], 4.0, 0.0),),
-        pooling=Pooling((0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),)),
+        pooling=Pooling(
+            (0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),), watch_first=5
+        ),
     )
     assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
     assert Resolved.load(resolve(admission).dump()).plan() == in_halves(PROMPT_LEN)
@@ -696,3 +747,34 @@ def test_the_salt_tells_apart_both_its_parts() -> None:
     salts = {salt(own, digest) for own in (None, "tenant", "tenant2") for digest in ("a" * 64, "b" * 64)}
     assert len(salts) == 6
     assert salt(None, "a" * 64) == salt("", "a" * 64)
+
+
+def ask_rows(
+    admission: Admission, readout: Readout, num_computed: int | None = None, prompt_len: int = PROMPT_LEN
+) -> Resolved:
+    return admission.resolve("id", RequestSpec((), readout), prompt_len, num_computed=num_computed)
+
+
+def test_more_rows_than_the_operator_allows_are_refused() -> None:
+    admission = Admission(SteerSettings(layers=HOOKED, max_rows=8), SIZE)
+    allowed = ask_rows(admission, Readout([8, 12], "prompt", skip_first=1, pool="rows")).readout
+    assert allowed is not None
+    assert (allowed.pool, allowed.vectors, allowed.pooling().stores_rows) == ("rows", False, True)
+    assert ask_rows(admission, Readout([8], "all", pool="rows"), num_computed=8).readout is not None
+    assert ask_rows(admission, Readout([8, 12, 20], "generated[1:]", pool="rows"), num_computed=8).readout is not None
+    for readout, num_computed, said in (
+        (Readout([8, 12], pool="rows"), None, "5 tokens at 2 layers, 10 rows; allowed: up to 8 rows"),
+        (Readout([8], "all", pool="rows"), 9, "9 tokens at 1 layers, 9 rows; allowed: up to 8 rows.*lower max_tokens"),
+        (Readout([8], "generated", pool="rows"), None, "max_tokens is not set; allowed: up to 8 rows"),
+    ):
+        with pytest.raises(BadReadout, match=said):
+            ask_rows(admission, readout, num_computed)
+    with pytest.raises(BadReadout, match="max_rows 0; allowed: the other pools"):
+        ask_rows(Admission(SteerSettings(layers=HOOKED), SIZE), Readout([8], pool="rows"))
+
+
+def test_rows_are_looked_at_before_the_prompt_is_known_as_far_as_that_goes() -> None:
+    spec = RequestSpec((), Readout([8], "all", pool="rows"))
+    Admission(SteerSettings(layers=HOOKED, max_rows=1), SIZE).check(spec)
+    with pytest.raises(BadReadout, match="max_rows 0"):
+        Admission(SteerSettings(layers=HOOKED), SIZE).check(spec)

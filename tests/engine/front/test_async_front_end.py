@@ -33,12 +33,12 @@ from vllm_steer import (
 )
 from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.background import run_in_background
+from vllm_steer.engine.early_ends import CUT_OFF_REASON
 from vllm_steer.engine.front import async_generate, request_intake
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of
 from vllm_steer.engine.front.async_generate import _generated
 from vllm_steer.engine.front.http_exchange import Exchange
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry
-from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.schema import WIRE_KEY, RequestSpec
 from vllm_steer.server import batch_runner
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
@@ -154,10 +154,8 @@ def test_an_exchange_learns_that_it_was_applied_when_a_request_of_it_is_admitted
 
 def test_an_overflow_is_an_error_of_the_plugins_own() -> None:
     exchange = Exchange(spec=RequestSpec((Steering("kind", 1.0),)))
-    with pytest.raises(errors.StreamOverflow, match=r"^too far$") as refused:
-        asyncio.run(
-            ask(engine(), SamplingParams(), output(reason="error", stop=f"{REASON_PREFIX}too far"), exchange=exchange)
-        )
+    with pytest.raises(errors.StreamOverflow, match=r"^steering pushed the residual stream beyond") as refused:
+        asyncio.run(ask(engine(), SamplingParams(), output(reason="error", stop=CUT_OFF_REASON), exchange=exchange))
     assert exchange.refusal is refused.value
     assert refused.value.http_status == 400  # type: ignore[attr-defined]  # it is vLLM's error too
     asyncio.run(
@@ -194,8 +192,11 @@ def test_a_request_s_readout_is_collected_by_its_own_key() -> None:
         "layers": [LAYER],
         "pooled": mean.tobytes(),
         "max": [],
+        "stopped": [],
+        "flags": [],
         "projections": [],
         "trace": [],
+        "rows": [],
         "trace_error": None,
         "proof": "parity",
     }
@@ -218,15 +219,18 @@ def test_a_request_that_ended_with_an_error_has_no_readout_and_the_others_have()
                 "layers": [],
                 "pooled": None,
                 "max": [],
+                "stopped": [],
+                "flags": [],
                 "projections": [],
                 "trace": [],
+                "rows": [],
                 "trace_error": None,
                 "proof": "parity",
             }
         ]
     ]
-    told = [output("r", "error", f"{REASON_PREFIX}too far"), output("s", "length")]
-    with pytest.raises(errors.ReadoutUnavailable, match=r"1 of 2 readouts .* too far") as failed:
+    told = [output("r", "error", CUT_OFF_REASON), output("s", "length")]
+    with pytest.raises(errors.ReadoutUnavailable, match=r"1 of 2 readouts .* beyond") as failed:
         asyncio.run(collect_readouts_async(of_engine, told))  # type: ignore[arg-type]
     assert failed.value.results[0] == [None]
     assert failed.value.results[1][0].num_tokens == 4

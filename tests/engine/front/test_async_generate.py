@@ -38,8 +38,11 @@ class FakeEngine:
             "layers": [2],
             "pooled": None,
             "max": [],
+            "stopped": [],
+            "flags": [],
             "projections": [],
             "trace": [["kind", values]],
+            "rows": [],
             "trace_error": self.failure,
             "proof": "parity",
         }

@@ -171,7 +171,7 @@ def configuration() -> Any:
         get_inputs_embeds_size=lambda: SIZE,
     )
     return SimpleNamespace(
-        additional_config=steer_config(layers=HOOKED, trace_columns=2),
+        additional_config=steer_config(layers=HOOKED, trace_columns=2, max_rows=99),
         model_config=model_config,
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQUESTS, max_num_batched_tokens=MAX_TOKENS),
         compilation_config=SimpleNamespace(cudagraph_capture_sizes=[8, LARGEST_GRAPH], static_forward_context={}),
@@ -234,10 +234,15 @@ def check_readout(runner: RunnerWithoutKernels, job: Job) -> None:
     answer = found.answer(computed_end)
     assert answer["num_tokens"] == len(positions), answer
     streams = [runner.model.brute_force(job.tokens[p], p, job.resolved) for p in positions]
-    means = np.frombuffer(answer["pooled"], np.float32).reshape(len(HOOKED), SIZE)
     assert answer["trace_error"] is None
-    for index, layer in enumerate(HOOKED):
-        assert np.abs(means[index] - np.mean([stream[layer] for stream in streams], axis=0)).max() < TOLERANCE
+    assert [layer for layer, *_ in answer["rows"]] == (HOOKED if readout.pool == "rows" else [])
+    for layer, _, rows in answer["rows"]:
+        expected = np.stack([stream[layer] for stream in streams])
+        assert np.abs(np.frombuffer(rows, np.float32).reshape(-1, SIZE) - expected).max() < TOLERANCE
+    if readout.pool == "mean":
+        means = np.frombuffer(answer["pooled"], np.float32).reshape(len(HOOKED), SIZE)
+        for index, layer in enumerate(HOOKED):
+            assert np.abs(means[index] - np.mean([stream[layer] for stream in streams], axis=0)).max() < TOLERANCE
     for (_, index, slot, *_), (_, values) in zip(readout.trace, answer["trace"], strict=True):
         expected = [stream[HOOKED[index]] @ DIRECTIONS[index, slot] for stream in streams]
         assert np.abs(np.frombuffer(values, np.float32) - expected).max() < TOLERANCE

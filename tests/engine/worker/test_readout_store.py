@@ -14,6 +14,7 @@ from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.engine.resolved_spec import Held, Projected, ResolvedReadout, Traced
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.rows import rows_of
 from vllm_steer.engine.worker.traces import Trace
 from vllm_steer.engine.worker.worker_steering import sample_key
 from vllm_steer.plan.batch_plan import PoolingState
@@ -181,6 +182,40 @@ def test_a_failed_trace_leaves_its_readout_whole_and_says_why() -> None:
 
 def test_the_store_counts_the_bytes_of_a_trace() -> None:
     assert finished(spec(trace=True), trace=trace_of(5)).num_bytes - finished(spec()).num_bytes == TRACED.nbytes
+
+
+def stored(tokens: int, written: int = 5, end: int | None = None) -> FinishedReadout:
+    """The rows of a request that has computed ``tokens`` tokens, of which ``written`` have arrived."""
+    rows = rows_of(2, SIZE)
+    rows.reserve(5)
+    rows.write(0, ROWS[:, :written])
+    asked = replace(spec(end, vectors=False, project=False), pool="rows")
+    summed = Summed(asked, PoolingState(ACCUMULATOR, tokens, tokens), None, rows=rows)
+    (taken,) = ReadoutFlow(make_buffers(2)).take([summed])
+    return taken
+
+
+@pytest.mark.parametrize("computed_end", [1, 3, 5])
+def test_rows_end_where_the_sample_ends_however_many_tokens_too_many_there_are(computed_end: int) -> None:
+    answer = stored(5).answer(computed_end)
+    assert (answer["num_tokens"], answer["pooled"]) == (computed_end, None)
+    assert [(layer, size) for layer, size, _ in answer["rows"]] == [(4, SIZE), (7, SIZE)]
+    for (_, _, rows), expected in zip(answer["rows"], ROWS, strict=True):
+        np.testing.assert_array_equal(np.frombuffer(rows, np.float32).reshape(-1, SIZE), expected[:computed_end])
+
+
+def test_rows_that_are_missing_are_an_error_and_never_fewer_rows() -> None:
+    assert stored(5, written=4).answer(5) == {"error": "4 of the rows of 5 tokens have arrived from the device"}
+    assert "up to token 3 but the sample ends at 5" in stored(3).answer(5)["error"]
+    assert "3 of 5 prompt tokens" in stored(3, end=5).answer(5)["error"]
+
+
+def test_the_store_counts_the_bytes_of_rows() -> None:
+    assert stored(5).num_bytes >= ROWS.nbytes
+    store = ReadoutStore(2 * stored(5).num_bytes)
+    for name in "abc":
+        store.put(name, 0, stored(5))
+    assert [store.get(name, 0) is not None for name in "abc"] == [False, True, True]
 
 
 def test_only_what_was_asked_is_kept() -> None:

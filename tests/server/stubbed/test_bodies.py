@@ -98,6 +98,7 @@ def test_the_wire_in_vllm_xargs_says_the_same_as_the_fields() -> None:
         ({"layers": [1]}, True, (1,)),
         ({"layers": [1], "project": ["calm"]}, False, (1,)),
         ({"layers": [1], "project": ["calm"], "vectors": True}, True, (1,)),
+        ({"layers": [1], "trace": ["calm"], "pool": "rows"}, True, (1,)),
         ({"trace": ["kind"]}, False, (2,)),
         ({"trace": ["kind"], "project": ["calm"]}, False, (1, 2)),  # layer 9 of "calm" is not hooked
     ],

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker, StubServer, exchange_messages, request
+from vllm_steer.client.replies import reply_of
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.readout_json import readout_json
 from vllm_steer.errors import BadReadout, StreamOverflow
@@ -367,7 +368,10 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
         "layers": [1, 2],
         "pooled": rows.tobytes(),
         "max": [],
+        "stopped": [],
+        "flags": [],
         "trace": [],
+        "rows": [],
         "trace_error": "no column is free",
         "proof": "parity",
         "projections": [["kind", 1, float("nan")], ["kind", 2, np.float32(0.1).item()]],
@@ -382,3 +386,31 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
     assert "held" not in readout_json(answer | {"held": None}, "mean")
     assert readout_json(answer | {"held": [3, False, None]}, "mean")["held"] == [3, False, None]
     assert readout_json({"error": "preempted"}, "mean") == {"error": "preempted"}
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_rows_travel_as_bytes_and_come_back_in_their_shape(num_tokens: int) -> None:
+    rows_LND = np.random.default_rng(0).standard_normal((2, num_tokens, 4)).astype(np.float32)
+    answer: dict[str, Any] = {
+        "num_tokens": num_tokens,
+        "layers": [1, 2],
+        "pooled": None,
+        "max": [],
+        "stopped": [],
+        "flags": [],
+        "trace": [],
+        "rows": [[layer, 4, rows_ND.tobytes()] for layer, rows_ND in zip((1, 2), rows_LND, strict=True)],
+        "trace_error": None,
+        "proof": "parity",
+        "projections": [],
+    }
+    told = readout_json(answer, "rows")
+    assert set(told) == {"num_tokens", "projections", "proof", "rows"}
+    body = {"id": "", "model": "", "choices": [{"index": 0, "text": "", "readout": json.loads(json.dumps(told))}]}
+    (choice,) = reply_of(body).choices
+    assert choice.readout is not None
+    assert set(choice.readout.rows) == {1, 2}
+    for got, expected in zip(choice.readout.rows.values(), rows_LND, strict=True):
+        assert got.dtype == np.float32
+        assert got.shape == ((3, 4) if num_tokens else (0, 0))
+        np.testing.assert_array_equal(got.ravel(), expected.ravel())

@@ -21,7 +21,7 @@ from vllm_steer import spans
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
-from vllm_steer.engine.resolved_spec import Held, Projected, Resolved, ResolvedReadout, Traced, Window, digest
+from vllm_steer.engine.resolved_spec import Held, Projected, Resolved, ResolvedReadout, Traced, Watched, Window, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
@@ -47,7 +47,7 @@ from vllm_steer.plan.entry_rows import (
     STORED,
     Entry,
 )
-from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, When
+from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20
@@ -243,6 +243,8 @@ class Admission:
         readout = None
         if spec.readout is not None:
             readout = self._readout(book, spec.readout, prompt_len, entries)
+            if readout.pool == "rows":
+                self._check_rows(readout, prompt_len, num_computed)
             for read in readout.directions:
                 own = book.layers_of(read.name).values()
                 contents[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
@@ -430,7 +432,7 @@ class Admission:
             )
         first, end = spans.read_run(readout.span, readout.skip_first, prompt_len)
         trace = self._trace(book, readout)
-        vectors = readout.vectors and readout.pool != "max"
+        vectors = readout.vectors and readout.pool not in ("max", "rows")
         if readout.pool == "max":
             known = {(one.name, one.layer) for one in trace}
             trace += [
@@ -439,12 +441,40 @@ class Admission:
                 if (name, layer) not in known
             ]
             project = []
+        watch = [self._watched(book, one, is_stop=one is readout.stop) for one in readout.watches]
         conditional = [one for one in entries if one.condition is not None] if readout.held else []
         held = [_held(one, prompt_len) for one in conditional if one.acts]
-        num_held = len(conditional) if readout.held else None
-        self._check_columns(trace, sum(one.gate < 0 for one in held))
+        self._check_columns([*trace, *watch], sum(one.gate < 0 for one in held))
+        if not readout.layers and not trace and not readout.held:  # the watches alone need no token of the prompt
+            first, end = prompt_len, None
         return ResolvedReadout(
-            list(readout.layers), indices, first, end, project, vectors, trace, readout.pool, held, num_held
+            list(readout.layers),
+            indices,
+            first,
+            end,
+            project,
+            vectors,
+            trace,
+            readout.pool,
+            watch,
+            prompt_len,
+            held,
+            len(conditional) if readout.held else None,
+        )
+
+    def _watched(self, book: DirectionBook, watch: Watch, *, is_stop: bool) -> Watched:
+        direction = book.find(watch.direction, watch.layer, self._index_of)
+        layer = direction.layer if watch.layer is None else watch.layer
+        if is_stop and self._num_stages > 1:
+            raise BadReadout(
+                "stop came to an engine with pipeline parallelism, whose last stage alone can end a request; allowed "
+                "there: flag. Use it, or start the engine without pipeline parallelism."
+            )
+        bound = watch.below if watch.above is None else watch.above
+        assert bound is not None  # checked by Watch
+        is_above = watch.above is not None
+        return Watched(
+            watch.direction, self._hooked(layer), direction.slot, layer, is_above, bound, watch.patience, is_stop
         )
 
     def _trace(self, book: DirectionBook, readout: Readout) -> list[Traced]:
@@ -463,14 +493,39 @@ class Admission:
             trace.append(Traced(name, self._hooked(own[0]), layers[own[0]].slot, own[0]))
         return trace
 
-    def _check_columns(self, trace: Sequence[Traced], num_counted: int) -> None:
-        distinct = len({(one.layer_index, one.slot) for one in trace}) + num_counted
+    def _check_rows(self, readout: ResolvedReadout, prompt_len: int, num_computed: int | None) -> None:
+        """Refuse a readout that could store more rows than the operator allows."""
+        most, layers = self.settings.max_rows, len(readout.layers)
+        if not most:
+            raise BadReadout(
+                "pool 'rows' was asked of an engine with max_rows 0; allowed: the other pools. Start the engine with "
+                "steer_config(max_rows=...), the most tokens times layers of one request."
+            )
+        if prompt_len == sys.maxsize:  # the prompt is not known yet
+            return
+        end = num_computed if readout.end is None else readout.end
+        if end is None:
+            raise BadReadout(
+                f"pool 'rows' was asked of a span without an end and max_tokens is not set; allowed: up to {most} "
+                "rows, tokens times layers. Set max_tokens, or read a span that ends with the prompt."
+            )
+        tokens = max(end - readout.first, 0)
+        if tokens * layers > most:
+            what = "lower max_tokens, " if readout.end is None else ""
+            raise BadReadout(
+                f"pool 'rows' could read {tokens} tokens at {layers} layers, {tokens * layers} rows; allowed: up to "
+                f"{most} rows. Read a shorter span or fewer layers, {what}or start the engine with "
+                "steer_config(max_rows=...) larger."
+            )
+
+    def _check_columns(self, followed: Sequence[Traced | Watched], num_counted: int) -> None:
+        distinct = len({(one.layer_index, one.slot) for one in followed}) + num_counted
         if distinct > self.settings.trace_columns:
             raise BadReadout(
-                f"{distinct} directions to trace (with pool 'max', those of project too"
-                f"{', and with held, conditions on tokens' if num_counted else ''}); allowed: "
-                f"{self.settings.trace_columns}. Trace fewer, or start the engine with steer_config(trace_columns=...) "
-                "larger."
+                f"{distinct} directions to trace (those of stop and flag too, and with pool 'max' those of project"
+                f"{', and with held, conditions on tokens' if num_counted else ''}); "
+                f"allowed: {self.settings.trace_columns}. Name fewer, or start the engine with "
+                "steer_config(trace_columns=...) larger."
             )
 
 

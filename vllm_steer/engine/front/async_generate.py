@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer import spans
+from vllm_steer.engine import early_ends
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of, configured_admission_of
 from vllm_steer.engine.front.all_engines import call_workers
@@ -29,9 +30,8 @@ from vllm_steer.engine.front.permissions import check_allowed
 from vllm_steer.engine.front.readout_json import finite, readout_json
 from vllm_steer.engine.front.request_intake import EXTRA_ARGS, asked_of, translated
 from vllm_steer.engine.patching import Attribute, patch
-from vllm_steer.engine.stream_overflow import REASON_PREFIX
 from vllm_steer.engine.worker_answers import whole_readouts
-from vllm_steer.errors import MalformedSpec, SteerError, StreamOverflow
+from vllm_steer.errors import MalformedSpec, SteerError
 from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
 
 _LOST = "it is no longer in the workers' store; raise steer_config(readout_store_mib=...)"
@@ -144,7 +144,7 @@ async def _steered(
     exchange: Exchange | None,
 ) -> AsyncIterator[RequestOutput]:
     spec, admission = asked.spec, admission_of(engine.input_processor)
-    tally = Tally(is_delta=params.output_kind == RequestOutputKind.DELTA)
+    tally = Tally(params.output_kind == RequestOutputKind.DELTA, spec.readout)
     collector = None
     if exchange is not None and spec.readout is not None:
         collector = Collector(engine, asked.key, request_id, spec.readout, exchange)
@@ -158,7 +158,7 @@ async def _steered(
                 async for output in outputs:
                     if tally.prompt_len is None:
                         metrics.admitted(spec)
-                    _check_overflow(output)
+                    _check_ends(output)
                     tally.add(output)
                     if collector is not None:
                         await collector.take(output, tally)
@@ -170,11 +170,10 @@ async def _steered(
             _forget(admission, request_id, asked)
 
 
-def _check_overflow(output: RequestOutput) -> None:
+def _check_ends(output: RequestOutput) -> None:
     for sample in output.outputs:
-        reason = sample.stop_reason
-        if sample.finish_reason == "error" and isinstance(reason, str) and reason.startswith(REASON_PREFIX):
-            raise translated(StreamOverflow(reason.removeprefix(REASON_PREFIX)))
+        if sample.finish_reason == "error" and (refusal := early_ends.refusal(sample.stop_reason)) is not None:
+            raise translated(refusal)
 
 
 def _forget(admission: Admission, request_id: str, asked: Asked) -> None:
@@ -213,16 +212,19 @@ class Tally:
 
     Args:
         is_delta: whether an output holds only the new tokens of a sample, and not all of them so far.
+        readout: the request's readout, whose ``stop`` has the last token computed; None for none.
 
     Attributes:
         prompt_len: number of prompt tokens; None before the first output.
         counts: sample index -> number of generated tokens.
     """
 
-    def __init__(self, is_delta: bool) -> None:
+    def __init__(self, is_delta: bool, readout: Readout | None = None) -> None:
         self.prompt_len: int | None = None
         self.counts: dict[int, int] = {}
         self._is_delta = is_delta
+        self._readout = readout
+        self._stopped: set[int] = set()
 
     def add(self, output: RequestOutput) -> None:
         """Count the tokens of one output."""
@@ -231,10 +233,15 @@ class Tally:
         for sample in output.outputs:
             before = self.counts.get(sample.index, 0) if self._is_delta else 0
             self.counts[sample.index] = before + len(sample.token_ids)
+            if self._readout is not None and self._readout.is_stopped_by(sample.stop_reason):
+                self._stopped.add(sample.index)
 
     def computed(self, index: int) -> int:
-        """Number of a sample's tokens that the model has processed: the prompt and all generated ones but the last."""
-        return (self.prompt_len or 0) + self.counts[index] - 1
+        """Number of a sample's tokens that the model has processed.
+
+        These are the prompt and all generated ones but the last, and the last too where ``Readout.stop`` held for it.
+        """
+        return (self.prompt_len or 0) + self.counts[index] - (index not in self._stopped)
 
 
 class Collector:
@@ -279,6 +286,7 @@ class Collector:
             for index, answer in zip(ended, answers, strict=True):
                 self._live.leave(self._key, index)
                 finish(self._exchange.sample(self._request_id, index), answer or {"error": _LOST}, self._readout.pool)
+                metrics.crossings(answer or {})
 
     def close(self) -> None:
         """Stop following the samples' traces, however the request ended."""

@@ -56,8 +56,10 @@ def extract_directions(
         BadVector: as ``make_direction``.
         LayerNotHooked, BadSpan, NotConfigured: the engine cannot take such a readout.
     """
-    if pool == "max":
-        raise BadReadout("pool is 'max', which gives no vectors; allowed: mean, last. Choose one of them.")
+    if pool not in ("mean", "last"):
+        raise BadReadout(
+            f"pool is {pool!r}, which gives no vectors of whole texts; allowed: mean, last. Choose one of them."
+        )
     for side, texts in (("positive", positive), ("negative", negative)):
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise MalformedSpec(f"{side} is {str(texts)[:80]!r}; allowed: a list of texts or chats. Give a list.")

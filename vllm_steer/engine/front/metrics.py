@@ -6,7 +6,8 @@ They are in prometheus_client's default registry, like vLLM's own. For several A
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import Counter, Gauge
 
@@ -20,6 +21,8 @@ OTHER = "other"
 _requests = Counter("vllm_steer_requests", "Steered requests that were admitted, by direction.", ["direction"])
 _tokens = Counter("vllm_steer_tokens", "Tokens generated for steered requests, by direction.", ["direction"])
 _readouts = Counter("vllm_steer_readouts", "Requests with a readout that were admitted.")
+_stops = Counter("vllm_steer_stops", "Samples that ended because their stop held, by direction.", ["direction"])
+_flags = Counter("vllm_steer_flags", "Samples for which a flag held, by direction.", ["direction"])
 _refusals = Counter("vllm_steer_refusals", "Refused requests, by the class of the refusal.", ["reason"])
 _bank_slots = Gauge(
     "vllm_steer_bank_slots",
@@ -47,6 +50,14 @@ def tokens(directions: Iterable[str], count: int) -> None:
     """Count the generated tokens of a request for each of its directions (see ``directions_of``)."""
     for direction in directions:
         _tokens.labels(_label(direction)).inc(count)
+
+
+def crossings(answer: Mapping[str, Any]) -> None:
+    """Count the stop and the flags that held for a sample; ``answer`` is what the workers say of its readout."""
+    for name, *_ in answer.get("stopped", ()):
+        _stops.labels(_label(name)).inc()
+    for name, *_ in answer.get("flags", ()):
+        _flags.labels(_label(name)).inc()
 
 
 def refused(error: SteerError) -> None:

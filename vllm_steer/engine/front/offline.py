@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from vllm_steer.engine.front.request_intake import EXTRA_ARGS
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.worker_answers import ModelRecord, whole_model, whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
-from vllm_steer.schema import WIRE_KEY, Readout, ReadoutResult, RequestSpec, Steering
+from vllm_steer.schema import WIRE_KEY, Crossing, Readout, ReadoutResult, RequestSpec, Steering
 from vllm_steer.settings import steer_config
 
 
@@ -252,8 +253,10 @@ class _Wanted:
                     if sample.finish_reason == "error":
                         failed[i, j] = str(sample.stop_reason or "the engine ended the request with an error")
                         continue
+                    readout = asked[output.request_id].spec.readout
+                    is_stopped = readout is not None and readout.is_stopped_by(sample.stop_reason)
                     places.append((i, j))
-                    end = prompt_len + len(sample.token_ids) - 1
+                    end = prompt_len + len(sample.token_ids) - (not is_stopped)
                     samples.append((asked[output.request_id].key, sample.index, end))
         return cls(asked, outputs, places, samples, failed)
 
@@ -329,6 +332,10 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
     largest: dict[str, dict[int, tuple[float, int]]] = {}
     for name, layer, value, position in answer["max"]:
         largest.setdefault(name, {})[layer] = value, position
+    rows = {
+        layer: np.frombuffer(stored, dtype=np.float32).reshape(-1, size).copy()
+        for layer, size, stored in answer["rows"]
+    }
     return ReadoutResult(
         mean=pooled if asked.pool == "mean" else {},
         num_tokens=answer["num_tokens"],
@@ -338,4 +345,7 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         last=pooled if asked.pool == "last" else {},
         max=largest,
         held=tuple(answer.get("held") or ()),
+        stopped=next(iter(starmap(Crossing, answer["stopped"])), None),
+        flags=tuple(starmap(Crossing, answer["flags"])),
+        rows=rows,
     )

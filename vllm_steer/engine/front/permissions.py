@@ -31,9 +31,7 @@ def check_allowed(spec: RequestSpec, allowed: frozenset[str] | None) -> None:
     """
     if allowed is None:
         return
-    read = () if spec.readout is None else (*spec.readout.project, *spec.readout.trace)
-    seen = (entry.when.direction for entry in spec.entries if entry.when is not None)
-    for name in (*(entry.direction for entry in spec.entries), *seen, *read):
+    for name in spec.names:
         if name not in allowed:
             raise DirectionNotAllowed(
                 f"direction {name!r} is not open to this API key or alias; allowed: "

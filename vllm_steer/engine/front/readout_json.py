@@ -13,7 +13,8 @@ import numpy as np
 def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
     """Convert a worker's answer (``FinishedReadout.answer``) to the JSON of a reply, without the values of its trace.
 
-    The pooled vector of each layer is base64 of D little-endian float32; its field is called as ``pool``.
+    The pooled vector of each layer is base64 of D little-endian float32; its field is called as ``pool``. The rows of
+    each layer are those of its tokens, one after the other.
     """
     if "error" in answer:
         return {"error": answer["error"]}
@@ -31,6 +32,15 @@ def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
         readout.setdefault("max", {}).setdefault(name, {})[str(layer)] = [finite(value), position]
     if answer.get("held") is not None:
         readout["held"] = answer["held"]
+    for crossings, field in ((answer["stopped"], "stopped"), (answer["flags"], "flags")):
+        told = [
+            {"direction": name, "layer": layer, "position": position, "value": finite(value)}
+            for name, layer, position, value in crossings
+        ]
+        if told:
+            readout[field] = told if field == "flags" else told[0]
+    if answer["rows"]:
+        readout["rows"] = {str(layer): base64.b64encode(rows).decode() for layer, _, rows in answer["rows"]}
     if answer["pooled"] is not None:
         rows_LD = np.frombuffer(answer["pooled"], dtype=np.float32).reshape(len(answer["layers"]), -1)
         readout[pool] = {

@@ -32,8 +32,7 @@ class Summed:
     """A sample whose readout is to be taken in its present state.
 
     Attributes:
-        spec, state, trace: see ``FinishedReadout``, which takes them over.
-        prompt_sums_G: see ``FinishedReadout``.
+        spec, state, trace, watched, rows, prompt_sums_G: see ``FinishedReadout``, which takes them over.
         before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
@@ -41,6 +40,8 @@ class Summed:
     state: PoolingState
     trace: traces.Trace | None
     before_last: Sequence[torch.Tensor] = ()
+    watched: traces.Trace | None = None
+    rows: traces.Trace | None = None
     prompt_sums_G: torch.Tensor | None = None
 
     @property
@@ -122,6 +123,8 @@ class ReadoutFlow:
                     sums_PN=projected_PR[:, sums],
                     tail_PM=projected_PR[:, tail],
                     trace=sample.trace,
+                    watched=sample.watched,
+                    rows=sample.rows,
                     prompt_sums_G=sample.prompt_sums_G,
                 )
             )

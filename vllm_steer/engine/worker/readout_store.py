@@ -13,6 +13,7 @@ import torch
 from vllm_steer.engine.resolved_spec import ResolvedReadout, Traced
 from vllm_steer.engine.worker.traces import FloatArray, Trace
 from vllm_steer.plan.batch_plan import PoolingState
+from vllm_steer.plan.watch_run import WatchRun
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class FinishedReadout:
         sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
         trace: the projections of each token, or None if none were requested; then whether each condition of
             ``spec.counted`` holds there.
+        watched: those of each generated token onto the directions of ``spec.watch``; None if there are none.
+        rows: the rows of each token, or None if none were requested.
         prompt_sums_G: (G,) float32, the sums over the prompt at which conditions look, if these are asked for and the
             prompt was computed.
     """
@@ -40,6 +43,8 @@ class FinishedReadout:
     sums_PN: torch.Tensor
     tail_PM: torch.Tensor
     trace: Trace | None
+    watched: Trace | None = None
+    rows: Trace | None = None
     prompt_sums_G: torch.Tensor | None = None
 
     def settle(self) -> None:
@@ -51,29 +56,32 @@ class FinishedReadout:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors and the trace in bytes."""
+        """Size of the tensors, the trace and the rows in bytes."""
         tensors = (self.sums_LND, self.tail_LMD, self.sums_PN, self.tail_PM)
         pooled = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-        return pooled + (self.trace.num_bytes if self.trace is not None else 0)
+        return pooled + sum(one.num_bytes for one in (self.trace, self.watched, self.rows) if one is not None)
 
     def answer(self, computed_end: int) -> dict[str, Any]:
         """The readout as plain types for the RPC.
 
         Args:
             computed_end: number of tokens of the sample that the model must have computed: the prompt and all generated
-                tokens but the last.
+                tokens but the last, and that one too if the request's stop held for it.
 
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
             layer, value, position]], "held": None, or for each entry with a condition the count or bool or None,
-            "trace_error": why trace, max and held alone cannot be given, or None}``.
+            "stopped", "flags": [[name, layer, position, value]], "rows": [[layer, D, bytes of (num_tokens, D)
+            float32]], "trace_error": why trace, max, held and flags alone cannot be given, or None}``. ``stopped`` has
+            at most one element.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
         over = 0 if self.spec.end is not None else self.state.next_position - computed_end
         most = self.tail_PM.shape[1]
-        if not -(self.state.num_unread + len(self.state.drafts)) <= over <= most:
+        # Rows need nothing subtracted: surplus ones are left out.
+        if over < -(self.state.num_unread + len(self.state.drafts)) or (over > most and self.rows is None):
             return {
                 "error": f"the sum goes up to token {self.state.next_position} but the sample ends at {computed_end}; "
                 f"allowed: up to {most} tokens too many, which can be subtracted (an abort can cause this, or a stop "
@@ -107,6 +115,9 @@ class FinishedReadout:
             vectors = pooled(self.sums_LND, self.tail_LMD).tobytes()
         values = pooled(self.sums_PN, self.tail_PM).tolist() if self.spec.project else []
         traced = self._traced(count)
+        stored = [] if self.rows is None else list(self.rows.values(0, count))
+        if stored and len(stored[0]) < count:
+            return {"error": f"{len(stored[0])} of the rows of {count} tokens have arrived from the device"}
         return {
             "num_tokens": count,
             "layers": self.spec.layers,
@@ -115,7 +126,12 @@ class FinishedReadout:
             "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
             "held": self._held(count),
-            "trace_error": self.trace.failure if self.trace is not None else None,
+            "rows": [
+                [layer, rows_ND.shape[1], rows_ND.tobytes()]
+                for layer, rows_ND in zip(self.spec.layers if stored else (), stored, strict=True)
+            ],
+            **self._crossings(computed_end),
+            "trace_error": next((one.failure for one in (self.trace, self.watched) if one is not None), None),
         }
 
     def _traced(self, count: int) -> list[tuple[Traced, FloatArray]]:
@@ -137,6 +153,18 @@ class FinishedReadout:
                 # Where the entry is not, its column holds what an earlier step has left there.
                 held[one.number] = sum(int(values_N[part].sum()) for part in one.within(self.spec.first))
         return held
+
+    def _crossings(self, computed_end: int) -> dict[str, list[list[Any]]]:
+        told: dict[str, list[list[Any]]] = {"stopped": [], "flags": []}
+        if self.watched is not None and self.watched.failure is None:
+            first = self.spec.watch_first
+            values_CN = self.watched.values(0, max(computed_end - first, 0))
+            for one, values_N in zip(self.spec.watch, values_CN.tolist(), strict=True):
+                position = WatchRun(one, first).see(first, values_N)
+                if position is not None:
+                    field = "stopped" if one.is_stop else "flags"
+                    told[field].append([one.name, one.layer, position, values_N[position - first]])
+        return told
 
     def _largest(self, one: Traced, values_N: FloatArray) -> list[Any]:
         if not len(values_N):

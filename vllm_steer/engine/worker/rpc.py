@@ -10,7 +10,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_steer.directions import Direction
 from vllm_steer.engine.patching import patch
-from vllm_steer.engine.worker import cut_off_marks
+from vllm_steer.engine.worker import step_marks
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
 from vllm_steer.engine.worker_answers import LiveTrace, ModelRecord, Readout
 from vllm_steer.errors import NotConfigured, UnsupportedFeature
@@ -60,7 +60,7 @@ def _checked(load_model: Any, worker: Any) -> Any:
                 f"{type(worker.model_runner).__name__} has loaded its model and put no hooks on it; allowed: vLLM's "
                 "own runners and subclasses that keep their load_model. Start the engine without steer_config."
             )
-        cut_off_marks.watch(worker)
+        step_marks.watch(worker)
 
     return checked
 

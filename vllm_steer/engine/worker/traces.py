@@ -30,13 +30,14 @@ class Trace:
     Args:
         num_directions: C, the number of traced directions.
         failure: why this trace cannot be given, or None.
+        size: shape of each value: a number, or the vector that ``rows`` keeps of a token.
     """
 
-    def __init__(self, num_directions: int, failure: str | None = None) -> None:
+    def __init__(self, num_directions: int, failure: str | None = None, size: tuple[int, ...] = ()) -> None:
         self.failure = failure
         self._num_known = 0
         self._num_written = 0
-        self._values_CN = np.empty((num_directions, 0), np.float32)
+        self._values_CN = np.empty((num_directions, 0, *size), np.float32)
 
     @property
     def num_bytes(self) -> int:
@@ -45,13 +46,13 @@ class Trace:
 
     def reserve(self, count: int) -> None:
         """Make room for ``count`` tokens. The room doubles, so that a long generation is not copied for every token."""
-        directions, room = self._values_CN.shape
+        directions, room, *size = self._values_CN.shape
         if count > room:
-            grown_CN = np.empty((directions, max(count, 2 * room)), np.float32)
+            grown_CN = np.empty((directions, max(count, 2 * room), *size), np.float32)
             grown_CN[:, :room] = self._values_CN
             self._values_CN = grown_CN
 
-    def write(self, start: int, values_CN: FloatArray, num_drafts: int = 0) -> None:
+    def write(self, start: int, values_CN: FloatArray | Sequence[FloatArray], num_drafts: int = 0) -> None:
         """Store the values of consecutive tokens; ``reserve`` must have made room for them.
 
         Args:
@@ -59,8 +60,9 @@ class Trace:
             values_CN: (C, N) float32, one column per token.
             num_drafts: how many of the last tokens are draft tokens.
         """
-        end = start + values_CN.shape[1]
-        self._values_CN[:, start:end] = values_CN
+        end = start + (len(values_CN[0]) if len(values_CN) else 0)
+        for own_N, values_N in zip(self._values_CN, values_CN, strict=True):
+            own_N[start:end] = values_N
         self._num_known = max(self._num_known, end - num_drafts)
         self._num_written = max(self._num_written, end)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.directions import Direction
+from vllm_steer.engine.early_ends import StepMarks, Watching
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, refuse_rescaled
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
@@ -21,6 +21,7 @@ from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
 from vllm_steer.engine.worker.layer_experiment import examine
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
+from vllm_steer.engine.worker.rows import RowFlow, rows_of
 from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
@@ -81,11 +82,15 @@ class WorkerSteering:
             max_drafts=max_drafts,
             max_windows=settings.max_windows,
             can_cut=config.model_config.dtype == torch.float16,
+            has_rows=settings.max_rows > 0,
         )
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}
         self._trace_flow, self._readout_flow = TraceFlow(self.buffers.trace_TK), ReadoutFlow(self.buffers)
         self._traces: dict[str, Trace] = {}
+        self._watched: dict[str, Trace] = {}  # of live requests with watches
+        self._unwatched: set[str] = set()  # live requests with a stop and without a trace column
+        self._row_flow, self._stored = RowFlow(self.buffers.rows_L_TD), dict[str, Trace]()  # those of live requests
         self._reading: dict[SampleKey, str] = {}  # sample -> internal id, of live requests with a readout
         self._taken: dict[str, FinishedReadout] = {}  # internal id -> last readout taken of a live request
         self._ended: list[tuple[SampleKey, Summed]] = []  # finished requests whose readouts are to be taken
@@ -95,6 +100,8 @@ class WorkerSteering:
         self.hooked = put_hooks(blocks, how, settings.layers, self.findings.num_layers, self.buffers)
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
         self._may_cut = False  # whether the step that was last prepared steers a float16 stream
+        self._stops_in_step: list[TracedTokens] = []  # tokens of that step whose requests have a stop
+        self._unwatched_in_step: list[str] = []
         self._held = {settings.layers.index(layer) for layer in self.hooked}  # of this pipeline stage
         # The front end registers the same files in the same order, so both assign the same slots without a message.
         self.write_directions(
@@ -130,7 +137,9 @@ class WorkerSteering:
             self._begin(request_id, resolved)
             readout = self._resolved[request_id].readout
             # The last row of a sum with a surplus token is that of the token before it.
-            if readout is not None and readout.end is None and (params.stop or readout.pool == "last"):
+            has_stop = bool(params.stop) or (readout is not None and readout.stop is not None)
+            is_open = readout is not None and readout.end is None and readout.pool != "rows"  # rows leave it out
+            if readout is not None and is_open and (has_stop or readout.pool == "last"):
                 self._need_tails.add(request_id)
 
     def preempt(self, request_id: str) -> None:
@@ -155,21 +164,47 @@ class WorkerSteering:
         plan = self.planner.build(request_ids, num_computed, num_scheduled, drafts)
         self.buffers.write(plan)
         self._may_cut = self.buffers.can_cut and plan is not None and bool(plan.flags_L3[:, STEER].any())
+        self._unwatched_in_step = [one for one in request_ids if one in self._unwatched] if self._unwatched else []
         if plan is not None:
-            self._trace_flow.expect([self._rows(tokens) for tokens in plan.traced])
+            rows = [self._rows(tokens) for tokens in plan.traced]
+            self._trace_flow.expect([*rows, *(self._watched_rows(tokens) for tokens in plan.watched)])
+            self._stops_in_step = [
+                tokens for tokens in plan.watched if self._stop_column(tokens.request_id) is not None
+            ]
+            self._row_flow.expect([self._stored_rows(tokens) for tokens in plan.stored])
 
-    def start_reading_marks(self) -> Callable[[], list[str]] | None:
-        """Start to read the marks of the requests whose stream was cut off; call it after each step's forward pass.
+    def start_reading_marks(self) -> Callable[[], StepMarks] | None:
+        """Start to read what the step shows of requests that may have to end; call it after each forward pass.
 
         Returns:
-            A function that returns the internal ids of these requests, to be called once the device has finished the
-            pass; None if the step could not cut anything off.
+            A function that returns the marks, to be called once the device has finished the pass; None if the step can
+            have none.
         """
-        if not self._may_cut:
+        cut_R, values_TK, first = None, None, 0
+        if self._may_cut:
+            cut_R, _ = start_copy(self.buffers.cut_R)
+        stops, self._stops_in_step = self._stops_in_step, []
+        unwatched, self._unwatched_in_step = self._unwatched_in_step, []
+        if stops:
+            first, end = min(one.token for one in stops), max(one.token + one.count for one in stops)
+            values_TK, _ = start_copy(self.buffers.trace_TK[first:end])
+        if cut_R is None and values_TK is None and not unwatched:
             return None
         self._may_cut = False
-        cut_R, _ = start_copy(self.buffers.cut_R)
-        return partial(_marked_requests, self.planner.rows(), cut_R)
+        columns = [(one, self._stop_column(one.request_id) or 0) for one in stops]
+        rows = {} if cut_R is None else self.planner.rows()
+
+        def marks() -> StepMarks:
+            cut_off = [] if cut_R is None else _marked_requests(rows, cut_R)
+            watching = []
+            for one, column in columns:
+                assert values_TK is not None  # there is one if there are stops
+                at = one.token - first
+                values = values_TK[at : at + one.count, column].tolist()
+                watching.append(Watching(one.request_id, one.position, values))
+            return StepMarks(cut_off, unwatched, watching)
+
+        return marks
 
     def silence(self) -> None:
         """Mark every token untouched, for a forward pass that serves no request."""
@@ -179,6 +214,7 @@ class WorkerSteering:
     def fetch(self) -> None:
         """Take in the traces and readouts up to the last forward pass that have arrived; never waits for the device."""
         self._trace_flow.fetch()
+        self._row_flow.fetch()
         self._readout_flow.fetch()
 
     def finish(self, request_id: str) -> None:
@@ -194,6 +230,9 @@ class WorkerSteering:
             del self._reading[key]
         self._resolved.pop(request_id, None)
         self._traces.pop(request_id, None)
+        self._watched.pop(request_id, None)
+        self._unwatched.discard(request_id)
+        self._stored.pop(request_id, None)
         self._taken.pop(request_id, None)
         self._need_tails.discard(request_id)
         self.planner.remove(request_id)
@@ -244,21 +283,52 @@ class WorkerSteering:
         if resolved.readout is None:
             return
         self._reading[sample_key(request_id, resolved)] = request_id
-        failure = None
-        num_traced = len(resolved.readout.trace) + len(resolved.readout.counted)
-        if num_traced and request_id not in self.planner.columns:
+        readout, failure = resolved.readout, None
+        num_traced = len(readout.trace) + len(readout.counted)
+        if (num_traced or readout.watch) and request_id not in self.planner.columns:
             failure = (
                 f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
                 "later, or start the engine with steer_config(trace_columns=...) larger"
             )
+            if readout.stop is not None:
+                self._unwatched.add(request_id)
         self._traces[request_id] = Trace(num_traced, failure)
+        if readout.watch:
+            self._watched[request_id] = Trace(len(readout.watch), failure)
+        if readout.pool == "rows":
+            self._stored[request_id] = rows_of(len(readout.layers), self.buffers.bank_SD.shape[1])
 
     def _rows(self, traced: TracedTokens) -> TraceRows:
         readout = self._resolved[traced.request_id].readout
         assert readout is not None  # only requests with a readout are traced
-        trace, columns = self._traces[traced.request_id], self.planner.columns[traced.request_id]
+        trace = self._traces[traced.request_id]
+        columns = self.planner.columns[traced.request_id]
+        columns = columns[: len(readout.trace)] + columns[len(readout.trace) + len(readout.watch) :]
         start = traced.position - readout.first
         return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
+
+    def _watched_rows(self, tokens: TracedTokens) -> TraceRows:
+        readout = self._resolved[tokens.request_id].readout
+        assert readout is not None  # only requests with a readout are watched
+        columns = self.planner.columns[tokens.request_id][len(readout.trace) :][: len(readout.watch)]
+        start = tokens.position - readout.watch_first
+        return TraceRows(
+            self._watched[tokens.request_id], columns, tokens.token, tokens.count, start, tokens.num_drafts
+        )
+
+    def _stop_column(self, request_id: str) -> int | None:
+        """The trace column of a request's stop; None if it has no stop."""
+        readout = self._resolved[request_id].readout
+        stop = None if readout is None else readout.stop
+        if readout is None or stop is None:
+            return None
+        return self.planner.columns[request_id][len(readout.trace) + readout.watch.index(stop)]
+
+    def _stored_rows(self, stored: TracedTokens) -> TraceRows:
+        readout = self._resolved[stored.request_id].readout
+        assert readout is not None  # only requests with a readout store rows
+        rows, start = self._stored[stored.request_id], stored.position - readout.first
+        return TraceRows(rows, tuple(readout.layer_indices), stored.token, stored.count, start, stored.num_drafts)
 
     def _to_take(self, request_id: str) -> Summed | None:
         """The present readout of a request; None if nothing was computed for it since it was last taken."""
@@ -270,8 +340,15 @@ class WorkerSteering:
         assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
         place = self.planner.prompt_sums_of(request_id) if any(one.gate >= 0 for one in readout.held) else None
-        sums_G = None if place is None else start_copy(self.buffers.sums_of_prompt(place))[0]
-        return Summed(readout, replace(state), self._traces.get(request_id), before_last, sums_G)
+        return Summed(
+            readout,
+            replace(state),
+            self._traces.get(request_id),
+            before_last,
+            watched=self._watched.get(request_id),
+            rows=self._stored.get(request_id),
+            prompt_sums_G=None if place is None else start_copy(self.buffers.sums_of_prompt(place))[0],
+        )
 
     def _take_ended(self) -> None:
         """Move the readouts of finished requests to the store."""

@@ -250,7 +250,8 @@ def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] |
 def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
     """Fill in the fields of a readout that HTTP requests may leave out.
 
-    ``vectors`` is true by default only if no direction is named. ``layers`` are those of the named directions.
+    ``layers`` are by default those of the directions to project onto or to trace. ``vectors`` is true by default only
+    if no direction is named so, or with the pool ``rows``; without ``layers`` too, a stop or flag alone pools nothing.
     """
     named = [
         name
@@ -259,7 +260,7 @@ def _completed(readout: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
         for name in names
         if isinstance(name, str)
     ]
-    completed = {"vectors": not named, **readout}
+    completed = {"vectors": not named or readout.get("pool") == "rows", **readout}
     if named and "layers" not in readout:
         book = checker.registry.current()
         layers = {layer for name in named for layer in book.layers_of(name)}

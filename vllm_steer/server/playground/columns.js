@@ -115,7 +115,8 @@ class Column {
     const mean = Object.values(Object.values(this.readout?.projections ?? {})[0] ?? {})[0];
     const told = this.readout?.error ? `Not read: ${this.readout.error}`
       : mean === undefined || mean === null ? "" : `, mean projection ${shown(mean)} over ${this.readout.num_tokens} tokens`;
-    this.summary = `${this.tokens} tokens${told}`;
+    const { stopped } = this.readout ?? {};
+    this.summary = `${this.tokens} tokens${told}${stopped ? `, stopped at ${shown(stopped.value)}` : ""}`;
     this.detail.textContent = this.summary;
   }
 

@@ -3,7 +3,7 @@
 
 const byId = (id) => document.getElementById(id);
 const form = byId("settings");
-const DEFAULTS = { prompt: "My friend told me that her cat has died. What should I say to her?", op: "add", span: "response", mode: "chat", temperature: 0.7, seed: 0, max_tokens: 120 };
+const DEFAULTS = { prompt: "My friend told me that her cat has died. What should I say to her?", op: "add", span: "response", mode: "chat", temperature: 0.7, seed: 0, max_tokens: 120, stop_above: "" };
 const SLIDER_REACH = 50; // in the direction's own units, if the server does not know the layer's norm
 const columns = [];
 const running = new Map(); // column -> AbortController
@@ -16,7 +16,7 @@ const say = (text) => { byId("status").textContent = text; };
 
 function settings() {
   const values = Object.fromEntries(new FormData(form));
-  for (const name of NUMBERS) values[name] = Number(values[name]);
+  for (const name of NUMBERS) if (values[name] !== "") values[name] = Number(values[name]);
   return values;
 }
 

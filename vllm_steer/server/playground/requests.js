@@ -44,7 +44,10 @@ function bodyOf(settings, alpha, model, own) {
   return {
     ...body,
     steering: [entryOf(settings, alpha)],
-    readout: { layers: [own], span: "generated", project: [direction], trace: [direction] },
+    readout: {
+      layers: [own], span: "generated", project: [direction], trace: [direction],
+      ...(settings.stop_above === "" ? {} : { stop: { direction, above: settings.stop_above, layer: own } }),
+    },
   };
 }
 
@@ -88,11 +91,11 @@ async function* stream(settings, body, signal) {
 
 // The settings are in the URL's fragment, which browsers do not send to servers.
 const TEXTS = ["prompt", "direction", "op", "span", "mode"];
-const NUMBERS = ["layer", "temperature", "seed", "max_tokens"];
+const NUMBERS = ["layer", "temperature", "seed", "max_tokens", "stop_above"]; // an empty field stays ""
 
 function toFragment(settings, alphas) {
   const fields = new URLSearchParams();
-  for (const name of [...TEXTS, ...NUMBERS]) fields.set(name, settings[name]);
+  for (const name of [...TEXTS, ...NUMBERS]) if (settings[name] !== "") fields.set(name, settings[name]);
   fields.set("alphas", alphas.join(","));
   return fields.toString();
 }

@@ -110,6 +110,7 @@ def show_steering(request: Request) -> dict[str, Any]:
         "max_windows": settings.max_windows,
         "max_directions": settings.max_directions,
         "trace_columns": settings.trace_columns,
+        "max_rows": settings.max_rows,
         "max_upload_mib": settings.max_upload_mib,
         "bank": {"registered": registered, "held": held, "free": free},
         "aliases": {alias: [one.to_json() for one in entries] for alias, entries in settings.served_aliases.items()},

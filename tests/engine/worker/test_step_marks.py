@@ -15,11 +15,13 @@ from vllm.v1.request import RequestStatus
 
 from tests.support.runner_stand_ins import SIZE, StandInRunner
 from vllm_steer import Direction
-from vllm_steer.engine import stream_overflow
+from vllm_steer.engine import early_ends
+from vllm_steer.engine.early_ends import StepMarks, Watching
 from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
-from vllm_steer.engine.worker import cut_off_marks, worker_steering
-from vllm_steer.schema import RequestSpec, Steering
+from vllm_steer.engine.worker import step_marks, worker_steering
+from vllm_steer.errors import NoTraceColumn
+from vllm_steer.schema import Readout, RequestSpec, Steering, Watch
 from vllm_steer.settings import SteerSettings
 
 BLOCK, NULL = 4, 0
@@ -71,8 +73,8 @@ def step(
     output = ModelRunnerOutput(names, {name: at for at, name in enumerate(names)}, [[7] for _ in names])
     with monkeypatch.context() as patched:
         patched.setattr(Scheduler, "update_from_output", update)
-        stream_overflow.install()
-        told = Scheduler.update_from_output(scheduler, None, cut_off_marks._marked(output, marked))
+        early_ends.install()
+        told = Scheduler.update_from_output(scheduler, None, step_marks._marked(output, StepMarks(cut_off=marked)))
     return seen, told
 
 
@@ -104,10 +106,96 @@ def test_requests_that_share_steered_blocks_end_too_and_those_that_share_others_
 
 
 def test_an_output_that_vllm_shares_between_steps_is_not_written_to() -> None:
-    marked = cut_off_marks._marked(EMPTY_MODEL_RUNNER_OUTPUT, ["a"])
+    marked = step_marks._marked(EMPTY_MODEL_RUNNER_OUTPUT, StepMarks(["a"]))
     assert marked is not EMPTY_MODEL_RUNNER_OUTPUT
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "vllm_steer_cut_off")
-    assert cut_off_marks._marked(EMPTY_MODEL_RUNNER_OUTPUT, []) is EMPTY_MODEL_RUNNER_OUTPUT
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "vllm_steer_marks")
+    assert step_marks._marked(EMPTY_MODEL_RUNNER_OUTPUT, StepMarks()) is EMPTY_MODEL_RUNNER_OUTPUT
+
+
+def stopping(stop: Watch, num_prompt: int, tokens: int, **state: Any) -> StandInScheduler:
+    """A scheduler of one request with this stop, which has so many tokens so far."""
+    settings = SteerSettings(layers=(1,))
+    admission = Admission(settings, SIZE)
+    admission.registry.register([KIND])  # type: ignore[attr-defined]
+    resolved = admission.resolve("one", RequestSpec((Steering("kind", 1.0),), Readout(stop=stop)), num_prompt)
+    scheduler = StandInScheduler({"one": [1]}, {"one": resolved.dump()})
+    fields = {"num_prompt_tokens": num_prompt, "num_tokens": tokens, "num_stale_output_tokens": 0}
+    vars(scheduler.requests["one"]).update(fields | {"drop_stale_output": False} | state)
+    return scheduler
+
+
+def one_step(
+    monkeypatch: pytest.MonkeyPatch, scheduler: StandInScheduler, sampled: list[int], position: int, *values: float
+) -> tuple[list[int], list[Any]]:
+    """Take a step that shows these projections; return the tokens that vLLM saw, and what the front end is told."""
+    seen: list[int] = []
+
+    def update(self: Any, scheduler_output: Any, output: Any) -> dict[int, EngineCoreOutputs]:
+        seen.extend(output.sampled_token_ids[0])
+        self.requests["one"].num_tokens += len(seen)
+        return {}
+
+    output = ModelRunnerOutput(["one"], {"one": 0}, [sampled])
+    marks = StepMarks(watching=[Watching("one", position, list(values))])
+    with monkeypatch.context() as patched:
+        patched.setattr(Scheduler, "update_from_output", update)
+        early_ends.install()
+        told = Scheduler.update_from_output(scheduler, None, step_marks._marked(output, marks))
+    return seen, [one for outputs in told.values() for one in outputs.outputs]
+
+
+def test_a_request_ends_with_the_token_with_which_its_stop_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(Watch("kind", above=1.0, patience=2), num_prompt=3, tokens=4)
+    for position, value in enumerate((2.0, 0.5, 1.5), start=3):  # never two in a row
+        assert one_step(monkeypatch, scheduler, [7], position, value) == ([7], [])
+    seen, told = one_step(monkeypatch, scheduler, [7], 6, 1.5)
+    assert seen == [], "the token behind the stop is shown"
+    assert scheduler.ended == [("one", RequestStatus.FINISHED_STOPPED)]
+    assert scheduler.evicted == set(), "what was computed is right and stays in the prefix cache"
+    ((ended,),) = (told,)
+    assert (ended.finish_reason, ended.stop_reason) == (FinishReason.STOP, "vllm_steer:kind")
+
+
+def test_a_stop_within_drafts_shows_the_accepted_ones_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(Watch("kind", below=0.0), num_prompt=3, tokens=4)
+    # Input: token 3 and drafts 4, 5, 6, of which two are accepted; the third would stop and was rejected.
+    assert one_step(monkeypatch, scheduler, [7, 8, 9], 3, 1.0, 1.0, 1.0, -1.0) == ([7, 8, 9], [])
+    seen, told = one_step(monkeypatch, scheduler, [7, 8, 9], 6, 1.0, -1.0, 1.0)
+    assert seen == [7], "token 7 is the draft that stops"
+    assert [one.stop_reason for one in told] == ["vllm_steer:kind"]
+
+
+def test_tokens_that_are_computed_again_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(Watch("kind", above=0.0, patience=3), num_prompt=3, tokens=4)
+    one_step(monkeypatch, scheduler, [7], 3, 1.0)
+    one_step(monkeypatch, scheduler, [7], 4, 1.0)
+    assert one_step(monkeypatch, scheduler, [], 3, 1.0, 1.0) == ([], [])  # after a preemption, in two chunks
+    seen, told = one_step(monkeypatch, scheduler, [7], 5, 1.0)
+    assert (seen, len(told)) == ([], 1)
+
+
+def test_values_of_tokens_that_the_scheduler_drops_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(
+        Watch("kind", above=0.0), num_prompt=3, tokens=4, num_stale_output_tokens=1, drop_stale_output=True
+    )
+    assert one_step(monkeypatch, scheduler, [7], 3, 1.0) == ([7], [])
+    scheduler.requests["one"].num_stale_output_tokens = 0
+    scheduler.requests["one"].num_tokens = 4
+    assert one_step(monkeypatch, scheduler, [7], 3, -1.0) == ([7], [])
+
+
+def test_a_stop_without_a_column_ends_its_request_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(Watch("kind", above=0.0), num_prompt=3, tokens=3)
+    output = ModelRunnerOutput(["one"], {"one": 0}, [[7]])
+    with monkeypatch.context() as patched:
+        patched.setattr(Scheduler, "update_from_output", lambda self, scheduled, output: {})
+        early_ends.install()
+        told = Scheduler.update_from_output(scheduler, None, step_marks._marked(output, StepMarks(unwatched=["one"])))
+    assert scheduler.ended == [("one", RequestStatus.FINISHED_ERROR)]
+    refusal = early_ends.refusal(told[0].outputs[0].stop_reason)
+    assert isinstance(refusal, NoTraceColumn)
+    assert refusal.status == 503
+    assert early_ends.refusal("vllm_steer: something else") is None
 
 
 class LateOutput(AsyncModelRunnerOutput):
@@ -140,7 +228,7 @@ def test_a_worker_hands_over_the_marks_of_the_very_step(is_late: bool, monkeypat
         return output
 
     worker = SimpleNamespace(model_runner=runner, execute_model=lambda scheduled: None, sample_tokens=sample_tokens)
-    cut_off_marks.watch(worker)
+    step_marks.watch(worker)
     for is_steered, expected in ((True, ["b"]), (False, [])):
         monkeypatch.setattr(runner.steering.planner, "rows", lambda: {"a": (0, 1), "b": (-1, 2)})
         runner.steering._may_cut = is_steered
@@ -150,14 +238,14 @@ def test_a_worker_hands_over_the_marks_of_the_very_step(is_late: bool, monkeypat
         if is_late:
             assert told.get_kv_connector_output() == "transferred"
             told = told.get_output()
-        assert getattr(told, "vllm_steer_cut_off", []) == expected
+        assert getattr(told, "vllm_steer_marks", StepMarks()).cut_off == expected
 
 
 def test_a_worker_whose_stream_has_room_is_left_alone() -> None:
-    runner = StandInRunner(SteerSettings(layers=(1,)))
+    runner = StandInRunner(SteerSettings(layers=(1,), trace_columns=0))
     runner.load_model()
     worker = SimpleNamespace(model_runner=runner, execute_model="execute", sample_tokens="sample")
-    cut_off_marks.watch(worker)
+    step_marks.watch(worker)
     assert (worker.execute_model, worker.sample_tokens) == ("execute", "sample")
 
 
@@ -178,7 +266,7 @@ def test_marks_are_read_behind_the_steps_that_steer_a_float16_stream_and_no_othe
     assert (marks is not None) == can_cut
     if marks is not None:
         runner.steering.buffers.cut_R[runner.steering.planner.rows()["steered"][-1]] = 1
-        assert marks() == ["steered"]
+        assert marks() == StepMarks(cut_off=["steered"])
     assert runner.steering.start_reading_marks() is None, "marks are read once a step"
     runner.prepare([("plain", 2, 1)])
     assert runner.steering.start_reading_marks() is None, "this step steers nothing"
@@ -196,6 +284,6 @@ def test_a_row_that_changes_hands_begins_without_a_mark() -> None:
         runner.prepare([(name, 0, 3)], new=[SimpleNamespace(req_id=name, sampling_params=params)])
         marks = runner.steering.start_reading_marks()
         assert marks is not None
-        assert marks() == []
+        assert not marks()
         runner.steering.buffers.cut_R[:] = 1
         runner.steering.finish(name)

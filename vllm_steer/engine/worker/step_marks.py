@@ -1,4 +1,4 @@
-"""Marks of the requests whose stream the op cut off; a worker returns them with the output of the same step."""
+"""What a step has shown of requests that may have to end; a worker returns it with the output of the same step."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_steer.engine.early_ends import MARKS, StepMarks
 from vllm_steer.engine.patching import patch
-from vllm_steer.engine.stream_overflow import CUT_OFF
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
 
-Marks = Callable[[], list[str]]
-"""Returns the ids of requests whose stream was cut off; to be called once the device has finished the step."""
+Marks = Callable[[], StepMarks]
+"""To be called once the device has finished the step."""
 
 
 def watch(worker: Any) -> None:
     """Make a worker return the marks of each step; call it once the worker's model is loaded.
 
-    Patches ``execute_model`` and ``sample_tokens`` of this worker alone, if its residual stream is float16.
+    Patches ``execute_model`` and ``sample_tokens`` of this worker alone, if steps can have marks: its residual stream
+    is float16, or there are trace columns.
     """
     steering = steering_of(worker.model_runner)
-    if steering is None or not steering.buffers.can_cut:
+    if steering is None or not (steering.buffers.can_cut or steering.settings.trace_columns):
         return
     pending: list[Marks] = []
     EXECUTE_MODEL.install_on(worker, steering, pending)
@@ -76,11 +77,11 @@ def _with_marks(output: Any, marks: Marks) -> Any:
     return _marked(output, marks())
 
 
-def _marked(output: Any, request_ids: list[str]) -> Any:
-    if not request_ids or output is None:
+def _marked(output: Any, marks: StepMarks) -> Any:
+    if not marks or output is None:
         return output
     output = copy(output)  # vLLM returns the same empty output for all steps without tokens
-    CUT_OFF.put(output, request_ids)
+    MARKS.put(output, marks)
     return output
 
 
@@ -90,9 +91,9 @@ EXECUTE_MODEL, SAMPLE_TOKENS = (
         name,
         wrap,
         takes=None,
-        why="Returns the marks of requests whose stream was cut off with the output of the step.",
-        gone_when="a worker can fail one request.",
-        when="each worker object of a float16 engine with steer_config",
+        why="Returns what the step has shown of requests that may have to end, with the output of the step.",
+        gone_when="a worker can end one request.",
+        when="each worker object of an engine with steer_config",
     )
     for name, wrap in (("execute_model", _execute_model), ("sample_tokens", _sample_tokens))
 )

@@ -1,0 +1,110 @@
+"""Tokens per second of reading every token's row, against reading the mean of the same texts, in one engine.
+
+    python -m benchmarks.capture [--small] [--tokens 100000] [--layers 8,12,16] [--out FILE] [--model FOLDER]
+
+The ways take turns within a round: plain (no readout), mean, rows. Time runs from building the requests to the last
+readout collected. All read the same texts of random token ids, a prompt each, of which one token is generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.engine_process import PLUGIN
+from benchmarks.harness.line_process import ENGINE_ENVIRONMENT
+
+os.environ |= ENGINE_ENVIRONMENT
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_PLUGINS", PLUGIN)  # no other plugin
+
+import numpy as np
+
+from batch_jobs.demo_model import demo_model_path
+from benchmarks.harness import record
+from benchmarks.harness.rounds import figures, in_turn, interval
+from vllm_steer import Readout, collect_readouts, load_llm, steered
+
+TEXT_TOKENS = 500
+FIRST_WORD = 100  # lower ids are special in the tokenizers used here
+CALL_TOKENS = 10_000
+"""Tokens of one call, as in a batch of `vllm-steer capture`: its readouts are collected before the next call."""
+GOAL = 0.9
+"""Rows against the mean, 100,000 tokens at 3 layers."""
+
+
+def main() -> None:
+    """Measure and print; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="3 rounds of 5,000 tokens: says little")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of one way in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", default="8,12,16")
+    parser.add_argument("--model", type=Path, default=None, help="a folder; default: the demo model")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+    tokens, num_rounds = (5_000, 3) if given.small else (given.tokens, given.rounds)
+    layers = [int(layer) for layer in given.layers.split(",")]
+    llm = load_llm(
+        str(given.model or demo_model_path()),
+        layers=layers,
+        steer={"max_rows": TEXT_TOKENS * len(layers)},
+        dtype=given.dtype,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=TEXT_TOKENS + 1,
+        kv_cache_memory_bytes=int(given.kv_cache_gib * 2**30),
+    )
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    ids = np.random.default_rng(0).integers(FIRST_WORD, vocabulary, (max(tokens // TEXT_TOKENS, 1), TEXT_TOKENS))
+    ways: dict[str, Callable[[], float]] = {
+        "plain": partial(_rate, llm, ids, None, layers),
+        "mean": partial(_rate, llm, ids, Readout(layers), layers),
+        "rows": partial(_rate, llm, ids, Readout(layers, pool="rows"), layers),
+    }
+    for way in ways.values():
+        way()  # warm up, with the work itself
+    measured = figures(in_turn(ways, num_rounds), "mean")
+    for name, figure in measured.items():
+        low, high = interval(figure.ratios)
+        print(f"{name:6} {figure.median:8.0f} tokens/s, {figure.ratio:.3f} ({low:.3f} to {high:.3f}) of mean")
+    low, high = interval(measured["rows"].ratios)
+    verdict = "held" if low >= GOAL else "missed" if high < GOAL else "undecided"
+    print(f"goal, rows at least {GOAL} of mean for 100,000 tokens at 3 layers: {verdict} with {ids.size} tokens")
+    if given.out is not None:
+        figures_of = {
+            name: {**asdict(figure), "interval": interval(figure.ratios)} for name, figure in measured.items()
+        }
+        record.write(
+            given.out, {"ways": figures_of}, tokens=int(ids.size), layers=layers, rounds=num_rounds, dtype=given.dtype
+        )
+
+
+def _rate(llm: Any, ids: Any, readout: Readout | None, layers: list[int]) -> float:
+    """Tokens per second of one way over all texts."""
+    began = time.monotonic()
+    each = max(CALL_TOKENS // TEXT_TOKENS, 1)
+    seen = 0
+    for start in range(0, len(ids), each):
+        prompts = [{"prompt_token_ids": row.tolist()} for row in ids[start : start + each]]
+        params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        for (read,) in collect_readouts(llm, outputs) if readout is not None else ():
+            assert read is not None
+            # a mean counts the tokens in it, at each of its layers
+            seen += sum(len(read.rows[layer]) if read.rows else read.num_tokens for layer in layers)
+    seconds = time.monotonic() - began
+    assert readout is None or seen == ids.size * len(layers)
+    return float(ids.size / seconds)
+
+
+if __name__ == "__main__":
+    main()
