@@ -133,7 +133,7 @@ class ConformanceMatrix:
             "",
             "## Decoder layers",
             "",
-            f"{len(compared)} architectures were compared with Hugging Face in float32: a batch of 63 requests with "
+            f"{len(compared)} architectures were compared with Hugging Face in float32: a batch of 65 requests with "
             "all operations, spans, readouts and traces, token for token and vector for vector. `experiment` is what "
             "the experiment at an engine's start said about the class, without knowing the table.",
             "",

@@ -20,7 +20,7 @@ from vllm_steer.errors import (
     SteerError,
     UnknownField,
 )
-from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, When
+from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, Watch, When
 
 ENTRY = {"direction": "kind", "alpha": 1.0}
 
@@ -262,6 +262,21 @@ def test_a_condition_over_the_prompt_is_refused_on_tokens_that_come_before_it_is
         Steering("kind", 1.0, span=span, when=When("harm", above=1, over="prompt"))
     assert repr(span) in str(caught.value)
     Steering("kind", 1.0, span=span, when=When("harm", above=1))
+
+
+def test_a_readout_tells_of_conditions_when_it_is_asked_to() -> None:
+    asked = Readout([1], held=True)
+    assert asked.version == 2
+    assert asked.to_json()["held"] is True
+    assert Readout.from_json(asked.to_json()) == asked
+    assert "held" not in Readout([1]).to_json()
+    assert Readout([1], vectors=False, held=True).held
+    watching = Readout(stop=Watch("kind", above=1.0), held=True)
+    assert (watching.version, watching.names, watching.vectors) == (2, ("kind",), False)
+    assert Readout.from_json(watching.to_json()) == watching
+    assert Readout([1], pool="rows", held=True).held
+    with pytest.raises(MalformedSpec, match="readout held is 1; allowed: true or false"):
+        Readout([1], held=1)  # type: ignore[arg-type]
 
 
 REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [

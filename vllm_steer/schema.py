@@ -9,7 +9,7 @@
 
 ``v`` is 1 where a request uses only what version 1 has: the spans ``prompt``, ``generated`` and ``all``, the ops
 ``add``, ``set`` and whole ``ablate``, and none of ``relative``, ``keep_norm``, ``low``, ``high``, ``when``, ``pool``,
-``stop`` and ``flag``. Otherwise it is 2.
+``stop``, ``flag`` and ``held``. Otherwise it is 2.
 A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
@@ -410,9 +410,11 @@ class Readout:
             ``stop`` and its ``stop_reason`` is ``vllm_steer:`` and the direction's name. That last token has been
             computed, so ``generated``, ``response`` and ``all`` hold it here. Takes a trace column.
         flag: watches that are only reported. Each takes a trace column.
+        held: also tell of each entry with a condition on how many of the span's tokens it held, or, of one over the
+            prompt, whether it held. Each condition on tokens takes a trace column.
 
-    With ``stop`` or ``flag``, ``layers`` may be empty: then nothing is pooled, and cached tokens of the prompt are used
-    as for a request without a readout.
+    With ``stop`` or ``flag``, ``layers`` may be empty: then nothing is pooled. If ``trace`` is empty too and ``held``
+    false, cached tokens of the prompt are used as for a request without a readout.
 
     Raises:
         MalformedSpec, BadReadout, BadSpan: at construction, naming the offending value.
@@ -427,6 +429,7 @@ class Readout:
     pool: Pool = "mean"
     stop: Watch | None = None
     flag: Sequence[Watch] = ()
+    held: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
@@ -440,8 +443,8 @@ class Readout:
             raise BadReadout("readout layers is empty; allowed: one or more hooked layers. Name the layers to read.")
         if not self.layers and (self.project or self.pool != "mean"):
             raise BadReadout(
-                "readout layers is empty and project or pool is set; allowed: stop, flag and trace alone. Name the "
-                "layers to read."
+                "readout layers is empty and project or pool is set; allowed: stop, flag, trace and held alone. Name "
+                "the layers to read."
             )
         if not self.layers:
             object.__setattr__(self, "vectors", False)
@@ -462,7 +465,8 @@ class Readout:
                 f"skip_first came with span {self.span!r}; allowed: 0 there, since it counts prompt tokens. Leave it "
                 "out, or move the span's bounds."
             )
-        if not self.vectors and not self.project and not self.trace and not self.watches:
+        _check_flag(self.held, "readout held")
+        if not (self.vectors or self.project or self.trace or self.watches or self.held):
             raise BadReadout(
                 "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
@@ -510,12 +514,15 @@ class Readout:
             told["stop"] = self.stop.to_json()
         if self.flag:
             told["flag"] = [one.to_json() for one in self.flag]
+        if self.held:
+            told["held"] = True
         return told
 
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this readout uses."""
-        return 1 if self.span in _SPANS_OF_V1 and self.pool == "mean" and not self.watches else 2
+        is_later = self.pool != "mean" or bool(self.watches) or self.held
+        return 1 if self.span in _SPANS_OF_V1 and not is_later else 2
 
     @classmethod
     def from_json(cls, value: object) -> Readout:
@@ -558,6 +565,9 @@ class ReadoutResult:
         stopped: where ``Readout.stop`` ended the sample; ``None`` if it ended for another reason.
         flags: for each watch of ``Readout.flag`` that held, where it held first, in the order asked for.
         rows: layer -> (num_tokens, D) float32, the stream of each token of the span in order, with the pool ``rows``.
+        held: with ``Readout.held``, one for each entry with a condition, in the order of the request's entries: on how
+            many of the span's tokens that the entry covers it held; of one over the prompt, whether it held. None for
+            an entry that changes nothing, whose condition is not evaluated.
     """
 
     mean: Mapping[int, npt.NDArray[np.float32]]
@@ -570,6 +580,7 @@ class ReadoutResult:
     stopped: Crossing | None = None
     flags: tuple[Crossing, ...] = ()
     rows: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    held: tuple[int | bool | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

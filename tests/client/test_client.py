@@ -27,6 +27,7 @@ READOUT = {
     "num_tokens": 3,
     "projections": {"kind": {"12": 2.5, "8": None}},
     "proof": "experiment",
+    "held": [2, True, None],
     "mean": {"12": base64.b64encode(np.array([1.5, -2.0], "<f4").tobytes()).decode()},
 }
 CHAT_REPLY = {
@@ -109,6 +110,7 @@ def test_a_chat_sends_steering_and_readout_as_the_wire_has_them_and_reads_the_re
     assert first.readout.mean[12].dtype == np.float32
     assert (first.readout.num_tokens, first.readout.projections["kind"][12]) == (3, 2.5)
     assert math.isnan(first.readout.projections["kind"][8])
+    assert first.readout.held == (2, True, None)
     assert (second.text, second.readout, second.readout_error) == ("", None, "a gap")
     assert reply.usage == {"total_tokens": 9}
 

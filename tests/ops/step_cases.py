@@ -129,6 +129,8 @@ def make_case(
                 # above or below a threshold, of what is seen here, was stored before, or was stored over the prompt; or
                 # a probe, which does nothing
                 condition = [0, 0, 8, 16, 8 | 32, 16 | 32, 64, 8 | 128, 16 | 128][rng.integers(9)]
+                if columns and condition & (8 | 16) and rng.random() < 0.5:
+                    condition |= 2 << 8  # counted in the second column, which no direction has
                 entry_mode[row, entry] = mode | 2 * int(rng.random() < 0.4) | condition
                 entry_gate[row, entry] = rng.integers(PROBES if condition & 32 else SLOTS)
                 if condition & 64:
@@ -282,9 +284,11 @@ def loop(case: Case, hidden_after: np.ndarray | None = None) -> Expected:
                             seen += probe[first : first + count, gate % PROBES].sum()
                         else:
                             seen = probe[t, gate] if mode & 32 else h @ bank[gate]
-                        if not (
-                            seen > case.entry_threshold[row, e] if mode & 8 else seen < case.entry_threshold[row, e]
-                        ):
+                        bound = case.entry_threshold[row, e]
+                        holds = bool(seen > bound if mode & 8 else seen < bound)
+                        if mode >> 8:
+                            trace[t, (mode >> 8) - 1] = holds
+                        if not holds:
                             continue
                     h = _entry(h, bank[slot], a, b, mode)
         if touched:

@@ -9,6 +9,9 @@ import pytest
 
 from tests.support.plans import in_halves
 from vllm_steer.plan.batch_plan import BatchPlanner, Entry, Pooling, RequestPlan
+from vllm_steer.plan.entry_rows import ABOVE, HELD_SHIFT
+from vllm_steer.plan.step_plan import TRACE
+from vllm_steer.plan.trace_columns import HELD
 
 LAYERS, REQUESTS, ENTRIES, COLUMNS = 3, 3, 2, 3
 
@@ -204,3 +207,26 @@ def test_removing_or_preempting_a_request_that_never_ran_is_harmless() -> None:
     planner.remove("a")
     planner.remove("unknown")
     assert sorted(planner._free_accumulators) == list(range(REQUESTS))
+
+
+def test_columns_of_traces_watches_and_counted_conditions_come_in_this_order() -> None:
+    planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS)
+    planner.add("other", replace(READ_ALL, pooling=Pooling((0,), 0, None, watch=((2, 8),), watch_first=4)))
+    counted = Entry(0, 1, 2.0, 0.0, ABOVE | 1 << HELD_SHIFT, 3, 0.5)
+    pooling = Pooling((0,), 0, None, ((1, 7),), ((2, 8),), watch_first=4, held=((HELD, 0),))
+    planner.add("a", replace(in_halves(4, prompt=(counted,)), pooling=pooling))
+    assert planner.columns == {"other": (0,), "a": (1, 0, 2)}
+    plan = planner.build(["a"], [0], [5])
+    assert plan is not None
+    ((_, row_LE8),) = plan.new_rows
+    assert row_LE8[0, 0, 3] == ABOVE | (2 + 1) << HELD_SHIFT
+    assert [(one.position, one.count) for one in plan.traced] == [(0, 5)]
+    assert [(one.position, one.count) for one in plan.watched] == [(4, 1)]
+    assert plan.flags_L3[:, TRACE].tolist() == [0, 1, 1]
+    planner.remove("a")
+    planner.remove("other")
+    planner.add("counts", replace(READ_ALL, pooling=Pooling((), 0, None, held=((HELD, 0), (HELD, 1), (HELD, 2)))))
+    plan = planner.build(["counts"], [0], [2])
+    assert plan is not None
+    assert len(plan.traced) == 1
+    assert not plan.flags_L3.any(), "the entries themselves write these columns"

@@ -100,7 +100,8 @@ class Schedule(RuleBasedStateMachine):
         is_plain = data.draw(st.integers(0, 3), label="plain") == 0
         steering = [] if is_plain else data.draw(st.lists(steerings(prompt_len), max_size=3), label="steering")
         is_read = not is_plain and data.draw(st.integers(0, 3), label="read") > 0
-        readout = data.draw(readouts(prompt_len), label="readout") if is_read else None
+        num_counted = sum(one.when is not None and one.when.over == "token" for one in steering)
+        readout = data.draw(readouts(prompt_len, num_counted), label="readout") if is_read else None
         params = SimpleNamespace(extra_args=None, stop=["."] if data.draw(st.booleans(), label="stop string") else [])
         if steering or readout is not None:
             spec = RequestSpec(tuple(steering), readout)
@@ -430,6 +431,10 @@ class Schedule(RuleBasedStateMachine):
             np.testing.assert_allclose(value, max(values_N, default=np.nan), rtol=0, atol=TOLERANCE, err_msg=name)
             assert position in positions if positions else position == -1
             assert not positions or values_N[positions.index(position)] > max(values_N) - TOLERANCE
+        if life.readout.held and life.has_columns:
+            assert answer["held"] == life.held(positions)
+        else:
+            assert (answer["held"] is not None) == life.readout.held
         held = [life.crossing(*one, computed) for one in life.watched] if life.has_columns else []
         has_stop = life.readout.stop is not None
         for field, truth in (("stopped", held[:has_stop]), ("flags", held[has_stop:])):

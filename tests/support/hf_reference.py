@@ -13,6 +13,7 @@ token is a *prompt* token when its position is below the prompt length, a *gener
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ class ReferenceRun:
         logprobs: log-probability of each of `tokens`.
         streams: block index -> float32 (T, D) residual stream after the steering of that block, for the prompt and all
             tokens fed back.
+        held: for each entry with a condition, the positions of its span at which it held; of one over the prompt,
+            whether it held.
     """
 
     tokens: list[int]
@@ -51,6 +54,7 @@ class ReferenceRun:
     logprobs: list[float]
     prompt_len: int
     streams: dict[int, npt.NDArray[np.float32]]
+    held: list[set[int] | bool]
 
     def first(self, count: int) -> ReferenceRun:
         """The same run, ended after its first `count` tokens."""
@@ -61,6 +65,7 @@ class ReferenceRun:
             logprobs=self.logprobs[:count],
             prompt_len=self.prompt_len,
             streams={layer: stream[: self.prompt_len + count - 1] for layer, stream in self.streams.items()},
+            held=self.held,
         )
 
     def rows(self, layer: int, span: str, skip_first: int = 0) -> npt.NDArray[np.float64]:
@@ -120,6 +125,10 @@ def _class_of(model_dir: Path) -> Any:
     return AutoModelForCausalLM  # vLLM's own name of a class that transformers knows by the type of its config
 
 
+def _looks_at_prompt(entry: Entry) -> bool:
+    return "when" in entry and entry["when"].get("over") == "prompt"
+
+
 class Reference:
     """A float32 Hugging Face model with a forward hook on every decoder block of its text model."""
 
@@ -143,6 +152,8 @@ class Reference:
         self._prompt_len = 0
         self._start = 0
         self._seen: dict[int, list[torch.Tensor]] = {}
+        self._steering: Sequence[Entry] = ()
+        self._held: defaultdict[int, set[int]] = defaultdict(set)
         self._pictures: dict[tuple[int, ...], Mapping[str, torch.Tensor]] = {}
         self._never: list[int] = []
 
@@ -170,6 +181,7 @@ class Reference:
                     seen = hidden[0] if when["layer"] == layer else self._seen[when["layer"]][-1]
                     along = seen @ torch.as_tensor(when["vector"])
                     chosen &= along > when["above"] if "above" in when else along < when["below"]
+                    self._held[id(entry)] |= {self._start + int(one) for one in chosen.nonzero()[:, 0]}
                 hidden = torch.where(chosen[None, :, None], _steer(hidden, entry), hidden)
             self._seen.setdefault(layer, []).append(hidden[0].clone())
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -179,7 +191,7 @@ class Reference:
     def _forward(self, token_ids: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         """Feed `token_ids` after what `cache` holds, or as the whole text; float32 (len(token_ids), V) logits."""
         if cache is None:
-            self._start, self._seen = 0, {}
+            self._start, self._seen, self._held = 0, {}, defaultdict(set)
         else:
             self._start = cache.get_seq_length()
         ids = torch.tensor([list(token_ids)])
@@ -197,7 +209,7 @@ class Reference:
         One condition after another, by its layer: what later ones gate does not reach that layer's prompt tokens.
         """
         decided: list[Entry | None] = list(steering)
-        over = [(e["when"]["layer"], at) for at, e in enumerate(steering) if e.get("when", {}).get("over") == "prompt"]
+        over = [(e["when"]["layer"], at) for at, e in enumerate(steering) if _looks_at_prompt(e)]
         for layer, at in sorted(over):
             left = {other for one, other in over if decided[other] is steering[other]}
             self._entries = [e for number, e in enumerate(decided) if e is not None and number not in left]
@@ -206,12 +218,13 @@ class Reference:
             when = steering[at]["when"]
             mean = float((self._seen[layer][-1] @ torch.as_tensor(when["vector"])).double().mean())
             holds = mean > when["above"] if "above" in when else mean < when["below"]
-            decided[at] = {name: value for name, value in steering[at].items() if name != "when"} if holds else None
+            decided[at] = steering[at] | {"when": None, "number": at} if holds else None
         return [entry for entry in decided if entry is not None]
 
     def _begin(self, prompt_ids: Sequence[int], steering: Sequence[Entry]) -> DynamicCache | None:
         self._entries = self.decided(prompt_ids, steering)
-        self._prompt_len, self._seen = len(prompt_ids), {}
+        self._steering = steering
+        self._prompt_len, self._seen, self._held = len(prompt_ids), {}, defaultdict(set)
         return DynamicCache(config=self.model.config) if self._has_cache else None
 
     def _finish(self, tokens: list[int], logits: list[torch.Tensor]) -> ReferenceRun:
@@ -224,7 +237,13 @@ class Reference:
             logprobs=[float(row.log_softmax(-1)[token]) for row, token in zip(logits, tokens, strict=True)],
             prompt_len=self._prompt_len,
             streams={layer: torch.cat(parts).numpy() for layer, parts in self._seen.items()},
+            held=[self._held_by(number) for number, entry in enumerate(self._steering) if "when" in entry],
         )
+
+    def _held_by(self, number: int) -> set[int] | bool:
+        if not _looks_at_prompt(self._steering[number]):
+            return self._held[id(self._steering[number])]
+        return any(one.get("number") == number for one in self._entries)
 
     @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[int], max_tokens: int, steering: Sequence[Entry] = ()) -> ReferenceRun:

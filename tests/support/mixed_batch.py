@@ -128,7 +128,7 @@ def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int = 2) -> li
 
 
 def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]:
-    """63 requests over the (sorted) layers of `vectors`, prompts taken in turn.
+    """65 requests over the (sorted) layers of `vectors`, prompts taken in turn.
 
     At least three layers are needed; `first`, `middle` and `last` below are positions in their sorted list.
     """
@@ -230,10 +230,10 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     ]
     asked = [(steering, readouts[i % len(readouts)]) for i, steering in enumerate(steerings)] + cut
     pooled: list[dict[str, Any] | None] = [
-        {"layers": layers, "span": "all", "pool": "last"},
+        {"layers": layers, "span": "all", "pool": "last", "held": True},
         {"layers": [middle], "span": "generated", "pool": "max", "project": [trace_name("bold", middle)]},
         {"layers": [first, last], "span": "prompt", "pool": "last", "trace": [trace_name("calm", last)]},
-        {"layers": layers, "span": "response", "pool": "max", "trace": [trace_name("calm", middle)]},
+        {"layers": layers, "span": "response", "pool": "max", "trace": [trace_name("calm", middle)], "held": True},
         None,
         {"layers": [last], "span": "prompt[:-1]", "pool": "last"},
         {"layers": layers, "span": "prompt", "skip_first": 1, "pool": "max", "project": [trace_name("calm", first)]},
@@ -267,7 +267,7 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
     )
     # A condition over the prompt and its opposite, one of which holds; at the entry's layer and at an earlier one.
     above, below = {"above": 0.05, "over": "prompt"}, {"below": 0.05, "over": "prompt"}
-    whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)]}
+    whole = {"layers": layers, "span": "all", "trace": [trace_name("calm", first)], "held": True}
     asked += [
         ([entry("calm", first, 21, span="generated", when=when("bold", first, **above))], whole),
         ([entry("calm", first, 21, span="generated", when=when("bold", first, **below))], None),
@@ -291,6 +291,18 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
         (
             [entry("calm", last, 18, span="generated")],
             {"layers": layers, "span": "all[2:]", "pool": "rows", "trace": [trace_name("calm", first)]},
+        ),
+    ]
+    # Counts of conditions beside watches, traces and rows: each has its own columns.
+    counted = {"held": True, "flag": [watch("bold", middle, above=0.0)]}
+    asked += [
+        (
+            [entry("calm", middle, 13, when=when("bold", first, above=0.0))],
+            {"layers": [first, last], "span": "all", "pool": "rows", "trace": [trace_name("bold", last)], **counted},
+        ),
+        (
+            [entry("bold", first, -17, span="response", when=when("calm", first, below=0.0))],
+            {"layers": [], "span": "all", "stop": watch("calm", last, above=1e6), **counted},
         ),
     ]
     return [
@@ -330,13 +342,15 @@ def every_operation(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Requ
             condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen]}
             entry["when"] = condition | ({"above": 0.0} if number % 2 else {"below": 0.0})
         readout = {"layers": layers, "span": "response", "trace": [trace_name(name, layer)]} if number % 3 else None
+        if readout is not None and "when" in entry:
+            readout["held"] = True
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     for number, (span, form) in enumerate(product(("generated", "response"), forms)):
         seen, layer = layers[:2] if span == "response" else layers[number % len(layers) :][:1] * 2
         entry = {"name": "calm", "layer": layer, "vector": vectors["calm", layer], **form, "span": span}
         condition = {"name": "bold", "layer": seen, "vector": vectors["bold", seen], "over": "prompt"}
         entry["when"] = condition | ({"above": 0.05} if number % 2 else {"below": 0.05})
-        readout = {"layers": layers, "span": "generated"} if number % 3 == 0 else None
+        readout = {"layers": layers, "span": "generated", "held": True} if number % 3 == 0 else None
         made.append(Request(prompts[number % len(prompts)], [entry], readout, vectors))
     return made
 
@@ -445,7 +459,7 @@ def check_readout(
     assert set(result.rows) == (set(asked["layers"]) if pool == "rows" else set()), label
     assert bool(result.last) == (pool == "last"), label
     assert bool(result.max) == (pool == "max"), label
-    span = span if asked["layers"] else "generated"  # nothing is pooled
+    span = span if asked["layers"] or asked.get("held") else "generated"  # nothing is pooled or counted
     assert result.num_tokens == len(expected.places(span, skip_first)), label
     for layer, vector in vectors.items():
         rows = expected.rows(layer, span, skip_first)
@@ -460,6 +474,16 @@ def check_readout(
         assert stored.shape == rows.shape, label
         off = (np.linalg.norm(stored - rows, axis=1) / np.linalg.norm(rows, axis=1)).max(initial=0)
         assert off < READOUT_TOLERANCE, f"{label}: a row at layer {layer} is off by {off:.2e} relative"
+
+
+def check_held(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
+    """Assert that `result` tells of each condition on how many tokens it held, or whether the prompt's did."""
+    if result is None or request.readout is None or not request.readout.get("held"):
+        assert result is None or result.held == (), request.label
+        return
+    places = set(expected.places(request.readout["span"]))
+    truth = [held if isinstance(held, bool) else len(held & places) for held in expected.held]
+    assert list(result.held) == truth, request.label
 
 
 def check_trace(result: ReadoutResult | None, request: Request, expected: ReferenceRun) -> None:
@@ -548,5 +572,6 @@ def check_answers(
             truth = reference.replay(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
         check_readout(read, request.readout, truth, request.label)
         check_trace(read, request, truth)
+        check_held(read, request, truth)
         check_watches(out, read, request, truth)
     return excused

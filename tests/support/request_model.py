@@ -60,6 +60,7 @@ class Life:
     has_gap: bool = False
     has_sums: bool = False
     may_fail: bool = False
+    outcomes: dict[tuple[int, int], bool] = field(default_factory=dict)
     streams: dict[tuple[int, bool], list[Any]] = field(default_factory=dict)
     text: int = 0
     steered_as: Any = None
@@ -104,7 +105,10 @@ class Life:
                             else:
                                 seen = (h if condition[0] == block else streams[condition[0]]) @ condition[1]
                             bounds = entry.when.above, entry.when.below
-                            if not (seen < bounds[1] if bounds[0] is None else seen > bounds[0]):
+                            holds = bool(seen < bounds[1] if bounds[0] is None else seen > bounds[0])
+                            if not is_wrong:
+                                self.outcomes[id(entry), position] = holds
+                            if not holds:
                                 continue
                         h = steered_by(entry, h, d)
                 streams.append(h)
@@ -138,7 +142,32 @@ class Life:
         """What it needs a trace column for: (layer, vector)."""
         wanted = [*self.traced.values(), *((layer, vector) for (_, layer), vector in self.largest.items())]
         wanted += [(layer, vector) for _, layer, vector in self.watched]
-        return {(layer, tuple(vector)) for layer, vector in wanted}
+        counted = {(-1, (float(number),)) for number, entry in self.conditional if entry.when.over == "token"}
+        return {(layer, tuple(vector)) for layer, vector in wanted} | counted
+
+    @property
+    def conditional(self) -> list[tuple[int, Any]]:
+        """The entries whose conditions the readout tells of, by their number among those with a condition."""
+        if self.readout is None or not self.readout.held:
+            return []
+        entries = [entry for _, entry, *_ in self.entries if entry.when is not None]
+        return [(number, one) for number, one in enumerate(entries) if one.op == "clamp" or one.coefficients != (0, 0)]
+
+    def held(self, positions_read: list[int]) -> list[int | bool | None]:
+        """What the readout tells of the conditions over these positions."""
+        told: list[int | bool | None] = [None for _, entry, *_ in self.entries if entry.when is not None]
+        for number, entry in self.conditional:
+            covered = positions(entry.span, self.prompt_len, self.total)
+            told[number] = sum(self.holds(entry, one) for one in positions_read if one in covered)
+            if entry.when.over == "prompt":
+                first = min(positions(entry.span, self.prompt_len, self.prompt_len + 9))
+                told[number] = self.holds(entry, first) if self.has_sums else None
+        return told
+
+    def holds(self, entry: Steering, position: int) -> bool:
+        """Whether the condition of one of its entries holds at a position that the entry covers."""
+        self.stream(position)
+        return self.outcomes[id(entry), position]
 
     @property
     def first_read(self) -> int:
@@ -232,26 +261,32 @@ def steerings(draw: st.DrawFn, prompt_len: int) -> Steering:
 
 
 @st.composite
-def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
-    """Draw an allowed readout over HOOKED layers."""
+def readouts(draw: st.DrawFn, prompt_len: int, num_counted: int = 0) -> Readout:
+    """Draw an allowed readout over HOOKED layers, of a request with so many conditions on tokens."""
+    held = num_counted <= MOST_TRACED and draw(st.booleans())
+    most_traced = MOST_TRACED - num_counted * held
     layers = draw(st.lists(st.sampled_from(HOOKED), min_size=1, unique=True))
     span = draw(spans_of(READ_SPANS, prompt_len))
     own = [name for name in sorted(HOMES) if name == "both" or HOMES[name] in layers]
-    pool = draw(st.sampled_from(["mean", "mean", "mean", "last", "last", "max", "rows"]))
+    pool = draw(
+        st.sampled_from(["mean", "mean", "mean", "last", "last", "rows", *(["max"] * (most_traced == MOST_TRACED))])
+    )
     project = draw(
         st.lists(st.sampled_from(own), min_size=pool == "max", max_size={"max": 1, "rows": 0}.get(pool, 9), unique=True)
     )
     # "both" takes two columns
-    most = MOST_TRACED if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)
+    most = most_traced if pool != "max" else MOST_TRACED - len(project) - (project == ["both"] and len(layers) == 2)
     is_traced = draw(st.integers(0, 2)) == 0  # one that is not may begin within its span
     trace = draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=most, unique=True)) if is_traced else []
     watches: list[Watch] = []
     for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), max_size=2)) if pool != "max" else []:
-        if len({*trace, name, *(one.direction for one in watches)}) <= MOST_TRACED:
+        if len({*trace, name, *(one.direction for one in watches)}) <= most_traced:
             # Bounds that no projection of these streams comes near.
             bound = draw(st.sampled_from([{"above": 0.1234567}, {"below": 0.7654321}, {"above": 99.0}]))
             watches.append(Watch(name, patience=draw(st.integers(1, 3)), **bound))
     has_stop = bool(watches) and draw(st.booleans())
+    if watches and pool == "mean" and not project and (trace or held) and draw(st.booleans()):
+        layers = []
     return Readout(
         layers,
         span=span,
@@ -262,4 +297,5 @@ def readouts(draw: st.DrawFn, prompt_len: int) -> Readout:
         pool=pool,
         stop=watches[0] if has_stop else None,
         flag=watches[has_stop:],
+        held=held,
     )

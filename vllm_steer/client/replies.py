@@ -243,6 +243,7 @@ def _readout(choice: Mapping[str, Any]) -> tuple[ReadoutResult | None, str | Non
         stopped=None if stopped is None else Crossing(**stopped),
         flags=tuple(Crossing(**one) for one in flags),
         rows=rows,
+        held=tuple(told.get("held", ())),
     ), None
 
 

@@ -203,6 +203,11 @@ class SteerBuffers:
             sums_AD[into_N] = embedding_bag(row_M, sums_AD, offset_N, mode="sum")
             last_AD[into_N] = last_AD[last_N]
 
+    def sums_of_prompt(self, place: int) -> torch.Tensor:
+        """(G,) float32 on the device, a copy of one row of ``prompt_sums_MG`` after the last forward pass."""
+        self._sum_prompts()
+        return self.prompt_sums_MG[place].clone()
+
     def forget(self, request_id: str) -> None:
         """Drop the sums that were put aside for a request which has ended."""
         self._parked.pop(request_id, None)

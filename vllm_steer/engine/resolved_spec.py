@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import PROMPT, Entry
+from vllm_steer.plan.trace_columns import HELD
 
 RESOLVED_KEY = "vllm_steer_resolved"
 
@@ -37,6 +38,30 @@ class Traced(NamedTuple):
     slot: int
     layer: int = -1
     is_shown: bool = True
+
+
+class Held(NamedTuple):
+    """An entry whose condition a readout tells of.
+
+    Attributes:
+        number: its number among the request's entries with a condition, in the order given.
+        layer_index: the hooked layer at which it acts.
+        runs: the positions [first, end) that it covers, ``end`` None for no end.
+        gate, threshold: of a condition over the prompt, as in its ``Entry``; gate -1 for one on tokens.
+        is_above: of a condition over the prompt, whether it holds above the threshold.
+    """
+
+    number: int
+    layer_index: int
+    runs: Sequence[Sequence[int | None]]
+    gate: int = -1
+    threshold: float = 0.0
+    is_above: bool = False
+
+    def within(self, first: int) -> list[slice]:
+        """The tokens that it covers, counted from position ``first`` on."""
+        ends = ((start or 0, end) for start, end in self.runs)
+        return [slice(max(start - first, 0), None if end is None else max(end - first, 0)) for start, end in ends]
 
 
 class Watched(NamedTuple):
@@ -84,6 +109,8 @@ class ResolvedReadout:
         pool: see ``Readout``.
         watch: the watches on the generated tokens.
         watch_first: position of the first generated token.
+        held: the entries whose conditions to tell of; ``num_held``, all entries with a condition, or None for not
+            telling.
     """
 
     layers: list[int]
@@ -96,6 +123,13 @@ class ResolvedReadout:
     pool: str = "mean"
     watch: list[Watched] = field(default_factory=list)
     watch_first: int = 0
+    held: list[Held] = field(default_factory=list)
+    num_held: int | None = None
+
+    @property
+    def counted(self) -> list[Held]:
+        """The conditions on tokens of ``held``, each of which takes a trace column."""
+        return [one for one in self.held if one.gate < 0]
 
     @property
     def directions(self) -> tuple[Projected | Traced | Watched, ...]:
@@ -110,9 +144,15 @@ class ResolvedReadout:
     @classmethod
     def load(cls, value: dict[str, Any]) -> ResolvedReadout:
         """Rebuild an object from its part of the result of ``Resolved.dump``."""
-        project = list(map(Projected._make, value["project"]))
-        trace, watch = list(map(Traced._make, value["trace"])), list(map(Watched._make, value["watch"]))
-        return cls(**{**value, "project": project, "trace": trace, "watch": watch})
+        return cls(
+            **value
+            | {
+                "project": list(map(Projected._make, value["project"])),
+                "trace": list(map(Traced._make, value["trace"])),
+                "watch": list(map(Watched._make, value["watch"])),
+                "held": list(map(Held._make, value["held"])),
+            }
+        )
 
     def pooling(self) -> Pooling:
         """The same readout in the form that ``batch_plan`` takes."""
@@ -126,6 +166,7 @@ class ResolvedReadout:
             watch,
             self.watch_first,
             stores_rows=self.pool == "rows",
+            held=tuple((HELD, one.number) for one in self.counted),
         )
 
     def on_stage(self, held: Collection[int]) -> ResolvedReadout:
@@ -139,12 +180,13 @@ class ResolvedReadout:
             project=[one for one in self.project if one.layer in layers],
             trace=[one for one in self.trace if one.layer_index in held],
             watch=[one for one in self.watch if one.layer_index in held],
+            held=[one for one in self.held if one.layer_index in held],
         )
 
 
 def sums_suffice(readout: dict[str, Any]) -> bool:
     """Whether a dumped readout needs no more of its tokens than their sum and the last of them."""
-    return readout["pool"] in ("mean", "last") and not readout["trace"]
+    return readout["pool"] in ("mean", "last") and not readout["trace"] and not readout["held"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,12 +90,19 @@ def _whole_readout(parts: Sequence[Readout | None]) -> Readout | None:
         "projections": [projection for stage in stages for projection in stage["projections"]],
         "trace": [trace for stage in stages for trace in stage["trace"]],
         "max": [largest for stage in stages for largest in stage["max"]],
+        "held": _whole_held([stage.get("held") for stage in stages]),
         "stopped": [crossing for stage in stages for crossing in stage["stopped"]],
         "flags": [crossing for stage in stages for crossing in stage["flags"]],
         "rows": [rows for stage in stages for rows in stage["rows"]],
         "trace_error": errors[0] if errors else None,
         "proof": _weakest(stages),
     }
+
+
+def _whole_held(parts: Sequence[list[Any] | None]) -> list[Any] | None:
+    """Each condition from the stage that has evaluated it."""
+    told = [part for part in parts if part is not None]
+    return [next((one for one in of if one is not None), None) for of in zip(*told, strict=True)] if told else None
 
 
 def _whole_trace(parts: Sequence[LiveTrace | None]) -> LiveTrace | None:

@@ -21,7 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from vllm_steer.ops.reference import within_limit
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.plan.step_plan import ROWS, TRACED
 
 LONG_RUN = 16
@@ -89,7 +89,7 @@ def steer_and_read(
         summed_MG = prompt_sums_MG
         if work.steered.looks_at_prompts and prompt_part_M2[:, 1].any():
             summed_MG = _summed_over_prompts(probe_TG, prompt_sums_MG, prompt_part_M2)
-        _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, summed_MG, cut_R)
+        _steer(hidden_TD, residual_TD, bank_SD, work.steered, probe_TG, summed_MG, trace_TK, cut_R)
     if num_segments:
         if work.reset is not None:
             sums_AD[work.reset] = 0.0
@@ -202,6 +202,7 @@ class _Steered:
             not 0.
         parts: tokens, with the unit of each or one unit for all of them.
         looks_at_prompts: whether any condition does.
+        is_counted: whether any condition is.
     """
 
     row_U: torch.Tensor
@@ -212,6 +213,7 @@ class _Steered:
     delta_UD: torch.Tensor | None
     parts: list[tuple[Rows, Rows]]
     looks_at_prompts: bool
+    is_counted: bool
 
 
 def _steered(
@@ -254,8 +256,9 @@ def _steered(
         used_UE = np.where(slot_UE >= 0, mode_UE, 0)
         forms = tuple(map(torch.from_numpy, (used_UE, gate_UE.astype(np.int64), threshold_UE)))
     looks_at_prompts = forms is not None and bool((forms[0] & PROMPT).any())
+    is_counted = forms is not None and bool((forms[0] >> HELD_SHIFT).any())
     row_U = torch.from_numpy(units.row_U[some_U])
-    return _Steered(row_U, slots_UE, a_UE, b_UE, forms, delta_UD, parts, looks_at_prompts)
+    return _Steered(row_U, slots_UE, a_UE, b_UE, forms, delta_UD, parts, looks_at_prompts, is_counted)
 
 
 def _steer(
@@ -265,6 +268,7 @@ def _steer(
     steered: _Steered,
     probe_TG: torch.Tensor,
     summed_MG: torch.Tensor,
+    trace_TK: torch.Tensor,
     cut_R: torch.Tensor,
 ) -> None:
     is_bounded = hidden_TD.dtype == torch.float16
@@ -280,7 +284,11 @@ def _steer(
             else:
                 forms_EN = [_rows(table_UE, units).T for table_UE in steered.forms]
                 probe_NG = _rows(probe_TG[: len(hidden_TD)], tokens)
-                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, forms_EN, bank_SD, probe_NG, summed_MG)
+                trace_NK = _rows(trace_TK[: len(hidden_TD)], tokens) if steered.is_counted else None
+                stores = probe_NG, summed_MG, trace_NK
+                delta_ND = _delta_by_mode(stream_ND, directions, a_EN, b_EN, forms_EN, bank_SD, *stores)
+                if trace_NK is not None and isinstance(tokens, torch.Tensor):
+                    trace_TK.index_copy_(0, tokens, trace_NK)
                 if isinstance(tokens, torch.Tensor):  # else it was a view
                     probe_TG.index_copy_(0, tokens, probe_NG)
         if is_bounded:
@@ -354,8 +362,10 @@ def _delta_by_mode(
     bank_SD: torch.Tensor,
     probe_NG: torch.Tensor,
     summed_MG: torch.Tensor,
+    trace_NK: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``_delta`` for entries of which some have a mode; probes are stored in ``probe_NG``."""
+    """``_delta`` for entries of which some have a mode; probes are stored in ``probe_NG``, and in ``trace_NK`` which
+    conditions hold."""
     summed = summed_MG.flatten()
     steered_ND = stream_ND
     for direction, a_e, b_e, mode_e, gate_e, threshold_e in zip(directions, a, b, *forms, strict=True):
@@ -376,6 +386,10 @@ def _delta_by_mode(
             is_on_N = is_on_N & (((mode_e & ABOVE) == 0) | (seen_N > threshold_e))
             is_on_N = is_on_N & (((mode_e & BELOW) == 0) | (seen_N < threshold_e))
             factor_N = factor_N.where(is_on_N, 0.0)
+            if trace_NK is not None:
+                column_N = ((mode_e >> HELD_SHIFT) - 1).expand(len(stream_ND))
+                held_NK = trace_NK.scatter(1, column_N.clamp(min=0).long()[:, None], is_on_N[:, None].float())
+                trace_NK.copy_(held_NK.where((column_N >= 0)[:, None], trace_NK))
             stored_NG = probe_NG.scatter(1, place_N, projection_N[:, None])
             probe_NG.copy_(stored_NG.where(((mode_e & PROBE) != 0)[:, None], probe_NG))
         steered_ND = steered_ND + factor_N[:, None] * direction

@@ -20,7 +20,10 @@ As a loop, with every number in float32::
                             w = prompt_sums[gate // G, g] + sum(probe[first:first + count, g])
                         else:
                             w = probe[t, gate] if mode & STORED else dot(h, bank[gate])
-                        if not (w > threshold if mode & ABOVE else w < threshold):
+                        holds = w > threshold if mode & ABOVE else w < threshold
+                        if mode >> HELD_SHIFT:                  # a column of its own
+                            trace[t, (mode >> HELD_SHIFT) - 1] = 1 if holds else 0
+                        if not holds:
                             continue
                     unit = before if mode & RELATIVE else 1
                     if mode & CLAMP:
@@ -72,7 +75,7 @@ from __future__ import annotations
 import torch
 
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.plan.step_plan import ROWS, TRACE
 
 
@@ -132,6 +135,10 @@ def steer_and_read(
         clamped_T = torch.where(projection_T < a_T * unit_T, a_T * unit_T - projection_T, lowered_T)
         coefficient_T = torch.where((mode_T & CLAMP) != 0, clamped_T, a_T * unit_T + b_T * projection_T)
         is_off_T = is_off_T | (slot_TE[:, entry] < 0)
+        if trace_TK.shape[1]:
+            column_T = (torch.where(slot_TE[:, entry] >= 0, mode_T, 0) >> HELD_SHIFT) - 1
+            held_TK = trace_TK[:tokens].scatter(1, column_T.clamp(min=0).long()[:, None], (~is_off_T)[:, None].float())
+            trace_TK[:tokens] = torch.where((column_T >= 0)[:, None], held_TK, trace_TK[:tokens])
         coefficient_T = torch.where(is_off_T, 0.0, coefficient_T)
         is_probe_T1 = (((mode_T & PROBE) != 0) & (slot_TE[:, entry] >= 0))[:, None]
         stored_TG = probe_TG[:tokens].scatter(1, place_T[:, None], projection_T[:, None])

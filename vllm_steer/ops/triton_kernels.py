@@ -27,7 +27,7 @@ KEEP_NORM = tl.constexpr(entry_rows.KEEP_NORM)
 CLAMP = tl.constexpr(entry_rows.CLAMP)
 ABOVE, BELOW = tl.constexpr(entry_rows.ABOVE), tl.constexpr(entry_rows.BELOW)
 STORED, PROBE = tl.constexpr(entry_rows.STORED), tl.constexpr(entry_rows.PROBE)
-PROMPT = tl.constexpr(entry_rows.PROMPT)
+PROMPT, HELD_SHIFT = tl.constexpr(entry_rows.PROMPT), tl.constexpr(entry_rows.HELD_SHIFT)
 TRACED, ROWS = tl.constexpr(step_plan.TRACED), tl.constexpr(step_plan.ROWS)
 NEEDS_NORM = tl.constexpr(entry_rows.RELATIVE | entry_rows.KEEP_NORM)
 
@@ -187,6 +187,8 @@ def _steer_and_trace(
                         is_on = (((mode & ABOVE) == 0) | (seen > threshold)) & (
                             ((mode & BELOW) == 0) | (seen < threshold)
                         )
+                        if (mode >> HELD_SHIFT) > 0:
+                            tl.store(trace + token * K + (mode >> HELD_SHIFT) - 1, tl.where(is_on, 1.0, 0.0))
                     factor = tl.where(is_on, factor, 0.0)
                 delta += factor * direction
                 if ((mode & KEEP_NORM) != 0) & is_on:

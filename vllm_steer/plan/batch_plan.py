@@ -35,6 +35,8 @@ from vllm_steer.plan.prompt_sums import PromptSums
 from vllm_steer.plan.step_plan import READ, ROWS, STEER, TRACE, TRACED, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
 
+_NONE: Mapping[int, int] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
@@ -46,6 +48,7 @@ class Pooling:
         trace: directions to follow over the same positions.
         watch: directions to follow from position ``watch_first`` on.
         stores_rows: store the row of each token and sum nothing.
+        held: conditions to count over the same positions as ``trace``, each as (``HELD``, its number).
     """
 
     layer_indices: tuple[int, ...]
@@ -55,11 +58,12 @@ class Pooling:
     watch: tuple[Pair, ...] = ()
     watch_first: int = 0
     stores_rows: bool = False
+    held: tuple[Pair, ...] = ()
 
     @property
     def followed(self) -> tuple[Pair, ...]:
-        """Those of ``trace``, then those of ``watch``."""
-        return self.trace + self.watch
+        """Everything that takes a trace column: that of ``trace``, then of ``watch``, then of ``held``."""
+        return self.trace + self.watch + self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,7 @@ class BatchPlanner:
         self.requests: dict[str, RequestPlan] = {}
         self.poolings: dict[str, PoolingState] = {}
         self.columns: dict[str, tuple[int, ...]] = {}
+        self._held_columns: dict[str, dict[int, int]] = {}
         self._rows = EntryRows(num_layers, max_requests, max_entries, max_windows)
         self._prompt_sums = PromptSums(max_requests)
         self._trace_columns = TraceColumns(num_layers, trace_columns)
@@ -207,6 +212,10 @@ class BatchPlanner:
             columns = self._trace_columns.bind(request_id, plan.pooling.followed)
             if columns is not None:
                 self.columns[request_id] = columns
+                held = plan.pooling.held
+                if held:
+                    own = columns[-len(held) :]
+                    self._held_columns[request_id] = {number: k for (_, number), k in zip(held, own, strict=True)}
 
     def remove(self, request_id: str) -> None:
         """Forget a finished request and free its rows, accumulator, trace columns and sums over its prompt."""
@@ -214,6 +223,7 @@ class BatchPlanner:
         if plan is not None and plan.pooling is not None:
             self._trace_columns.release(request_id, plan.pooling.followed)
         self.columns.pop(request_id, None)
+        self._held_columns.pop(request_id, None)
         self._prompt_sums.release(request_id)
         self.preempt(request_id)
 
@@ -289,7 +299,8 @@ class BatchPlanner:
                 place = self._sum_prompt(plan, request_id, request, request_ids, offset, computed, scheduled)
                 if request.windows:
                     entries_W = [entries for _, entries in request.windows]
-                    rows = self._rows.lend(request_id, entries_W, request_ids, place)
+                    held_columns = self._held_columns.get(request_id, _NONE)
+                    rows = self._rows.lend(request_id, entries_W, request_ids, place, held_columns)
                     end = computed + scheduled
                     for (start, _), row in zip(reversed(request.windows), reversed(rows), strict=True):
                         if start < end:
@@ -328,6 +339,11 @@ class BatchPlanner:
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
         return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+
+    def prompt_sums_of(self, request_id: str) -> int | None:
+        """The request's row in the sums over prompts; None without one, or if its prompt has not been computed."""
+        request = self.requests.get(request_id)
+        return None if request is None else self._prompt_sums.complete(request_id, request.summed_prompt)
 
     def _sum_prompt(
         self,
@@ -428,7 +444,7 @@ class BatchPlanner:
                 first = token + known
                 reads.segments.update({draft: (first + index, 1) for index, draft in enumerate(state.drafts)})
                 plan.keep_A[state.drafts] = 0
-        if pooling.trace and request_id in self.columns:
+        if (pooling.trace or pooling.held) and request_id in self.columns:
             plan.traced.append(TracedTokens(request_id, token, start, end - start, end - start - known))
             plan.flags_L3[[layer_index for layer_index, _ in pooling.trace], TRACE] |= TRACED
 

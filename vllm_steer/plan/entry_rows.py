@@ -8,7 +8,8 @@ Letters of shapes: R rows, L hooked layers, E entries per row.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 RELATIVE, KEEP_NORM, CLAMP, ABOVE, BELOW, STORED, PROBE, PROMPT = 1, 2, 4, 8, 16, 32, 64, 128
 """Bits of ``Entry.mode``."""
+HELD_SHIFT = 8
+"""The bits of ``Entry.mode`` from here on hold 1 + the number of an entry whose condition is counted, see ``HELD``."""
 MOST_PROBES = 4
 """G, projections that one token can carry from earlier layers to conditions at later ones."""
 
@@ -69,7 +72,12 @@ class EntryRows:
         self._changes: list[tuple[int, npt.NDArray[np.int32]]] = []
 
     def lend(
-        self, request_id: str, windows: Sequence[Sequence[Entry]], in_step: Collection[str], place: int = 0
+        self,
+        request_id: str,
+        windows: Sequence[Sequence[Entry]],
+        in_step: Collection[str],
+        place: int = 0,
+        held_columns: Mapping[int, int] = MappingProxyType({}),
     ) -> tuple[int, ...]:
         """Assign rows to a request until ``release``, and return the row of each window; -1 for one without entries.
 
@@ -82,6 +90,7 @@ class EntryRows:
             windows: the entries of each window, at most ``max_windows``; used for new rows only.
             in_step: all requests of this step.
             place: the request's row in the sums over prompts, see ``PromptSums``; used for new rows only.
+            held_columns: number of an entry -> trace column for whether its condition holds; used for new rows only.
         """
         rows = self._rows.get(request_id)
         if rows is None:
@@ -95,7 +104,7 @@ class EntryRows:
             self._rows[request_id] = rows
             for row, entries in zip(rows, windows, strict=True):
                 if entries:
-                    self._write(row, entries, place)
+                    self._write(row, entries, place, held_columns)
         return rows
 
     def lent(self) -> dict[str, tuple[int, ...]]:
@@ -116,17 +125,21 @@ class EntryRows:
 
         An entry is (slot, a, b, mode, gate, threshold, 0, 0); a, b and the threshold are the bits of a float32. Slot -1
         means no entry. Entries are packed to the left, in the order given. The gate of one with ``PROMPT`` is the
-        number of its sum among those of all requests.
+        number of its sum among those of all requests. The bits of the mode from ``HELD_SHIFT`` on hold 1 + the trace
+        column for whether its condition holds, or 0.
         """
         changes, self._changes = self._changes, []
         return changes
 
-    def _write(self, row: int, entries: Sequence[Entry], place: int) -> None:
+    def _write(self, row: int, entries: Sequence[Entry], place: int, held_columns: Mapping[int, int]) -> None:
         row_LE8 = self._blank_LE8.copy()
         floats_LE8 = row_LE8.view(np.float32)
         depth = [0] * len(row_LE8)
         for layer_index, slot, a, b, mode, gate, threshold in entries:
             at = layer_index, depth[layer_index]
+            if mode >> HELD_SHIFT:
+                column = held_columns.get((mode >> HELD_SHIFT) - 1, -1)
+                mode = mode & ((1 << HELD_SHIFT) - 1) | (column + 1) << HELD_SHIFT
             row_LE8[at][[0, 3, 4]] = slot, mode, gate + (MOST_PROBES * place if mode & PROMPT else 0)
             floats_LE8[at][[1, 2, 5]] = a, b, threshold
             depth[layer_index] += 1

@@ -100,6 +100,11 @@ class PromptSums:
         plan.prompt_parts.append(PromptPart(progress.place, offset, end - computed, is_first=computed == 0))
         progress.next_position = end
 
+    def complete(self, request_id: str, prompt_len: int) -> int | None:
+        """The row of a request whose prompt is summed; None for others, and while the sum is put aside."""
+        progress = self._progress.get(request_id)
+        return None if progress is None or progress.next_position < prompt_len else progress.place
+
     def release(self, request_id: str) -> None:
         """Free a request's row; does nothing if it has none."""
         progress = self._progress.pop(request_id, None)

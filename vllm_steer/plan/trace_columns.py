@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 Pair = tuple[int, int]
-"""(layer index, slot) of a traced direction."""
+"""(layer index, slot) of a traced direction; or (``HELD``, number) of an entry whose condition is counted."""
+HELD = -1
+"""In place of a layer index: a column that the entry itself writes, 1 where its condition holds and 0 elsewhere."""
 
 
 class TraceColumns:
@@ -40,8 +42,9 @@ class TraceColumns:
         for pair in pairs:
             if pair not in self._column_of:
                 column = self._column_of[pair] = self._free.pop()
-                self._slot_LK[pair[0], column] = pair[1]
-                self._changed = True
+                if pair[0] != HELD:
+                    self._slot_LK[pair[0], column] = pair[1]
+                    self._changed = True
             self._users.setdefault(pair, set()).add(request_id)
         return tuple(self._column_of[pair] for pair in pairs)
 
@@ -53,9 +56,10 @@ class TraceColumns:
             if pair in self._users and not users:
                 del self._users[pair]
                 column = self._column_of.pop(pair)
-                self._slot_LK[pair[0], column] = -1
                 self._free.append(column)
-                self._changed = True
+                if pair[0] != HELD:
+                    self._slot_LK[pair[0], column] = -1
+                    self._changed = True
 
     def take_changes(self) -> npt.NDArray[np.int32] | None:
         """(L, K) int32, the slot that each column projects onto at each layer, -1 for none; None if unchanged."""

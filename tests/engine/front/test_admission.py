@@ -28,7 +28,8 @@ from vllm_steer.errors import (
     UnknownDirection,
 )
 from vllm_steer.plan.batch_plan import Entry, Pooling
-from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
+from vllm_steer.plan.trace_columns import HELD
 from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
 from vllm_steer.settings import SteerSettings
 
@@ -206,6 +207,33 @@ def test_a_condition_over_the_prompt_probes_the_prompt_and_compares_the_sum(admi
     plain = resolve(admission, Steering("kind", 4, when=When("both", layer=8, above=0.5)))
     assert not plain.looks_at_prompt
     assert plain.plan().summed_prompt == 0
+
+
+def test_counted_conditions_are_marked_and_change_no_digest(admission: Admission) -> None:
+    steering = (
+        Steering("kind", 1, layer=20, span="response", when=When("cold", layer=8, above=0)),
+        Steering("kind", 0, when=When("cold", above=0)),  # changes nothing
+        Steering("kind", 2, span="generated", when=When("cold", above=0.5, over="prompt")),
+        Steering("cold", 1, when=When("kind", below=0)),
+    )
+    plain, told = (resolve(admission, *steering, readout=Readout([12], held=held)) for held in (False, True))
+    assert [one.digest for one in plain.windows] == [one.digest for one in told.windows]
+    assert told.readout is not None
+    assert told.readout.num_held == 4
+    assert [(one.number, one.layer_index, one.gate, one.threshold) for one in told.readout.held] == [
+        (2, 1, 0, 0.5 * PROMPT_LEN),
+        (3, 1, -1, 0.0),
+        (0, 2, -1, 0.0),
+    ]
+    assert [one.number for one in told.readout.counted] == [3, 0]
+    marks = {one.mode >> HELD_SHIFT for one in at(told, PROMPT_LEN).entries}
+    assert marks == {0, 1, 4}, "probes, and the conditions on tokens by their number from 1"
+    assert Resolved.load(json.loads(json.dumps(told.dump()))).readout.pooling() == told.readout.pooling()  # type: ignore[union-attr]
+    assert plain.readout is not None
+    assert (plain.readout.held, plain.readout.num_held) == ([], None)
+    assert not any(one.mode >> HELD_SHIFT for one in at(plain, PROMPT_LEN).entries)
+    with pytest.raises(BadReadout, match=r"3 directions to trace .* with held, conditions on tokens.; allowed: 2"):
+        resolve(admission, *steering, readout=Readout([12], held=True, trace=["kind"]))
 
 
 @pytest.mark.parametrize("bound", [3e38, -3e38])
@@ -626,6 +654,25 @@ def test_watches_are_resolved_and_what_they_need_is_counted(admission: Admission
         resolve(admission, readout=Readout(stop=Watch("kidn", above=1.0)))
     with pytest.raises(LayerNotHooked, match="layer 13"):
         resolve(admission, readout=Readout(stop=Watch("kind", above=1.0, layer=13)))
+
+
+def test_counts_of_conditions_stand_behind_traces_and_watches_and_need_their_span(admission: Admission) -> None:
+    slot = {(one.name, one.layer): one.slot for one in admission.registry.all()}
+    steering = Steering("kind", 4, when=When("cold", above=0))
+    asked = Readout(stop=Watch("kind", above=2.0), span="all", held=True)
+    readout = resolve(admission, steering, readout=asked).readout
+    assert readout is not None
+    assert (readout.layers, readout.first, readout.end, readout.watch_first) == ([], 0, None, PROMPT_LEN)
+    assert readout.pooling().followed == ((1, slot["kind", 12]), (HELD, 0))
+    assert resolve(admission, readout=asked).readout is not None, "no condition takes no column"
+    rows = Readout([8], pool="rows", trace=["cold"], held=True)
+    storing = Admission(admission.settings.model_copy(update={"max_rows": 99}), SIZE)
+    storing.registry = admission.registry
+    readout = resolve(storing, steering, readout=rows).readout
+    assert readout is not None
+    assert readout.pooling().followed == (readout.pooling().trace[0], (HELD, 0))
+    with pytest.raises(BadReadout, match=r"3 directions to trace .* with held, conditions on tokens.; allowed: 2"):
+        resolve(admission, steering, readout=replace(asked, flag=[Watch("cold", above=0)]))
 
 
 def test_a_stop_is_refused_across_pipeline_stages(admission: Admission) -> None:

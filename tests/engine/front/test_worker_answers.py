@@ -21,6 +21,7 @@ def _answer(layers: list[int], num_tokens: int = 4, **fields: Any) -> dict[str, 
         "pooled": b"".join(np.full(2, layer, np.float32).tobytes() for layer in layers),
         "projections": [["kind", layer, float(layer)] for layer in layers],
         "trace": [[f"of layer {layer}", bytes([layer])] for layer in layers],
+        "held": [3 if 1 in layers else None, None, True if 5 in layers else None],
         "rows": [[layer, 2, bytes([layer])] for layer in layers],
         "trace_error": None,
         "proof": "parity",
@@ -38,6 +39,8 @@ def test_workers_that_another_one_answers_for_are_passed_over() -> None:
 def test_vectors_that_were_not_asked_stay_out() -> None:
     (whole,) = whole_readouts([[[_answer([1], pooled=None)], [_answer([5], pooled=None)]]])
     assert whole == _answer([1, 5], pooled=None)
+    (whole,) = whole_readouts([[[_answer([1], held=None)], [_answer([5], held=None)]]])
+    assert whole == _answer([1, 5], held=None)
 
 
 def test_a_readout_that_one_stage_has_lost_is_lost() -> None:

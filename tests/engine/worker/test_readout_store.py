@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_steer.device.buffers import SteerBuffers
-from vllm_steer.engine.resolved_spec import Projected, ResolvedReadout, Traced
+from vllm_steer.engine.resolved_spec import Held, Projected, ResolvedReadout, Traced
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
 from vllm_steer.engine.worker.readout_store import FinishedReadout, ReadoutStore
 from vllm_steer.engine.worker.rows import rows_of
@@ -306,3 +306,23 @@ def test_readouts_that_are_taken_at_once_are_each_its_own() -> None:
 )
 def test_internal_ids_name_the_request_and_the_sample(internal: str, external: str, index: int) -> None:
     assert sample_key(internal, SimpleNamespace(request_id=external, key="unique")) == ("unique", index)  # type: ignore[arg-type]
+
+
+def test_conditions_are_counted_where_their_entries_and_the_readout_are() -> None:
+    """Columns behind those of the traced directions; what an entry did not write is an older step's, even NaN."""
+    held = [Held(2, 1, [(3, 5), (6, None)]), Held(0, 0, [(0, None)]), Held(3, 0, [(4, None)], 2, 1.5, is_above=True)]
+    asked = replace(spec(trace=True, vectors=False), first=2, held=held, num_held=4)
+    trace = Trace(4)
+    trace.reserve(5)
+    nan = np.nan  # positions 2 to 6; the last one is a surplus token
+    columns = [[0.0] * 5, [0.0] * 5, [nan, 1, 0, nan, 1], [1, 1, 0, 1, 1]]
+    trace.write(0, np.array(columns, np.float32))
+    taken = replace(finished(asked, tokens=5, trace=trace, kept=1), prompt_sums_G=torch.tensor([9.0, 9.0, 1.25, 9.0]))
+    taken.state.next_position = 7
+    assert taken.answer(7)["held"] == [4, None, 2, False]
+    answer = taken.answer(6)
+    assert answer["held"] == [3, None, 1, False]
+    assert [name for name, _ in answer["trace"]] == ["kind", "cold"]
+    assert replace(taken, prompt_sums_G=None).answer(7)["held"] == [4, None, 2, None]
+    assert replace(taken, trace=Trace(4, "no column")).answer(7)["held"] == [None, None, None, False]
+    assert replace(taken, spec=replace(asked, held=[], num_held=None)).answer(7)["held"] is None

@@ -383,6 +383,8 @@ def test_a_mean_of_no_token_is_null_and_vectors_are_little_endian_float32() -> N
         "mean": {"1": "AACAPwAAAMA=", "2": "AAAAPwAAgD4="},
         "trace": {"error": "no column is free"},
     }
+    assert "held" not in readout_json(answer | {"held": None}, "mean")
+    assert readout_json(answer | {"held": [3, False, None]}, "mean")["held"] == [3, False, None]
     assert readout_json({"error": "preempted"}, "mean") == {"error": "preempted"}
 
 

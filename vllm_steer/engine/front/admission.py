@@ -21,7 +21,7 @@ from vllm_steer import spans
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, configured_directions
-from vllm_steer.engine.resolved_spec import Projected, Resolved, ResolvedReadout, Traced, Watched, Window, digest
+from vllm_steer.engine.resolved_spec import Held, Projected, Resolved, ResolvedReadout, Traced, Watched, Window, digest
 from vllm_steer.errors import (
     AmbiguousDirection,
     BadAlpha,
@@ -38,6 +38,7 @@ from vllm_steer.plan.entry_rows import (
     ABOVE,
     BELOW,
     CLAMP,
+    HELD_SHIFT,
     KEEP_NORM,
     MOST_PROBES,
     PROBE,
@@ -87,6 +88,15 @@ class _NamedEntry(NamedTuple):
     direction: Registered
     condition: Registered | None = None
     probed: int | None = None  # the layer of the condition, if a probe must look there
+    number: int = -1  # among the entries with a condition
+
+    @property
+    def counted(self) -> Entry:
+        """The entry, marked if it has a condition on tokens: for a readout that counts these."""
+        is_counted = self.condition is not None and not self.looks_at_prompt
+        return self.entry._replace(
+            mode=self.entry.mode | (self.number + 1) << HELD_SHIFT if is_counted else self.entry.mode
+        )
 
     @property
     def looks_at_prompt(self) -> bool:
@@ -204,6 +214,9 @@ class Admission:
         num_computed: int | None,
     ) -> Resolved:
         entries = [self._entry(book, steering, prompt_len) for steering in spec.entries]
+        number = count()
+        entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]
+        is_counted = spec.readout is not None and spec.readout.held
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
         entries, probes = self._with_probes(entries)
@@ -217,7 +230,7 @@ class Admission:
             # A probe sees its layer's stream as the entries there leave it, so it comes behind them.
             here = sorted([*here, *(probes[number] for number in sorted(probed))], key=attrgetter("layer"))
             self._check_bounds(here)
-            window = Window(start, [one.entry for one in here], content)
+            window = Window(start, [one.counted if is_counted else one.entry for one in here], content)
             if not windows or windows[-1].digest != window.digest:
                 windows.append(window)
         self._check_windows(windows)
@@ -229,7 +242,7 @@ class Admission:
         contents = {one.slot: one.content_hash for one in named}
         readout = None
         if spec.readout is not None:
-            readout = self._readout(book, spec.readout, prompt_len)
+            readout = self._readout(book, spec.readout, prompt_len, entries)
             if readout.pool == "rows":
                 self._check_rows(readout, prompt_len, num_computed)
             for read in readout.directions:
@@ -398,7 +411,9 @@ class Admission:
                 + (", or start the engine with dtype='bfloat16'." if self._dtype == "float16" else ".")
             )
 
-    def _readout(self, book: DirectionBook, readout: Readout, prompt_len: int) -> ResolvedReadout:
+    def _readout(
+        self, book: DirectionBook, readout: Readout, prompt_len: int, entries: Sequence[_NamedEntry]
+    ) -> ResolvedReadout:
         indices = [self._hooked(layer) for layer in readout.layers]
         project: list[Projected] = []
         for name in readout.project:
@@ -427,11 +442,24 @@ class Admission:
             ]
             project = []
         watch = [self._watched(book, one, is_stop=one is readout.stop) for one in readout.watches]
-        self._check_columns([*trace, *watch])
-        if not readout.layers and not trace:  # the watches alone need no token of the prompt
+        conditional = [one for one in entries if one.condition is not None] if readout.held else []
+        held = [_held(one, prompt_len) for one in conditional if one.acts]
+        self._check_columns([*trace, *watch], sum(one.gate < 0 for one in held))
+        if not readout.layers and not trace and not readout.held:  # the watches alone need no token of the prompt
             first, end = prompt_len, None
         return ResolvedReadout(
-            list(readout.layers), indices, first, end, project, vectors, trace, readout.pool, watch, prompt_len
+            list(readout.layers),
+            indices,
+            first,
+            end,
+            project,
+            vectors,
+            trace,
+            readout.pool,
+            watch,
+            prompt_len,
+            held,
+            len(conditional) if readout.held else None,
         )
 
     def _watched(self, book: DirectionBook, watch: Watch, *, is_stop: bool) -> Watched:
@@ -490,14 +518,23 @@ class Admission:
                 "steer_config(max_rows=...) larger."
             )
 
-    def _check_columns(self, trace: Sequence[Traced | Watched]) -> None:
-        distinct = len({(one.layer_index, one.slot) for one in trace})
+    def _check_columns(self, followed: Sequence[Traced | Watched], num_counted: int) -> None:
+        distinct = len({(one.layer_index, one.slot) for one in followed}) + num_counted
         if distinct > self.settings.trace_columns:
             raise BadReadout(
-                f"{distinct} directions to trace (those of stop and flag too, and with pool 'max' those of project); "
+                f"{distinct} directions to trace (those of stop and flag too, and with pool 'max' those of project"
+                f"{', and with held, conditions on tokens' if num_counted else ''}); "
                 f"allowed: {self.settings.trace_columns}. Name fewer, or start the engine with "
                 "steer_config(trace_columns=...) larger."
             )
+
+
+def _held(one: _NamedEntry, prompt_len: int) -> Held:
+    runs = spans.runs(one.steering.span, prompt_len)
+    if not one.looks_at_prompt:
+        return Held(one.number, one.entry.layer_index, runs)
+    is_above = bool(one.entry.mode & ABOVE)
+    return Held(one.number, one.entry.layer_index, runs, one.entry.gate, one.entry.threshold, is_above)
 
 
 def _check_reach(asked: Sequence[str], prompt_len: int, num_computed: int) -> None:

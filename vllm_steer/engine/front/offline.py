@@ -344,6 +344,7 @@ def _result(answer: Mapping[str, Any], asked: Readout) -> ReadoutResult:
         proof=answer["proof"],
         last=pooled if asked.pool == "last" else {},
         max=largest,
+        held=tuple(answer.get("held") or ()),
         stopped=next(iter(starmap(Crossing, answer["stopped"])), None),
         flags=tuple(starmap(Crossing, answer["flags"])),
         rows=rows,

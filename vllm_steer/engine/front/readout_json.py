@@ -30,6 +30,8 @@ def readout_json(answer: Mapping[str, Any], pool: str) -> dict[str, Any]:
         readout["trace"] = {"error": answer["trace_error"]}
     for name, layer, value, position in answer["max"]:
         readout.setdefault("max", {}).setdefault(name, {})[str(layer)] = [finite(value), position]
+    if answer.get("held") is not None:
+        readout["held"] = answer["held"]
     for crossings, field in ((answer["stopped"], "stopped"), (answer["flags"], "flags")):
         told = [
             {"direction": name, "layer": layer, "position": position, "value": finite(value)}

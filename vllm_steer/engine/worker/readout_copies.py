@@ -32,7 +32,7 @@ class Summed:
     """A sample whose readout is to be taken in its present state.
 
     Attributes:
-        spec, state, trace, watched, rows: see ``FinishedReadout``, which takes them over.
+        spec, state, trace, watched, rows, prompt_sums_G: see ``FinishedReadout``, which takes them over.
         before_last: rows from ``TailRows``, at all hooked layers, of the tokens before the last one in the sum.
     """
 
@@ -42,6 +42,7 @@ class Summed:
     before_last: Sequence[torch.Tensor] = ()
     watched: traces.Trace | None = None
     rows: traces.Trace | None = None
+    prompt_sums_G: torch.Tensor | None = None
 
     @property
     def alike(self) -> _Alike:
@@ -124,6 +125,7 @@ class ReadoutFlow:
                     trace=sample.trace,
                     watched=sample.watched,
                     rows=sample.rows,
+                    prompt_sums_G=sample.prompt_sums_G,
                 )
             )
         return readouts, has_arrived

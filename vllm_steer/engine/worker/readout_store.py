@@ -28,9 +28,12 @@ class FinishedReadout:
         tail_LMD: (L, M, D) float32: the rows of the last tokens in the sum, oldest first, which can be subtracted from
             it; None with ``vectors=False``.
         sums_PN, tail_PM: these two, projected onto each direction of ``spec.project``.
-        trace: the projections of each token, or None if none were requested.
+        trace: the projections of each token, or None if none were requested; then whether each condition of
+            ``spec.counted`` holds there.
         watched: those of each generated token onto the directions of ``spec.watch``; None if there are none.
         rows: the rows of each token, or None if none were requested.
+        prompt_sums_G: (G,) float32, the sums over the prompt at which conditions look, if these are asked for and the
+            prompt was computed.
     """
 
     spec: ResolvedReadout
@@ -42,6 +45,7 @@ class FinishedReadout:
     trace: Trace | None
     watched: Trace | None = None
     rows: Trace | None = None
+    prompt_sums_G: torch.Tensor | None = None
 
     def settle(self) -> None:
         """Clone the slices so that the host buffer shared with other readouts can be freed."""
@@ -67,9 +71,10 @@ class FinishedReadout:
         Returns:
             ``{"error": reason}``, or ``{"num_tokens", "layers", "pooled": bytes of (L, D) float32 or None,
             "projections": [[name, layer, value]], "trace": [[name, bytes of (num_tokens,) float32]], "max": [[name,
-            layer, value, position]], "stopped", "flags": [[name, layer, position, value]], "rows": [[layer, D, bytes of
-            (num_tokens, D) float32]], "trace_error": why trace, max and flags alone cannot be given, or None}``.
-            ``stopped`` has at most one element.
+            layer, value, position]], "held": None, or for each entry with a condition the count or bool or None,
+            "stopped", "flags": [[name, layer, position, value]], "rows": [[layer, D, bytes of (num_tokens, D)
+            float32]], "trace_error": why trace, max, held and flags alone cannot be given, or None}``. ``stopped`` has
+            at most one element.
         """
         if self.state.failure is not None:
             return {"error": self.state.failure}
@@ -120,6 +125,7 @@ class FinishedReadout:
             "projections": [[one.name, one.layer, value] for one, value in zip(self.spec.project, values, strict=True)],
             "trace": [[one.name, values_N.tobytes()] for one, values_N in traced if one.is_shown],
             "max": [self._largest(one, values_N) for one, values_N in traced] if self.spec.pool == "max" else [],
+            "held": self._held(count),
             "rows": [
                 [layer, rows_ND.shape[1], rows_ND.tobytes()]
                 for layer, rows_ND in zip(self.spec.layers if stored else (), stored, strict=True)
@@ -131,7 +137,22 @@ class FinishedReadout:
     def _traced(self, count: int) -> list[tuple[Traced, FloatArray]]:
         if self.trace is None or self.trace.failure is not None:
             return []
-        return list(zip(self.spec.trace, self.trace.values(0, count), strict=True))
+        return list(zip(self.spec.trace, self.trace.values(0, count)[: len(self.spec.trace)], strict=True))
+
+    def _held(self, count: int) -> list[int | bool | None] | None:
+        if self.spec.num_held is None:
+            return None
+        held: list[int | bool | None] = [None] * self.spec.num_held
+        for one in self.spec.held:
+            if one.gate >= 0 and self.prompt_sums_G is not None:
+                total, threshold = np.float32(self.prompt_sums_G[one.gate]), np.float32(one.threshold)
+                held[one.number] = bool(total > threshold if one.is_above else total < threshold)
+        if self.trace is not None and self.trace.failure is None:
+            values_CN = self.trace.values(0, count)[len(self.spec.trace) :]
+            for one, values_N in zip(self.spec.counted, values_CN, strict=True):
+                # Where the entry is not, its column holds what an earlier step has left there.
+                held[one.number] = sum(int(values_N[part].sum()) for part in one.within(self.spec.first))
+        return held
 
     def _crossings(self, computed_end: int) -> dict[str, list[list[Any]]]:
         told: dict[str, list[list[Any]]] = {"stopped": [], "flags": []}

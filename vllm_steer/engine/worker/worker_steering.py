@@ -267,7 +267,8 @@ class WorkerSteering:
             return None
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are in _reading
-        return [one.name if one.is_shown else "" for one in readout.trace], self._traces[request_id]
+        names = [one.name if one.is_shown else "" for one in readout.trace]
+        return [*names, *("" for _ in readout.counted)], self._traces[request_id]
 
     def _check_bank(self, resolved: Resolved) -> None:
         contents = dict(resolved.contents)
@@ -288,14 +289,15 @@ class WorkerSteering:
             return
         self._reading[sample_key(request_id, resolved)] = request_id
         readout, failure = resolved.readout, None
-        if (readout.trace or readout.watch) and request_id not in self.planner.columns:
+        num_traced = len(readout.trace) + len(readout.counted)
+        if (num_traced or readout.watch) and request_id not in self.planner.columns:
             failure = (
                 f"all {self.settings.trace_columns} trace columns were taken by other requests; send it again "
                 "later, or start the engine with steer_config(trace_columns=...) larger"
             )
             if readout.stop is not None:
                 self._unwatched.add(request_id)
-        self._traces[request_id] = Trace(len(readout.trace), failure)
+        self._traces[request_id] = Trace(num_traced, failure)
         if readout.watch:
             self._watched[request_id] = Trace(len(readout.watch), failure)
         if readout.pool == "rows":
@@ -305,14 +307,15 @@ class WorkerSteering:
         readout = self._resolved[traced.request_id].readout
         assert readout is not None  # only requests with a readout are traced
         trace = self._traces[traced.request_id]
-        columns = self.planner.columns[traced.request_id][: len(readout.trace)]
+        columns = self.planner.columns[traced.request_id]
+        columns = columns[: len(readout.trace)] + columns[len(readout.trace) + len(readout.watch) :]
         start = traced.position - readout.first
         return TraceRows(trace, columns, traced.token, traced.count, start, traced.num_drafts)
 
     def _watched_rows(self, tokens: TracedTokens) -> TraceRows:
         readout = self._resolved[tokens.request_id].readout
         assert readout is not None  # only requests with a readout are watched
-        columns = self.planner.columns[tokens.request_id][len(readout.trace) :]
+        columns = self.planner.columns[tokens.request_id][len(readout.trace) :][: len(readout.watch)]
         start = tokens.position - readout.watch_first
         return TraceRows(
             self._watched[tokens.request_id], columns, tokens.token, tokens.count, start, tokens.num_drafts
@@ -341,8 +344,16 @@ class WorkerSteering:
         readout = self._resolved[request_id].readout
         assert readout is not None  # only requests with a readout are pooled
         before_last = self._tails.before(request_id, state.next_position - 1) if readout.end is None else []
-        watched, rows = self._watched.get(request_id), self._stored.get(request_id)
-        return Summed(readout, replace(state), self._traces.get(request_id), before_last, watched, rows)
+        place = self.planner.prompt_sums_of(request_id) if any(one.gate >= 0 for one in readout.held) else None
+        return Summed(
+            readout,
+            replace(state),
+            self._traces.get(request_id),
+            before_last,
+            watched=self._watched.get(request_id),
+            rows=self._stored.get(request_id),
+            prompt_sums_G=None if place is None else start_copy(self.buffers.sums_of_prompt(place))[0],
+        )
 
     def _take_ended(self) -> None:
         """Move the readouts of finished requests to the store."""
