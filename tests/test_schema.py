@@ -347,3 +347,54 @@ def test_left_out_fields_take_their_defaults() -> None:
     spec = RequestSpec.loads('{"steering": [{"direction": "kind", "alpha": 1}], "readout": {"layers": [3]}}')
     assert spec == RequestSpec((Steering("kind", 1.0, None, "add", "all"),), Readout([3], "prompt", (), True, 0, ()))
     assert RequestSpec.loads("{}") == RequestSpec()
+
+
+def test_watches_make_version_2_and_come_back_as_they_were() -> None:
+    readout = Readout(stop=Watch("harm", above=3, patience=2), flag=[Watch("calm", below=-1.5, layer=4)])
+    told = json.loads(RequestSpec((), readout).dumps())
+    assert told["v"] == 2
+    assert told["readout"]["stop"] == {"direction": "harm", "above": 3.0, "patience": 2}
+    assert told["readout"]["flag"] == [{"direction": "calm", "below": -1.5, "layer": 4}]
+    assert RequestSpec.loads(json.dumps(told)).readout == readout
+    assert readout.vectors is False, "nothing is pooled without layers"
+    assert RequestSpec((), readout).names == ("harm", "calm")
+    with pytest.raises(MalformedSpec, match="version 1"):
+        RequestSpec.loads(json.dumps(told | {"v": 1}))
+    assert readout.is_stopped_by("vllm_steer:harm")
+    assert not readout.is_stopped_by("vllm_steer:calm")
+    assert not Readout([1]).is_stopped_by("vllm_steer:harm")
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal", "message"),
+    [
+        ({"direction": "harm"}, BadCondition, "both or none"),
+        ({"direction": "harm", "above": 1, "below": 2}, BadCondition, "both or none"),
+        ({"direction": "harm", "above": 1e39}, BadCondition, "float32"),
+        ({"direction": "harm", "above": 1, "patience": 0}, BadCondition, "patience is 0"),
+        ({"direction": "harm", "above": 1, "patience": True}, BadCondition, "patience is True"),
+        ({"direction": "harm", "above": 1, "layer": -1}, MalformedSpec, "layer"),
+        ({"direction": "", "above": 1}, MalformedSpec, "direction"),
+        ({"direction": "harm", "above": 1, "over": "token"}, UnknownField, "over"),
+    ],
+)
+def test_a_watch_that_makes_no_sense_is_refused(
+    fields: dict[str, Any], refusal: type[SteerError], message: str
+) -> None:
+    with pytest.raises(refusal, match=message):
+        Readout.from_json({"stop": fields})
+    with pytest.raises(refusal, match=message):
+        Readout.from_json({"flag": [fields]})
+
+
+def test_a_watch_is_what_stop_and_flag_take() -> None:
+    watch = Watch("harm", above=1.0)
+    for wrong in ({"stop": "harm"}, {"flag": watch}, {"flag": ["harm"]}):
+        with pytest.raises(MalformedSpec, match="stop or flag"):
+            Readout([1], **wrong)  # type: ignore[arg-type]
+    with pytest.raises(MalformedSpec, match="flag is a JSON dict"):
+        Readout.from_json({"layers": [1], "flag": {"direction": "harm", "above": 1}})
+    with pytest.raises(BadReadout, match="layers is empty and project"):
+        Readout(stop=watch, project=["harm"])
+    with pytest.raises(BadReadout, match="layers is empty;"):
+        Readout()

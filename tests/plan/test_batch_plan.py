@@ -230,3 +230,20 @@ def test_columns_of_traces_watches_and_counted_conditions_come_in_this_order() -
     assert plan is not None
     assert len(plan.traced) == 1
     assert not plan.flags_L3.any(), "the entries themselves write these columns"
+
+
+def test_watched_tokens_are_told_in_each_step_from_the_first_generated_one_on() -> None:
+    planner = BatchPlanner(LAYERS, REQUESTS, ENTRIES, COLUMNS)
+    planner.add("a", RequestPlan(pooling=Pooling((0,), 0, None, watch=((1, 2),), watch_first=4)))
+
+    def watched(computed: int, scheduled: int) -> list[tuple[int, int, int]]:
+        plan = planner.build(["a"], [computed], [scheduled])
+        assert plan is not None
+        assert plan.flags_L3[:, TRACE].tolist() == [0, int(bool(plan.watched)), 0]
+        return [(one.token, one.position, one.count) for one in plan.watched]
+
+    # The prompt's last tokens come one by one, as in an engine with little room: those plans could be used again.
+    assert [watched(*step) for step in ((0, 2), (2, 1), (3, 1))] == [[], [], []]
+    assert [watched(position, 1) for position in (4, 5, 6)] == [[(0, position, 1)] for position in (4, 5, 6)]
+    planner.preempt("a")
+    assert watched(0, 7) == [(4, 4, 3)]

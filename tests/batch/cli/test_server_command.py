@@ -20,7 +20,7 @@ from batch_jobs.cli.main import app
 from batch_jobs.cli.server_command import ServerCommand, server_command
 from batch_jobs.config.server import ServerConfig, load_server_config, parse_alias, parse_layers
 from tests.batch.cli.test_cli import vllm_steer
-from vllm_steer import Direction, Steering, save_directions
+from vllm_steer import Direction, Steering, When, save_directions
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnknownDirection
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,8 +141,8 @@ def test_a_yaml_gives_the_same_and_the_command_line_wins_over_it(model: str, dir
         ({"layers": [1]}, ["--additional_config", "{}"], SettingsError, "--additional-config was given"),
         ({"layers": [1]}, ["--additional-config.x=1"], SettingsError, "--additional-config was given"),
         ({"layers": [1]}, ["--model=x"], SettingsError, "the first argument"),
-        ({"layers": [1], "served_aliases": {"a": [Steering("none", 1)]}}, [], UnknownDirection, "a steers with 'none'"),
-        ({"layers": [1], "default_steering": [Steering("none", 1.0)]}, [], UnknownDirection, "default_steering steers"),
+        ({"layers": [1], "served_aliases": {"a": [Steering("none", 1)]}}, [], UnknownDirection, "a names 'none'"),
+        ({"layers": [1], "default_steering": [Steering("none", 1.0)]}, [], UnknownDirection, "default_steering names"),
         ({"layers": [1], "playground": "perhaps"}, [], SettingsError, "playground is 'perhaps'"),
         ({"layers": [1], "colour": 1}, [], SettingsError, "colour"),
     ],
@@ -166,8 +166,11 @@ def test_an_alias_at_a_layer_without_a_hook_is_refused(model: str, directions: s
     with pytest.raises(SettingsError, match=r"alias 'a' steers at layer 3; hooked: \[1\]"):
         command(model=model, layers=[1], directions=[directions], served_aliases=alias)
     own_layers = {"a": [Steering("kind", 1.0)]}
-    with pytest.raises(LayerNotHooked, match=r"a steers at layer 1 or 3; hooked: \[2\]"):
+    with pytest.raises(LayerNotHooked, match=r"a names layer 1 or 3; hooked: \[2\]"):
         command(model=model, layers=[2], directions=[directions], served_aliases=own_layers)
+    conditional = {"a": [Steering("kind", 1.0, layer=1, when=When("absent", above=0.0))]}
+    with pytest.raises(UnknownDirection, match="a names 'absent'"):
+        command(model=model, layers=[1], directions=[directions], served_aliases=conditional)
     assert "kind" in json.dumps(
         settings_of(command(model=model, layers=[3], directions=[directions], served_aliases=own_layers))
     )

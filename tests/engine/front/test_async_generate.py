@@ -12,7 +12,7 @@ from vllm import CompletionOutput, RequestOutput
 from vllm_steer.engine.front import live_traces
 from vllm_steer.engine.front.async_generate import Collector, Tally
 from vllm_steer.engine.front.http_exchange import Exchange
-from vllm_steer.schema import Readout
+from vllm_steer.schema import Readout, Watch
 
 
 class FakeEngine:
@@ -62,6 +62,16 @@ def test_tokens_are_counted_whether_outputs_tell_the_new_ones_or_all(is_delta: b
         tally.add(_output((0, tokens, None)))
     assert tally.counts == {0: 4}
     assert tally.computed(0) == 5 + 4 - 1  # the last token was never fed back
+
+
+def test_the_last_token_of_a_stopped_sample_was_computed_too() -> None:
+    tally = Tally(is_delta=True, readout=Readout(stop=Watch("kind", above=1.0)))
+    tally.add(_output((0, [1, 2], None), (1, [1, 2], None)))
+    ended = _output((0, [3], "stop"), (1, [3], "stop"))
+    ended.outputs[0].stop_reason = "vllm_steer:kind"
+    ended.outputs[1].stop_reason = "the end"  # a stop string
+    tally.add(ended)
+    assert (tally.computed(0), tally.computed(1)) == (5 + 3, 5 + 2)
 
 
 def _collect(readout: Readout, engine: FakeEngine, outputs: list[RequestOutput]) -> Exchange:

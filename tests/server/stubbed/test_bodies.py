@@ -222,6 +222,9 @@ def _caller(key: str) -> str:
         ({"steering": [{**KIND, "when": {"direction": "calm", "above": 0}}]}, "tied", False),
         ({"readout": {"layers": [1], "project": ["calm"]}}, "tied", False),
         ({"readout": {"trace": ["calm"]}}, "tied", False),
+        ({"readout": {"stop": {"direction": "calm", "above": 0}}}, "tied", False),
+        ({"readout": {"flag": [{"direction": "calm", "above": 0}]}}, "tied", False),
+        ({"readout": {"stop": {"direction": "kind", "above": 0}}}, "tied", True),
         ({"model": "base-kind"}, "barred", True),  # the alias's own entries are the operator's
         ({"model": "base-kind", "steering": [KIND]}, "barred", False),
         ({"model": "base-kind", "steering": [CALM]}, "free", True),
