@@ -313,10 +313,11 @@ def test_every_control_has_a_name_and_the_form_comes_first_by_keyboard(visit: Vi
     )
     assert nameless == []
     reached = []
-    for _ in range(10):
+    for _ in range(11):
         visit.page.keyboard.press("Tab")
         reached.append(visit.page.evaluate("document.activeElement.name || document.activeElement.textContent"))
-    assert reached[:-1] == ["prompt", "direction", "layer", "span", "op", "mode", "temperature", "seed", "max_tokens"]
+    first = ["prompt", "direction", "layer", "span", "op", "stop_above"]
+    assert reached[:-1] == [*first, "mode", "temperature", "seed", "max_tokens"]
     assert reached[-1] == "Run"
 
 

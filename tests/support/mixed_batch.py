@@ -6,7 +6,7 @@ not steered at all, and six prompts are shared by all of them, so that the prefi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.outputs import CompletionOutput
 
 from tests.support.hf_reference import Entry, Reference, ReferenceRun
 from vllm_steer import Direction, Readout, ReadoutResult, Steering, Watch, When, collect_readouts, steered
@@ -246,7 +247,12 @@ def mixed_batch(vectors: Vectors, prompts: Sequence[list[int]]) -> list[Request]
 
     watched: list[dict[str, Any]] = [
         {"layers": layers, "span": "all", "stop": watch("calm", first, above=0.0)},
-        {"layers": [], "stop": watch("bold", last, below=0.0, patience=2), "flag": [watch("bold", last, below=0.0)]},
+        {
+            "layers": [],
+            "span": "generated",
+            "stop": watch("bold", last, below=0.0, patience=2),
+            "flag": [watch("bold", last, below=0.0)],
+        },
         {
             "layers": [middle],
             "span": "response",
@@ -380,6 +386,25 @@ def stopped(expected: ReferenceRun, request: Request) -> ReferenceRun:
     ended = expected.first(count)
     streams = {layer: stream[: held[0] + 1] for layer, stream in expected.streams.items()}
     return replace(ended, streams=streams)
+
+
+def run_over(replay: Callable[..., ReferenceRun], request: Request, sample: CompletionOutput) -> ReferenceRun:
+    """A reference's run over the tokens of a sample, with the last one's stream too if the request's stop ended it.
+
+    Args:
+        replay: ``Reference.replay`` or ``Reference.confirm``.
+
+    Raises:
+        AssertionError: the stop holds elsewhere.
+    """
+    tokens = list(sample.token_ids)
+    if not request.has_stop or not str(sample.stop_reason).startswith("vllm_steer:"):
+        run = replay(request.prompt_ids, tokens, request.steering)
+        assert stopped(run, request) is run, f"{request.label}: went on behind its stop"
+        return run
+    run = stopped(replay(request.prompt_ids, [*tokens, tokens[-1]], request.steering), request)
+    assert len(run.tokens) == len(tokens), f"{request.label}: stopped at another token"
+    return run
 
 
 def held_at(expected: ReferenceRun, request: Request, watch: Mapping[str, Any]) -> tuple[int, float] | None:

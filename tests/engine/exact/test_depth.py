@@ -19,6 +19,7 @@ from tests.support.mixed_batch import (
     check_trace,
     mixed_batch,
     run,
+    run_over,
     share_changed_by_steering,
     unit_vectors,
 )
@@ -61,10 +62,9 @@ def llm(checkpoint: Path, open_engine: OpenEngine) -> Iterator[LLM]:
 def test_a_mixed_batch_equals_hugging_face_hooks(llm: LLM, reference: Reference, requests: list[Request]) -> None:
     outs, reads = run(llm, requests, max_tokens=MAX_TOKENS)
     expected = [
-        reference.confirm(request.prompt_ids, list(out.outputs[0].token_ids), request.steering)
-        for request, out in zip(requests, outs, strict=True)
+        run_over(reference.confirm, request, out.outputs[0]) for request, out in zip(requests, outs, strict=True)
     ]
-    assert all(len(truth.tokens) == MAX_TOKENS for truth in expected)
+    assert all(one.has_stop or len(truth.tokens) == MAX_TOKENS for one, truth in zip(requests, expected, strict=True))
     assert check_answers(reference, requests, expected, outs, [read for (read,) in reads]) <= 2  # see test_parity
     assert share_changed_by_steering(reference, requests, expected) > 0.5
 
@@ -77,6 +77,6 @@ def test_readouts_of_sampled_completions_are_of_each_completion_its_own(
     for request, out, results in zip(chosen, outs, reads, strict=True):
         assert len(results) == 3
         for completion, result in zip(out.outputs, results, strict=True):
-            truth = reference.replay(request.prompt_ids, list(completion.token_ids), request.steering)
+            truth = run_over(reference.replay, request, completion)
             check_readout(result, request.readout, truth, f"sample {completion.index} of {request.label}")
             check_trace(result, request, truth)

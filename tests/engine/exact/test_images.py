@@ -27,6 +27,7 @@ from tests.support.mixed_batch import (
     as_directions,
     check_answers,
     mixed_batch,
+    run_over,
     share_changed_by_steering,
     trace_name,
     unit_vectors,
@@ -184,8 +185,8 @@ def step_sizes(llm: LLM) -> Iterator[list[int]]:
 
 
 def confirmed(reference: Reference, request: Request, out: RequestOutput) -> ReferenceRun:
-    assert len(tokens(out)) == MAX_TOKENS
-    return reference.confirm(request.prompt_ids, tokens(out), request.steering)
+    assert request.has_stop or len(tokens(out)) == MAX_TOKENS
+    return run_over(reference.confirm, request, out.outputs[0])
 
 
 def tokens(out: RequestOutput) -> list[int]:

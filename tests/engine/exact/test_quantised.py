@@ -123,12 +123,14 @@ def vectors() -> Vectors:
 @pytest.fixture(scope="module")
 def requests(vectors: Vectors) -> list[Request]:
     batch = mixed_batch(vectors, random_prompts(VOCAB_SIZE, lengths=(3, 17, 33, 64), seed=62))
-    # Activations in int8 are too coarse for a condition's bound, and for which token's projection is the largest.
+    # Activations in int8 are too coarse for the bound of a condition or a stop, and for which token's projection is
+    # the largest.
     return [
         request
         for request in batch
         if not any("when" in entry for entry in request.steering)
         and (request.readout is None or request.readout.get("pool", "mean") == "mean")
+        and not request.has_stop
     ]
 
 

@@ -26,6 +26,7 @@ from tests.support.mixed_batch import (
     random_prompts,
     references,
     run,
+    run_over,
     trace_name,
     unit_vectors,
 )
@@ -133,7 +134,7 @@ class TestEnds:
             for request, out, (read,) in zip(asked, outs, reads, strict=True):
                 tokens = list(out.outputs[0].token_ids)
                 assert stop not in tokens[:-1]
-                truth = reference.replay(request.prompt_ids, tokens, request.steering)
+                truth = run_over(reference.replay, request, out.outputs[0])
                 check_readout(read, request.readout, truth, request.label)
                 check_trace(read, request, truth)
         assert counted["accepted"]
@@ -147,7 +148,7 @@ class TestEnds:
         outs, reads = run(llm, asked, n=4, temperature=0.15, seed=5, max_tokens=24)
         for request, out, results in zip(asked, outs, reads, strict=True):
             for completion, result in zip(out.outputs, results, strict=True):
-                truth = reference.replay(request.prompt_ids, list(completion.token_ids), request.steering)
+                truth = run_over(reference.replay, request, completion)
                 check_readout(result, request.readout, truth, f"sample {completion.index} of {request.label}")
                 check_trace(result, request, truth)
         assert min(counted["accepted"], counted["rejected"]) > 0

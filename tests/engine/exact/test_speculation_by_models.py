@@ -47,6 +47,7 @@ from tests.support.mixed_batch import (
     random_prompts,
     references,
     run,
+    run_over,
     trace_name,
     unit_vectors,
 )
@@ -283,7 +284,7 @@ class TestEnds:
         for request, out, (read,) in zip(asked, outs, reads, strict=True):
             tokens = list(out.outputs[0].token_ids)
             assert STOP not in tokens[:-1]
-            truth = reference.replay(request.prompt_ids, tokens, request.steering)
+            truth = run_over(reference.replay, request, out.outputs[0])
             check_readout(read, request.readout, truth, request.label)
             check_trace(read, request, truth)
         assert counted["accepted"]
@@ -293,7 +294,7 @@ class TestEnds:
         asked = [
             (request, truth)
             for request, truth in zip(REQUESTS, expected, strict=True)
-            if request.readout and request.readout.get("span") == "all"
+            if request.readout and request.readout.get("span") == "all" and not request.has_stop
         ]
         requests = [request for request, _ in asked]
         outs, reads = run(llm, requests, max_tokens=MAX_TOKENS, stop=[word], skip_special_tokens=False)
@@ -318,7 +319,7 @@ class TestEnds:
         outs, reads = run(llm, asked, n=2, temperature=0.15, seed=5, max_tokens=MAX_TOKENS)
         for request, out, results in zip(asked, outs, reads, strict=True):
             for completion, result in zip(out.outputs, results, strict=True):
-                truth = reference.replay(request.prompt_ids, list(completion.token_ids), request.steering)
+                truth = run_over(reference.replay, request, completion)
                 check_readout(result, request.readout, truth, f"sample {completion.index} of {request.label}")
                 check_trace(result, request, truth)
         assert min(counted["accepted"], counted["rejected"]) > 0

@@ -193,6 +193,8 @@ class WorkerSteering:
         if stops:
             first, end = min(one.token for one in stops), max(one.token + one.count for one in stops)
             values_TK, _ = start_copy(self.buffers.trace_TK[first:end])
+            if self.buffers.trace_TK.device.type == "cpu":  # the marks may be asked for after the next pass
+                values_TK = values_TK.clone()
         if cut_R is None and values_TK is None and not unwatched:
             return None
         self._may_cut = False
