@@ -73,6 +73,7 @@ class Workload:
         ended = [
             (one, run.first(run.tokens.index(run.tokens[4]) + 1))
             for one, run in zip(self.requests, self.expected, strict=True)
+            if not one.has_stop  # their stop may come first
         ]
         outs = llm.generate(
             [{"prompt_token_ids": request.prompt_ids} for request, _ in ended],
