@@ -550,8 +550,7 @@ def check_watches(out: RequestOutput, result: ReadoutResult | None, request: Req
         told = ("stop", f"vllm_steer:{asked['stop']['direction']}")
         assert (sample.finish_reason, sample.stop_reason) == told, request.label
     else:
-        assert sample.finish_reason == "length", request.label
-        assert sample.stop_reason is None, request.label
+        assert not str(sample.stop_reason).startswith("vllm_steer:"), request.label
     crossings = [] if result.stopped is None else [result.stopped]
     held = [held_at(expected, request, one) for one in asked.get("flag", ())]
     truth = [one for one in held if one is not None]
