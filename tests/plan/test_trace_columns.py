@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_steer.plan.trace_columns import TraceColumns
+from vllm_steer.plan.trace_columns import HELD, TraceColumns
 
 
 def test_requests_that_trace_the_same_share_a_column_until_the_last_ends() -> None:
@@ -47,3 +47,16 @@ def test_the_table_names_each_column_s_slot_at_its_layer_and_is_given_once() -> 
 
 def test_an_engine_without_columns_traces_nothing() -> None:
     assert TraceColumns(num_layers=1, num_columns=0).bind("a", [(0, 0)]) is None
+
+
+def test_conditions_of_one_number_share_a_column_that_no_direction_is_written_to() -> None:
+    columns = TraceColumns(num_layers=2, num_columns=2)
+    assert columns.bind("a", [(HELD, 0)]) == columns.bind("b", [(HELD, 0)]) == (0,)
+    assert columns.take_changes() is None
+    assert columns.bind("c", [(1, 7)]) == (1,)
+    assert columns.bind("d", [(HELD, 1)]) is None
+    columns.take_changes()
+    columns.release("a", [(HELD, 0)])
+    columns.release("b", [(HELD, 0)])
+    assert columns.take_changes() is None
+    assert columns.bind("d", [(HELD, 1)]) == (0,)
