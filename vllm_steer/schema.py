@@ -106,6 +106,14 @@ def _check_condition(condition: When | Watch, where: str) -> None:
         object.__setattr__(condition, "layer", _layer(condition.layer, f"the layer of {where}"))
 
 
+def bound_of(condition: When | Watch) -> tuple[float, bool]:
+    """The bound of a condition, and whether values above it count, and not those below."""
+    if condition.above is not None:
+        return condition.above, True
+    assert condition.below is not None  # one of them is given
+    return condition.below, False
+
+
 @dataclass(frozen=True, slots=True)
 class When:
     """A condition on each token or on the prompt: an entry with it acts only where the condition holds.

@@ -9,7 +9,6 @@ Letters of shapes: R rows of the shard, D hidden size.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from batch_jobs.capture.shards import TextShard, TokenText
 from batch_jobs.engine.progress import Progress, Work
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.errors import StudyError
+from batch_jobs.files.atomic import atomic_file
 
 BATCH_ROWS = 8192
 """Rows read at a time, so that the engine holds only a part of a shard. More would not fill its batches better."""
@@ -118,14 +118,7 @@ def _converted(rows_ND: Any, dtype: Any, layer: int, text: TokenText) -> Any:
 
 
 def _write(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write a safetensors file that is whole or absent."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(path) as part:
         save_file(tensors, part, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # still there only after a failure

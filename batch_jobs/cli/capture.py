@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batch_jobs.cli.study import ExecutorName
-from batch_jobs.generate.ray_options import Pool
+from batch_jobs.cli.pool_options import Address, CpusPerWorker, Executor, ExecutorName, GpusPerWorker, Workers, pool_of
 
 
 class FileDtypeName(StrEnum):
@@ -52,19 +51,11 @@ def capture(
             help="Further options of the engine as JSON, the fields of a study's `engine`.", show_default="{}"
         ),
     ] = None,
-    executor: Annotated[
-        ExecutorName, typer.Option(help="local: one engine in this process. ray: a pool of engines.")
-    ] = ExecutorName.LOCAL,
-    workers: Annotated[int, typer.Option(min=1, help="Engines of the Ray pool.")] = 1,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each engine.", show_default="tensor_parallel_size, if any")
-    ] = None,
-    cpus_per_worker: Annotated[
-        int | None, typer.Option(min=1, help="CPU cores of each engine.", show_default="an even share")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster.", show_default="Ray on this machine")
-    ] = None,
+    executor: Executor = ExecutorName.LOCAL,
+    workers: Workers = 1,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
+    address: Address = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")] = False,
 ) -> None:
     """Write every token's residual stream to safetensors shards, with its token, text and position.
@@ -82,11 +73,7 @@ def capture(
     from batch_jobs.engine.start_engine import model_location, model_revision
     from batch_jobs.errors import StudyError
 
-    if executor is ExecutorName.LOCAL and (workers, gpus_per_worker, cpus_per_worker, address) != (1, None, None, None):
-        raise StudyError(
-            "--workers, --gpus-per-worker, --cpus-per-worker and --address are options of the Ray pool; "
-            "add --executor ray, or leave them out."
-        )
+    pool = pool_of(executor, workers, gpus_per_worker, cpus_per_worker, address)
     try:
         engine_options = json.loads(engine or "{}")
     except ValueError as error:
@@ -110,7 +97,6 @@ def capture(
             "engine": engine_options,
         }
     )
-    pool = Pool(workers, gpus_per_worker, cpus_per_worker, address) if executor is ExecutorName.RAY else None
     made = run(texts, settings, out, console=Console(stderr=True), pool=pool, quiet=quiet)
     print(f"{made.rows} rows in {made.shards} shards, {made.reused} of them there before: {out}")
     if made.counts.cut:

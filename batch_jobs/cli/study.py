@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from batch_jobs.generate.ray_options import Pool
+from batch_jobs.cli.pool_options import Address, CpusPerWorker, Executor, ExecutorName, GpusPerWorker, Workers, pool_of
 
 app = typer.Typer(help="Studies: extract, validate, steer, score, report.", no_args_is_help=True)
-
-
-class ExecutorName(StrEnum):
-    """Where the rows are generated."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 @app.command("run")
@@ -31,19 +23,11 @@ def run(
     ] = None,
     scenarios: Annotated[Path | None, typer.Option(help="Scenarios: a JSON file.")] = None,
     model: Annotated[str | None, typer.Option(help="Local path, hub id, or demo-model.")] = None,
-    executor: Annotated[
-        ExecutorName, typer.Option(help="local: one engine in this process. ray: a pool of engines.")
-    ] = ExecutorName.LOCAL,
-    workers: Annotated[int, typer.Option(min=1, help="Engines of the Ray pool.")] = 1,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each engine.", show_default="tensor_parallel_size, if any")
-    ] = None,
-    cpus_per_worker: Annotated[
-        int | None, typer.Option(min=1, help="CPU cores of each engine.", show_default="an even share")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Address of a running Ray cluster.", show_default="Ray on this machine")
-    ] = None,
+    executor: Executor = ExecutorName.LOCAL,
+    workers: Workers = 1,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
+    address: Address = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the rows again that are stored with an error.")
     ] = False,
@@ -56,15 +40,8 @@ def run(
 
     Options given here replace the config's fields of the same name.
     """
-    from batch_jobs.config.study import StudyError
-
-    if executor is ExecutorName.LOCAL and (workers, gpus_per_worker, cpus_per_worker, address) != (1, None, None, None):
-        raise StudyError(
-            "--workers, --gpus-per-worker, --cpus-per-worker and --address are options of the Ray pool; "
-            "add --executor ray, or leave them out."
-        )
+    pool = pool_of(executor, workers, gpus_per_worker, cpus_per_worker, address)
     given = {"pairs": pairs, "scenarios": scenarios, "model": model}
-    pool = Pool(workers, gpus_per_worker, cpus_per_worker, address) if executor is ExecutorName.RAY else None
     overrides = {field: value for field, value in given.items() if value is not None}
     run_config(config, out, overrides, pool=pool, overwrite=overwrite, retry_failed=retry_failed, quiet=quiet)
 

@@ -6,7 +6,6 @@ Shape suffixes: N texts, D hidden size.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from batch_jobs.files.atomic import atomic_file
 from vllm_steer.errors import SteerError
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -136,19 +136,12 @@ def write_readouts(path: Path, readouts: StudyReadouts) -> None:
         "format": _FORMAT,
         "texts": {text_set: [asdict(text) for text in texts] for text_set, texts in readouts.texts.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_file(path) as part:
         save_file(
             {key.tensor: np.ascontiguousarray(array, dtype=np.float32) for key, array in readouts.arrays.items()},
             part,
             metadata={_METADATA_KEY: json.dumps(about, sort_keys=True)},
         )
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # still there only after a failure
 
 
 def read_readouts(path: Path) -> StudyReadouts:

@@ -1,9 +1,11 @@
-"""Writes a text file so that a reader sees either the old content or the whole new content, never a part."""
+"""Writes files so that a reader sees either the old content or the whole new content, never a part."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,3 +31,23 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)  # already renamed, unless a step failed
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give the block a file to write in the folder of `path`; it becomes `path` when the block ends without an error.
+
+    Makes the folder if it is absent. For writers that take a path and not a text.
+
+    Raises:
+        OSError: the folder cannot be written; `path` is then unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # still there only after a failure

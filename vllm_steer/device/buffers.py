@@ -80,8 +80,8 @@ class SteerBuffers:
         num_blocks: int = 0,
     ) -> None:
         self.can_cut = can_cut
-        segments = max_requests * (1 + max_drafts) + min(num_blocks, MOST_SEGMENTS)
         rows, accumulators = max_windows * max_requests, max_requests * (1 + max_drafts)
+        segments = accumulators + min(num_blocks, MOST_SEGMENTS)
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)

@@ -20,19 +20,20 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from vllm_steer.engine.patching import Attribute, patch
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY, ResolvedReadout
+from vllm_steer.engine.resolved_spec import ResolvedReadout, Watched, resolved_of
 from vllm_steer.errors import NoTraceColumn, SteerError, StreamOverflow
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.watch_run import WatchRun
 from vllm_steer.schema import stop_reason
 
+_PREFIX = "vllm_steer: "
 CUT_OFF_REASON = (
-    f"vllm_steer: steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, the limit in float16, so the "
+    f"{_PREFIX}steering pushed the residual stream beyond ±{FLOAT16_LIMIT:g}, the limit in float16, so the "
     "request was ended; allowed: additions that stay within the limit. Use smaller alphas, or start the engine with "
     "dtype='bfloat16'."
 )
 UNWATCHED_REASON = (
-    "vllm_steer: all trace columns were taken by other requests, so the stop of this one could not be watched and it "
+    f"{_PREFIX}all trace columns were taken by other requests, so the stop of this one could not be watched and it "
     "was ended; allowed: as many directions at a time as there are columns. Send it again later, or start the engine "
     "with steer_config(trace_columns=...) larger."
 )
@@ -80,7 +81,7 @@ def install() -> None:
 def refusal(reason: object) -> SteerError | None:
     """The error that ended a sample with this ``stop_reason``; None if it was none of ours."""
     kind = _REFUSALS.get(reason) if isinstance(reason, str) else None
-    return None if kind is None else kind(str(reason).removeprefix("vllm_steer: "))
+    return None if kind is None else kind(str(reason).removeprefix(_PREFIX))
 
 
 def _update_from_output(original: Any) -> Any:
@@ -89,7 +90,8 @@ def _update_from_output(original: Any) -> Any:
         if marks is None:
             return original(self, scheduler_output, model_runner_output)
         cut_off = [one for one in marks.cut_off if _is_live(self, one)]
-        cut_off += _sharing(self, cut_off)
+        if cut_off:
+            cut_off += _sharing(self, cut_off)
         failed = dict.fromkeys(cut_off, CUT_OFF_REASON)
         failed |= {one: UNWATCHED_REASON for one in marks.unwatched if _is_live(self, one) and one not in failed}
         for request_id in failed:  # drop their tokens, which could end them for another reason
@@ -134,22 +136,24 @@ def _shown(request: Any, watching: Watching, output: Any) -> int | None:
     return None if held is None else max(held + 1 - request.num_tokens, 0)
 
 
-def _stop_of(request: Any) -> Any:
-    stop = ResolvedReadout.load(request.sampling_params.extra_args[RESOLVED_KEY]["readout"]).stop
+def _stop_of(request: Any) -> Watched:
+    resolved = resolved_of(request)
+    stop = None if resolved is None else ResolvedReadout.load(resolved["readout"]).stop
     assert stop is not None  # or it would not be watched
     return stop
 
 
 def _tokens(output: Any, request_id: str) -> list[int]:
+    """The tokens that the step sampled for a request."""
     at = output.req_id_to_index.get(request_id)
     return [] if at is None or not output.sampled_token_ids else list(output.sampled_token_ids[at])
 
 
 def _keep_tokens(output: Any, request_id: str, count: int) -> None:
     """Drop the tokens that the step sampled for a request, but for the first ``count``."""
-    if output.sampled_token_ids and request_id in output.req_id_to_index:
-        at = output.req_id_to_index[request_id]
-        output.sampled_token_ids[at] = list(output.sampled_token_ids[at][:count])
+    sampled = _tokens(output, request_id)
+    if sampled:
+        output.sampled_token_ids[output.req_id_to_index[request_id]] = sampled[:count]
 
 
 def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
@@ -164,8 +168,7 @@ def _sharing(scheduler: Any, failed: list[str]) -> list[str]:
 
 def _steered_blocks(scheduler: Any, request: Any) -> set[int]:
     """Ids of the request's blocks from its first steered token on."""
-    extra = (request.sampling_params.extra_args if request.sampling_params is not None else None) or {}
-    resolved = extra.get(RESOLVED_KEY)
+    resolved = resolved_of(request)
     steered = [] if resolved is None else [start for start, entries, _ in resolved["windows"] if entries]
     if not steered:
         return set()

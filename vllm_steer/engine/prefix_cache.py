@@ -30,7 +30,7 @@ from vllm.v1.simple_kv_offload import manager
 
 from vllm_steer.engine.patching import patch
 from vllm_steer.engine.reader_blocks import BLOCK_SUMS
-from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
+from vllm_steer.engine.resolved_spec import resolved_of, sums_suffice
 from vllm_steer.plan.block_sums import Reader
 
 _KEY = "vllm_steer"
@@ -59,7 +59,7 @@ def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
     Returns:
         ``("vllm_steer", "<digest of the window>@<offset of its first token in the block>,...")``, or None.
     """
-    resolved = _resolved_of(request)
+    resolved = resolved_of(request)
     if resolved is None:
         return None
     begun = [f"{digest}@{first - start}" for first, _, digest in resolved["windows"][1:] if start <= first < end]
@@ -68,7 +68,7 @@ def fork_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
 
 def _get_computed_blocks(original: Any) -> Any:
     def get_computed_blocks(self: Any, request: Any, *bound: int | None) -> Any:
-        resolved = _resolved_of(request)
+        resolved = resolved_of(request)
         if resolved is None or resolved["readout"] is None:
             return original(self, request, *bound)
         readout, sums = resolved["readout"], BLOCK_SUMS.of(self)
@@ -110,12 +110,6 @@ class _Beginning:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._request, name)
-
-
-def _resolved_of(request: Any) -> dict[str, Any] | None:
-    """``Resolved.dump`` of a request of the scheduler; None for one without steering and readout."""
-    params = request.sampling_params
-    return params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
 
 
 EXTRA_KEYS = patch(

@@ -246,6 +246,12 @@ class Resolved:
         )
 
 
+def resolved_of(request: Any) -> dict[str, Any] | None:
+    """``Resolved.dump`` of a request of vLLM's scheduler; None for one without steering and readout."""
+    params = request.sampling_params
+    return params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
+
+
 def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
 

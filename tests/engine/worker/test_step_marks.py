@@ -156,6 +156,16 @@ def test_a_request_ends_with_the_token_with_which_its_stop_holds(monkeypatch: py
     assert (ended.finish_reason, ended.stop_reason) == (FinishReason.STOP, "vllm_steer:kind")
 
 
+def test_no_request_s_blocks_are_looked_at_where_nothing_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = stopping(Watch("kind", above=1.0), num_prompt=3, tokens=4)
+    asked: list[str] = []
+    scheduler.kv_cache_manager.get_block_ids = asked.append
+    one_step(monkeypatch, scheduler, [7], 3, 0.0)
+    one_step(monkeypatch, scheduler, [7], 4, 2.0)
+    assert scheduler.ended == [("one", RequestStatus.FINISHED_STOPPED)]
+    assert asked == []
+
+
 def test_a_stop_within_drafts_shows_the_accepted_ones_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = stopping(Watch("kind", below=0.0), num_prompt=3, tokens=4)
     # Input: token 3 and drafts 4, 5, 6, of which two are accepted; the third would stop and was rejected.

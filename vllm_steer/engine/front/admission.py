@@ -47,7 +47,7 @@ from vllm_steer.plan.entry_rows import (
     STORED,
     Entry,
 )
-from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, Watch, When
+from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, Watch, When, bound_of
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20
@@ -295,9 +295,7 @@ class Admission:
         return entry if steering.when is None else self._conditional(book, entry, steering.when, prompt_len)
 
     def _conditional(self, book: DirectionBook, named: _NamedEntry, when: When, prompt_len: int) -> _NamedEntry:
-        condition = book.find(when.direction, when.layer, self._index_of)
-        layer = condition.layer if when.layer is None else when.layer
-        self._hooked(layer)
+        condition, layer = self._looked_at(book, when)
         if layer > named.layer:
             raise BadCondition(
                 f"when looks at layer {layer} and its entry acts at layer {named.layer}; allowed: the entry's layer or "
@@ -308,9 +306,8 @@ class Admission:
                 f"when looks at layer {layer} and its entry acts at layer {named.layer}; allowed with pipeline "
                 "parallelism: the entry's own layer, since stages hand on nothing but the stream. Look there."
             )
-        bound = when.below if when.above is None else when.above
-        assert bound is not None  # checked by When
-        mode = named.entry.mode | (BELOW if when.above is None else ABOVE)
+        bound, is_above = bound_of(when)
+        mode = named.entry.mode | (ABOVE if is_above else BELOW)
         if when.over == "prompt":
             if layer == named.layer and spans.reach_back(named.steering.span):
                 raise BadCondition(
@@ -463,19 +460,23 @@ class Admission:
         )
 
     def _watched(self, book: DirectionBook, watch: Watch, *, is_stop: bool) -> Watched:
-        direction = book.find(watch.direction, watch.layer, self._index_of)
-        layer = direction.layer if watch.layer is None else watch.layer
+        direction, layer = self._looked_at(book, watch)
         if is_stop and self._num_stages > 1:
             raise BadReadout(
                 "stop came to an engine with pipeline parallelism, whose last stage alone can end a request; allowed "
                 "there: flag. Use it, or start the engine without pipeline parallelism."
             )
-        bound = watch.below if watch.above is None else watch.above
-        assert bound is not None  # checked by Watch
-        is_above = watch.above is not None
+        bound, is_above = bound_of(watch)
         return Watched(
             watch.direction, self._hooked(layer), direction.slot, layer, is_above, bound, watch.patience, is_stop
         )
+
+    def _looked_at(self, book: DirectionBook, condition: When | Watch) -> tuple[Registered, int]:
+        """The direction that a condition names, and the hooked layer at which it looks."""
+        direction = book.find(condition.direction, condition.layer, self._index_of)
+        layer = direction.layer if condition.layer is None else condition.layer
+        self._hooked(layer)
+        return direction, layer
 
     def _trace(self, book: DirectionBook, readout: Readout) -> list[Traced]:
         trace: list[Traced] = []

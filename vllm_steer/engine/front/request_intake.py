@@ -156,14 +156,15 @@ def _admit(admission: Admission, asked: Asked, request: Any) -> None:
     prompt_len = len(request.prompt_token_ids)
     num_computed = None if params.max_tokens is None else prompt_len + params.max_tokens - 1
     resolved = admission.admit(request.request_id, asked.spec, prompt_len, asked.key, num_computed)
-    EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: resolved.dump()})
+    dumped = resolved.dump()
+    EXTRA_ARGS.put(params, {**_without_wire(params), RESOLVED_KEY: dumped})
     if resolved.windows[0].digest:
         CACHE_SALT.put(request, salt(request.cache_salt, resolved.windows[0].digest))
     readout = resolved.readout
-    needs_first = readout is not None and readout.first < 1 and not sums_suffice(resolved.dump()["readout"])
+    needs_first = readout is not None and readout.first < 1 and not sums_suffice(dumped["readout"])
     if resolved.looks_at_prompt or needs_first:  # see ``prefix_cache`` for the others
         SKIP_READING_PREFIX_CACHE.put(params, True)
-    if resolved.readout is not None:
+    if readout is not None:
         admission.remember(request.request_id, asked)
     if asked.admitted is not None:
         asked.admitted()

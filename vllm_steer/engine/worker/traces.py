@@ -9,9 +9,11 @@ has passed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,48 +93,73 @@ class TraceRows:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy to the host of the buffer's rows from ``token`` on, complete once ``has_arrived`` returns True."""
+    """A copy to the host of what a pass wrote from ``token`` on, complete once ``has_arrived`` returns True."""
 
     rows: Sequence[TraceRows]
     token: int
-    values_TK: torch.Tensor
+    values: Mapping[int, torch.Tensor]
     has_arrived: Callable[[], bool]
 
 
-class TraceFlow:
-    """Moves the rows of each step from the buffer into the traces.
+class Flow(ABC):
+    """Moves what each step writes for single tokens from the device into the traces of their requests."""
 
-    Args:
-        trace_TK: (tokens, trace columns) float32, the buffer that the op writes, on the model's device.
-    """
-
-    def __init__(self, trace_TK: torch.Tensor) -> None:
-        self._trace_TK = trace_TK
+    def __init__(self) -> None:
         self._in_buffer: Sequence[TraceRows] = ()
         self._copies: deque[_Copy] = deque()
 
     def expect(self, rows: Sequence[TraceRows]) -> None:
-        """Announce the rows that the next forward pass will write to the buffer."""
+        """Announce the rows that the next forward pass will write."""
         for row in rows:
             row.trace.reserve(row.start + row.count)
         self._in_buffer = rows
 
     def fetch(self) -> None:
-        """Start to copy the last forward pass's rows from the buffer, and sort in the copies that have arrived.
+        """Start to copy the last forward pass's rows to the host, and sort in the copies that have arrived.
 
         Never waits. After a synchronisation of the device, everything is sorted in.
         """
         rows, self._in_buffer = self._in_buffer, ()
         if rows:
             first, end = min(row.token for row in rows), max(row.token + row.count for row in rows)
-            self._copies.append(_Copy(rows, first, *start_copy(self._trace_TK[first:end])))
+            self._copies.append(_Copy(rows, first, *self._start(rows, first, end)))
         while self._copies and self._copies[0].has_arrived():
             copy = self._copies.popleft()
-            values_TK = copy.values_TK.numpy()
             for row in copy.rows:
                 token = row.token - copy.token
-                values_CN = values_TK[token : token + row.count, list(row.columns)].T
-                row.trace.write(row.start, values_CN, row.num_drafts)
+                row.trace.write(row.start, self._own(copy.values, row, token), row.num_drafts)
+
+    @abstractmethod
+    def _start(
+        self, rows: Sequence[TraceRows], first: int, end: int
+    ) -> tuple[Mapping[int, torch.Tensor], Callable[[], bool]]:
+        """Start to copy the tokens [first, end) of the step; the copies, and whether all have arrived."""
+
+    @abstractmethod
+    def _own(self, values: Mapping[int, torch.Tensor], row: TraceRows, token: int) -> Any:
+        """The values of ``row``, whose first token is number ``token`` of the copies, as ``Trace.write`` takes them."""
+
+
+class TraceFlow(Flow):
+    """Moves the projections of each step from the buffer into the traces.
+
+    Args:
+        trace_TK: (tokens, trace columns) float32, the buffer that the op writes, on the model's device.
+    """
+
+    def __init__(self, trace_TK: torch.Tensor) -> None:
+        super().__init__()
+        self._trace_TK = trace_TK
+
+    def _start(
+        self, rows: Sequence[TraceRows], first: int, end: int
+    ) -> tuple[Mapping[int, torch.Tensor], Callable[[], bool]]:
+        values_TK, has_arrived = start_copy(self._trace_TK[first:end])
+        return {0: values_TK}, has_arrived
+
+    def _own(self, values: Mapping[int, torch.Tensor], row: TraceRows, token: int) -> FloatArray:
+        own_CN: FloatArray = values[0].numpy()[token : token + row.count, list(row.columns)].T
+        return own_CN
 
 
 def start_copy(values_TK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:

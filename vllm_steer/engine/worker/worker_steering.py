@@ -104,7 +104,8 @@ class WorkerSteering:
         self.hooked = put_hooks(blocks, how, settings.layers, self.findings.num_layers, self.buffers)
         self._contents: dict[int, str] = {}  # slot -> hash of the vector in it
         self._may_cut = False  # whether the step that was last prepared steers a float16 stream
-        self._stops_in_step: list[TracedTokens] = []  # tokens of that step whose requests have a stop
+        # Tokens of that step whose requests have a stop, with the trace column of it.
+        self._stops_in_step: list[tuple[TracedTokens, int]] = []
         self._unwatched_in_step: list[str] = []
         self._held = {settings.layers.index(layer) for layer in self.hooked}  # of this pipeline stage
         # The front end registers the same files in the same order, so both assign the same slots without a message.
@@ -174,7 +175,9 @@ class WorkerSteering:
             rows = [self._rows(tokens) for tokens in plan.traced]
             self._trace_flow.expect([*rows, *(self._watched_rows(tokens) for tokens in plan.watched)])
             self._stops_in_step = [
-                tokens for tokens in plan.watched if self._stop_column(tokens.request_id) is not None
+                (tokens, column)
+                for tokens in plan.watched
+                if (column := self._stop_column(tokens.request_id)) is not None
             ]
             self._row_flow.expect([self._stored_rows(tokens) for tokens in plan.stored])
 
@@ -191,20 +194,19 @@ class WorkerSteering:
         stops, self._stops_in_step = self._stops_in_step, []
         unwatched, self._unwatched_in_step = self._unwatched_in_step, []
         if stops:
-            first, end = min(one.token for one in stops), max(one.token + one.count for one in stops)
+            first, end = min(one.token for one, _ in stops), max(one.token + one.count for one, _ in stops)
             values_TK, _ = start_copy(self.buffers.trace_TK[first:end])
             if self.buffers.trace_TK.device.type == "cpu":  # the marks may be asked for after the next pass
                 values_TK = values_TK.clone()
         if cut_R is None and values_TK is None and not unwatched:
             return None
         self._may_cut = False
-        columns = [(one, self._stop_column(one.request_id) or 0) for one in stops]
         rows = {} if cut_R is None else self.planner.rows()
 
         def marks() -> StepMarks:
             cut_off = [] if cut_R is None else _marked_requests(rows, cut_R)
             watching = []
-            for one, column in columns:
+            for one, column in stops:
                 assert values_TK is not None  # there is one if there are stops
                 at = one.token - first
                 values = values_TK[at : at + one.count, column].tolist()
