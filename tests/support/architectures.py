@@ -292,7 +292,12 @@ ARCHITECTURES: dict[str, Architecture] = dict(
         _variant("Gemma4ForCausalLM", "inputs by layer", _GEMMA4_LAYER, _GEMMA4_E),
         _wrapper("Gemma4", _GEMMA4_LAYER, _GEMMA4_DENSE),
         _wrapper("Gemma4Unified", _GEMMA4_LAYER, _GEMMA4_DENSE),
-        _text("MiniCPM3", _vllm("minicpm3.MiniCPM3DecoderLayer"), {"scale_emb": 3}),
+        # With a single head vLLM cannot decode one request alone: it writes the rotated part of the query onto itself.
+        _text(
+            "MiniCPM3",
+            _vllm("minicpm3.MiniCPM3DecoderLayer"),
+            {"scale_emb": 3, "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_HEADS},
+        ),
         # The stream itself, (T, D).
         _of_family("gpt2", _vllm("gpt2.GPT2Block")),
         _text("GPTJ", _vllm("gpt_j.GPTJBlock")),
