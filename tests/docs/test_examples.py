@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from tests.docs.conftest import save_kind
 from tests.support.tiny_models import HIDDEN_SIZE
 
 EXAMPLES = ROOT / "examples"
-RUN_HERE = ("steer", "read", "mixed_batch", "own_direction_file", "study_from_python")
+RUN_HERE = ("steer", "read", "ways_to_steer", "mixed_batch", "own_direction_file", "study_from_python")
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -55,6 +57,21 @@ class TestOnOneEngine:
         run("mixed_batch", monkeypatch, deep_model, "--max-tokens", 8)
         lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("}")]
         assert [line.endswith("{}") for line in lines] == [True] * 6 + [False] * 2
+
+    def test_only_answers_to_prompts_above_the_bound_differ_from_unsteered_ones(
+        self, deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        figure = tmp_path / "ways.svg"
+        # Five tokens, at which no answer has ended: all steps have the same shapes, and so the same last bits.
+        run("ways_to_steer", monkeypatch, deep_model, "--earlier-layer", 12, "--max-tokens", 5, "--figure", figure)
+        printed = capsys.readouterr().out
+        bound = float(found[1]) if (found := re.search(r"^bound: (.+)$", printed, re.MULTILINE)) else math.nan
+        for kind in ("distressed", "neutral"):
+            [values] = re.findall(rf"^distress of the {kind} prompts: (.+)$", printed, re.MULTILINE)
+            below = sum(float(value) <= bound for value in values.split())
+            unchanged = dict(re.findall(rf"^(\w+) +{kind} .* as plain (\d)/4", printed, re.MULTILINE))
+            assert unchanged == {"plain": "4", "response": "0", "clamp": ANY, "conditional": str(below), "stop": "0"}
+        assert figure.read_text(encoding="utf-8").count("projection onto empathy") == 5
 
     @pytest.mark.parametrize("ending", ["npy", "safetensors"])
     def test_a_file_of_ones_own_steers(
