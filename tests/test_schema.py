@@ -20,7 +20,10 @@ from vllm_steer.errors import (
     SteerError,
     UnknownField,
 )
-from vllm_steer.schema import OPS, Readout, RequestSpec, Steering, Watch, When
+from vllm_steer.schema.conditions import Watch, When
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import OPS, Steering
 
 ENTRY = {"direction": "kind", "alpha": 1.0}
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         steered,
     )
     from vllm_steer.errors import SteerError
-    from vllm_steer.schema import Crossing, Readout, ReadoutResult, Steering, Watch, When
+    from vllm_steer.schema.conditions import Crossing, Watch, When
+    from vllm_steer.schema.readout import Readout, ReadoutResult
+    from vllm_steer.schema.steering import Steering
     from vllm_steer.settings import steer_config
 
 __version__ = "0.1.0"
@@ -66,12 +68,12 @@ _HOME = {
     "make_direction": "vllm_steer.directions",
     "save_directions": "vllm_steer.directions",
     "SteerError": "vllm_steer.errors",
-    "Readout": "vllm_steer.schema",
-    "ReadoutResult": "vllm_steer.schema",
-    "Crossing": "vllm_steer.schema",
-    "Watch": "vllm_steer.schema",
-    "When": "vllm_steer.schema",
-    "Steering": "vllm_steer.schema",
+    "Readout": "vllm_steer.schema.readout",
+    "ReadoutResult": "vllm_steer.schema.readout",
+    "Crossing": "vllm_steer.schema.conditions",
+    "Watch": "vllm_steer.schema.conditions",
+    "When": "vllm_steer.schema.conditions",
+    "Steering": "vllm_steer.schema.steering",
     "steer_config": "vllm_steer.settings",
     "Diagnosis": "vllm_steer.engine.doctor",
     "diagnose": "vllm_steer.engine.doctor",

@@ -23,7 +23,7 @@ from pydantic import (
 
 from vllm_steer import __version__, spans
 from vllm_steer.errors import SettingsError
-from vllm_steer.schema import Steering
+from vllm_steer.schema.steering import Steering
 
 CONFIG_KEY = "vllm_steer"
 

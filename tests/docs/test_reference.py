@@ -19,7 +19,8 @@ from batch_jobs.run import run_directory
 from tests.docs.blocks import ROOT
 from vllm_steer import client, errors
 from vllm_steer.client import ServerUnreachable
-from vllm_steer.schema import Readout, Steering
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
 from vllm_steer.settings import SteerSettings
 

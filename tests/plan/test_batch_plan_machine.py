@@ -27,7 +27,9 @@ from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
 from vllm_steer.engine.worker import rpc
 from vllm_steer.errors import BankFull
 from vllm_steer.plan.block_sums import BlockSums, Reader
-from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 
 RUNNING, TOKENS, PADDED, DRAFTS = 3, 24, 28, 2  # requests and tokens of a step, rows of a forward pass

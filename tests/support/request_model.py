@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from tests.support.runner_stand_ins import BLOCKS, SIZE
 from tests.support.span_reference import parts_of, positions
-from vllm_steer.schema import Readout, Steering, Watch, When
+from vllm_steer.schema.conditions import Watch, When
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.steering import Steering
 
 HOOKED = (1, 3)
 HOMES = {"a": 1, "b": 3, "c": 1, "both": 1}  # name -> layer; "both" stands at layer 3 too

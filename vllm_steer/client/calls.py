@@ -13,7 +13,9 @@ import httpx
 
 from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.errors import MalformedSpec, NotConfigured
-from vllm_steer.schema import STEERED_HEADER, Readout, Steering
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.steering import Steering
+from vllm_steer.schema.wire import STEERED_HEADER
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

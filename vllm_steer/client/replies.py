@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.client.refusals import refusal_in_stream
-from vllm_steer.schema import Crossing, ReadoutResult, Steering
+from vllm_steer.schema.conditions import Crossing
+from vllm_steer.schema.readout import ReadoutResult
+from vllm_steer.schema.steering import Steering
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ from vllm_steer.client.replies import (
     stored_directions,
 )
 from vllm_steer.directions import Direction
-from vllm_steer.schema import Readout, Steering
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.steering import Steering
 
 
 class SteerClient:

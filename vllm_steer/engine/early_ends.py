@@ -24,7 +24,7 @@ from vllm_steer.engine.resolved_spec import ResolvedReadout, Watched, resolved_o
 from vllm_steer.errors import NoTraceColumn, SteerError, StreamOverflow
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.watch_run import WatchRun
-from vllm_steer.schema import stop_reason
+from vllm_steer.schema.readout import stop_reason
 
 _PREFIX = "vllm_steer: "
 CUT_OFF_REASON = (

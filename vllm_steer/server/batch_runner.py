@@ -16,7 +16,7 @@ from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.request_intake import translated as with_status
 from vllm_steer.engine.patching import patch
 from vllm_steer.errors import NotOnThisRoute, SteerError
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.inbound.bodies import Translated, check_unsteered, translate
 from vllm_steer.server.inbound.steered_routes import CHAT
 from vllm_steer.server.outbound.readouts_in_replies import complete_reply

@@ -19,7 +19,7 @@ from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.vllm_versions import is_disabled
 from vllm_steer.engine.worker_answers import whole_model
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.server.playground.page import playground_router
 from vllm_steer.server.registry.routes import ADMIN_KEY_VARIABLE, SERVER, SteeredServer, router

@@ -19,7 +19,7 @@ from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.permissions import allowed_for
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import MalformedSpec, SteerError
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.inbound.bodies import Checker, Translated, translate
 from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
 from vllm_steer.server.outbound.readouts_in_replies import list_aliases

@@ -30,7 +30,10 @@ from vllm_steer.errors import (
 from vllm_steer.plan.batch_plan import Entry, Pooling
 from vllm_steer.plan.entry_rows import ABOVE, BELOW, CLAMP, HELD_SHIFT, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.plan.trace_columns import HELD
-from vllm_steer.schema import Readout, RequestSpec, Steering, Watch, When
+from vllm_steer.schema.conditions import Watch, When
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.settings import SteerSettings
 
 SIZE = 8

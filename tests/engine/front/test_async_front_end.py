@@ -39,7 +39,8 @@ from vllm_steer.engine.front.admission import Admission, Asked, admission_of
 from vllm_steer.engine.front.async_generate import _generated
 from vllm_steer.engine.front.http_exchange import Exchange
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry
-from vllm_steer.schema import WIRE_KEY, RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.server import batch_runner
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 

@@ -12,7 +12,8 @@ from vllm import CompletionOutput, RequestOutput
 from vllm_steer.engine.front import live_traces
 from vllm_steer.engine.front.async_generate import Collector, Tally
 from vllm_steer.engine.front.http_exchange import Exchange
-from vllm_steer.schema import Readout, Watch
+from vllm_steer.schema.conditions import Watch
+from vllm_steer.schema.readout import Readout
 
 
 class FakeEngine:

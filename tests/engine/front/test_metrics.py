@@ -7,7 +7,9 @@ from prometheus_client import REGISTRY
 
 from vllm_steer.engine.front import metrics
 from vllm_steer.errors import BadAlpha
-from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 
 
 @pytest.fixture(autouse=True)

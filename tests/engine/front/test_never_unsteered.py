@@ -23,7 +23,8 @@ from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.offline import collect_readouts, register_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
-from vllm_steer.schema import WIRE_KEY, RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 

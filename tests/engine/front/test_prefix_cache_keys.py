@@ -22,7 +22,10 @@ from vllm_steer.engine.prefix_cache import fork_key
 from vllm_steer.engine.reader_blocks import STEP_BLOCKS
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.plan.block_sums import StepBlocks
-from vllm_steer.schema import Readout, RequestSpec, Steering, When
+from vllm_steer.schema.conditions import When
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.settings import SteerSettings
 
 BLOCK, TOKENS = 3, 9

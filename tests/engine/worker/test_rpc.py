@@ -18,7 +18,8 @@ from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.engine.worker import rpc, traces
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
-from vllm_steer.schema import WIRE_KEY, RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 
 LAYER, PROMPT_LEN = 1, 3

@@ -21,7 +21,10 @@ from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.engine.worker import step_marks, worker_steering
 from vllm_steer.errors import NoTraceColumn
-from vllm_steer.schema import Readout, RequestSpec, Steering, Watch
+from vllm_steer.schema.conditions import Watch
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.settings import SteerSettings
 
 BLOCK, NULL = 4, 0

@@ -21,7 +21,8 @@ from vllm_steer.errors import (
     TooManyEntries,
     UnknownField,
 )
-from vllm_steer.schema import RequestSpec, Steering
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.inbound.bodies import Translated, translate
 from vllm_steer.server.inbound.steered_routes import (
     CHAT,

@@ -24,7 +24,8 @@ from tests.support.server.registry_stand_ins import (
 )
 from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.errors import BankFull
-from vllm_steer.schema import RequestSpec, Steering
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.registry.registry_folder import RegistryDirectory
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 

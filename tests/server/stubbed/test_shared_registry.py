@@ -30,7 +30,9 @@ from vllm_steer.directions import Direction
 from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.engine.registry import DirectionBook
 from vllm_steer.errors import BankFull, SettingsError, SteerError, UnknownDirection, WrongDimension
-from vllm_steer.schema import Readout, RequestSpec, Steering
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 

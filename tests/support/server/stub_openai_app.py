@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.errors import LayerNotHooked, UnknownDirection
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.settings import SteerSettings
 

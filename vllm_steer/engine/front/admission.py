@@ -47,7 +47,11 @@ from vllm_steer.plan.entry_rows import (
     STORED,
     Entry,
 )
-from vllm_steer.schema import MOST_FLOAT32, Readout, RequestSpec, Steering, Watch, When, bound_of
+from vllm_steer.schema.checks import MOST_FLOAT32
+from vllm_steer.schema.conditions import Watch, When, bound_of
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
 from vllm_steer.settings import SteerSettings
 
 _REMEMBERED_READOUTS = 1 << 20

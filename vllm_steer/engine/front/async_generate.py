@@ -32,7 +32,9 @@ from vllm_steer.engine.front.request_intake import EXTRA_ARGS, asked_of, transla
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.worker_answers import whole_readouts
 from vllm_steer.errors import MalformedSpec, SteerError
-from vllm_steer.schema import WIRE_KEY, Readout, RequestSpec
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY
 
 _LOST = "it is no longer in the workers' store; raise steer_config(readout_store_mib=...)"
 _RAY_STAGE = "ray.llm._internal.batch.stages.vllm_engine_stage"

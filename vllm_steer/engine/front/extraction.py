@@ -13,7 +13,8 @@ from vllm_steer.directions import Direction, make_direction
 from vllm_steer.directions.methods import Method
 from vllm_steer.engine.front.offline import collect_readouts, steered
 from vllm_steer.errors import BadReadout, BadVector, MalformedSpec
-from vllm_steer.schema import Pool, Readout, Span
+from vllm_steer.schema.readout import Pool, Readout
+from vllm_steer.schema.wire import Span
 
 Text = str | Sequence[Mapping[str, Any]]
 """A text, read as it is; or a chat, a list of messages with ``role`` and ``content``, read in the model's template."""

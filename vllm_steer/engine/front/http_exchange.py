@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_steer.errors import SteerError
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from vllm_steer.errors import SteerError
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 
 MAX_LABELS = 64
 OTHER = "other"

@@ -22,7 +22,11 @@ from vllm_steer.engine.front.request_intake import EXTRA_ARGS
 from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.worker_answers import ModelRecord, whole_model, whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
-from vllm_steer.schema import WIRE_KEY, Crossing, Readout, ReadoutResult, RequestSpec, Steering
+from vllm_steer.schema.conditions import Crossing
+from vllm_steer.schema.readout import Readout, ReadoutResult
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import steer_config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 
 from vllm_steer.errors import DirectionNotAllowed
-from vllm_steer.schema import RequestSpec
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.settings import SteerSettings
 
 _KEY_DIGITS = 12

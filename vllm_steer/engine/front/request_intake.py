@@ -16,7 +16,9 @@ from vllm_steer.engine.front.admission import Admission, Asked, admission_of, co
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, sums_suffice
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
-from vllm_steer.schema import WIRE_KEY, RequestSpec, Steering
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.steering import Steering
+from vllm_steer.schema.wire import WIRE_KEY
 
 SALT_PREFIX = "vllm_steer:"
 _TRANSLATED: dict[str, type[SteerError]] = {}

@@ -12,7 +12,7 @@ from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, Convention
 from vllm_steer.engine.worker.layer_experiment import Findings, Layer
 from vllm_steer.errors import LayerNotHooked, UnsupportedModel
-from vllm_steer.schema import Proof
+from vllm_steer.schema.readout import Proof
 
 
 def conventions(findings: Findings, *, allow_unproven: bool) -> tuple[dict[int, Convention], Proof]:

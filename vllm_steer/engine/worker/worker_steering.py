@@ -29,7 +29,7 @@ from vllm_steer.errors import DirectionError, MalformedSpec
 from vllm_steer.plan.batch_plan import BatchPlanner
 from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.plan.step_plan import STEER, TracedTokens
-from vllm_steer.schema import WIRE_KEY
+from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import SteerSettings
 
 SampleKey = tuple[str, int]

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from vllm_steer.engine.front.permissions import allowed_for, check_allowed
 from vllm_steer.errors import MalformedSpec, NotOnThisRoute, TooManyEntries
-from vllm_steer.schema import WIRE_KEY, RequestSpec, decoded, without_duplicates
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.schema.wire import WIRE_KEY, decoded, without_duplicates
 from vllm_steer.server.inbound.misplaced import FIELDS, check_places, misplaced
 from vllm_steer.server.inbound.steered_routes import CHAT_BATCH, LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
 from vllm_steer.settings import SteerSettings

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_steer.errors import MisplacedField
-from vllm_steer.schema import WIRE_KEY
+from vllm_steer.schema.wire import WIRE_KEY
 
 FIELDS = ("steering", "readout")
 # Also after punctuation: a client that splits JSON at its commas sends keys such as '{"steering": [{"direction": "x"'.

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMClientError
 
 from vllm_steer.engine.front.http_exchange import Exchange
 from vllm_steer.errors import NotOnThisRoute, SteerError
-from vllm_steer.schema import REPLY_VERSION, STEERED_HEADER
+from vllm_steer.schema.wire import REPLY_VERSION, STEERED_HEADER
 from vllm_steer.server.outbound.readouts_in_replies import complete_event, complete_reply
 from vllm_steer.server.outbound.refusals import error_body
 from vllm_steer.server.outbound.sse_framing import EventSplitter, data_of, with_data

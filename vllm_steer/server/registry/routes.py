@@ -30,7 +30,7 @@ from vllm_steer.errors import (
     SteerError,
     UnknownDirection,
 )
-from vllm_steer.schema import Steering
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.outbound.refusals import error_body
 from vllm_steer.server.registry.preconditions import Preconditions, entries_of, etag_of
 from vllm_steer.server.registry.shared_registry import SharedRegistry

@@ -1,0 +1,108 @@
+"""The steering and the readout of one request."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from vllm_steer.errors import MalformedSpec, UnknownField
+from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.steering import Steering
+from vllm_steer.schema.wire import OPS_OF_V1, SCHEMA_VERSION, SPANS_OF_V1, decoded
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """The steering and the readout of one request.
+
+    Attributes:
+        steering: the entries. ``None`` if the request does not mention steering, so that the engine's default applies;
+            an empty tuple turns the default off.
+        readout: ``None`` if the request reads nothing.
+    """
+
+    steering: tuple[Steering, ...] | None = None
+    readout: Readout | None = None
+
+    @property
+    def entries(self) -> tuple[Steering, ...]:
+        """``steering``, or an empty tuple for ``None``."""
+        return self.steering or ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every direction that the request names, in entries, conditions and the readout; some more than once."""
+        read = () if self.readout is None else self.readout.names
+        return (*(name for entry in self.entries for name in entry.names), *read)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the request neither steers nor reads."""
+        return not self.steering and self.readout is None
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the wire format that has what this spec uses."""
+        return max((1 if self.readout is None else self.readout.version, *(one.version for one in self.entries)))
+
+    def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
+        """The spec with ``default`` as its steering, if it does not mention steering itself."""
+        return self if self.steering is not None or not default else replace(self, steering=default)
+
+    def dumps(self) -> str:
+        """The JSON string for ``extra_args`` and ``vllm_xargs``."""
+        wire: dict[str, Any] = {"v": self.version}
+        if self.steering is not None:
+            wire["steering"] = [entry.to_json() for entry in self.steering]
+        if self.readout is not None:
+            wire["readout"] = self.readout.to_json()
+        return json.dumps(wire, separators=(",", ":"))
+
+    @classmethod
+    def loads(cls, text: object) -> RequestSpec:
+        """Parse the JSON string that ``dumps`` makes.
+
+        Raises:
+            MalformedSpec: not a string, not JSON, or of the wrong shape or version.
+            UnknownField: it has a field that the wire format does not have.
+            BadAlpha, BadOp, BadSpan, BadReadout: as ``Steering`` and ``Readout``.
+        """
+        return _spec_of(text) if isinstance(text, str) else cls.from_json(decoded(text))
+
+    @classmethod
+    def from_json(cls, wire: object) -> RequestSpec:
+        """Build a spec from a decoded JSON object; raises as ``loads``."""
+        if not isinstance(wire, dict):
+            raise MalformedSpec(f"the steering spec is a JSON {type(wire).__name__}; allowed: an object.")
+        unknown = sorted(set(wire) - {"v", "steering", "readout"})
+        if unknown:
+            raise UnknownField(f"the steering spec has {unknown}; allowed: v, steering, readout. Remove the others.")
+        version = wire.get("v", SCHEMA_VERSION)
+        if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
+            raise MalformedSpec(
+                f"the steering spec has version {version!r}; allowed: 1 to {SCHEMA_VERSION}. Use a client of one of "
+                "these."
+            )
+        steering = wire.get("steering")
+        if not isinstance(steering, list | None):
+            raise MalformedSpec(f"steering is a JSON {type(steering).__name__}; allowed: a list of entries.")
+        readout = wire.get("readout")
+        spec = cls(
+            steering=None if steering is None else tuple(Steering.from_json(entry) for entry in steering),
+            readout=None if readout is None else Readout.from_json(readout),
+        )
+        if version < spec.version:
+            raise MalformedSpec(
+                f"the steering spec has version {version} and uses what version {spec.version} has; allowed there: the "
+                f"spans {', '.join(SPANS_OF_V1)} and the ops {', '.join(OPS_OF_V1)}, without later fields. Say "
+                f"version {spec.version}."
+            )
+        return spec
+
+
+@lru_cache(maxsize=32)
+def _spec_of(text: str) -> RequestSpec:
+    """Cached, because consecutive requests often have the same spec: texts of an extraction, rows of a condition."""
+    return RequestSpec.from_json(decoded(text))
