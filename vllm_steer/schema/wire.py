@@ -14,8 +14,8 @@ A spec without ``v``, as in HTTP bodies, may use everything.
 
 Without ``steering``, the engine's ``default_steering`` applies, if it has one; ``"steering": []`` turns it off.
 
-The checks in this package need only the object itself. Checks that depend on the engine (the name is registered, the layer is
-hooked, α is within the operator's bound) run at admission, in ``vllm_steer.engine.front.admission``.
+The checks in this package need only the object itself. Checks that depend on the engine (the name is registered, the
+layer is hooked, α is within the operator's bound) run at admission, in ``vllm_steer.engine.front.admission``.
 """
 
 from __future__ import annotations

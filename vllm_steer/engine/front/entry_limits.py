@@ -1,0 +1,113 @@
+"""The limits on what the entries for one token may do together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from math import prod
+from operator import attrgetter
+
+from vllm_steer.engine.front.named_entry import NamedEntry
+from vllm_steer.engine.resolved_spec import Window
+from vllm_steer.errors import BadAlpha, TooManyEntries
+from vllm_steer.ops.stream_range import LARGEST_ADDITION, LARGEST_GROWTH
+from vllm_steer.settings import SteerSettings
+
+
+class EntryLimits:
+    """Refuses entries that exceed the operator's limits or the range of the stream.
+
+    Args:
+        settings: the engine's settings.
+        dtype: dtype of the residual stream: ``float16``, ``bfloat16`` or ``float32``.
+    """
+
+    def __init__(self, settings: SteerSettings, dtype: str) -> None:
+        self._settings = settings
+        self._dtype = dtype
+
+    def check_windows(self, windows: Sequence[Window]) -> None:
+        """Refuse more steered windows than ``max_windows``.
+
+        Raises:
+            TooManyEntries: there are more.
+        """
+        steered = sum(bool(window.entries) for window in windows)
+        if steered > self._settings.max_windows:
+            raise TooManyEntries(
+                f"the spans cut the request into {steered} windows that are steered each in its own way; allowed: "
+                f"{self._settings.max_windows}. Use fewer spans, or start the engine with "
+                "steer_config(max_windows=...) larger."
+            )
+
+    def check(self, entries: Sequence[NamedEntry]) -> None:
+        """Refuse entries for one token, sorted by layer, that together exceed a limit at any layer.
+
+        Raises:
+            TooManyEntries, BadAlpha: they do.
+        """
+        growth = _growth(entries)
+        for layer, group in groupby(entries, attrgetter("layer")):
+            here = list(group)
+            if len(here) > self._settings.max_entries:
+                raise TooManyEntries(
+                    f"{len(here)} entries at layer {layer}; allowed: {self._settings.max_entries}. Add the "
+                    "directions up, or start the engine with steer_config(max_entries=...) larger."
+                )
+            self._check_alpha(layer, here)
+            self._check_residual_norm(layer, here)
+            self._check_range(layer, here, growth)
+
+    def _check_alpha(self, layer: int, here: Sequence[NamedEntry]) -> None:
+        total = sum(self._settings.counted(entry.steering, layer) for entry in here)
+        most = self._settings.max_alpha
+        if total > most:
+            is_plain = len(here) == 1 and here[0].steering.alpha == here[0].entry.a and total == abs(here[0].entry.a)
+            got = f"alpha is {here[0].entry.a:g}" if is_plain else f"|alpha| adds up to {total:g}"
+            raise BadAlpha(
+                f"{got} at layer {layer}; allowed: up to {most:g}, over all entries there together. Use smaller ones, "
+                "or start the engine with steer_config(max_alpha=...) larger."
+            )
+
+    def _check_residual_norm(self, layer: int, here: Sequence[NamedEntry]) -> None:
+        multiple = self._settings.max_alpha_residual_norm
+        if multiple is None:
+            return
+        norm = self._settings.residual_norms[layer]
+        total = sum(
+            entry.multiplier * entry.direction.length * (norm if entry.steering.is_multiple else 1.0) for entry in here
+        )
+        if total > multiple * norm:
+            raise BadAlpha(
+                f"the entries at layer {layer} can add a vector of length {total:g} (|alpha| times the direction's "
+                f"length, over all of them), {total / norm:.3g} times the mean residual norm there, {norm:g}; allowed: "
+                f"up to {multiple:g} times, that is {multiple * norm:g}. Use smaller ones, or start the engine with "
+                "steer_config(max_alpha_residual_norm=...) larger."
+            )
+
+    def _check_range(self, layer: int, here: Sequence[NamedEntry], growth: float) -> None:
+        most = LARGEST_ADDITION[self._dtype] / growth
+        total = sum(entry.added * entry.direction.peak for entry in here)
+        if total > most:
+            raise BadAlpha(
+                f"the entries at layer {layer} can add {total:.6g} to an element of the {self._dtype} stream; allowed: "
+                f"up to {most:g} (|alpha| times the direction's largest element, over all entries there), so that the "
+                "stream stays finite. Use smaller ones"
+                + (", or start the engine with dtype='bfloat16'." if self._dtype == "float16" else ".")
+            )
+
+
+def _growth(entries: Sequence[NamedEntry]) -> float:
+    """The most by which entries for one token can multiply the length of its stream, at all layers together.
+
+    Raises:
+        BadAlpha: it is more than ``LARGEST_GROWTH``.
+    """
+    growth = prod(entry.growth for entry in entries)
+    if growth > LARGEST_GROWTH:
+        raise BadAlpha(
+            f"the entries can make a token's stream {growth:.3g} times as long, over all layers; allowed: up to "
+            f"{LARGEST_GROWTH:.3g} times (1 + |alpha| for each that is relative, |alpha| for each scale), so that it "
+            "stays finite. Use smaller ones."
+        )
+    return growth
