@@ -49,9 +49,10 @@ class SteerSettings(BaseModel):
         max_entries: most entries that one request may apply to one token at one layer.
         max_windows: most windows of one request that are steered each in its own way; the spans of its entries cut it
             into them.
-        max_alpha: largest sum of |α| over all entries of a request at one layer; of ``low`` and ``high``, the larger
-            counts. What is in lengths of the stream (α of ``relative`` entries, α − 1 of ``scale``) counts that many
-            times the layer's mean residual norm if ``residual_norms`` has it, else as it is.
+        max_alpha: largest sum of |α| over the entries of a request that act on one token at one layer; of ``low`` and
+            ``high``, the larger counts. What is in lengths of the stream (α of ``relative`` entries, α − 1 of
+            ``scale``) counts that many times the layer's mean residual norm if ``residual_norms`` has it, else as it
+            is.
         readout_store_mib: host memory, in MiB, for finished readouts that have not been collected yet.
         block_sums_mib: memory, in MiB on the model's device, for sums of the residual stream over KV blocks, with which
             a readout may take tokens of its span from the prefix cache; 0 keeps none.
@@ -66,8 +67,8 @@ class SteerSettings(BaseModel):
         max_upload_mib: largest direction file that a server accepts over HTTP, in MiB.
         allowed_directions: alias, or ``key:`` and the first 12 hex digits of an API key's sha256 -> the directions it
             may name. Callers that are not listed may name any.
-        max_alpha_residual_norm: largest Σ|α|·‖d‖ over a request's entries at one layer, in multiples of the layer's
-            mean residual norm, see ``residual_norms``. What is in lengths of the stream counts as it is.
+        max_alpha_residual_norm: largest Σ|α|·‖d‖ over the entries that act on one token at one layer, in multiples of
+            the layer's mean residual norm, see ``residual_norms``. What is in lengths of the stream counts as it is.
         residual_norms: layer -> mean norm of the model's residual stream there, in the stream's own units.
         unproven_model: what to do with a model whose decoder layers were never compared with Hugging Face: ``refuse``
             it, or take the word of the ``experiment`` at start-up. Every readout then says so.

@@ -65,8 +65,8 @@ def steered(
 
     Args:
         params: sampling parameters, or a mapping of their fields.
-        steering: any number of entries at any hooked layers; entries at one layer apply in this order. None
-            leaves the engine's ``default_steering`` on; an empty list turns it off.
+        steering: entries at any hooked layers, as many as ``max_entries`` and ``max_windows`` allow; entries at one
+            layer apply in this order. None leaves the engine's ``default_steering`` on; an empty list turns it off.
         readout: the activations to read, or None.
 
     Raises:
