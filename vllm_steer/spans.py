@@ -10,8 +10,9 @@ part                         positions, with P prompt tokens
                              is not in this span
 ``response``                 from P − 1 on: the last prompt token and everything generated
 ``all``                      from 0 on
-``prompt[-5:]``, ``all[3]``  a slice or one position of ``prompt``, ``generated`` or ``all``, by Python's
-                             rules without a step. Only those of ``prompt`` may be negative
+``prompt[-5:]``, ``all[3]``  a slice or one position of any of these, by Python's rules without a step. Only
+                             those of ``prompt`` may be negative. ``response[:8]`` are the tokens from which
+                             the first 8 generated ones come
 ===========================  ======================================================================
 
 The model never computes the last generated token, so no span reaches it. A part without any token is refused.
@@ -34,7 +35,7 @@ LONG_PROMPT = 1 << 40
 _MOST_PARTS = 16
 _PART = re.compile(r"(prompt|generated|response|all)(?:\[(?:(-?\d{1,9})|(-?\d{1,9})?:(-?\d{1,9})?)\])?")
 _ALLOWED = (
-    "prompt, generated, response, all, slices such as prompt[-5:], generated[:8] or all[3], and sums of these with +"
+    "prompt, generated, response, all, slices such as prompt[-5:], response[:8] or all[3], and sums of these with +"
 )
 
 
@@ -189,8 +190,6 @@ def _part(text: str) -> _Part | None:
     if match is None:
         return None
     base, index, start, stop = match.groups()
-    if base == "response" and text != base:
-        return None
     if text == base:
         return _Part(text, base, None)
     if index is not None:
