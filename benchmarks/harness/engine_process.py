@@ -72,12 +72,20 @@ class EngineProcess:
         plugin: whether vLLM loads the plugin.
         engine_args: passed to ``vllm.LLM``.
         log: file for the output of the process.
+        folder: a clone of this repository whose packages the process imports; None for the one of this process.
     """
 
-    def __init__(self, layers: Sequence[int] | None, plugin: bool, engine_args: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int] | None,
+        plugin: bool,
+        engine_args: Mapping[str, Any],
+        log: Path,
+        folder: Path | None = None,
+    ) -> None:
         settings = json.dumps({"layers": layers, "engine_args": dict(engine_args)})
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_PLUGINS": PLUGIN if plugin else ""}
-        self._process = LineProcess("benchmarks.overhead.engine", settings, environment, log)
+        self._process = LineProcess("benchmarks.overhead.engine", settings, environment, log, folder)
 
     @property
     def start_seconds(self) -> float:

@@ -49,6 +49,7 @@ class LineProcess:
         argument: its one command-line argument.
         environment: variables added to those of this process.
         log: file for its output.
+        folder: working folder, whose packages it imports; None for that of this process.
 
     Attributes:
         start_seconds: seconds from its start until it was ready; set by ``wait``.
@@ -56,7 +57,9 @@ class LineProcess:
 
     start_seconds: float
 
-    def __init__(self, module: str, argument: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, module: str, argument: str, environment: Mapping[str, str], log: Path, folder: Path | None = None
+    ) -> None:
         self._log = log
         self._began = time.perf_counter()
         with log.open("wb") as output:
@@ -66,6 +69,7 @@ class LineProcess:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
+                cwd=folder,
                 env={**os.environ, **ENGINE_ENVIRONMENT, **environment},
             )
 
