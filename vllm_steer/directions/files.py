@@ -4,61 +4,111 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vllm_steer.directions.brainpatch_file import read_brainpatch
 from vllm_steer.directions.control_vector import read_control_vector, write_control_vector
 from vllm_steer.directions.direction import Direction
+from vllm_steer.directions.folders import read_folder
+from vllm_steer.directions.hub import PREFIX, fetched
 from vllm_steer.directions.npy_file import read_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
 from vllm_steer.directions.safetensors_file import read_safetensors, write_safetensors
+from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, of_array
+from vllm_steer.directions.svec_file import read_svec
+from vllm_steer.directions.torch_file import read_torch
 from vllm_steer.directions.unchecked import Stored
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
 _WRITERS = {".safetensors": write_safetensors, ".gguf": write_control_vector}
 
 
-def load_directions(path: str | os.PathLike[str], name: str | None = None, layer: int | None = None) -> list[Direction]:
-    """Read every direction of a file, ordered by layer and name.
+def load_directions(
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    layer: int | None = None,
+    *,
+    layer_index: LayerIndex | None = None,
+    feature: int | None = None,
+) -> list[Direction]:
+    """Read every direction of a file or folder, ordered by layer and name.
+
+    The metadata of a direction from another package has its ``writer``, the ``layer_index`` that was taken, and what
+    else the file says, such as a method or a coefficient. Vectors are taken as they are, without the coefficient.
 
     Args:
-        path: ``.safetensors`` (tensor keys ``name@layer``; float64, float32, float16, bfloat16 or whole numbers),
-            ``.npy`` (one vector of any real dtype) or ``.gguf`` (a control vector; float64, float32, float16 or
-            bfloat16).
-        name: required for ``.npy``; for ``.gguf`` it replaces the stored name or the file's stem.
-        layer: required for ``.npy``, ignored otherwise.
+        path: a ``.safetensors``, ``.gguf``, ``.npy``, ``.pt``, ``.svec`` or ``.brainpatch`` file; a folder of
+            rotalabs-steer, repsteer, sae-lens, persona-vectors or concept-probes; or ``hf://owner/repository/path``.
+        name: replaces the name, which is otherwise the stored one or the file's stem; required for ``.npy``.
+        layer: reads this layer only, counted as the file does. Required where one vector comes without a layer, as in
+            ``.npy``.
+        layer_index: how the file counts layers: ``block_output`` if index L is the output of block L, ``hidden_states``
+            if index 0 is the embeddings and L the output of block L − 1. Required where the format does not say it.
+        feature: number of the feature of a sparse autoencoder.
 
     Raises:
-        BadDirectionFile: the file is missing, truncated, of another format or dtype, or holds no direction.
+        BadDirectionFile: the file is missing, truncated, of another format or dtype, holds no direction, or means
+            something else than an addition to the output of a block; or an argument that it needs is missing.
         BadVector: a vector is not finite, not one-dimensional, or zero.
+        MalformedSpec: ``layer_index`` is another one.
     """
-    file = Path(path)
-    if not os.path.isfile(file):  # Path.is_file would raise for a name that is too long
-        raise BadDirectionFile(f"no direction file at {file}; give the path of a .safetensors, .npy or .gguf file.")
-    if file.suffix == ".safetensors":
-        found = read_safetensors(file)
-    elif file.suffix == ".npy":
-        if name is None or layer is None:
-            raise BadDirectionFile(
-                f"{file} is a .npy file, which stores neither name nor layer; allowed here: files that do. Call "
-                "load_directions(path, name=..., layer=...), or convert it: vllm-steer convert FILE.npy "
-                "FILE.safetensors --name NAME --layer LAYER."
-            )
-        found = [Stored(name, layer, read_npy(file))]
-    elif file.suffix == ".gguf":
-        found = read_control_vector(file, name)
+    if layer_index is not None and layer_index not in LAYER_INDICES:
+        raise MalformedSpec(f"layer_index is {layer_index!r}; allowed: {', '.join(LAYER_INDICES)}. Give one of them.")
+    said = Said(name, layer, layer_index, feature)
+    file = fetched(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    if os.path.isdir(file):
+        found = read_folder(file, said)
+    elif not os.path.isfile(file):  # Path.is_file would raise for a name that is too long
+        raise BadDirectionFile(
+            f"no direction file at {file}; give the path of a file ({', '.join(_READERS)}) or of another package's "
+            "folder."
+        )
+    elif file.suffix in _READERS:
+        found = _READERS[file.suffix](file, said)
     else:
         raise BadDirectionFile(
-            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: .safetensors, .npy, .gguf. Read it with the "
+            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_READERS)}. Read it with the "
             "library that wrote it, make a Direction of each vector and write them with save_directions."
         )
     if not found:
         raise BadDirectionFile(
-            f"{file} holds no direction; allowed: at least one tensor, named name@layer (.safetensors) or direction.N "
-            "(.gguf). Extract or export it again."
+            f"{file} holds no direction{'' if layer is None else f' of layer {layer}'}; allowed: at least one tensor, "
+            "named name@layer (.safetensors) or direction.N (.gguf). Extract or export it again."
         )
     directions = [_checked(file, one) for one in found]
     return sorted(directions, key=lambda direction: (direction.layer, direction.name))
+
+
+def _read_safetensors(file: Path, said: Said) -> list[Stored]:
+    is_sae = file.name == "sae_weights.safetensors" and (file.parent / "cfg.json").is_file()
+    return read_folder(file.parent, said) if is_sae else read_safetensors(file, said)
+
+
+def _read_npy(file: Path, said: Said) -> list[Stored]:
+    if (file.parent / "bias.json").is_file() and file.name == "weights.npy" and said.layer is None:
+        return read_folder(file.parent, said)
+    is_stack = said.layer_index is not None
+    if said.name is None or (said.layer is None and not is_stack):
+        raise BadDirectionFile(
+            f"{file} is a .npy file, which stores neither name nor layer; allowed here: files that do. Call "
+            "load_directions(path, name=..., layer=...), or convert it: vllm-steer convert FILE.npy "
+            "FILE.safetensors --name NAME --layer LAYER."
+        )
+    if not is_stack and said.layer is not None:
+        return [Stored(said.name, said.layer, read_npy(file))]
+    return of_array(file, read_npy(file), said, "numpy")
+
+
+_READERS: dict[str, Callable[[Path, Said], list[Stored]]] = {
+    ".safetensors": _read_safetensors,
+    ".gguf": read_control_vector,
+    ".npy": _read_npy,
+    ".pt": read_torch,
+    ".pth": read_torch,
+    ".svec": read_svec,
+    ".brainpatch": read_brainpatch,
+}
 
 
 def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction]) -> None:

@@ -1,18 +1,32 @@
-"""Directions in safetensors files: one tensor per direction, named ``name@layer``."""
+"""Directions in safetensors files: one tensor per direction, named ``name@layer``; and what other packages write.
+
+================  =====================================================  =============
+writer            tensors                                                counts layers
+================  =====================================================  =============
+this package      ``name@layer``                                         block_output
+saklas            ``layer_L``, beside a JSON file of the same stem        block_output
+steerkit          ``direction.METHOD``, the layer in the file's metadata  block_output
+persona-vectors   ``steering_vector`` beside ``metadata.json``            block_output
+any other         one vector, or one vector a layer                       as given
+================  =====================================================  =============
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_steer.directions.bfloat16 import float32_of_bfloat16
 from vllm_steer.directions.direction import Direction
+from vllm_steer.directions.json_file import read_json_object
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
+from vllm_steer.directions.said import NOTHING_SAID, Said, member, number_of, of_array, stored
 from vllm_steer.directions.unchecked import LAYER, LAYERS_ALLOWED, METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
@@ -37,14 +51,135 @@ _DTYPES = {
 }
 
 
-def read_safetensors(file: Path) -> list[Stored]:
+def read_safetensors(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
     """Read all tensors of a file, in memory proportional to its size.
 
     Names and dtypes are checked first, so that a model's checkpoint is refused before its tensors are read.
 
     Raises:
-        BadDirectionFile: the file is damaged, or a tensor's name, dtype or shape is not allowed.
+        BadDirectionFile: the file is damaged, a tensor's name, dtype or shape is not allowed, the vectors belong to
+            another site than the output of a block, or the caller must say what the file does not.
     """
+    keys, metadata = _header(file)
+    if any("@" in key for key in keys):
+        return _chosen(file, _own(file), said)
+    read = _reader(file, keys, metadata, said)
+    if read is None:
+        for key in keys:
+            _check(file, key, "F32")
+        return []
+    return read(file, metadata, said)
+
+
+def read_tensors(file: Path, only: str | None = None, shown: Path | None = None) -> dict[str, npt.NDArray[Any]]:
+    """The tensors of a file by name; bfloat16 becomes float32.
+
+    Args:
+        file: the file.
+        only: the name of the one tensor to return.
+        shown: the file that messages name.
+
+    Raises:
+        BadDirectionFile: the file is damaged, or a dtype or shape is not allowed.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # not annotated
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shown or file, error) from None
+    return {key: _values(shown or file, key, tensor) for key, tensor in tensors if only in (None, key)}
+
+
+def _header(file: Path) -> tuple[list[str], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            return list(opened.keys()), opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> BadDirectionFile:
+    return BadDirectionFile(
+        f"{file} is not a readable safetensors file ({one_line(error)}); allowed: undamaged files. Copy it again, "
+        "or write it again with save_directions."
+    )
+
+
+def _reader(
+    file: Path, keys: Sequence[str], metadata: Mapping[str, str], said: Said
+) -> Callable[[Path, Mapping[str, str], Said], list[Stored]] | None:
+    if "hidden_states" in keys and "token_ids" in keys:
+        raise BadDirectionFile(
+            f"{file} is a capture of hidden states; allowed: directions. Make one of it: make_direction of the rows of "
+            "two kinds of texts."
+        )
+    if keys and all(re.fullmatch(rf"layer_{LAYER}", key) for key in keys):
+        return _saklas
+    if keys and "hook_site" in metadata and all(key.startswith("direction.") for key in keys):
+        return _steerkit
+    if list(keys) == ["steering_vector"] and (file.parent / "metadata.json").is_file() and said.layer is None:
+        return _persona_vector
+    return _plain if len(keys) == 1 and (said.layer is not None or said.layer_index is not None) else None
+
+
+def _saklas(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    beside = file.with_suffix(".json")
+    method = read_json_object(beside).get("method") if beside.is_file() else None
+    layers = {int(key.removeprefix("layer_")): vector for key, vector in read_tensors(file).items()}
+    counts, name = said.layer_index or "block_output", said.name or file.stem
+    return [
+        stored(file, name, layer, vector.reshape(-1), counts, "saklas", method=method)
+        for layer, vector in layers.items()
+        if said.layer in (None, layer)
+    ]
+
+
+def _steerkit(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    site, layer = metadata["hook_site"], metadata.get("layer", "")
+    if site != "resid_post" or re.fullmatch(LAYER, layer) is None or layer == metadata.get("n_total_layers"):
+        raise BadDirectionFile(
+            f"{file} belongs to {site!r:.{MOST_QUOTED}} of layer {layer!r:.{MOST_QUOTED}} (-1 is the embeddings, the "
+            "number of layers the final norm); allowed: resid_post of a block. Train a probe there."
+        )
+    base = said.name or file.name.removesuffix(".safetensors").removesuffix(".probe")
+    names = {key: f"{base}.{key.removeprefix('direction.')}" for key in read_tensors(file)}
+    return [
+        stored(file, names[key], int(layer), vector.reshape(-1), "block_output", "steerkit", method=key[10:])
+        for key, vector in read_tensors(file).items()
+    ]
+
+
+def _persona_vector(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    beside = file.parent / "metadata.json"
+    about = read_json_object(beside)
+    said = said._replace(layer=number_of(beside, member(beside, about, "layer"), "a layer"))
+    name = str(about.get("persona_id") or file.stem)
+    vector = read_tensors(file)["steering_vector"]
+    alpha = about.get("suggested_alpha")
+    return of_array(file, vector, said, "persona-vectors", "block_output", name, suggested_alpha=alpha)
+
+
+def _plain(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    ((_, vector),) = read_tensors(file).items()
+    return of_array(file, vector, said, "safetensors")
+
+
+def _chosen(file: Path, found: list[Stored], said: Said) -> list[Stored]:
+    names = sorted({one.name for one in found})
+    if said.name is not None and len(names) > 1:
+        raise BadDirectionFile(
+            f"{file} holds the names {str(names)[:MOST_QUOTED]}, got one name for them; allowed: another name for a "
+            "file with one. Leave it out."
+            "file with one. Leave it out."
+        )
+    here = [one for one in found if said.layer in (None, one.layer)]
+    return here if said.name is None else [one._replace(name=said.name) for one in here]
+
+
+def _own(file: Path) -> list[Stored]:
     from safetensors import SafetensorError, deserialize, safe_open
 
     try:
@@ -55,10 +190,7 @@ def read_safetensors(file: Path) -> list[Stored]:
         # Not get_tensor(), which needs PyTorch for bfloat16. Both calls check every offset against the file's size.
         tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # not annotated
     except (SafetensorError, OSError) as error:
-        raise BadDirectionFile(
-            f"{file} is not a readable safetensors file ({one_line(error)}); allowed: undamaged files. Copy it again, "
-            "or write it again with save_directions."
-        ) from None
+        raise _damaged(file, error) from None
     return [_stored(file, key, tensor, written.get(key, (None, {}))) for key, tensor in tensors]
 
 
@@ -80,8 +212,13 @@ def write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
 def _check(file: Path, key: str, dtype: str) -> None:
     if re.fullmatch(LAYER, key.rpartition("@")[2]) is None or "@" not in key:
         raise BadDirectionFile(
-            f"{file} has a tensor named {key!r:.{MOST_QUOTED}}; allowed: name@layer, layer {LAYERS_ALLOWED}. Rename it."
+            f"{file} has a tensor named {key!r:.{MOST_QUOTED}}; allowed: name@layer, layer {LAYERS_ALLOWED}. Rename "
+            "it; or, if it is one vector or one vector a layer, give layer= or layer_index=."
         )
+    _check_dtype(file, key, dtype)
+
+
+def _check_dtype(file: Path, key: str, dtype: str) -> None:
     if dtype not in _DTYPES:
         raise BadDirectionFile(
             f"{file} stores {key!r:.{MOST_QUOTED}} as {dtype}; allowed: {', '.join(_DTYPES)}. Convert it to float32 "
@@ -90,18 +227,23 @@ def _check(file: Path, key: str, dtype: str) -> None:
 
 
 def _stored(file: Path, key: str, tensor: Mapping[str, Any], written: _Written) -> Stored:
+    _check(file, key, tensor["dtype"])  # checked again: the file may have been replaced
+    vector = _values(file, key, tensor)
+    name, _, layer = key.rpartition("@")
+    return Stored(name, int(layer), vector, *written)
+
+
+def _values(file: Path, key: str, tensor: Mapping[str, Any]) -> npt.NDArray[Any]:
     dtype, shape = tensor["dtype"], tensor["shape"]
-    _check(file, key, dtype)  # checked again: the file may have been replaced
+    _check_dtype(file, key, dtype)
     values = np.frombuffer(tensor["data"], _DTYPES[dtype])
     try:
-        vector = (float32_of_bfloat16(values) if dtype == _BFLOAT16 else values).reshape(shape)
+        return (float32_of_bfloat16(values) if dtype == _BFLOAT16 else values).reshape(shape)
     except ValueError:  # (0, 2**63), or more dimensions than an array can have
         raise BadDirectionFile(
             f"{file} holds {key!r:.{MOST_QUOTED}} of shape {shape!s:.{MOST_QUOTED}}; allowed: [D] with D the hidden "
             "size. Write one vector a tensor."
         ) from None
-    name, _, layer = key.rpartition("@")
-    return Stored(name, int(layer), vector, *written)
 
 
 def _written(file: Path, metadata: Mapping[str, str]) -> dict[str, _Written]:
