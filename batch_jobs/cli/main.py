@@ -45,7 +45,7 @@ def score(
 @app.command("convert")
 def convert(
     source: Annotated[str, typer.Argument(help="Directions: a file or folder of any known writer, or hf://…")],
-    target: Annotated[Path, typer.Argument(help="File to write: .safetensors or .gguf.")],
+    target: Annotated[Path, typer.Argument(help="File to write: .safetensors, .gguf, .npy or .pt.")],
     name: Annotated[str | None, typer.Option(help="Name of the directions; a .npy file holds none.")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="The one layer to read; a .npy file holds none.")] = None,
     layer_index: Annotated[

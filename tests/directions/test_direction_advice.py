@@ -214,6 +214,6 @@ def test_a_file_of_another_ending_is_taken_through_a_direction(tmp_path: Path) -
     refused(lambda: load_directions(tmp_path / "d.bin"), "make a Direction of each vector and write them with save_dir")
     save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, torch.load(tmp_path / "d.bin"))])
     assert load_directions(tmp_path / "d.safetensors")
-    for ending in (".pt", ".npy"):
+    for ending in (".bin", ".svec"):
         with pytest.raises(BadDirectionFile, match=r"allowed: \.safetensors, \.gguf"):
             save_directions(tmp_path / f"d{ending}", load_directions(tmp_path / "d.safetensors"))

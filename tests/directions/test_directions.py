@@ -158,7 +158,9 @@ KIND = Direction("kind", 1, VALUES[0])
     [
         ("d.safetensors", [], "no directions"),
         ("d.safetensors", [KIND, KIND], "'kind@1' comes twice"),
-        ("d.npy", [KIND], r"'\.npy'; allowed: \.safetensors, \.gguf"),
+        ("d.bin", [KIND], r"'\.bin'; allowed: \.safetensors, \.gguf"),
+        ("d.npy", [KIND, Direction("cold", 2, VALUES[1])], "one vector"),
+        ("d.pt", [KIND, Direction("cold", 1, VALUES[1])], "one direction a layer"),
         ("d.gguf", [KIND, Direction("cold", 2, VALUES[1])], "one name"),
         ("d.gguf", [KIND, Direction("cold", 0, VALUES[1])], "layer 0"),
         ("d.gguf", [Direction("kind", 0, VALUES[0])], "layer 0"),

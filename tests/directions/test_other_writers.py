@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tests.support.shared_formats import BEGIN, END, FORMATS, PAGE, SAMPLES, Sample, table
-from vllm_steer.directions import Direction, load_directions
+from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
 D = 8
@@ -207,6 +207,26 @@ def test_what_is_no_direction_is_refused(tmp_path: Path, content: object) -> Non
     assert "\n" not in str(caught.value)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    layers=st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
+    values=st.integers(0, 1 << 31).map(lambda seed: np.random.default_rng(seed).standard_normal((4, D))),
+)
+def test_what_is_written_for_lm_eval_and_numpy_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, layers: list[int], values: npt.NDArray[np.float64]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    written = [Direction("kind", layer, row) for layer, row in zip(sorted(layers), values, strict=False)]
+    save_directions(folder / "kind.pt", written)
+    save_directions(folder / "kind.npy", written[:1])
+    read = load_directions(folder / "kind.pt")
+    assert [(one.key, one.content_hash) for one in read] == [(one.key, one.content_hash) for one in written]
+    (back,) = load_directions(folder / "kind.npy", "kind", written[0].layer)
+    assert back.content_hash == written[0].content_hash
+    entry = torch.load(folder / "kind.pt", weights_only=True)[f"layers.{written[0].layer}"]
+    assert (entry["action"], entry["steering_coefficient"], entry["bias"]) == ("add", 1.0, None)
+
+
 # Folders
 
 
@@ -280,8 +300,6 @@ def test_a_plain_safetensors_file_and_a_stack_in_npy(tmp_path: Path) -> None:
 
 
 def test_own_files_can_be_read_under_another_name_and_by_layer(tmp_path: Path) -> None:
-    from vllm_steer import save_directions
-
     save_directions(tmp_path / "d.safetensors", [Direction("kind", layer, ROWS[layer]) for layer in (1, 2)])
     assert keys(load_directions(tmp_path / "d.safetensors", "warm", 2)) == ["warm@2"]
     save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, ROWS[1]), Direction("cold", 1, ROWS[2])])

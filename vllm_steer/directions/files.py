@@ -12,16 +12,21 @@ from vllm_steer.directions.control_vector import read_control_vector, write_cont
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.folders import read_folder
 from vllm_steer.directions.hub import PREFIX, fetched
-from vllm_steer.directions.npy_file import read_npy
+from vllm_steer.directions.npy_file import read_npy, write_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
 from vllm_steer.directions.safetensors_file import read_safetensors, write_safetensors
 from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, of_array
 from vllm_steer.directions.svec_file import read_svec
-from vllm_steer.directions.torch_file import read_torch
+from vllm_steer.directions.torch_file import read_torch, write_torch
 from vllm_steer.directions.unchecked import Stored
 from vllm_steer.errors import BadDirectionFile, BadVector, MalformedSpec
 
-_WRITERS = {".safetensors": write_safetensors, ".gguf": write_control_vector}
+_WRITERS = {
+    ".safetensors": write_safetensors,
+    ".gguf": write_control_vector,
+    ".npy": write_npy,
+    ".pt": write_torch,
+}
 
 
 def load_directions(
@@ -112,10 +117,11 @@ _READERS: dict[str, Callable[[Path, Said], list[Stored]]] = {
 
 
 def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction]) -> None:
-    """Write directions to ``path`` (``.safetensors`` or ``.gguf``), atomically, as float32.
+    """Write directions to ``path``, atomically, as float32.
 
-    A GGUF control vector holds one name, and no layer 0, because llama.cpp starts at layer 1; it loses the directions'
-    metadata.
+    ``.safetensors`` keeps everything. A ``.gguf`` control vector holds one name, and no layer 0, because llama.cpp
+    starts at layer 1. ``.npy`` holds one vector, without name and layer. ``.pt`` is what lm-eval's ``steered`` model
+    reads, one direction a layer, without names; it needs PyTorch. All but the first lose the directions' metadata.
 
     Raises:
         BadDirectionFile: there are no directions, two have the same name and layer, the suffix is another one, or the
@@ -124,7 +130,8 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
     file = Path(path)
     if file.suffix not in _WRITERS:
         raise BadDirectionFile(
-            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: .safetensors, .gguf. Choose one of these endings."
+            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_WRITERS)}. Choose one of these "
+            "endings."
         )
     if not directions:
         raise BadDirectionFile(f"no directions to write to {file}; allowed: at least one. Give one.")

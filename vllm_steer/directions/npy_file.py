@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.errors import BadDirectionFile
 
@@ -18,6 +20,20 @@ _NUMPY_ERRORS = (
     *(SyntaxError, tokenize.TokenError, MemoryError, RecursionError),
 )
 _DO = "Save it as numpy.save(path, numpy.asarray(vector, 'float32'))."
+
+
+def write_npy(file: Path, directions: Sequence[Direction]) -> None:
+    """Write one direction's vector as float32; the file keeps neither its name nor its layer.
+
+    Raises:
+        BadDirectionFile: there are several directions.
+    """
+    if len(directions) > 1:
+        raise BadDirectionFile(
+            f"a .npy file holds one vector, got {len(directions)} directions; allowed: one. Write a .safetensors file."
+        )
+    with file.open("wb") as opened:
+        np.save(opened, directions[0].vector)
 
 
 def read_npy(file: Path) -> npt.NDArray[Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.json_file import read_json_object
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, member, number_of, of_array, stored
@@ -82,11 +83,41 @@ def read_rotalabs(file: Path, said: Said) -> Stored:
     return found
 
 
-def _loaded(file: Path) -> Any:
+def write_torch(file: Path, directions: Sequence[Direction]) -> None:
+    """Write directions as lm-eval's ``steered`` model reads them: one a layer, to be added with coefficient 1.
+
+    Raises:
+        BadDirectionFile: two directions have the same layer, or PyTorch is not installed.
+    """
+    torch = _torch(file)
+    layers = [one.layer for one in directions]
+    if len(set(layers)) < len(layers):
+        raise BadDirectionFile(
+            "a .pt file for lm-eval holds one direction a layer, got several; allowed: one name. Write a file for each."
+        )
+    content = {
+        f"layers.{one.layer}": {
+            "steering_vector": torch.from_numpy(one.vector.copy()),
+            "steering_coefficient": 1.0,
+            "action": "add",
+            "bias": None,
+            "head_index": None,
+        }
+        for one in directions
+    }
+    torch.save(content, file)
+
+
+def _torch(file: Path) -> Any:
     try:
         import torch
     except ModuleNotFoundError:
         raise BadDirectionFile(f"{file} is a PyTorch file and PyTorch is not installed; install torch.") from None
+    return torch
+
+
+def _loaded(file: Path) -> Any:
+    torch = _torch(file)
     try:
         with zipfile.ZipFile(file) as archive:
             # What PyTorch writes is not compressed, so no file takes more memory than its size.
