@@ -88,7 +88,11 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(folder: Path, name: 
     assert refusal(lambda: load(path), len(BROKEN[name]), str(path)) is not None
 
 
-@pytest.mark.parametrize("name", [name for name in BROKEN if name.endswith(".safetensors")])
+# An upload gets the name in the URL, whatever the file calls it.
+UPLOADS = [name for name in BROKEN if name.endswith(".safetensors") and not name.startswith("a name ")]
+
+
+@pytest.mark.parametrize("name", UPLOADS)
 def test_a_broken_upload_is_refused_and_does_not_say_where_the_server_keeps_it(folder: Path, name: str) -> None:
     body = BROKEN[name]
     refused = refusal(lambda: uploaded_directions("kind", None, body), len(body), "the upload")

@@ -126,6 +126,7 @@ def test_a_graph_compiled_without_the_hooks_is_not_served_to_a_configured_engine
 
 # llama's compiled engine is the one above.
 @pytest.mark.slow
+@pytest.mark.breadth
 @pytest.mark.conformance("torch.compile")
 @pytest.mark.parametrize("family", ["gpt2"], indirect=True)
 def test_a_compiled_engine_gives_the_same(workload: Workload, open_engine: OpenEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given
@@ -234,7 +236,36 @@ def test_an_upload_that_does_not_say_how_long_it_is_is_cut_off_at_the_limit(clie
     refusal(client.put(f"{ROOT}/bad", content=endless(), headers=ADMIN), 413, "UploadTooLarge")
 
 
-def test_a_file_of_other_names_is_refused(client: TestClient, tmp_path: Path) -> None:
+def test_files_of_other_packages_are_taken_under_the_name_in_the_url(client: TestClient, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((LAYER + 2, SIZE)).astype("<f4")
+    torch.save(torch.from_numpy(rows), tmp_path / "rows.pt")
+    np.save(tmp_path / "row.npy", rows[1])
+    save_directions(tmp_path / "one.gguf", [Direction("other", LAYER, rows[0])])
+    (tmp_path / "one.svec").write_text(json.dumps({"directions": {str(LAYER): rows[2].tolist()}}))
+    sent = {
+        "rows.pt": ({"format": "pt", "layer_index": "hidden_states", "layer": LAYER + 1}, rows[LAYER + 1]),
+        "row.npy": ({"format": "npy", "layer": LAYER}, rows[1]),
+        "one.gguf": ({"format": "gguf"}, rows[0]),
+        "one.svec": ({"format": "svec"}, rows[2]),
+    }
+    for number, (file, (params, vector)) in enumerate(sent.items()):
+        body = (tmp_path / file).read_bytes()
+        reply = client.put(f"{ROOT}/kind", params=params, content=body, headers=ADMIN)
+        assert reply.status_code == (200 if number else 201), reply.text
+        assert reply.json()["directions"][0]["content_hash"] == Direction("kind", LAYER, vector).content_hash
+        assert names(client) == [("kind", LAYER), ("needed", LAYER)]
+    stack = (tmp_path / "rows.pt").read_bytes()
+    message = refusal(
+        client.put(f"{ROOT}/kind", params={"format": "pt"}, content=stack, headers=ADMIN), 400, "BadDirectionFile"
+    )
+    assert "how it counts layers" in message
+    assert "/tmp" not in message
+    renamed = file_of(Direction("other", LAYER, KIND.vector), folder=tmp_path)
+    assert client.put(f"{ROOT}/warm", content=renamed, headers=ADMIN).status_code == 201
+    assert ("warm", LAYER) in names(client)
+
+
+def test_a_file_of_several_names_is_refused(client: TestClient, tmp_path: Path) -> None:
     body = file_of(Direction("kind", 1, KIND.vector), Direction("stowaway", 1, KIND.vector), folder=tmp_path)
     assert "'stowaway'" in refusal(client.put(f"{ROOT}/kind", content=body, headers=ADMIN), 400, "BadDirectionFile")
     assert names(client) == [("needed", LAYER)]

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from vllm_steer import __version__
+from vllm_steer.directions.said import LayerIndex
 from vllm_steer.engine.front import metrics
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
@@ -34,7 +35,7 @@ from vllm_steer.schema.steering import Steering
 from vllm_steer.server.outbound.refusals import error_body
 from vllm_steer.server.registry.preconditions import Preconditions, entries_of, etag_of
 from vllm_steer.server.registry.shared_registry import SharedRegistry
-from vllm_steer.server.registry.upload import packed_directions, read_upload, uploaded_directions
+from vllm_steer.server.registry.upload import FileForm, packed_directions, read_upload, uploaded_directions
 from vllm_steer.settings import SteerSettings
 
 ADMIN_KEY_VARIABLE = "VLLM_STEER_ADMIN_KEY"
@@ -156,20 +157,25 @@ async def put_direction(
     request: Request,
     name: str,
     layer: Layer = None,
+    format: FileForm | None = None,
+    layer_index: LayerIndex | None = None,
     if_match: Condition = None,
     if_none_match: Condition = None,
     x_admin_key: Condition = None,
 ) -> JSONResponse:
     """Register or replace a name at the layers in the body; other layers of the name stay as they are.
 
-    Requests in flight keep the vectors they were admitted with. The body is a safetensors file, or with ``?layer=`` one
-    vector of float32 little-endian numbers.
+    Requests in flight keep the vectors they were admitted with. The body is a safetensors file; with ``?format=`` a
+    file of another format, which ``layer`` and ``layer_index`` explain as in ``load_directions``; or with ``?layer=``
+    alone one vector of float32 little-endian numbers.
     """
     server = _server(request)
     _check_admin(x_admin_key)
     length = request.headers.get("Content-Length")
     body = await read_upload(request.stream(), length, server.settings.max_upload_mib)
-    directions = await run_in_threadpool(uploaded_directions, name, layer, body)
+    directions = await run_in_threadpool(uploaded_directions, name, layer, body, format, layer_index)
+    if layer is not None:
+        layer = directions[0].layer  # a file may count layers in another way
     is_new = True
 
     def check(before: DirectionBook, after: DirectionBook) -> None:

@@ -1,16 +1,19 @@
-"""Reads and checks uploads of directions. It reads no format that could carry code."""
+"""Reads and checks uploads of directions. It runs no code from them."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from vllm_steer.directions import Direction, load_directions, save_directions
+from vllm_steer.directions.said import LayerIndex
 from vllm_steer.errors import BadDirectionFile, DirectionError, MalformedSpec, UploadTooLarge
 
+FileForm = Literal["safetensors", "gguf", "npy", "pt", "svec", "brainpatch"]
 _ITEM_BYTES = 4
 
 
@@ -40,19 +43,23 @@ async def read_upload(chunks: AsyncIterator[bytes], announced: str | None, max_m
     return bytes(body)
 
 
-def uploaded_directions(name: str, layer: int | None, body: bytes) -> list[Direction]:
+def uploaded_directions(
+    name: str, layer: int | None, body: bytes, form: FileForm | None = None, layer_index: LayerIndex | None = None
+) -> list[Direction]:
     """The directions of an upload.
 
     Args:
-        name: the name that all of them must have.
-        layer: if given, the body is one vector of float32 little-endian numbers for that layer; otherwise it is a
-            safetensors file with tensors ``name@layer``.
+        name: the name that all of them get; a file with one other name is taken under this one.
+        layer: with a ``form``, the one layer to read, as in ``load_directions``. Without one, the body is one vector
+            of float32 little-endian numbers for that layer.
         body: the bytes.
+        form: the format of the file; ``safetensors`` without ``form`` and ``layer``.
+        layer_index: see ``load_directions``.
 
     Raises:
         BadDirectionFile, BadVector, MalformedSpec: as ``load_directions`` and ``Direction``.
     """
-    if layer is not None:
+    if layer is not None and form is None:
         if len(body) % _ITEM_BYTES:
             raise BadDirectionFile(
                 f"the upload for {name}@{layer} has {len(body)} bytes; allowed: whole float32 numbers of 4 bytes. For "
@@ -60,20 +67,13 @@ def uploaded_directions(name: str, layer: int | None, body: bytes) -> list[Direc
             )
         return [Direction(name, layer, np.frombuffer(body, dtype="<f4"))]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "upload.safetensors"
+        file = Path(folder) / f"upload.{form or 'safetensors'}"
         file.write_bytes(body)
         try:
-            directions = load_directions(file)
+            return load_directions(file, name, layer, layer_index=layer_index)
         except (DirectionError, MalformedSpec) as error:
             # Clients must not learn where the server keeps its temporary files.
             raise type(error)(str(error).replace(str(file), "the upload")) from None
-    others = sorted({direction.name for direction in directions} - {name})
-    if others:
-        raise BadDirectionFile(
-            f"the upload for {name!r} holds {others[0]!r}; allowed: tensors named {name}@LAYER. Upload each name by "
-            "itself."
-        )
-    return directions
 
 
 def packed_directions(directions: list[Direction]) -> bytes:
