@@ -66,14 +66,25 @@ def check(span: object) -> None:
     Raises:
         BadSpan: it is no span, or has a part that is empty for every prompt.
     """
-    parts = _parts(span) if isinstance(span, str) else None
+    if not isinstance(span, str):
+        raise _no_span(span)
+    _check(span)
+
+
+@lru_cache(maxsize=256)
+def _check(span: str) -> None:
+    parts = _parts(span)
     if parts is None:
-        raise BadSpan(f"span is {str(span)[:80]!r}; allowed: {_ALLOWED}. Name the tokens to act on with one of them.")
+        raise _no_span(span)
     for part in parts:
         _check_signs(part)
         # prompt[5:-3] holds tokens of long prompts alone, prompt[-5:3] of short ones.
         if part.run(LONG_PROMPT) is None and part.run(1) is None:
             raise _empty(part, "of any prompt" if part.base == "prompt" else "at all")
+
+
+def _no_span(span: object) -> BadSpan:
+    return BadSpan(f"span is {str(span)[:80]!r}; allowed: {_ALLOWED}. Name the tokens to act on with one of them.")
 
 
 def runs(span: str, prompt_len: int) -> list[Run]:
@@ -113,11 +124,12 @@ def windows(spans: Sequence[str], prompt_len: int) -> list[tuple[int, list[int]]
     Raises:
         BadSpan: as ``runs``.
     """
-    positions = [runs(span, prompt_len) for span in spans]
-    starts = {0} | {bound for own in positions for run in own for bound in run if bound is not None}
+    positions = {span: runs(span, prompt_len) for span in dict.fromkeys(spans)}  # many entries have few spans
+    starts = {0} | {bound for own in positions.values() for run in own for bound in run if bound is not None}
     found: list[tuple[int, list[int]]] = []
     for start in sorted(starts):
-        here = [number for number, own in enumerate(positions) if any(_holds(run, start) for run in own)]
+        apply = {span for span, own in positions.items() if any(_holds(run, start) for run in own)}
+        here = [number for number, span in enumerate(spans) if span in apply]
         if not found or found[-1][1] != here:
             found.append((start, here))
     return found

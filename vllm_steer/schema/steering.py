@@ -79,14 +79,8 @@ class Steering:
                     f"op {self.op!r} came with relative; allowed: relative with {', '.join(_RELATIVE_OPS)}, since "
                     f"{self.op!r} is in units of the projection. Leave relative out."
                 )
-        if not isinstance(self.when, When | None):
-            raise MalformedSpec(f"when is {str(self.when)[:80]!r}; allowed: a condition. Give When(...).")
-        if self.when is not None and self.when.over == "prompt" and spans.reach_back(self.span) > 1:
-            raise BadCondition(
-                f"an entry with span {self.span!r} has a condition over the prompt, whose mean is known when the "
-                "prompt is done; allowed: generated, its slices, and (with a condition at an earlier layer) the last "
-                "prompt token, as in response. Use one of these spans."
-            )
+        if self.when is not None:
+            self._check_when()
         if self.op == "clamp" or self.low is not None or self.high is not None:
             self._check_bounds()
             return
@@ -103,6 +97,16 @@ class Steering:
             )
         if alpha is not self.alpha:
             object.__setattr__(self, "alpha", alpha)
+
+    def _check_when(self) -> None:
+        if not isinstance(self.when, When):
+            raise MalformedSpec(f"when is {str(self.when)[:80]!r}; allowed: a condition. Give When(...).")
+        if self.when.over == "prompt" and spans.reach_back(self.span) > 1:
+            raise BadCondition(
+                f"an entry with span {self.span!r} has a condition over the prompt, whose mean is known when the "
+                "prompt is done; allowed: generated, its slices, and (with a condition at an earlier layer) the last "
+                "prompt token, as in response. Use one of these spans."
+            )
 
     def _check_bounds(self) -> None:
         """Check the bounds of ``clamp``, and that nothing else comes with bounds."""
@@ -129,7 +133,7 @@ class Steering:
         if self.op == "clamp":
             return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
         assert self.alpha is not None  # set by __post_init__
-        match self.op:
+        match self.op:  # the most frequent op first
             case "add":
                 return self.alpha, 0.0
             case "set":
@@ -142,6 +146,8 @@ class Steering:
     def multiplier(self) -> float:
         """The size that bounds on α look at: |α|; |α − 1| for ``scale``, the larger bound for ``clamp``, 0 for
         ``ablate``, which never makes the projection larger."""
+        if self.op == "add" and self.alpha is not None:
+            return abs(self.alpha)
         if self.op == "clamp":
             return max(abs(bound) for bound in (self.low, self.high) if bound is not None)
         a, b = self.coefficients
@@ -155,12 +161,19 @@ class Steering:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this entry uses."""
-        is_new = self.relative or self.keep_norm or self.when is not None or (self.op == "ablate" and self.alpha != 1.0)
+        is_new = not self._is_old or (self.op == "ablate" and self.alpha != 1.0)
         return 1 if self.op in OPS_OF_V1 and self.span in SPANS_OF_V1 and not is_new else 2
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether no field that version 1 lacks is set."""
+        return not self.relative and not self.keep_norm and self.when is None and self.low is None and self.high is None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as a JSON object: all fields of version 1, and the others where they are not at their default."""
         old = {"direction": self.direction, "alpha": self.alpha, "layer": self.layer, "op": self.op, "span": self.span}
+        if self._is_old:
+            return old
         later: dict[str, Any] = {"relative": self.relative, "keep_norm": self.keep_norm}
         later |= {"low": self.low, "high": self.high, "when": None if self.when is None else self.when.to_json()}
         return old | {name: value for name, value in later.items() if value is not None and value is not False}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
@@ -165,8 +165,9 @@ class Admission:
         num_computed: int | None,
     ) -> Resolved:
         entries = [self._entry(book, steering, prompt_len) for steering in spec.entries]
-        number = count()
-        entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]
+        if any(one.condition is not None for one in entries):
+            number = count()
+            entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]
         is_counted = spec.readout is not None and spec.readout.held
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
@@ -186,7 +187,7 @@ class Admission:
                 windows.append(window)
         self._limits.check_windows(windows)
         if num_computed is not None and spec.steering is not self.settings.default_steering:
-            _check_reach([one.span for one in spec.entries], prompt_len, num_computed)
+            _check_reach(dict.fromkeys(one.span for one in spec.entries), prompt_len, num_computed)
         if num_computed is not None and spec.readout is not None:
             _check_reach([spec.readout.span], prompt_len, num_computed)
         named = (one for entry in entries if entry.acts for one in (entry.direction, entry.condition) if one)
@@ -231,7 +232,9 @@ class Admission:
                 f"op {steering.op!r} was asked of {steering.direction!r}, whose norm is not 1; allowed: op 'add', "
                 "or a unit direction. Register Direction(...).normalised()."
             )
-        mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
+        mode = 0
+        if steering.relative or steering.keep_norm or steering.op == "clamp":
+            mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
         entry = NamedEntry(layer, steering, Entry(hook, direction.slot, *steering.coefficients, mode), direction)
         return entry if steering.when is None else self._conditional(book, entry, steering.when, prompt_len)
 
@@ -291,7 +294,7 @@ class Admission:
         return linked, list(probes.values())
 
 
-def _check_reach(asked: Sequence[str], prompt_len: int, num_computed: int) -> None:
+def _check_reach(asked: Iterable[str], prompt_len: int, num_computed: int) -> None:
     """Refuse a slice that begins where the request has already ended."""
     for span in asked:
         part = spans.beyond(span, prompt_len, num_computed)

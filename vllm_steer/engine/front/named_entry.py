@@ -49,7 +49,8 @@ class NamedEntry(NamedTuple):
     @property
     def acts(self) -> bool:
         """Adding 0·d changes no bit, so it takes no row and shares its KV with unsteered requests."""
-        return self.steering.op == "clamp" or (self.entry.a, self.entry.b) != (0.0, 0.0)
+        entry = self.entry
+        return entry.a != 0.0 or entry.b != 0.0 or self.steering.op == "clamp"
 
     @property
     def multiplier(self) -> float:
@@ -59,12 +60,14 @@ class NamedEntry(NamedTuple):
     @property
     def added(self) -> float:
         """|α| of what is added whatever the stream is."""
-        return 0.0 if self.steering.is_multiple else self.steering.multiplier
+        steering = self.steering
+        return 0.0 if steering.relative or steering.op == "scale" else steering.multiplier
 
     @property
     def growth(self) -> float:
         """The most by which this entry can multiply the length of the stream."""
-        if not self.steering.is_multiple or self.steering.keep_norm:
+        steering = self.steering
+        if steering.keep_norm or not (steering.relative or steering.op == "scale"):
             return 1.0
         if self.steering.op == "scale":
             return max(1.0, abs(1.0 + self.entry.b))
