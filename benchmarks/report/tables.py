@@ -179,6 +179,47 @@ def peers(measured: Record) -> str:
     ])  # fmt: skip
 
 
+def cached(measured: Record) -> str:
+    """The cost of readouts on a cached prompt, for ``cached.json``."""
+    rows = [
+        [name, f"{1000 * one['median']:.0f} ms", _ratio_of(one), "–" if one["goal"] is None else f"≤ {one['goal']}"]
+        for name, one in measured["ways"].items()
+    ]
+    tokens = max(one["cached_tokens"] for one in measured["ways"].values())
+    return "\n\n".join([
+        f"**Readouts on a prompt with {tokens:,} cached tokens**, time of a request against a plain one:",
+        table(["request", "time", "ratio", "goal"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def capture(measured: Record) -> str:
+    """Throughput of reading rows and means, for ``capture.json``."""
+    rows = [[name, f"{one['median']:.0f}", _ratio_of(one)] for name, one in measured["ways"].items()]
+    setup = measured["setup"]
+    return "\n\n".join([
+        f"**Capture of {setup['tokens']:,} tokens at {len(setup['layers'])} layers**, prompt tokens per second:",
+        table(["way", "tokens/s", "ratio to mean"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def builds(measured: Record) -> str:
+    """Two builds of the package at the same work, for ``builds.json``."""
+    names = [name for name in next(iter(measured["kinds"].values())) if name != "before"]
+    rows = [[kind, *(_ratio_of(ways[name]) for name in names)] for kind, ways in measured["kinds"].items()]
+    return "\n\n".join([
+        "**Requests of the first wire version**, throughput against the build before operations, conditions and pools:",
+        table(["work", *names], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def _ratio_of(figure: Mapping[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{figure['ratio']:.3f} ({low:.3f} – {high:.3f})"
+
+
 def _came_of(peer: Mapping[str, Any]) -> str:
     for step, verb in (("runs", "steer"), ("imports", "import"), ("resolves", "install")):
         if answer := peer[step]:
@@ -218,4 +259,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     "overhead": overhead, "overhead-one-start": overhead_one_start, "overhead-before": overhead_before,
     "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers,
+    "cached": cached, "capture": capture, "builds": builds,
 }  # fmt: skip
