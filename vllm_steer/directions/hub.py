@@ -35,9 +35,10 @@ def fetched(url: str) -> Path:
     except ModuleNotFoundError:
         raise BadDirectionFile(f"{url} needs the package huggingface_hub; install it, or give a local path.") from None
     path = path.rstrip("/")
-    beside = f"{path.rpartition('.')[0] or path}*.json"  # what stands beside a file of the same stem
+    # What stands beside a file and explains it.
+    beside = [f"{path.rpartition('.')[0] or path}*.json", f"{path.rpartition('/')[0]}/metadata.json".lstrip("/")]
     try:
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=[path, f"{path}/*", beside]))
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=[path, f"{path}/*", *beside]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise BadDirectionFile(
             f"{url} could not be fetched ({one_line(error)}); allowed: what the Hub or the local cache has. Check the "
