@@ -158,7 +158,7 @@ def test_what_is_no_file_is_refused_unopened(folder: Path, ending: str) -> None:
     (folder / f"device{ending}").symlink_to("/dev/zero")
     for path in (*sorted(folder.iterdir()), folder / f"absent{ending}", folder / ("n" * 300 + ending)):
         refused = refusal(lambda path=path: load(path), 0, str(path))
-        assert ("no known layout" if path.is_dir() else "no direction file at") in str(refused)
+        assert ("no known layout" if os.path.isdir(path) else "no direction file at") in str(refused)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
