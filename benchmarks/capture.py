@@ -28,7 +28,7 @@ import numpy as np
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks.harness import record
-from benchmarks.harness.rounds import figures, in_turn, interval
+from benchmarks.harness.rounds import at_least, figures, in_turn, interval
 from vllm_steer import Readout, collect_readouts, load_llm, steered
 
 TEXT_TOKENS = 500
@@ -77,7 +77,7 @@ def main() -> None:
         low, high = interval(figure.ratios)
         print(f"{name:6} {figure.median:8.0f} tokens/s, {figure.ratio:.3f} ({low:.3f} to {high:.3f}) of mean")
     low, high = interval(measured["rows"].ratios)
-    verdict = "held" if low >= GOAL else "missed" if high < GOAL else "undecided"
+    verdict = at_least(GOAL, low, high)
     print(f"goal, rows at least {GOAL} of mean for 100,000 tokens at 3 layers: {verdict} with {ids.size} tokens")
     if given.out is not None:
         figures_of = {

@@ -37,6 +37,13 @@ class Figure:
     ratios: list[float]
 
 
+def at_least(bound: float, low: float, high: float) -> str:
+    """Whether a ratio is at least `bound`: "held", "missed", or "undecided" if its interval holds the bound."""
+    if low >= bound:
+        return "held"
+    return "missed" if high < bound else "undecided"
+
+
 def in_turn(ways: Mapping[str, Callable[[], Measured]], num_rounds: int) -> list[dict[str, Measured]]:
     """Measure all ways `num_rounds` times. Warm up before the call, since the first round counts."""
     rounds = []

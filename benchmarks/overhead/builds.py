@@ -23,7 +23,7 @@ from benchmarks.harness import record
 from benchmarks.harness.engine_process import COMPILED_WITH, EngineProcess, Took, Work
 from benchmarks.harness.fastest_dtype import fastest_dtype
 from benchmarks.harness.line_process import side_by_side
-from benchmarks.harness.rounds import figures, interval
+from benchmarks.harness.rounds import at_least, figures, interval
 
 BEFORE, NOW, AGAIN = "before", "now", "now, again"
 KINDS = ("plain", "steered", "stacked", "prompt read", "read")
@@ -59,7 +59,7 @@ def main() -> None:
             low, high = interval(figure.ratios)
             measured[kind][name] = {**asdict(figure), "interval": [low, high]}
             if name != BEFORE:
-                verdict = "held" if low >= GOAL else "missed" if high < GOAL else "undecided"
+                verdict = at_least(GOAL, low, high)
                 print(f"{kind:12} {name:11} {figure.ratio:.4f} ({low:.4f} - {high:.4f})   at least {GOAL}: {verdict}")
     if arguments.out is not None:
         about = {name: value for name, value in vars(arguments).items() if name not in ("out", "before")}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness.rounds import interval
+from benchmarks.harness.rounds import at_least, interval
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ class Verdict:
         """ "held", "missed", "undecided" (the interval holds the bound) or "not measured"."""
         if self.ratio is None:
             return "not measured"
-        if self.low >= self.goal.bound:
-            return "held"
-        return "missed" if self.high < self.goal.bound else "undecided"
+        return at_least(self.goal.bound, self.low, self.high)
 
 
 _THROUGHPUT = ("generated", "64", "throughput")

@@ -182,7 +182,7 @@ def peers(measured: Record) -> str:
 def cached(measured: Record) -> str:
     """The cost of readouts on a cached prompt, for ``cached.json``."""
     rows = [
-        [name, f"{1000 * one['median']:.0f} ms", _ratio_of(one), "–" if one["goal"] is None else f"≤ {one['goal']}"]
+        [name, f"{1000 * one['median']:.0f} ms", ratio(one, 3), "–" if one["goal"] is None else f"≤ {one['goal']}"]
         for name, one in measured["ways"].items()
     ]
     tokens = max(one["cached_tokens"] for one in measured["ways"].values())
@@ -195,7 +195,7 @@ def cached(measured: Record) -> str:
 
 def capture(measured: Record) -> str:
     """Throughput of reading rows and means, for ``capture.json``."""
-    rows = [[name, f"{one['median']:.0f}", _ratio_of(one)] for name, one in measured["ways"].items()]
+    rows = [[name, f"{one['median']:.0f}", ratio(one, 3)] for name, one in measured["ways"].items()]
     setup = measured["setup"]
     return "\n\n".join([
         f"**Capture of {setup['tokens']:,} tokens at {len(setup['layers'])} layers**, prompt tokens per second:",
@@ -207,17 +207,12 @@ def capture(measured: Record) -> str:
 def builds(measured: Record) -> str:
     """Two builds of the package at the same work, for ``builds.json``."""
     names = [name for name in next(iter(measured["kinds"].values())) if name != "before"]
-    rows = [[kind, *(_ratio_of(ways[name]) for name in names)] for kind, ways in measured["kinds"].items()]
+    rows = [[kind, *(ratio(ways[name], 3) for name in names)] for kind, ways in measured["kinds"].items()]
     return "\n\n".join([
         "**Requests of the first wire version**, throughput against the build before operations, conditions and pools:",
         table(["work", *names], rows),
         source(measured),
     ])  # fmt: skip
-
-
-def _ratio_of(figure: Mapping[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['ratio']:.3f} ({low:.3f} – {high:.3f})"
 
 
 def _came_of(peer: Mapping[str, Any]) -> str:
@@ -227,10 +222,10 @@ def _came_of(peer: Mapping[str, Any]) -> str:
     return str(peer["remark"])
 
 
-def ratio(figure: Mapping[str, Any]) -> str:
-    """A figure's ratio with its 95 % interval."""
+def ratio(figure: Mapping[str, Any], digits: int = 2) -> str:
+    """A figure's ratio with its 95 % interval, whose ends have `digits` decimals."""
     low, high = interval(figure["ratios"])
-    return f"{figure['ratio']:.3f} ({low:.2f} – {high:.2f})"
+    return f"{figure['ratio']:.3f} ({low:.{digits}f} – {high:.{digits}f})"
 
 
 def times(figure: Mapping[str, Any]) -> str:

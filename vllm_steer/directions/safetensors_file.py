@@ -60,43 +60,52 @@ def read_safetensors(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
         BadDirectionFile: the file is damaged, a tensor's name, dtype or shape is not allowed, the vectors belong to
             another site than the output of a block, or the caller must say what the file does not.
     """
-    keys, metadata = _header(file)
-    if any("@" in key for key in keys):
-        return _chosen(file, _own(file), said)
-    read = _reader(file, keys, metadata, said)
-    if read is None:
-        for key in keys:
-            _check(file, key, "F32")
-        return []
-    return read(file, metadata, said)
+    dtypes, metadata = _header(file)
+    read = None if any("@" in key for key in dtypes) else _reader(file, list(dtypes), metadata, said)
+    if read is not None:
+        return read(file, metadata, said)
+    for key, dtype in dtypes.items():
+        _check_name(file, key)
+        _check_dtype(file, key, dtype)
+    return _own(file, metadata, said)
 
 
-def read_tensors(file: Path, only: str | None = None, shown: Path | None = None) -> dict[str, npt.NDArray[Any]]:
+def read_tensors(file: Path, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a file by name; bfloat16 becomes float32.
 
     Args:
         file: the file.
         only: the name of the one tensor to return.
-        shown: the file that messages name.
 
     Raises:
         BadDirectionFile: the file is damaged, or a dtype or shape is not allowed.
     """
+    try:
+        return tensors_in(file.read_bytes(), file, only)
+    except OSError as error:
+        raise _damaged(file, error) from None
+
+
+def tensors_in(content: bytes, file: Path, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
+    """``read_tensors`` of the bytes of a safetensors file; ``file`` is for messages."""
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # not annotated
-    except (SafetensorError, OSError) as error:
-        raise _damaged(shown or file, error) from None
-    return {key: _values(shown or file, key, tensor) for key, tensor in tensors if only in (None, key)}
+        # Not get_tensor(), which needs PyTorch for bfloat16. Every offset is checked against the size.
+        tensors = deserialize(content)  # type: ignore[no-untyped-call]  # not annotated
+    except SafetensorError as error:
+        raise _damaged(file, error) from None
+    return {key: _values(file, key, tensor) for key, tensor in tensors if only in (None, key)}
 
 
-def _header(file: Path) -> tuple[list[str], dict[str, str]]:
+def _header(file: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Tensor -> its dtype, and the metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="numpy") as opened:
-            return list(opened.keys()), opened.metadata() or {}
+            dtypes = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118  (no mapping)
+            return dtypes, opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from None
 
@@ -120,7 +129,7 @@ def _reader(
         return _saklas
     if keys and "hook_site" in metadata and all(key.startswith("direction.") for key in keys):
         return _steerkit
-    if list(keys) == ["steering_vector"] and (file.parent / "metadata.json").is_file() and said.layer is None:
+    if list(keys) == ["steering_vector"] and (file.parent / "metadata.json").is_file():
         return _persona_vector
     return _plain if len(keys) == 1 and (said.layer is not None or said.layer_index is not None) else None
 
@@ -133,7 +142,6 @@ def _saklas(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]
     return [
         stored(file, name, layer, vector.reshape(-1), counts, "saklas", method=method)
         for layer, vector in layers.items()
-        if said.layer in (None, layer)
     ]
 
 
@@ -145,10 +153,10 @@ def _steerkit(file: Path, metadata: Mapping[str, str], said: Said) -> list[Store
             "number of layers the final norm); allowed: resid_post of a block. Train a probe there."
         )
     base = said.name or file.name.removesuffix(".safetensors").removesuffix(".probe")
-    names = {key: f"{base}.{key.removeprefix('direction.')}" for key in read_tensors(file)}
+    methods = {key.removeprefix("direction."): vector.reshape(-1) for key, vector in read_tensors(file).items()}
     return [
-        stored(file, names[key], int(layer), vector.reshape(-1), "block_output", "steerkit", method=key[10:])
-        for key, vector in read_tensors(file).items()
+        stored(file, f"{base}.{method}", int(layer), vector, "block_output", "steerkit", method=method)
+        for method, vector in methods.items()
     ]
 
 
@@ -167,31 +175,22 @@ def _plain(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
     return of_array(file, vector, said, "safetensors")
 
 
-def _chosen(file: Path, found: list[Stored], said: Said) -> list[Stored]:
-    names = sorted({one.name for one in found})
+def _own(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    written = _written(file, metadata)
+    tensors = read_tensors(file)
+    for key in tensors:
+        _check_name(file, key)  # checked again: the file may have been replaced
+    names = sorted({key.rpartition("@")[0] for key in tensors})
     if said.name is not None and len(names) > 1:
         raise BadDirectionFile(
             f"{file} holds the names {str(names)[:MOST_QUOTED]}, got one name for them; allowed: another name for a "
             "file with one. Leave it out."
-            "file with one. Leave it out."
         )
-    here = [one for one in found if said.layer in (None, one.layer)]
-    return here if said.name is None else [one._replace(name=said.name) for one in here]
-
-
-def _own(file: Path) -> list[Stored]:
-    from safetensors import SafetensorError, deserialize, safe_open
-
-    try:
-        with safe_open(str(file), framework="numpy") as opened:
-            written = _written(file, opened.metadata() or {})
-            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                _check(file, key, opened.get_slice(key).get_dtype())
-        # Not get_tensor(), which needs PyTorch for bfloat16. Both calls check every offset against the file's size.
-        tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]  # not annotated
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
-    return [_stored(file, key, tensor, written.get(key, (None, {}))) for key, tensor in tensors]
+    found = []
+    for key, vector in tensors.items():
+        name, _, layer = key.rpartition("@")
+        found.append(Stored(said.name or name, int(layer), vector, *written.get(key, (None, {}))))
+    return found
 
 
 def write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
@@ -209,13 +208,12 @@ def write_safetensors(file: Path, directions: Sequence[Direction]) -> None:
     )
 
 
-def _check(file: Path, key: str, dtype: str) -> None:
+def _check_name(file: Path, key: str) -> None:
     if re.fullmatch(LAYER, key.rpartition("@")[2]) is None or "@" not in key:
         raise BadDirectionFile(
             f"{file} has a tensor named {key!r:.{MOST_QUOTED}}; allowed: name@layer, layer {LAYERS_ALLOWED}. Rename "
             "it; or, if it is one vector or one vector a layer, give layer= or layer_index=."
         )
-    _check_dtype(file, key, dtype)
 
 
 def _check_dtype(file: Path, key: str, dtype: str) -> None:
@@ -224,13 +222,6 @@ def _check_dtype(file: Path, key: str, dtype: str) -> None:
             f"{file} stores {key!r:.{MOST_QUOTED}} as {dtype}; allowed: {', '.join(_DTYPES)}. Convert it to float32 "
             "(tensor.float() in PyTorch), make a Direction of it and write it with save_directions."
         )
-
-
-def _stored(file: Path, key: str, tensor: Mapping[str, Any], written: _Written) -> Stored:
-    _check(file, key, tensor["dtype"])  # checked again: the file may have been replaced
-    vector = _values(file, key, tensor)
-    name, _, layer = key.rpartition("@")
-    return Stored(name, int(layer), vector, *written)
 
 
 def _values(file: Path, key: str, tensor: Mapping[str, Any]) -> npt.NDArray[Any]:

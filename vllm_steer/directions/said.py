@@ -59,7 +59,7 @@ def stored(
     if layer >= MOST_LAYERS:
         raise BadDirectionFile(f"{file} has a vector of layer {index}; allowed: below {MOST_LAYERS}. Correct the file.")
     told = {name: value for name, value in more.items() if value is not None}
-    return Stored(name, layer, vector, metadata={"writer": writer, "layer_index": counts, **told})
+    return Stored(name, layer, vector, metadata={"writer": writer, "layer_index": counts, **told}, file_layer=index)
 
 
 def of_array(
@@ -85,7 +85,6 @@ def of_array(
     Raises:
         BadDirectionFile: it has another shape, or the caller must say the layer or how layers are counted.
     """
-    counts = said.layer_index or known
     called = said.name or name or file.stem
     if array.ndim and array.size == array.shape[-1]:
         if said.layer is None:
@@ -93,24 +92,36 @@ def of_array(
                 f"{file} holds one vector and no layer; allowed: files that name it. Give it: load_directions(path, "
                 "layer=...), or vllm-steer convert --layer LAYER."
             )
-        return [stored(file, called, said.layer, array.reshape(-1), counts or "block_output", writer, **more)]
+        counts = said.layer_index or known or "block_output"
+        return [stored(file, called, said.layer, array.reshape(-1), counts, writer, **more)]
     if array.ndim != 2:
         raise BadDirectionFile(
             f"{file} holds an array of shape {str(array.shape)[:MOST_QUOTED]}; allowed: (D,), (1, D), (1, 1, D), or "
             "(layers, D) with one vector a layer. Save one of these."
         )
-    if counts is None:
-        raise BadDirectionFile(
-            f"{file} holds {array.shape[0]} vectors, one a layer, and does not say how it counts layers; allowed: "
-            f"{' or '.join(LAYER_INDICES)}. Give it: load_directions(path, layer_index=...), or vllm-steer convert "
-            "--layer-index: block_output if row 0 is the output of block 0, hidden_states if it is the embeddings."
-        )
+    counts = how_counted(file, said, known, f"{array.shape[0]} vectors, one a layer,")
     rows = range(array.shape[0]) if said.layer is None else [said.layer]
     if rows[-1] >= array.shape[0]:
         raise BadDirectionFile(f"{file} has {array.shape[0]} rows, got layer {said.layer}; allowed: one of them.")
     # Row 0 of hidden states is the embeddings, at which nothing can be steered; rows of zeros are layers left out.
     blocks = [row for row in rows if said.layer is not None or (array[row].any() and (row or counts == "block_output"))]
     return [stored(file, called, row, array[row], counts, writer, **more) for row in blocks]
+
+
+def how_counted(file: Path, said: Said, known: LayerIndex | None, what: str) -> LayerIndex:
+    """How a file with several layers counts them: as the caller says, else as its format says.
+
+    Raises:
+        BadDirectionFile: neither says it.
+    """
+    counts = said.layer_index or known
+    if counts is None:
+        raise BadDirectionFile(
+            f"{file} holds {what} and does not say how it counts layers; allowed: {' or '.join(LAYER_INDICES)}. Give "
+            "it: load_directions(path, layer_index=...), or vllm-steer convert --layer-index: block_output if index 0 "
+            "is the output of block 0, hidden_states if it is the embeddings."
+        )
+    return counts
 
 
 def number_of(file: Path, value: object, what: str) -> int:

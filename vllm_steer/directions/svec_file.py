@@ -25,8 +25,6 @@ def read_svec(file: Path, said: Said) -> list[Stored]:
     name, found = said.name or file.stem, []
     for key, value in directions.items():
         layer = number_of(file, key, "a layer")
-        if said.layer not in (None, layer):
-            continue
         nested = bool(value) and isinstance(value, list) and all(isinstance(row, list) for row in value)
         rows = value if nested else [value]
         for number, row in enumerate(rows):

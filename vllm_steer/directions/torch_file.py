@@ -27,15 +27,15 @@ import numpy.typing as npt
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.json_file import read_json_object
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
-from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, member, number_of, of_array, stored
-from vllm_steer.directions.unchecked import Stored
+from vllm_steer.directions.said import LayerIndex, Said, how_counted, member, number_of, of_array, stored
+from vllm_steer.directions.unchecked import LAYER, Stored
 from vllm_steer.errors import BadDirectionFile
 
 if TYPE_CHECKING:
     import torch
 
 _PERSONA = re.compile(r"(.+)_(?:prompt|response)_(?:avg|last)_diff")
-_HOOK_POINT = re.compile(r"(?:[\w.]+\.)?(?:layers|h|blocks)\.(0|[1-9][0-9]{0,5})")
+_HOOK_POINT = re.compile(rf"(?:[\w.]+\.)?(?:layers|h|blocks)\.{LAYER}")
 _UNREADABLE = (
     *(zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError),
     *(IndexError, OverflowError, MemoryError, AssertionError),
@@ -183,17 +183,11 @@ def _of_dict(file: Path, content: Mapping[Any, Any], said: Said) -> list[Stored]
 def _by_layer(
     file: Path, vectors: Mapping[Any, Any], said: Said, writer: str, known: LayerIndex | None, **more: Any
 ) -> list[Stored]:
-    counts = said.layer_index or known
-    if counts is None:
-        raise BadDirectionFile(
-            f"{file} holds vectors by layer and does not say how it counts layers; allowed: "
-            f"{' or '.join(LAYER_INDICES)}. Give it: load_directions(path, layer_index=...)."
-        )
-    numbers = {number_of(file, key, "a layer"): value for key, value in vectors.items()}
-    chosen = numbers if said.layer is None else {said.layer: numbers.get(said.layer)}
+    counts = how_counted(file, said, known, "vectors by layer")
+    name = said.name or file.stem
     return [
-        stored(file, said.name or file.stem, layer, _array(file, value).reshape(-1), counts, writer, **more)
-        for layer, value in chosen.items()
+        stored(file, name, number_of(file, key, "a layer"), _array(file, value).reshape(-1), counts, writer, **more)
+        for key, value in vectors.items()
     ]
 
 

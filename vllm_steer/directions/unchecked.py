@@ -25,6 +25,7 @@ class Stored(NamedTuple):
         vector: of any shape and any real dtype.
         sha256: the ``content_hash`` that `save_directions` wrote for it, or None.
         metadata: that of the direction.
+        file_layer: the number that the file has for the layer; None if it is ``layer``.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Stored(NamedTuple):
     vector: npt.NDArray[np.generic]
     sha256: str | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
+    file_layer: int | None = None
