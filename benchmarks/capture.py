@@ -2,8 +2,9 @@
 
     python -m benchmarks.capture [--small] [--tokens 100000] [--layers 8,12,16] [--out FILE] [--model FOLDER]
 
-The ways take turns within a round: plain (no readout), mean, rows. Time runs from building the requests to the last
-readout collected. All read the same texts of random token ids, a prompt each, of which one token is generated.
+Each way reads all texts once: plain (no readout), mean, rows. The ways take turns call by call, so that a slow second
+of the machine slows all; a round is one call of each, with 10,000 tokens. Time runs from building the requests to the
+last readout collected. The texts are random token ids, a prompt each, of which one token is generated.
 """
 
 from __future__ import annotations
@@ -42,16 +43,15 @@ GOAL = 0.9
 def main() -> None:
     """Measure and print; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="3 rounds of 5,000 tokens: says little")
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of one way in one round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="3 calls of each way: says little")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens that each way reads")
     parser.add_argument("--layers", default="8,12,16")
     parser.add_argument("--model", type=Path, default=None, help="a folder; default: the demo model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--kv-cache-gib", type=float, default=1.0)
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
-    tokens, num_rounds = (5_000, 3) if given.small else (given.tokens, given.rounds)
+    num_calls = 3 if given.small else max(given.tokens // CALL_TOKENS, 1)
     layers = [int(layer) for layer in given.layers.split(",")]
     llm = load_llm(
         str(given.model or demo_model_path()),
@@ -64,15 +64,16 @@ def main() -> None:
         kv_cache_memory_bytes=int(given.kv_cache_gib * 2**30),
     )
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    ids = np.random.default_rng(0).integers(FIRST_WORD, vocabulary, (max(tokens // TEXT_TOKENS, 1), TEXT_TOKENS))
+    ids = np.random.default_rng(0).integers(
+        FIRST_WORD, vocabulary, (num_calls, CALL_TOKENS // TEXT_TOKENS, TEXT_TOKENS)
+    )
+    readouts = {"plain": None, "mean": Readout(layers), "rows": Readout(layers, pool="rows")}
+    for readout in readouts.values():
+        _rate(llm, readout, layers, ids[0])  # warm up
     ways: dict[str, Callable[[], float]] = {
-        "plain": partial(_rate, llm, ids, None, layers),
-        "mean": partial(_rate, llm, ids, Readout(layers), layers),
-        "rows": partial(_rate, llm, ids, Readout(layers, pool="rows"), layers),
+        name: partial(next, map(partial(_rate, llm, readout, layers), ids)) for name, readout in readouts.items()
     }
-    for way in ways.values():
-        way()  # warm up, with the work itself
-    measured = figures(in_turn(ways, num_rounds), "mean")
+    measured = figures(in_turn(ways, num_calls), "mean")
     for name, figure in measured.items():
         low, high = interval(figure.ratios)
         print(f"{name:6} {figure.median:8.0f} tokens/s, {figure.ratio:.3f} ({low:.3f} to {high:.3f}) of mean")
@@ -84,23 +85,20 @@ def main() -> None:
             name: {**asdict(figure), "interval": interval(figure.ratios)} for name, figure in measured.items()
         }
         record.write(
-            given.out, {"ways": figures_of}, tokens=int(ids.size), layers=layers, rounds=num_rounds, dtype=given.dtype
+            given.out, {"ways": figures_of}, tokens=int(ids.size), layers=layers, rounds=num_calls, dtype=given.dtype
         )
 
 
-def _rate(llm: Any, ids: Any, readout: Readout | None, layers: list[int]) -> float:
-    """Tokens per second of one way over all texts."""
+def _rate(llm: Any, readout: Readout | None, layers: list[int], ids: Any) -> float:
+    """Tokens per second of one call. `ids` holds its prompts' token ids, (prompts, tokens of each)."""
     began = time.monotonic()
-    each = max(CALL_TOKENS // TEXT_TOKENS, 1)
+    prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
+    outputs = llm.generate(prompts, steered({"max_tokens": 1, "temperature": 0.0}, [], readout), use_tqdm=False)
     seen = 0
-    for start in range(0, len(ids), each):
-        prompts = [{"prompt_token_ids": row.tolist()} for row in ids[start : start + each]]
-        params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        for (read,) in collect_readouts(llm, outputs) if readout is not None else ():
-            assert read is not None
-            # a mean counts the tokens in it, at each of its layers
-            seen += sum(len(read.rows[layer]) if read.rows else read.num_tokens for layer in layers)
+    for (read,) in collect_readouts(llm, outputs) if readout is not None else ():
+        assert read is not None
+        # a mean counts the tokens in it, at each of its layers
+        seen += sum(len(read.rows[layer]) if read.rows else read.num_tokens for layer in layers)
     seconds = time.monotonic() - began
     assert readout is None or seen == ids.size * len(layers)
     return float(ids.size / seconds)
