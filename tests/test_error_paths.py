@@ -28,6 +28,7 @@ SHOWN_BY = {
     "hooks.Hooks.index": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
     "admission.Admission._conditional": "engine/front/test_admission.py::test_a_condition_that_cannot_be_evaluated_is",
     "admission.Admission._with_probes": "engine/front/test_admission.py::test_too_many_probes_and_probes_across_stages",
+    "admission.Admission._resolve": "engine/front/test_admission.py::test_a_refused_entry_is_named_by_its_place",
     "admission.Admission._entry": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
     "entry_limits.EntryLimits._check_residual_norm": "engine/front/test_never_unsteered.py::test_a_bound_in_residual_n",
     "entry_limits.EntryLimits.check": "engine/front/test_admission.py::test_as_many_entries_as_there_is_room_for",

@@ -151,18 +151,18 @@ REFUSED_WIRES: list[tuple[object, type[SteerError], str]] = [
     (None, MalformedSpec, "NoneType"),
     ({"v": 1}, MalformedSpec, "dict"),
     ("{", MalformedSpec, "not JSON"),
-    ("[]", MalformedSpec, "list"),
+    ("[]", MalformedSpec, "JSON array"),
     ('{"v": 3}', MalformedSpec, "3"),
-    ('{"v": true}', MalformedSpec, "True"),
+    ('{"v": true}', MalformedSpec, "version true"),
     ('{"v": 1, "steering": [{"direction": "kind", "alpha": 1, "span": "response"}]}', MalformedSpec, "version 2"),
     ('{"v": 1, "readout": {"layers": [1], "span": "all[2:]"}}', MalformedSpec, "version 2"),
     ('{"v": 1, "steering": [{"direction": "kind", "alpha": 1, "op": "scale"}]}', MalformedSpec, "version 2"),
     ('{"sterring": []}', UnknownField, "sterring"),
-    ('{"steering": {}}', MalformedSpec, "dict"),
-    ('{"steering": [3]}', MalformedSpec, "int"),
+    ('{"steering": {}}', MalformedSpec, "JSON object"),
+    ('{"steering": [3]}', MalformedSpec, "JSON number"),
     ('{"steering": [{"alpha": 1}]}', MalformedSpec, "direction"),
     ('{"steering": [{"direction": "kind", "alhpa": 1}]}', UnknownField, "alhpa"),
-    ('{"readout": []}', MalformedSpec, "list"),
+    ('{"readout": []}', MalformedSpec, "JSON array"),
     ('{"readout": {}}', MalformedSpec, "layers"),
     ('{"readout": {"layers": [1], "skip": 1}}', UnknownField, "skip"),
 ]
@@ -181,7 +181,7 @@ REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"direction": ""}, MalformedSpec, "''"),
     ({"direction": 3}, MalformedSpec, "3"),
     ({"layer": -1}, MalformedSpec, "-1"),
-    ({"layer": True}, MalformedSpec, "True"),
+    ({"layer": True}, MalformedSpec, "layer is true"),
     ({"layer": 1.5}, MalformedSpec, "1.5"),
     ({"alpha": None}, BadAlpha, "without alpha"),
     ({"alpha": None, "op": "set"}, BadAlpha, "without alpha"),
@@ -189,7 +189,7 @@ REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"alpha": float("-inf")}, BadAlpha, "-inf"),
     ({"alpha": 10**400}, BadAlpha, "inf"),
     ({"alpha": "5"}, BadAlpha, "'5'"),
-    ({"alpha": True}, BadAlpha, "True"),
+    ({"alpha": True}, BadAlpha, "alpha is true"),
     ({"alpha": 0.0, "op": "ablate"}, BadAlpha, "0.0"),
     ({"alpha": 2.5, "op": "ablate"}, BadAlpha, "2.5"),
     ({"alpha": None, "op": "scale"}, BadAlpha, "without alpha"),
@@ -207,7 +207,7 @@ REFUSED_STEERINGS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"op": "multiply"}, BadOp, "multiply"),
     ({"op": ["add"]}, BadOp, "add"),
     ({"span": "decode"}, BadSpan, "decode"),
-    ({"span": None}, BadSpan, "None"),
+    ({"span": None}, BadSpan, "span is null"),
 ]
 
 
@@ -231,7 +231,7 @@ REFUSED_CONDITIONS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"above": 1e39}, BadCondition, "1e+39"),
     ({"above": 1.0, "layer": -1}, MalformedSpec, "-1"),
     ({"above": 1.0, "over": "answer"}, BadCondition, "'answer'; allowed: token, prompt"),
-    ({"above": 1.0, "over": None}, BadCondition, "over is 'None'; allowed: token, prompt"),
+    ({"above": 1.0, "over": None}, BadCondition, "over is null; allowed: token, prompt"),
 ]
 
 
@@ -286,25 +286,25 @@ REFUSED_READOUTS: list[tuple[dict[str, Any], type[SteerError], str]] = [
     ({"layers": []}, BadReadout, "empty"),
     ({"layers": "12"}, MalformedSpec, "'12'"),
     ({"layers": 12}, MalformedSpec, "12"),
-    ({"layers": [True]}, MalformedSpec, "True"),
+    ({"layers": [True]}, MalformedSpec, "true"),
     ({"layers": [-1]}, MalformedSpec, "-1"),
     ({"span": "decode"}, BadSpan, "decode"),
     ({"project": "kind"}, MalformedSpec, "'kind'"),
     ({"project": [""]}, MalformedSpec, "''"),
     ({"vectors": 1}, MalformedSpec, "1"),
     ({"pool": "median"}, BadReadout, "'median'"),
-    ({"pool": None}, BadReadout, "None"),
+    ({"pool": None}, BadReadout, "pool is null"),
     ({"pool": "max"}, BadReadout, "'max' came without project and trace"),
     ({"pool": "rows", "project": ["kind"]}, BadReadout, "'rows' came with project"),
     ({"pool": "rows", "vectors": False, "trace": ["kind"]}, BadReadout, "'rows' came with vectors false"),
     ({"vectors": False}, BadReadout, "project is empty and trace is empty"),
     ({"trace": "kind"}, MalformedSpec, "readout trace is 'kind'"),
-    ({"trace": None}, MalformedSpec, "readout trace is None"),
+    ({"trace": None}, MalformedSpec, "readout trace is null"),
     ({"trace": ["kind", ""]}, MalformedSpec, "''"),
     ({"trace": [["kind"]]}, MalformedSpec, "['kind']"),
     ({"trace": ["kind", "cold", "kind"]}, BadReadout, "each name once"),
     ({"skip_first": -1}, BadReadout, "-1"),
-    ({"skip_first": True}, BadReadout, "True"),
+    ({"skip_first": True}, BadReadout, "skip_first is true"),
     ({"skip_first": 1, "span": "generated"}, BadReadout, "generated"),
     ({"skip_first": 1, "span": "response"}, BadReadout, "response"),
     ({"span": "generated[3:3]"}, BadSpan, "generated[3:3]"),
@@ -375,7 +375,7 @@ def test_watches_make_version_2_and_come_back_as_they_were() -> None:
         ({"direction": "harm", "above": 1, "below": 2}, BadCondition, "both or none"),
         ({"direction": "harm", "above": 1e39}, BadCondition, "float32"),
         ({"direction": "harm", "above": 1, "patience": 0}, BadCondition, "patience is 0"),
-        ({"direction": "harm", "above": 1, "patience": True}, BadCondition, "patience is True"),
+        ({"direction": "harm", "above": 1, "patience": True}, BadCondition, "patience is true"),
         ({"direction": "harm", "above": 1, "layer": -1}, MalformedSpec, "layer"),
         ({"direction": "", "above": 1}, MalformedSpec, "direction"),
         ({"direction": "harm", "above": 1, "over": "token"}, UnknownField, "over"),
@@ -395,7 +395,7 @@ def test_a_watch_is_what_stop_and_flag_take() -> None:
     for wrong in ({"stop": "harm"}, {"flag": watch}, {"flag": ["harm"]}):
         with pytest.raises(MalformedSpec, match="stop or flag"):
             Readout([1], **wrong)  # type: ignore[arg-type]
-    with pytest.raises(MalformedSpec, match="flag is a JSON dict"):
+    with pytest.raises(MalformedSpec, match="flag is a JSON object"):
         Readout.from_json({"layers": [1], "flag": {"direction": "harm", "above": 1}})
     with pytest.raises(BadReadout, match="layers is empty and project"):
         Readout(stop=watch, project=["harm"])

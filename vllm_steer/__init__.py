@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm_steer.schema.conditions import Crossing, Watch, When
     from vllm_steer.schema.readout import Readout, ReadoutResult
     from vllm_steer.schema.steering import Steering
+    from vllm_steer.schema.steering_text import parse_steering
     from vllm_steer.settings import steer_config
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "load_llm",
     "make_direction",
     "model_record",
+    "parse_steering",
     "register_directions",
     "register_directions_async",
     "save_directions",
@@ -74,6 +76,7 @@ _HOME = {
     "Watch": "vllm_steer.schema.conditions",
     "When": "vllm_steer.schema.conditions",
     "Steering": "vllm_steer.schema.steering",
+    "parse_steering": "vllm_steer.schema.steering_text",
     "steer_config": "vllm_steer.settings",
     "Diagnosis": "vllm_steer.engine.doctor",
     "diagnose": "vllm_steer.engine.doctor",

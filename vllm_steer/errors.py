@@ -29,6 +29,9 @@ answers with the HTTP ``status`` and names the refusal by ``code``. A wrong body
     │   ├── UploadTooLarge           an upload larger than the server accepts                  413
     │   ├── DirectionNeeded          an alias or the default steering needs the direction      409
     │   └── DirectionChanged         If-Match or If-None-Match does not hold                   412
+    ├── BadAlias                 a name that cannot be an alias, or that stands in the settings  409
+    ├── AliasNotFound            an alias to delete that was not put                           404
+    ├── ReadoutNotFound          a reply id under which no readout is kept                     404
     ├── ChangeNotAllowed         a change over HTTP with a wrong admin key, or on a server without one  403
     │   └── AdminKeyMissing          the same without any key                                  401
     ├── BankFull                 no free slot for another direction                            409
@@ -56,9 +59,11 @@ class SteerError(ValueError):
 
     Attributes:
         status: HTTP status of a server's reply.
+        param: the place in a request's body that is wrong, such as ``steering[1]``; None if none is known.
     """
 
     status = 400
+    param: str | None = None
 
     @property
     def code(self) -> str:
@@ -166,6 +171,24 @@ class DirectionChanged(DirectionError):
     """The direction is not, or no longer, what ``If-Match`` or ``If-None-Match`` says."""
 
     status = 412
+
+
+class BadAlias(SteerError):
+    """The name cannot be made an alias over HTTP: it is served already, or stands in the server's settings."""
+
+    status = 409
+
+
+class AliasNotFound(SteerError):
+    """The URL names an alias that was not put over HTTP."""
+
+    status = 404
+
+
+class ReadoutNotFound(SteerError):
+    """The URL names a reply of which no readout is kept."""
+
+    status = 404
 
 
 class ChangeNotAllowed(SteerError):

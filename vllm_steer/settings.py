@@ -61,9 +61,14 @@ class SteerSettings(BaseModel):
             can, and nothing is allocated for it. Otherwise each hooked layer holds one float32 row on the device for
             every token of a step (``max_num_batched_tokens``).
         served_aliases: additional model name of a server -> the steering that it applies. ``/v1/models`` lists them.
+        steering_in_model_names: a server takes model names that say their steering, such as ``name@kind:8@12``, see
+            ``vllm_steer.schema.steering_text``; for clients that can set nothing else.
         default_steering: steering of requests that do not mention steering, in process or over HTTP.
         registry_dir: folder in which a server keeps directions registered over HTTP; with ``None`` they are lost when
             the server ends.
+        kept_readouts_mib: memory on disk, in MiB, for the readouts of finished replies, which a server gives by the
+            reply's id to clients that dropped them; 0 keeps none.
+        kept_readouts_seconds: how long each is kept.
         max_upload_mib: largest direction file that a server accepts over HTTP, in MiB.
         allowed_directions: alias, or ``key:`` and the first 12 hex digits of an API key's sha256 -> the directions it
             may name. Callers that are not listed may name any.
@@ -90,8 +95,11 @@ class SteerSettings(BaseModel):
     trace_columns: Annotated[int, Field(ge=0, le=256)] = 8
     max_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
     served_aliases: dict[str, tuple[SteeringEntry, ...]] = Field(default_factory=dict)
+    steering_in_model_names: bool = False
     default_steering: tuple[SteeringEntry, ...] = ()
     registry_dir: str | None = None
+    kept_readouts_mib: Annotated[int, Field(ge=0)] = 64
+    kept_readouts_seconds: Annotated[float, Field(gt=0)] = 600.0
     max_upload_mib: Annotated[int, Field(ge=1)] = 64
     allowed_directions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     max_alpha_residual_norm: Annotated[float, Field(gt=0)] | None = None

@@ -26,6 +26,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from vllm_steer.errors import BadReadout, BadSpan
+from vllm_steer.messages import shown
 
 Run = tuple[int, int | None]
 """Positions [first, end); ``end`` is None for a run that does not end."""
@@ -84,7 +85,7 @@ def _check(span: str) -> None:
 
 
 def _no_span(span: object) -> BadSpan:
-    return BadSpan(f"span is {str(span)[:80]!r}; allowed: {_ALLOWED}. Name the tokens to act on with one of them.")
+    return BadSpan(f"span is {shown(span)}; allowed: {_ALLOWED}. Name the tokens to act on with one of them.")
 
 
 def runs(span: str, prompt_len: int) -> list[Run]:

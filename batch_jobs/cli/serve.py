@@ -30,7 +30,8 @@ def serve(
     alias: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=direction:alpha[@layer]: a model name that is steered; the same name again adds to it."
+            help="NAME=direction:alpha[@layer][;op=...;span=...]: a steered model name; the same name again, or "
+            "a comma, adds to it."
         ),
     ] = None,
     playground: Annotated[
@@ -52,8 +53,8 @@ def serve(
     words = arguments or []
     model, passed_on = (words[:1], words[1:]) if words and not words[0].startswith("-") else ([], words)
     aliases: dict[str, list[Steering]] = {}
-    for name, entry in map(parse_alias, alias or ()):
-        aliases.setdefault(name, []).append(entry)
+    for name, entries in map(parse_alias, alias or ()):
+        aliases.setdefault(name, []).extend(entries)
     options = {
         "model": model[0] if model else None,
         "layers": None if layers is None else parse_layers(layers),

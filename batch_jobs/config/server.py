@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from batch_jobs.files.documents import read_yaml
-from vllm_steer import Steering
-from vllm_steer.errors import SettingsError
+from vllm_steer import Steering, parse_steering
+from vllm_steer.errors import SettingsError, SteerError
 from vllm_steer.settings import SteerSettings, steer_config
 
 Flag = bool | int | float | str | list[str | int | float] | dict[str, Any]
@@ -84,28 +84,22 @@ def parse_layers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def parse_alias(text: str) -> tuple[str, Steering]:
-    """Parse `NAME=direction:alpha` or `NAME=direction:alpha@layer` into the alias and its Steering.
+def parse_alias(text: str) -> tuple[str, tuple[Steering, ...]]:
+    """Parse `NAME=direction:alpha[@layer][;field=value ...]` into the alias and its entries.
 
     Raises:
-        SettingsError: `text` has another form.
-        SteerError: `Steering` refuses the values.
+        SettingsError: `text` has another form, or `Steering` refuses the values.
     """
-    name, _, entry = text.partition("=")
-    # a direction's name may hold colons, but no @
-    entry, at, layer = entry.partition("@")
-    direction, _, alpha = entry.rpartition(":")
-    try:
-        multiplier = float(alpha)
-        at_layer = int(layer) if at else None
-    except ValueError:
-        direction = ""
-    if not name or not direction:
+    name, equals, entries = text.partition("=")
+    if not name or not equals:
         raise SettingsError(
-            f"--alias is {text!r}; allowed: NAME=direction:alpha or NAME=direction:alpha@layer, such as "
-            "demo-kind=kind:8@12. Correct it."
+            f"--alias is {text!r}; allowed: NAME=direction:alpha, such as demo-kind=kind:8@12;span=response. Correct "
+            "it."
         )
-    return name, Steering(direction, multiplier, at_layer)
+    try:
+        return name, parse_steering(entries, f"alias {name!r}")
+    except SteerError as error:
+        raise SettingsError(f"--alias is {text!r}: {error}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

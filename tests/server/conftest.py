@@ -22,6 +22,7 @@ from vllm_steer import Direction, save_directions
 
 KIND_LAYER, OTHER_LAYER = 2, 1
 API_KEY, LIMITED_KEY, ADMIN_KEY = "secret", "limited", "admin-secret"
+ORIGIN = "https://elsewhere.example"  # of scripts that may use the server
 ALIAS, ALIAS_ALPHA = "tiny-kind", 50.0
 
 
@@ -67,6 +68,7 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
         "allowed_directions": {f"key:{sha256(LIMITED_KEY.encode()).hexdigest()[:12]}": ["kind"]},
         "registry_dir": str(folder / "registry"),
         "playground": True,
+        "steering_in_model_names": True,
     }
     command = (
         "-m",
@@ -79,6 +81,8 @@ def served(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served
         "--tool-call-parser",
         "hermes",
         "--enable-scale-out",
+        "--allowed-origins",
+        json.dumps([ORIGIN]),
     )
     # Switch on every route that one server can have.
     routes = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_COHERE_API": "1"}

@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_steer.directions import UNIT_TOLERANCE, Direction, load_directions
 from vllm_steer.errors import AmbiguousDirection, BankFull, LayerNotHooked, UnknownDirection, WrongDimension
+from vllm_steer.messages import near
 from vllm_steer.settings import SteerSettings
 
 
@@ -106,8 +107,8 @@ class DirectionBook:
         if name not in self._by_name:
             known = ", ".join(sorted(self._by_name)) or "none"
             raise UnknownDirection(
-                f"no direction is named {name!r}; registered: {known}. Register it with register_directions(...), or "
-                "on a server with PUT /v1/steering/directions/NAME."
+                f"no direction is named {name!r}; registered: {known}.{near(name, self._by_name)} Register it with "
+                "register_directions(...), or on a server with PUT /v1/steering/directions/NAME."
             )
         return self._by_name[name]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from vllm_steer.errors import BadCondition
+from vllm_steer.messages import shown
 from vllm_steer.schema.checks import MOST_FLOAT32, check_name, checked_fields, checked_layer, finite
 
 Over = Literal["token", "prompt"]
@@ -48,7 +49,7 @@ class When:
     def __post_init__(self) -> None:
         check_condition(self, "when")
         if self.over not in OVERS:
-            raise BadCondition(f"over is {str(self.over)[:80]!r}; allowed: {', '.join(OVERS)}. Choose one of them.")
+            raise BadCondition(f"over is {shown(self.over)}; allowed: {', '.join(OVERS)}. Choose one of them.")
 
     def to_json(self) -> dict[str, Any]:
         """The condition as a JSON object, without fields at their default."""
@@ -93,7 +94,7 @@ class Watch:
     def __post_init__(self) -> None:
         check_condition(self, "the watch")
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
-            raise BadCondition(f"patience is {self.patience!r}; allowed: a whole number from 1. Give one.")
+            raise BadCondition(f"patience is {shown(self.patience)}; allowed: a whole number from 1. Give one.")
 
     def to_json(self) -> dict[str, Any]:
         """The watch as a JSON object, without fields at their default."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vllm_steer import spans
 from vllm_steer.errors import BadReadout, MalformedSpec
+from vllm_steer.messages import json_type, shown
 from vllm_steer.schema.checks import check_flag, check_name, checked_fields, checked_layer
 from vllm_steer.schema.conditions import Crossing, Watch
 from vllm_steer.schema.wire import SPANS_OF_V1, WIRE_KEY, Span
@@ -70,7 +71,9 @@ class Readout:
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
-            raise MalformedSpec(f"readout layers is {self.layers!r}; allowed: a list of layer numbers. Give a list.")
+            raise MalformedSpec(
+                f"readout layers is {shown(self.layers)}; allowed: a list of layer numbers. Give a list."
+            )
         layers = {checked_layer(layer, "a readout layer") for layer in self.layers}
         if not isinstance(self.stop, Watch | None) or not (
             isinstance(self.flag, Sequence) and all(isinstance(one, Watch) for one in self.flag)
@@ -88,15 +91,15 @@ class Readout:
         spans.check(self.span)
         for where, names in (("project", self.project), ("trace", self.trace)):
             if isinstance(names, str) or not isinstance(names, Sequence):
-                raise MalformedSpec(f"readout {where} is {names!r}; allowed: a list of names. Give a list.")
+                raise MalformedSpec(f"readout {where} is {shown(names)}; allowed: a list of names. Give a list.")
             for name in names:
                 check_name(name, f"a name in readout {where}")
         if len(set(self.trace)) < len(self.trace):
             raise BadReadout(f"readout trace is {list(self.trace)}; allowed: each name once. Leave the repeats out.")
         if not isinstance(self.vectors, bool):
-            raise MalformedSpec(f"readout vectors is {self.vectors!r}; allowed: true or false.")
+            raise MalformedSpec(f"readout vectors is {shown(self.vectors)}; allowed: true or false.")
         if isinstance(self.skip_first, bool) or not isinstance(self.skip_first, int) or self.skip_first < 0:
-            raise BadReadout(f"skip_first is {self.skip_first!r}; allowed: a whole number from 0.")
+            raise BadReadout(f"skip_first is {shown(self.skip_first)}; allowed: a whole number from 0.")
         if self.skip_first and self.span not in ("prompt", "all"):
             raise BadReadout(
                 f"skip_first came with span {self.span!r}; allowed: 0 there, since it counts prompt tokens. Leave it "
@@ -108,7 +111,7 @@ class Readout:
                 "vectors is false, project is empty and trace is empty; allowed: at least one of them set. Set one."
             )
         if self.pool not in POOLS:
-            raise BadReadout(f"readout pool is {self.pool!r}; allowed: {', '.join(POOLS)}. Choose one of them.")
+            raise BadReadout(f"readout pool is {shown(self.pool)}; allowed: {', '.join(POOLS)}. Choose one of them.")
         if self.pool == "max" and not self.project and not self.trace:
             raise BadReadout("pool 'max' came without project and trace; allowed: at least one name in them. Name one.")
         if self.pool == "rows" and (self.project or not self.vectors):
@@ -177,7 +180,7 @@ class Readout:
         if "flag" in fields:
             if not isinstance(fields["flag"], list):
                 raise MalformedSpec(
-                    f"readout flag is a JSON {type(fields['flag']).__name__}; allowed: a list of objects. Give a list."
+                    f"readout flag is a JSON {json_type(fields['flag'])}; allowed: a list of objects. Give a list."
                 )
             fields["flag"] = [Watch.from_json(one, "an entry of flag") for one in fields["flag"]]
         return cls(**fields)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
-from vllm_steer.errors import MalformedSpec, UnknownField
+from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
+from vllm_steer.messages import json_type, shown
 from vllm_steer.schema.readout import Readout
 from vllm_steer.schema.steering import Steering
 from vllm_steer.schema.wire import OPS_OF_V1, SCHEMA_VERSION, SPANS_OF_V1, decoded
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +79,25 @@ class RequestSpec:
     def from_json(cls, wire: object) -> RequestSpec:
         """Build a spec from a decoded JSON object; raises as ``loads``."""
         if not isinstance(wire, dict):
-            raise MalformedSpec(f"the steering spec is a JSON {type(wire).__name__}; allowed: an object.")
+            raise MalformedSpec(f"the steering spec is a JSON {json_type(wire)}; allowed: an object.")
         unknown = sorted(set(wire) - {"v", "steering", "readout"})
         if unknown:
             raise UnknownField(f"the steering spec has {unknown}; allowed: v, steering, readout. Remove the others.")
         version = wire.get("v", SCHEMA_VERSION)
         if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
             raise MalformedSpec(
-                f"the steering spec has version {version!r}; allowed: 1 to {SCHEMA_VERSION}. Use a client of one of "
-                "these."
+                f"the steering spec has version {shown(version)}; allowed: 1 to {SCHEMA_VERSION}. Use a client of "
+                "one of these."
             )
         steering = wire.get("steering")
         if not isinstance(steering, list | None):
-            raise MalformedSpec(f"steering is a JSON {type(steering).__name__}; allowed: a list of entries.")
+            raise MalformedSpec(f"steering is a JSON {json_type(steering)}; allowed: a list of entries.")
         readout = wire.get("readout")
         spec = cls(
-            steering=None if steering is None else tuple(Steering.from_json(entry) for entry in steering),
-            readout=None if readout is None else Readout.from_json(readout),
+            steering=None
+            if steering is None
+            else tuple(_at(f"steering[{place}]", Steering.from_json, entry) for place, entry in enumerate(steering)),
+            readout=None if readout is None else _at("readout", Readout.from_json, readout),
         )
         if version < spec.version:
             raise MalformedSpec(
@@ -100,6 +106,15 @@ class RequestSpec:
                 f"version {spec.version}."
             )
         return spec
+
+
+def _at(place: str, parse: Callable[[object], Parsed], value: object) -> Parsed:
+    """``parse(value)``; a refusal names the place."""
+    try:
+        return parse(value)
+    except SteerError as error:
+        error.param = place
+        raise
 
 
 @lru_cache(maxsize=32)

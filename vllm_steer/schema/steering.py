@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from vllm_steer import spans
 from vllm_steer.errors import BadAlpha, BadCondition, BadOp, MalformedSpec
+from vllm_steer.messages import shown
 from vllm_steer.schema.checks import check_flag, check_name, checked_fields, checked_layer, finite
 from vllm_steer.schema.conditions import When
 from vllm_steer.schema.wire import OPS_OF_V1, SPANS_OF_V1, Span
@@ -67,7 +68,7 @@ class Steering:
     def __post_init__(self) -> None:
         check_name(self.direction, "steering direction")
         if self.op not in OPS:
-            raise BadOp(f"op is {self.op!r}; allowed: {', '.join(OPS)}. Choose one of them.")
+            raise BadOp(f"op is {shown(self.op)}; allowed: {', '.join(OPS)}. Choose one of them.")
         spans.check(self.span)
         if self.layer is not None and (layer := checked_layer(self.layer, "steering layer")) is not self.layer:
             object.__setattr__(self, "layer", layer)
@@ -100,7 +101,7 @@ class Steering:
 
     def _check_when(self) -> None:
         if not isinstance(self.when, When):
-            raise MalformedSpec(f"when is {str(self.when)[:80]!r}; allowed: a condition. Give When(...).")
+            raise MalformedSpec(f"when is {shown(self.when)}; allowed: a condition. Give When(...).")
         if self.when.over == "prompt" and spans.reach_back(self.span) > 1:
             raise BadCondition(
                 f"an entry with span {self.span!r} has a condition over the prompt, whose mean is known when the "

@@ -18,6 +18,7 @@ from vllm_steer.engine.patching import patch
 from vllm_steer.errors import NotOnThisRoute, SteerError
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.inbound.bodies import Translated, check_unsteered, translate
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.inbound.steered_routes import CHAT
 from vllm_steer.server.outbound.readouts_in_replies import complete_reply
 
@@ -54,7 +55,9 @@ async def _answer(serve: MethodType, url: str, body: BaseModel) -> Any:
             "use_beam_search": body.use_beam_search,
             "vllm_xargs": body.vllm_xargs,
         }
-        asked = translate(CHAT, json.dumps(fields).encode(), None, admission, serving.models.model_name())
+        settings = admission.settings
+        names = ModelNames(serving.models.model_name(), settings.served_aliases, settings.steering_in_model_names)
+        asked = translate(CHAT, json.dumps(fields).encode(), None, admission, names)
         if asked.body is not None:
             rest = json.loads(asked.body)
             body = body.model_copy(update={name: rest[name] for name in ("model", "vllm_xargs")})

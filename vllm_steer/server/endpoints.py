@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,10 +21,16 @@ from vllm_steer.engine.vllm_versions import is_disabled
 from vllm_steer.engine.worker_answers import whole_model
 from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownDirection
 from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.server.playground.page import playground_router
+from vllm_steer.server.readouts.kept_readouts import KeptReadouts
+from vllm_steer.server.readouts.routes import KEPT, readout_router
+from vllm_steer.server.registry.alias_routes import alias_router
+from vllm_steer.server.registry.aliases import ServedAliases
 from vllm_steer.server.registry.routes import ADMIN_KEY_VARIABLE, SERVER, SteeredServer, router
 from vllm_steer.server.registry.shared_registry import share_registry
+from vllm_steer.settings import SteerSettings
 
 WATCH_SECONDS = 0.5
 """Time between two checks of the engine."""
@@ -42,7 +49,8 @@ class SteerEndpoints:
         """
         if is_disabled():
             return
-        app.include_router(router)
+        for one in (router, alias_router, readout_router):
+            app.include_router(one)
         app.include_router(playground_router(_has_playground))
         app.add_middleware(SteerMiddleware)
 
@@ -60,19 +68,28 @@ class SteerEndpoints:
             admission = admission_of(engine_client.input_processor)
         except NotConfigured:
             return
-        models = state.openai_serving_models
-        for alias in admission.settings.served_aliases:
-            is_lora = alias in models.lora_requests
-            if is_lora or models.is_base_model(alias):
-                raise SettingsError(
-                    f"served_aliases has {alias!r}, the name that {'a LoRA module' if is_lora else 'the model itself'} "
-                    "is served by; allowed: any other name. Rename one of them."
-                )
+        settings, models = admission.settings, state.openai_serving_models
         registry = await share_registry(admission, engine_client)
-        _check_own_steering(admission)
+        aliases = ServedAliases(settings, registry)
+        taken = partial(_owner_of, models)
+        for alias in aliases.current():
+            if owner := taken(alias):
+                where = (
+                    "served_aliases has" if alias in settings.served_aliases else "the registry's folder has the alias"
+                )
+                raise SettingsError(
+                    f"{where} {alias!r}, the name that {owner} is served by; allowed: any other name. Rename one of "
+                    "them."
+                )
+        _check_own_steering(admission, aliases)
         model = whole_model(await call_workers(engine_client, "vllm_steer_model"))
-        SERVER.put(state, SteeredServer(admission.settings, registry, model))
-        SERVED.put(state, Served(admission, models.model_name()))
+        processes = engine_client.vllm_config.parallel_config._api_process_count
+        kept = KeptReadouts(
+            registry.directory.readouts, settings.kept_readouts_mib, settings.kept_readouts_seconds, processes
+        )
+        KEPT.put(state, kept)
+        SERVER.put(state, SteeredServer(settings, registry, model, aliases, admission.check, taken))
+        SERVED.put(state, Served(admission, partial(_names, models.model_name(), aliases, settings)))
         WATCHDOG.put(state, run_in_background(_end_with(engine_client, state), "The watch of the engine"))
 
 
@@ -85,19 +102,35 @@ async def _end_with(engine_client: Any, state: State) -> None:
             terminate_if_errored(server, engine_client)
 
 
-def _check_own_steering(admission: Admission) -> None:
+def _names(base: str, aliases: ServedAliases, settings: SteerSettings) -> ModelNames:
+    return ModelNames(base, aliases.current(), settings.steering_in_model_names)
+
+
+def _owner_of(models: Any, name: str) -> str | None:
+    """What vLLM serves by a name; None if nothing."""
+    if name in models.lora_requests:
+        return "a LoRA module"
+    return "the model itself" if models.is_base_model(name) else None
+
+
+def _check_own_steering(admission: Admission, aliases: ServedAliases) -> None:
     """Refuse aliases and a default that can never be honoured; warn of those whose directions may still come.
+
+    An alias that was put over HTTP under an earlier server only warns, since its owner may not be able to change it
+    while the server is down.
 
     Raises:
         SettingsError: the message names the alias or the default.
     """
-    for who, entries in admission.settings.own_steering().items():
+    configured = admission.settings.own_steering()
+    for who, entries in aliases.own_steering().items():
         try:
             admission.check(RequestSpec(entries))
         except SteerError as error:
-            if not isinstance(error, UnknownDirection) or not os.environ.get(ADMIN_KEY_VARIABLE):
+            may_come = isinstance(error, UnknownDirection) and bool(os.environ.get(ADMIN_KEY_VARIABLE))
+            if who in configured and not may_come:
                 raise SettingsError(f"{who} could never be honoured: {error}") from None
-            logger.warning("Requests to %s will be refused until its direction is registered: %s", who, error)
+            logger.warning("Requests to %s will be refused until this is mended: %s", who, error)
 
 
 def _has_playground(request: Request) -> bool:

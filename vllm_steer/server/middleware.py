@@ -6,10 +6,12 @@ It runs inside vLLM's authentication, so a request without the right API key nev
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import parse_qsl
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,11 +22,17 @@ from vllm_steer.engine.front.permissions import allowed_for
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import MalformedSpec, SteerError
 from vllm_steer.schema.request_spec import RequestSpec
-from vllm_steer.server.inbound.bodies import Checker, Translated, translate
+from vllm_steer.server.inbound.api_key import api_key
+from vllm_steer.server.inbound.bodies import Checker, Translated, not_on_this_route, translate
+from vllm_steer.server.inbound.header import steering_header
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
+from vllm_steer.server.outbound.exposed_headers import ExposingSender
 from vllm_steer.server.outbound.readouts_in_replies import list_aliases
 from vllm_steer.server.outbound.refusals import error_body
 from vllm_steer.server.outbound.reply_sender import AliasListingSender, ReplySender, WholeSender
+from vllm_steer.server.readouts.kept_readouts import KeptReadouts
+from vllm_steer.server.readouts.routes import KEPT
 
 _MODELS = "/v1/models"
 _FORMS = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream")
@@ -36,11 +44,11 @@ class Served:
 
     Attributes:
         checker: the engine's admission.
-        base_model: the name under which vLLM serves the model.
+        names: the model names, as they are now.
     """
 
     checker: Checker
-    base_model: str
+    names: Callable[[], ModelNames]
 
 
 SERVED: Attribute[Served] = Attribute(
@@ -72,23 +80,38 @@ class SteerMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
         settings = served.checker.settings
         if scope["type"] == "websocket":  # realtime endpoints take requests over it
-            exchange = Exchange(allowed=allowed_for(settings, _api_key(scope)))
+            exchange = Exchange(allowed=allowed_for(settings, api_key(scope)))
             await self._bound(exchange, scope, receive, send)
-        elif scope["method"] == "POST" and not _is_form(scope):
+            return
+        send = ExposingSender(send)
+        if scope["method"] == "POST" and not _is_form(scope):
             await self._answer(served, path, scope, receive, send)
-        elif scope["method"] == "GET" and path == _MODELS and settings.served_aliases:
-            await self.app(scope, receive, WholeSender(send, partial(list_aliases, aliases=settings.served_aliases)))
+        elif scope["method"] == "POST":
+            await self._pass_form(path, scope, receive, send)
+        elif scope["method"] == "GET" and path == _MODELS and (aliases := served.names().aliases):
+            await self.app(scope, receive, WholeSender(send, partial(list_aliases, aliases=aliases)))
         else:
             await self.app(scope, receive, send)
+
+    async def _pass_form(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a form, which has no place for steering, unless its headers ask for some."""
+        try:
+            if steering_header(scope["headers"]) is not None:
+                raise not_on_this_route("the header X-Steering", path)
+        except SteerError as error:
+            await _refuse(error, path, scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
     async def _answer(self, served: Served, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         if body is None:
             return  # the client has disconnected
-        settings, key = served.checker.settings, _api_key(scope)
+        names, key = served.names(), api_key(scope)
         query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
         try:
-            translated = translate(path, body, key, served.checker, served.base_model, query)
+            header = steering_header(scope["headers"])
+            translated = translate(path, body, key, served.checker, names, query, header)
         except SteerError as error:
             await _refuse(error, path, scope, receive, send)
             return
@@ -104,8 +127,8 @@ class SteerMiddleware:
             # Changed in place: vLLM's metrics read the route that routing stores in this same object.
             scope["headers"] = headers.raw
         receive = _replay(body, receive)
-        if translated.model is not None and settings.served_aliases and (path in STEERED or path in NAMING):
-            send = AliasListingSender(send, settings.served_aliases, translated.model)
+        if translated.model is not None and names.aliases and (path in STEERED or path in NAMING):
+            send = AliasListingSender(send, names.aliases, translated.model)
         if path not in STEERED:
             await self.app(scope, receive, send)
             return
@@ -113,7 +136,7 @@ class SteerMiddleware:
         if exchange.whole.is_empty:
             await self._bound(exchange, scope, receive, send)
             return
-        reply = ReplySender(send, path, exchange)
+        reply = ReplySender(send, path, exchange, partial(_keep, KEPT.of(scope["app"].state), key))
         try:
             await self._bound(exchange, scope, receive, reply)
         except RuntimeError as error:  # raised by Starlette from the route's exception
@@ -135,8 +158,15 @@ def _exchange_of(served: Served, translated: Translated, key: str | None) -> Exc
         whole=(translated.spec or RequestSpec()).with_default(settings.default_steering),
         choices_per_prompt=translated.choices_per_prompt,
         is_background=translated.is_background,
+        alias=translated.alias,
         allowed=allowed_for(settings, key),
     )
+
+
+async def _keep(kept: KeptReadouts | None, key: str | None, exchange: Exchange) -> None:
+    """Keep the readouts of a reply whose id is known."""
+    if kept is not None and kept.is_on and exchange.reply_id is not None and exchange.closed:
+        await run_in_threadpool(kept.keep, exchange.reply_id, key, list(exchange.closed))
 
 
 def _is_form(scope: Scope) -> bool:
@@ -170,9 +200,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return first.pop() if first else await receive()
 
     return replay
-
-
-def _api_key(scope: Scope) -> str | None:
-    """The bearer token, as vLLM's authentication reads it."""
-    scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
-    return key if scheme.lower() == "bearer" and key else None

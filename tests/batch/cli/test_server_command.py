@@ -183,12 +183,16 @@ def test_a_registry_folder_may_hold_what_the_files_do_not(model: str, tmp_path: 
 
 @pytest.mark.parametrize("text", ["a", "a=kind", "a=kind:x", "=kind:1", "a=:1", "a=kind:1@", "a=kind:1@x"])
 def test_another_form_of_alias_is_refused(text: str) -> None:
-    with pytest.raises(SettingsError, match="NAME=direction:alpha"):
+    with pytest.raises(SettingsError, match=r"direction:alpha|without alpha"):
         parse_alias(text)
 
 
 def test_an_alias_names_its_direction_even_with_colons() -> None:
-    assert parse_alias("a-b=x:y/z:-1.5@2") == ("a-b", Steering("x:y/z", -1.5, 2))
+    assert parse_alias("a-b=x:y/z:-1.5@2") == ("a-b", (Steering("x:y/z", -1.5, 2),))
+    assert parse_alias("a=x;op=ablate,y:1;span=response") == (
+        "a",
+        (Steering("x", op="ablate"), Steering("y", 1.0, span="response")),
+    )
 
 
 @pytest.mark.parametrize("text", ["", "8;12", "8,", "-1", "¹"])

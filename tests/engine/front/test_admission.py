@@ -76,6 +76,13 @@ def at(resolved: Resolved, position: int) -> Window:
     return [window for window in resolved.windows if window.start <= position][-1]
 
 
+def test_a_refused_entry_is_named_by_its_place(admission: Admission) -> None:
+    entries = (Steering("kind", 1.0), Steering("nobody", 1.0))
+    with pytest.raises(UnknownDirection) as refused:
+        admission.check(RequestSpec(entries))
+    assert refused.value.param == "steering[1]"
+
+
 def test_names_become_slots_and_layers_become_hook_numbers(admission: Admission) -> None:
     resolved = resolve(
         admission, Steering("kind", 4), Steering("both", 2, layer=20, op="set"), Steering("cold", op="ablate", layer=8)

@@ -14,7 +14,7 @@ from vllm_steer.schema.steering import Steering
 
 @pytest.fixture(autouse=True)
 def no_labels_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_labels", {})
+    monkeypatch.setattr(metrics, "_directions", set())
 
 
 def value(name: str, **labels: str) -> float:

@@ -25,6 +25,7 @@ from vllm_steer.engine.front.offline import collect_readouts, register_direction
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.wire import WIRE_KEY
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
@@ -114,7 +115,7 @@ class TestFrontEnd:
             seen.append(current_exchange.get())
 
         checker = StubChecker(allowed_directions={"key:2bb80d537b1d": ["calm"]})
-        state = SimpleNamespace(**{SERVED.name: Served(checker, "base")})
+        state = SimpleNamespace(**{SERVED.name: Served(checker, lambda: ModelNames("base"))})
         headers = [(b"authorization", b"Bearer secret")]
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": headers, "app": SimpleNamespace(state=state)}
         asyncio.run(SteerMiddleware(app)(scope, None, None))  # type: ignore[arg-type]

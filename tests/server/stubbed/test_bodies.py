@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker
+from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker, model_names
 from vllm_steer.errors import (
     DirectionNotAllowed,
     LayerNotHooked,
@@ -24,6 +24,8 @@ from vllm_steer.errors import (
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
 from vllm_steer.server.inbound.bodies import Translated, translate
+from vllm_steer.server.inbound.header import steering_header
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.inbound.steered_routes import (
     CHAT,
     CHAT_BATCH,
@@ -34,15 +36,17 @@ from vllm_steer.server.inbound.steered_routes import (
     STEERED,
     TOKENS,
 )
+from vllm_steer.server.outbound.refusals import error_body
 
 KIND, CALM = {"direction": "kind", "alpha": 2.0}, {"direction": "calm", "alpha": 1.0, "layer": 1}
 ALIASES = {"served_aliases": {"base-kind": [KIND]}}
 
 
 def _translate(
-    fields: object, checker: StubChecker | None = None, path: str = CHAT, key: str | None = None
+    fields: object, checker: StubChecker | None = None, path: str = CHAT, key: str | None = None, header: Any = None
 ) -> Translated:
-    return translate(path, json.dumps(fields).encode(), key, checker or StubChecker(), BASE_MODEL)
+    checker = checker or StubChecker()
+    return translate(path, json.dumps(fields).encode(), key, checker, model_names(checker), header=header)
 
 
 def _steering(translated: Translated, checker: StubChecker | None = None) -> tuple[Steering, ...]:
@@ -72,7 +76,7 @@ def _rest(translated: Translated) -> dict[str, Any]:
     ],
 )
 def test_a_body_that_asks_nothing_of_the_plugin_stays_as_it_is(body: bytes) -> None:
-    translated = translate(CHAT, body, None, StubChecker(**ALIASES), BASE_MODEL)
+    translated = translate(CHAT, body, None, StubChecker(**ALIASES), model_names(StubChecker(**ALIASES)))
     assert (translated.body, translated.spec) == (None, None)
 
 
@@ -309,7 +313,7 @@ def test_names_of_a_users_own_may_be_ours(fields: dict[str, Any]) -> None:
 )
 def test_a_name_that_stands_twice_is_refused(body: str) -> None:
     with pytest.raises(MalformedSpec, match="twice"):
-        translate(CHAT, body.encode(), None, StubChecker(), BASE_MODEL)
+        translate(CHAT, body.encode(), None, StubChecker(), model_names(StubChecker()))
 
 
 def test_a_batch_of_chats_does_not_stream_what_it_steers() -> None:
@@ -324,7 +328,7 @@ def test_far_too_many_entries_are_refused_by_their_number_alone() -> None:
 
 def test_a_parameter_of_the_url_does_not_steer() -> None:
     with pytest.raises(MisplacedField, match="the URL's parameter 'steering'"):
-        translate(CHAT, b"{}", None, StubChecker(), BASE_MODEL, {"steering": "[]"})
+        translate(CHAT, b"{}", None, StubChecker(), model_names(StubChecker()), {"steering": "[]"})
 
 
 @pytest.mark.parametrize(
@@ -384,3 +388,138 @@ def test_a_lora_module_cannot_take_the_name_of_an_alias(path: str, field: str) -
     with pytest.raises(MalformedSpec, match=f"{field} is 'base-kind', which is a steered alias"):
         _translate({field: "base-kind", "lora_path": "/x"}, StubChecker(**ALIASES), path)
     assert _translate({field: "other"}, StubChecker(**ALIASES), path).body is None
+
+
+SAYS = {"steering_in_model_names": True, **ALIASES}
+
+
+@pytest.mark.parametrize(
+    ("model", "served", "entries"),
+    [
+        ("base@kind:3", "base", [{"direction": "kind", "alpha": 3.0}]),
+        ("base@kind:3@1;span=response", "base", [{"direction": "kind", "alpha": 3.0, "layer": 1, "span": "response"}]),
+        ("base@kind:3,calm:1@1", "base", [{"direction": "kind", "alpha": 3.0}, CALM]),
+        ("base-kind@calm:1@1", "base", [KIND, CALM]),
+        ("tuned@kind:3", "tuned", [{"direction": "kind", "alpha": 3.0}]),
+    ],
+)
+def test_a_model_name_can_say_its_entries(model: str, served: str, entries: list[dict[str, Any]]) -> None:
+    translated = _translate({"model": model, "messages": []}, StubChecker(**SAYS))
+    assert _rest(translated) == {"model": served, "messages": []}
+    assert list(_steering(translated)) == [Steering.from_json(one) for one in entries]
+    assert translated.alias == ("base-kind" if model.startswith("base-kind") else None)
+
+
+def test_a_model_name_says_nothing_unless_the_operator_allows_it() -> None:
+    translated = _translate({"model": "base@kind:3"}, StubChecker(**ALIASES))
+    assert (translated.body, translated.spec) == (None, None)  # vLLM knows no such model
+
+
+def test_a_served_name_with_an_at_sign_stays_a_name() -> None:
+    names = ModelNames("base@2", {"base@2@soft": (Steering("kind", 1.0),)}, say_steering=True)
+    assert names.read("base@2").name == "base@2"
+    assert names.read("base@2@soft").aliased == (Steering("kind", 1.0),)
+    assert names.read("base@2@kind:3").asked == (Steering("kind", 3.0),)
+    assert names.read("base@2@soft@kind:3").aliased == (Steering("kind", 1.0),)
+
+
+def test_entries_in_a_model_name_are_the_clients_own() -> None:
+    """So the operator's lists and bounds hold for them."""
+    checker = StubChecker(**SAYS, allowed_directions={f"key:{sha256(b'k').hexdigest()[:12]}": ["calm"]})
+    with pytest.raises(DirectionNotAllowed):
+        _translate({"model": "base@kind:3"}, checker, key="k")
+    assert _translate({"model": "base-kind"}, checker, key="k").spec is not None  # the operator's
+
+
+def test_a_model_name_with_bad_entries_is_refused() -> None:
+    for model in ("base@", "base@kind", "base@kind:x", "tuned@kind"):
+        with pytest.raises(SteerError):
+            _translate({"model": model}, StubChecker(**SAYS))
+    with pytest.raises(NotOnThisRoute, match="steered alias 'base@kind:3'"):
+        _translate({"model": "base@kind:3"}, StubChecker(**SAYS), "/v1/embeddings")
+    for path in NAMING:
+        assert _rest(_translate({"model": "base@kind:3"}, StubChecker(**SAYS), path)) == {"model": "base"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "kind:2",
+        '[{"direction": "kind", "alpha": 2.0}]',
+        '{"steering": [{"direction": "kind", "alpha": 2}]}',
+    ],
+)
+def test_the_header_steers(header: str) -> None:
+    wire = steering_header([(b"x-steering", header.encode())])
+    translated = _translate({"messages": []}, header=wire)
+    assert _rest(translated) == {"messages": []}
+    assert _steering(translated) == (Steering.from_json(KIND),)
+
+
+def test_the_header_reads() -> None:
+    wire = steering_header([(b"x-steering", b'{"readout": {"project": ["kind"]}}')])
+    spec = _translate({"steering": [KIND]}, header=wire).spec
+    assert spec is not None
+    assert spec.readout is not None
+    assert (spec.readout.project, spec.readout.layers) == (("kind",), (2,))
+    assert spec.entries == (Steering.from_json(KIND),)
+
+
+def test_two_places_for_one_field_are_refused() -> None:
+    wire = steering_header([(b"x-steering", b"kind:2")])
+    with pytest.raises(MalformedSpec, match="'steering' came both in the body and in the header X-Steering"):
+        _translate({"steering": [KIND]}, header=wire)
+    with pytest.raises(MalformedSpec, match="'steering' came both in the header X-Steering and in the model's name"):
+        _translate({"model": "base@kind:2"}, StubChecker(**SAYS), header=wire)
+    assert len(_steering(_translate({"model": "base-kind"}, StubChecker(**ALIASES), header=wire))) == 2
+
+
+@pytest.mark.parametrize("headers", [["kind:2"] * 2, ["{"], ['{"steering": [], "steering": []}'], ["kind"], [""]])
+def test_a_wrong_header_is_refused(headers: list[str]) -> None:
+    with pytest.raises(SteerError):
+        steering_header([(b"x-steering", one.encode()) for one in headers])
+
+
+@pytest.mark.parametrize("name", [b"x-steer", b"steering", b"x-vllm-steering", b"x-readout", b"x-steering-vector"])
+def test_a_header_with_a_similar_name_is_refused(name: bytes) -> None:
+    with pytest.raises(MisplacedField, match="X-Steering"):
+        steering_header([(name, b"kind:2")])
+    assert steering_header([(b"x-request-id", b"steering"), (b"x-vllm-steer", b"1")]) is None
+
+
+def test_the_header_on_a_route_that_cannot_honour_it_is_refused() -> None:
+    wire = {"steering": [KIND]}
+    for path in ("/v1/embeddings", "/v1/chat/completions/render"):
+        with pytest.raises(NotOnThisRoute, match="X-Steering"):
+            _translate({}, path=path, header=wire)
+    for path in NAMING:
+        assert _translate({}, path=path, header=wire).body is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"steering": [KIND, {**KIND, "alfa": 1}]}, "steering[1]"),
+        ({"steering": [KIND, {"direction": "kind", "alpha": True}]}, "steering[1]"),
+        ({"readout": {"layers": [2], "pool": "least"}}, "readout"),
+        ({"steering": {}}, None),
+    ],
+)
+def test_a_refusal_names_the_place_in_the_body(fields: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(SteerError) as refused:
+        _translate(fields)
+    assert refused.value.param == param
+    assert error_body(refused.value)["error"]["param"] == param
+
+
+def test_a_refusal_speaks_the_words_of_json_and_names_the_nearest_field() -> None:
+    for fields, told in (
+        ({"steering": {}}, "steering is a JSON object; allowed"),
+        ({"steering": [KIND | {"alpha": True}]}, "alpha is true; allowed"),
+        ({"steering": [KIND | {"layer": False}]}, "layer is false; allowed"),
+        ({"steering": [{"direction": None, "alpha": 1}]}, "direction is null; allowed"),
+        ({"steering": [{"direction": "kind", "alpa": 1}]}, r"Did you mean 'alpha'\?"),
+        ({"readout": {"project": ["kind"], "spans": "all"}}, r"Did you mean 'span'\?"),
+    ):
+        with pytest.raises(SteerError, match=told):
+            _translate(fields)

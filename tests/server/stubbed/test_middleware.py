@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from tests.support.server.stub_openai_app import BASE_MODEL, StubChecker, StubSe
 from vllm_steer.client.replies import reply_of
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.engine.front.readout_json import readout_json
-from vllm_steer.errors import BadReadout, StreamOverflow
-from vllm_steer.server.inbound.steered_routes import CHAT, COMPLETIONS, RESPONSES
+from vllm_steer.errors import BadReadout, ReadoutNotFound, StreamOverflow
+from vllm_steer.schema.steering import Steering
+from vllm_steer.server.inbound.steered_routes import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from vllm_steer.server.outbound.sse_framing import EventSplitter
+from vllm_steer.server.readouts.kept_readouts import KeptReadouts
 
 KIND = [{"direction": "kind", "alpha": 2.0}]
 STEERED = {"model": BASE_MODEL, "steering": KIND}
@@ -313,7 +316,8 @@ def test_a_streams_choices_get_their_trace_once_and_their_readout_last_wherever_
     added = [(choice.pop("trace", None), choice.pop("readout", None)) for choice in choices]
     assert choices == [choice for one in chunks for choice in one["choices"]]
     values = {"kind": {"start": 0, "values": [0.5, 1.5, 2.5]}}
-    assert added == [(values, None), (values, None), (None, {"num_tokens": 3}), (None, {"num_tokens": 4})]
+    closing = [(None, {"num_tokens": count, "trace": values}) for count in (3, 4)]
+    assert added == [(values, None), (values, None), *closing]
 
 
 def test_a_live_trace_tells_each_value_once_and_none_beyond_the_samples_end() -> None:
@@ -340,7 +344,8 @@ def test_a_streamed_response_carries_its_trace_in_events_and_its_readout_in_the_
     delta, completed = (event.split("\n") for event in body.rstrip("\n").split("\n\n"))
     assert [delta[0], completed[0]] == [f"event: {kind}" for kind, _ in events]
     assert json.loads(delta[1].removeprefix("data: "))["trace"] == {"kind": {"start": 0, "values": [1.0]}}
-    assert json.loads(completed[1].removeprefix("data: "))["response"]["readout"] == {"num_tokens": 1}
+    whole = {"num_tokens": 1, "trace": {"kind": {"start": 0, "values": [1.0]}}}
+    assert json.loads(completed[1].removeprefix("data: "))["response"]["readout"] == whole
 
 
 def test_aliases_are_listed_as_children_of_the_base_model() -> None:
@@ -414,3 +419,70 @@ def test_rows_travel_as_bytes_and_come_back_in_their_shape(num_tokens: int) -> N
         assert got.dtype == np.float32
         assert got.shape == ((3, 4) if num_tokens else (0, 0))
         np.testing.assert_array_equal(got.ravel(), expected.ravel())
+
+
+def _kept(kept: KeptReadouts, reply_id: str, key: str | None = None) -> list[Any]:
+    return [one["readout"]["num_tokens"] for one in json.loads(kept.load(reply_id, key))["readouts"]]
+
+
+def test_the_readouts_of_whole_and_streamed_replies_are_kept_by_the_replys_id(tmp_path: Path) -> None:
+    """The same for both, and only for the API key of the request."""
+    kept = KeptReadouts(tmp_path, 1, 60.0)
+    choices = [{"index": index, "finish_reason": "stop"} for index in range(2)]
+    whole = json.dumps({"id": "chatcmpl-x", "choices": choices}).encode()
+    streamed = _sse(*({"id": "chatcmpl-x", "choices": [choice]} for choice in choices))
+    told = []
+    for chunk, kind in ((whole, "application/json"), (streamed, STREAM)):
+        stub = StubServer(chunks=[chunk], content_type=kind, engine=_filled)
+        request(stub, StubChecker(), CHAT, {**READ, "n": 2}, key="mine", kept=kept)
+        told.append(kept.load("chatcmpl-x", "mine"))
+        assert _kept(kept, "chatcmpl-x", "mine") == [3, 4]
+        for key in (None, "other"):
+            with pytest.raises(ReadoutNotFound, match="chatcmpl-x"):
+                kept.load("chatcmpl-x", key)
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+def test_replies_of_one_sample_are_kept_too(tmp_path: Path, path: str, is_stream: bool) -> None:
+    def engine(exchange: Exchange) -> None:
+        exchange.sample("one", 0).readout = {"num_tokens": 5}
+
+    kept = KeptReadouts(tmp_path, 1, 60.0)
+    events = {
+        RESPONSES: [{"type": "response.completed", "response": {"id": "reply"}}],
+        MESSAGES: [{"type": "message_start", "message": {"id": "reply"}}, {"type": "message_delta"}],
+    }
+    chunk = _sse(*events[path]) if is_stream else b'{"id": "reply"}'
+    stub = StubServer(chunks=[chunk], content_type=STREAM if is_stream else "application/json", engine=engine)
+    request(stub, StubChecker(), path, READ, kept=kept)
+    assert _kept(kept, "reply") == [5]
+
+
+def test_only_what_reads_is_kept(tmp_path: Path) -> None:
+    request(StubServer(chunks=[b'{"id": "x", "choices": []}']), StubChecker(), CHAT, STEERED, kept=_full(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _full(folder: Path) -> KeptReadouts:
+    return KeptReadouts(folder, 1, 60.0)
+
+
+def test_a_script_of_another_origin_may_read_the_plugins_headers() -> None:
+    exposed = "access-control-expose-headers"
+    assert request(StubServer(), StubChecker(), CHAT, STEERED).headers[exposed] == "x-vllm-steer, ETag"
+    assert exposed not in request(StubServer(), StubChecker(), CHAT, {"model": BASE_MODEL}).headers
+
+
+def test_the_header_steers_a_request_without_fields() -> None:
+    stub = StubServer()
+    reply = request(stub, StubChecker(), CHAT, {"messages": []}, more={"x-steering": "kind:2"})
+    assert reply.headers["x-vllm-steer"] == "1"
+    assert stub.exchange is not None
+    assert stub.exchange.whole.entries == (Steering("kind", 2.0),)
+    refused = request(StubServer(), StubChecker(), CHAT, {"messages": []}, more={"x-steer": "kind:2"})
+    assert (refused.status, refused.json()["error"]["type"]) == (400, "MisplacedField")
+    form = {"x-steering": "kind:2", "content-type": "multipart/form-data"}
+    refused = request(StubServer(), StubChecker(), "/v1/audio/transcriptions", b"x", more=form)
+    assert (refused.status, refused.json()["error"]["type"]) == (400, "NotOnThisRoute")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +20,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from vllm_steer import Direction, Steering, When, errors, load_directions, save_directions
+from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.server.readouts.kept_readouts import KeptReadouts
+from vllm_steer.server.readouts.routes import KEPT, readout_router
+from vllm_steer.server.registry.alias_routes import alias_router
+from vllm_steer.server.registry.aliases import ServedAliases
 from vllm_steer.server.registry.registry_folder import RegistryDirectory, Server
 from vllm_steer.server.registry.routes import SERVER, SteeredServer, router
 from vllm_steer.server.registry.shared_registry import SharedRegistry
@@ -50,6 +55,16 @@ async def fake_write(writes: list[tuple[int, Direction]]) -> None:
     """Stands in for the workers; it accepts every write."""
 
 
+def admitted_by(registry: SharedRegistry) -> Callable[[RequestSpec], None]:
+    """Stands in for admission: every entry's direction must be registered at a hooked layer."""
+
+    def check(spec: RequestSpec) -> None:
+        for entry in spec.entries:
+            registry.find(entry.direction, entry.layer, SETTINGS.layers)
+
+    return check
+
+
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setenv("VLLM_STEER_ADMIN_KEY", ADMIN["X-Admin-Key"])
@@ -57,7 +72,12 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     asyncio.run(registry.start([Direction("needed", LAYER, KIND.vector)]))
     app = FastAPI()
     app.include_router(router)
-    SERVER.put(app.state, SteeredServer(SETTINGS, registry, MODEL))
+    for one in (alias_router, readout_router):
+        app.include_router(one)
+    aliases = ServedAliases(SETTINGS, registry)
+    taken = {"model": "the model itself"}.get
+    SERVER.put(app.state, SteeredServer(SETTINGS, registry, MODEL, aliases, admitted_by(registry), taken))
+    KEPT.put(app.state, KeptReadouts(registry.directory.readouts, 1, 60.0))
     with TestClient(app, raise_server_exceptions=True) as made:
         yield made
     registry.close()
@@ -83,7 +103,7 @@ def refusal(reply: httpx.Response, status: int, kind: str) -> str:
     """The message of a refusal in OpenAI's shape."""
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
-    assert (error["type"], error["code"], error["param"]) == (kind, getattr(errors, kind)("").code, None)
+    assert (error["type"], error["code"]) == (kind, getattr(errors, kind)("").code)
     return str(error["message"])
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from vllm_steer.engine.front.http_exchange import Exchange, current_exchange
 from vllm_steer.errors import LayerNotHooked, UnknownDirection
 from vllm_steer.schema.request_spec import RequestSpec
+from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
+from vllm_steer.server.readouts.kept_readouts import KeptReadouts
+from vllm_steer.server.readouts.routes import KEPT
 from vllm_steer.settings import SteerSettings
 
 BASE_MODEL = "base"
@@ -57,6 +61,12 @@ class StubChecker:
             self.registry.layers_of(entry.direction)
         if spec.readout is not None and not set(spec.readout.layers) <= set(self.settings.layers):
             raise LayerNotHooked(f"layers {list(spec.readout.layers)} are not all hooked")
+
+
+def model_names(checker: StubChecker) -> ModelNames:
+    """The names of a server with the checker's settings."""
+    settings = checker.settings
+    return ModelNames(BASE_MODEL, settings.served_aliases, settings.steering_in_model_names)
 
 
 @dataclass
@@ -127,17 +137,32 @@ def request(
     method: str = "POST",
     key: str | None = None,
     chunk_size: int | None = None,
+    more: Mapping[str, str] | None = None,
+    kept: KeptReadouts | None = None,
 ) -> Reply:
-    """Send one request through the middleware to the stub; a ``body`` other than bytes is sent as JSON."""
+    """Send one request through the middleware to the stub.
+
+    Args:
+        stub: answers it.
+        checker: admission; None for a server without hooks.
+        path: the route.
+        body: bytes; anything else is sent as JSON.
+        method: the HTTP method.
+        key: the API key.
+        chunk_size: bytes of one message of the body.
+        more: further headers.
+        kept: where the server keeps readouts.
+    """
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     size = chunk_size or max(1, len(data))
     parts = [data[start : start + size] for start in range(0, len(data), size)] or [b""]
     headers = [(b"content-length", str(len(data)).encode())]
     if key is not None:
         headers.append((b"authorization", f"Bearer {key}".encode()))
+    headers += [(name.encode(), value.encode()) for name, value in (more or {}).items()]
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
     messages[-1]["more_body"] = False
-    sent = exchange_messages(stub, checker, path, messages, method=method, headers=headers)
+    sent = exchange_messages(stub, checker, path, messages, method=method, headers=headers, kept=kept)
     start, *rest = sent
     assert start["type"] == "http.response.start"
     assert all(message["type"] == "http.response.body" for message in rest)
@@ -154,10 +179,11 @@ def exchange_messages(
     *,
     method: str = "POST",
     headers: Sequence[tuple[bytes, bytes]] = (),
+    kept: KeptReadouts | None = None,
 ) -> list[Any]:
     """The middleware's messages to a client that sends these ASGI messages to the stub and then disconnects."""
-    served = None if checker is None else Served(checker, BASE_MODEL)
-    state = SimpleNamespace(**{SERVED.name: served})
+    served = None if checker is None else Served(checker, partial(model_names, checker))
+    state = SimpleNamespace(**{SERVED.name: served, KEPT.name: kept})
     scope = {
         "type": "http",
         "method": method,

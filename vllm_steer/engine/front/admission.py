@@ -30,6 +30,7 @@ from vllm_steer.errors import (
     BadOp,
     BadSpan,
     NotConfigured,
+    SteerError,
 )
 from vllm_steer.plan.entry_rows import (
     ABOVE,
@@ -164,7 +165,13 @@ class Admission:
         key: str | None,
         num_computed: int | None,
     ) -> Resolved:
-        entries = [self._entry(book, steering, prompt_len) for steering in spec.entries]
+        entries = []
+        for place, steering in enumerate(spec.entries):
+            try:
+                entries.append(self._entry(book, steering, prompt_len))
+            except SteerError as error:
+                error.param = f"steering[{place}]"
+                raise
         if any(one.condition is not None for one in entries):
             number = count()
             entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]

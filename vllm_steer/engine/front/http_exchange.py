@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_steer.engine.front import metrics
 from vllm_steer.errors import SteerError
 from vllm_steer.schema.request_spec import RequestSpec
 
@@ -41,23 +42,31 @@ class Exchange:
         whole: the same together with the server's default steering.
         choices_per_prompt: the body's ``n``.
         is_background: whether the reply comes before anything is generated; then only default steering applies.
+        alias: the alias that the request named, if it did.
         allowed: the directions that its engine requests may name if they bring their own spec; None means any.
         samples: samples by (engine request id in vLLM's server, sample index), oldest first.
         is_applied: whether one of its engine requests was admitted with ``whole``.
         refusal: the refusal of one of its engine requests, if there was one.
+        reply_id: the id in the reply, once it is known.
+        closed: ``{"index", "readout"}`` of each choice whose readout has been sent.
     """
 
     spec: RequestSpec | None = None
     whole: RequestSpec = field(default_factory=RequestSpec)
     choices_per_prompt: int = 1
     is_background: bool = False
+    alias: str | None = None
     allowed: frozenset[str] | None = None
     samples: dict[tuple[str, int], Sample] = field(default_factory=dict)
     is_applied: bool = False
     refusal: SteerError | None = None
+    reply_id: str | None = None
+    closed: list[dict[str, Any]] = field(default_factory=list)
 
     def mark_applied(self) -> None:
         """Note that an engine request of this exchange was admitted with ``whole``."""
+        if self.alias is not None and not self.is_applied:
+            metrics.alias_named(self.alias)
         self.is_applied = True
 
     def sample(self, request_id: str, index: int) -> Sample:

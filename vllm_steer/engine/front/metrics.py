@@ -16,9 +16,10 @@ from vllm_steer.schema.request_spec import RequestSpec
 
 MAX_LABELS = 64
 OTHER = "other"
-"""Label of every direction after the first ``MAX_LABELS`` that a process counts; it limits the number of series."""
+"""Label of every direction (or alias) after the first ``MAX_LABELS`` that a process counts: it limits the series."""
 
 _requests = Counter("vllm_steer_requests", "Steered requests that were admitted, by direction.", ["direction"])
+_aliases = Counter("vllm_steer_alias_requests", "Requests that named a steered alias, by alias.", ["alias"])
 _tokens = Counter("vllm_steer_tokens", "Tokens generated for steered requests, by direction.", ["direction"])
 _readouts = Counter("vllm_steer_readouts", "Requests with a readout that were admitted.")
 _stops = Counter("vllm_steer_stops", "Samples that ended because their stop held, by direction.", ["direction"])
@@ -30,7 +31,8 @@ _bank_slots = Gauge(
     ["state"],
     multiprocess_mode="mostrecent",  # every process knows the whole bank, so the latest value is right
 )
-_labels: dict[str, str] = {}
+_directions: set[str] = set()
+_named: set[str] = set()
 
 
 def directions_of(spec: RequestSpec) -> tuple[str, ...]:
@@ -41,23 +43,28 @@ def directions_of(spec: RequestSpec) -> tuple[str, ...]:
 def admitted(spec: RequestSpec) -> None:
     """Count an admitted request. Its directions must have been found in the registry."""
     for direction in directions_of(spec):
-        _requests.labels(_label(direction)).inc()
+        _requests.labels(_label(direction, _directions)).inc()
     if spec.readout is not None:
         _readouts.inc()
+
+
+def alias_named(alias: str) -> None:
+    """Count a request that named an alias and was admitted; it must be one of the server's."""
+    _aliases.labels(_label(alias, _named)).inc()
 
 
 def tokens(directions: Iterable[str], count: int) -> None:
     """Count the generated tokens of a request for each of its directions (see ``directions_of``)."""
     for direction in directions:
-        _tokens.labels(_label(direction)).inc(count)
+        _tokens.labels(_label(direction, _directions)).inc(count)
 
 
 def crossings(answer: Mapping[str, Any]) -> None:
     """Count the stop and the flags that held for a sample; ``answer`` is what the workers say of its readout."""
     for name, *_ in answer.get("stopped", ()):
-        _stops.labels(_label(name)).inc()
+        _stops.labels(_label(name, _directions)).inc()
     for name, *_ in answer.get("flags", ()):
-        _flags.labels(_label(name)).inc()
+        _flags.labels(_label(name, _directions)).inc()
 
 
 def refused(error: SteerError) -> None:
@@ -71,7 +78,7 @@ def bank(registered: int, held: int, free: int) -> None:
         _bank_slots.labels(state).set(slots)
 
 
-def _label(direction: str) -> str:
-    if direction not in _labels and len(_labels) < MAX_LABELS:
-        _labels[direction] = direction
-    return _labels.get(direction, OTHER)
+def _label(name: str, counted: set[str]) -> str:
+    if name not in counted and len(counted) < MAX_LABELS:
+        counted.add(name)
+    return name if name in counted else OTHER

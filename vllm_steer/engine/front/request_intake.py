@@ -134,6 +134,7 @@ def translated(error: SteerError) -> SteerError:
     refusal = both.__new__(both)
     GracefulHTTPError.__init__(refusal, str(error), HTTPStatus(error.status))
     assert isinstance(refusal, SteerError)
+    refusal.param = error.param
     return refusal
 
 

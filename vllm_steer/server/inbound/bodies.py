@@ -1,8 +1,8 @@
 """Takes the plugin's fields out of request bodies and checks them; the rest of the body goes to vLLM.
 
-A request can ask for steering or a readout in three ways: ``"steering"`` and ``"readout"`` at the top of its body, the
-wire format in ``vllm_xargs["vllm_steer"]``, and a model name that is an alias. None of this stays in the body; the
-request's ``Exchange`` carries it on.
+A request can ask for steering or a readout with ``"steering"`` and ``"readout"`` at the top of its body, with the wire
+format in ``vllm_xargs["vllm_steer"]``, in the header ``X-Steering``, and with a model name that is an alias or says its
+entries itself. None of this stays in the body; the request's ``Exchange`` carries it on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vllm_steer.engine.front.permissions import allowed_for, check_allowed
-from vllm_steer.errors import MalformedSpec, NotOnThisRoute, TooManyEntries
+from vllm_steer.errors import MalformedSpec, NotOnThisRoute, SteerError, TooManyEntries
+from vllm_steer.messages import json_type
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.wire import WIRE_KEY, decoded, without_duplicates
 from vllm_steer.server.inbound.misplaced import FIELDS, check_places, misplaced
+from vllm_steer.server.inbound.model_names import ModelNames, NamedModel
 from vllm_steer.server.inbound.steered_routes import CHAT_BATCH, LORA_NAMES, NAMING, RESPONSES, STEERED, SteeredRoute
 from vllm_steer.settings import SteerSettings
 
@@ -66,6 +68,7 @@ class Translated:
         choices_per_prompt: the body's ``n``; 1 without it.
         is_background: whether the reply comes before anything is generated.
         model: the model's name in the body, if there is one.
+        alias: the alias that this name is or begins with, if there is one.
     """
 
     body: bytes | None = None
@@ -73,6 +76,7 @@ class Translated:
     choices_per_prompt: int = 1
     is_background: bool = False
     model: str | None = None
+    alias: str | None = None
 
 
 def translate(
@@ -80,8 +84,9 @@ def translate(
     body: bytes,
     key: str | None,
     checker: Checker,
-    base_model: str,
+    names: ModelNames,
     query: Mapping[str, str] | None = None,
+    header: Mapping[str, Any] | None = None,
 ) -> Translated:
     """Take the plugin's fields out of a body and check them.
 
@@ -90,13 +95,16 @@ def translate(
         body: the original bytes. If they are not a JSON object, vLLM answers them unchanged.
         key: the request's API key, if any.
         checker: settings, registered directions and the checks of admission.
-        base_model: the name under which vLLM serves its model; it replaces an alias.
+        names: the model names of the server.
         query: the parameters of the URL.
+        header: the wire object of the header ``X-Steering``, if there is one.
 
     Raises:
         SteerError: the request is refused; no part of it has been scheduled.
     """
     settings, route = checker.settings, STEERED.get(path)
+    if header is not None and route is None and path not in NAMING:
+        raise not_on_this_route("the header X-Steering", path)
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
@@ -104,29 +112,49 @@ def translate(
     if not isinstance(fields, dict):
         return Translated()
     if path in LORA_NAMES:
-        _check_lora_name(fields, LORA_NAMES[path], settings)
+        _check_lora_name(fields, LORA_NAMES[path], names)
     model = fields.get("model") if isinstance(fields.get("model"), str) else None
-    alias = settings.served_aliases.get(model) if model is not None else None
+    named = NamedModel("") if model is None else names.read(model)
     if route is None:
-        check_unsteered(path, fields, None if alias is None else model, query)
-        changed = None if alias is None else json.dumps({**fields, "model": base_model}).encode()
-        return Translated(changed, model=model)
+        check_unsteered(path, fields, model if named.is_steered else None, query)
+        changed = json.dumps({**fields, "model": named.name}).encode() if named.is_steered else None
+        return Translated(changed, model=model, alias=named.alias)
     check_places(fields, route.extra, query or {})
     wire = _wire(fields, route.extra)
-    if wire is not None or alias is not None or any(body.count(name) > 1 for name in _OURS):
+    if wire is not None or named.is_steered or any(body.count(name) > 1 for name in _OURS):
         json.loads(body, object_pairs_hook=without_duplicates)
-    if wire is None and alias is None:
+    wire = _merged(wire, header, named)
+    if wire is None and not named.is_steered:
         if settings.default_steering:
             _check_search(fields)
         return Translated(
             choices_per_prompt=_choices_per_prompt(fields), is_background=_is_background(path, fields), model=model
         )
 
-    spec = _spec(route, path, fields, wire or {}, alias, key, checker)
+    spec = _spec(route, path, fields, wire or {}, named, key, checker)
     rest = _without_ours(fields, route)
-    if alias is not None:
-        rest["model"] = base_model
-    return Translated(json.dumps(rest).encode(), spec, _choices_per_prompt(fields), model=model)
+    if named.is_steered:
+        rest["model"] = named.name
+    return Translated(json.dumps(rest).encode(), spec, _choices_per_prompt(fields), model=model, alias=named.alias)
+
+
+def _merged(body: dict[str, Any] | None, header: Mapping[str, Any] | None, named: NamedModel) -> dict[str, Any] | None:
+    """The wire object of a request, from all places that may say something; None if none does.
+
+    Raises:
+        MalformedSpec: two places say the same field.
+    """
+    by_name = {"steering": [one.to_json() for one in named.asked]} if named.asked else None
+    merged: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for place, told in (("the body", body), ("the header X-Steering", header), ("the model's name", by_name)):
+        for name, value in (told or {}).items():
+            if name in merged:
+                raise MalformedSpec(
+                    f"{name!r} came both in {places[name]} and in {place}; allowed: one of the two. Leave one out."
+                )
+            merged[name], places[name] = value, place
+    return merged if merged or body is not None or header is not None else None
 
 
 def check_unsteered(
@@ -147,10 +175,15 @@ def check_unsteered(
     if asked is None and alias is not None and path not in NAMING:
         asked = f"the steered alias {alias!r}"
     if asked is not None:
-        raise NotOnThisRoute(
-            f"{asked} came to {path}, which cannot honour it; allowed: {', '.join(STEERED)}. Send it to one of these, "
-            "or leave it out."
-        )
+        raise not_on_this_route(asked, path)
+
+
+def not_on_this_route(asked: str, path: str) -> NotOnThisRoute:
+    """The refusal of what came to a route that cannot honour it."""
+    return NotOnThisRoute(
+        f"{asked} came to {path}, which cannot honour it; allowed: {', '.join(STEERED)}. Send it to one of these, or "
+        "leave it out."
+    )
 
 
 def _spec(
@@ -158,7 +191,7 @@ def _spec(
     path: str,
     fields: Mapping[str, Any],
     wire: dict[str, Any],
-    alias: tuple[Any, ...] | None,
+    named: NamedModel,
     key: str | None,
     checker: Checker,
 ) -> RequestSpec:
@@ -178,8 +211,8 @@ def _spec(
             f"a readout came to {path}, whose replies have no place for it; allowed: "
             f"{', '.join(one for one, its in STEERED.items() if its.reads)}. Send it to one of these, or leave it out."
         )
-    check_allowed(asked, allowed_for(settings, key, None if alias is None else str(fields["model"])))
-    spec = asked if alias is None else replace(asked, steering=(*alias, *asked.entries))
+    check_allowed(asked, allowed_for(settings, key, named.alias))
+    spec = asked if named.alias is None else replace(asked, steering=(*named.aliased, *asked.entries))
     whole = spec.with_default(settings.default_steering)
     if not whole.is_empty:
         _check_search(fields)
@@ -188,7 +221,12 @@ def _spec(
                 "background came with steering or a readout, and its reply comes before anything is generated; "
                 "allowed: one of the two. Leave one out."
             )
-        checker.check(whole)
+        try:
+            checker.check(whole)
+        except SteerError as error:
+            if named.aliased or asked.steering is None:
+                error.param = None  # the entries are not the client's own
+            raise
     return spec
 
 
@@ -220,9 +258,9 @@ def _without_ours(fields: Mapping[str, Any], route: SteeredRoute) -> dict[str, A
     return changed
 
 
-def _check_lora_name(fields: Mapping[str, Any], field: str, settings: SteerSettings) -> None:
+def _check_lora_name(fields: Mapping[str, Any], field: str, names: ModelNames) -> None:
     name = fields.get(field)
-    if isinstance(name, str) and name in settings.served_aliases:
+    if isinstance(name, str) and name in names.aliases:
         raise MalformedSpec(
             f"{field} is {name!r}, which is a steered alias of this server; allowed: any other name. Rename one."
         )
@@ -244,7 +282,7 @@ def _wire(fields: Mapping[str, Any], extra: tuple[str, ...]) -> dict[str, Any] |
         )
     wire = decoded(inner[WIRE_KEY])
     if not isinstance(wire, dict):
-        raise MalformedSpec(f"{place} is a JSON {type(wire).__name__}; allowed: an object with v, steering, readout.")
+        raise MalformedSpec(f"{place} is a JSON {json_type(wire)}; allowed: an object with v, steering, readout.")
     return wire
 
 

@@ -12,7 +12,7 @@ messages               ``readout``                                     ``readout
 =====================  ==============================================  =============================================
 
 A readout is ``{"num_tokens", "projections": {name: {layer: value}}, "mean": {layer: base64 of little-endian float32}}``
-with ``mean`` only if vectors were requested, and with ``trace`` in a whole reply. A failed readout is
+with ``mean`` only if vectors were requested, and with the whole ``trace`` if one was. A failed readout is
 ``{"error": reason}``. A trace is ``{name: {"start": k, "values": [...]}}``, with k counted from the span's first token.
 A number that does not exist, such as the mean of no tokens, is null.
 """
@@ -42,11 +42,11 @@ def complete_reply(path: str, reply: dict[str, Any], exchange: Exchange) -> None
     if path in _ONE_SAMPLE:
         sample = _latest(exchange)
         if sample is not None:
-            reply["readout"] = _whole(sample)
+            _close(reply, reply, sample, exchange)
             placed += 1
     else:
         for choice, sample in _placed(path, reply, exchange):
-            choice["readout"] = _whole(sample)
+            _close(choice, reply, sample, exchange)
             placed += 1
     if not placed:
         raise NotOnThisRoute(
@@ -70,7 +70,7 @@ def complete_event(path: str, event: dict[str, Any], exchange: Exchange) -> bool
             choice["trace"] = news
         ends = choice.get("finish_reason") is not None and sample.readout is not None
         if ends:
-            choice["readout"] = sample.readout
+            _close(choice, event, sample, exchange)
         changed = changed or bool(news) or ends
     return changed
 
@@ -86,6 +86,8 @@ def list_aliases(models: dict[str, Any], aliases: Iterable[str]) -> None:
 
 def _complete_named_event(event: dict[str, Any], exchange: Exchange) -> bool:
     """``complete_event`` for routes whose replies are one sample and whose events have a ``type``."""
+    if event.get("type") == "message_start":
+        exchange.reply_id = _id_of(event.get("message"))
     sample = _latest(exchange)
     if sample is None:
         return False
@@ -95,8 +97,20 @@ def _complete_named_event(event: dict[str, Any], exchange: Exchange) -> bool:
     response = event.get("response", event)
     if event.get("type") not in _CLOSING or not isinstance(response, dict) or sample.readout is None:
         return bool(news)
-    response["readout"] = sample.readout
+    _close(response, response, sample, exchange)
     return True
+
+
+def _close(holder: dict[str, Any], reply: dict[str, Any], sample: Sample, exchange: Exchange) -> None:
+    """Put a sample's readout into its place, and note it for clients that ask for it by the reply's id."""
+    holder["readout"] = _whole(sample)
+    exchange.reply_id = _id_of(reply) or exchange.reply_id
+    exchange.closed.append({"index": holder.get("index", 0), "readout": holder["readout"]})
+
+
+def _id_of(reply: object) -> str | None:
+    told = reply.get("id", reply.get("request_id")) if isinstance(reply, dict) else None
+    return told if isinstance(told, str) else None
 
 
 def _placed(path: str, reply: dict[str, Any], exchange: Exchange) -> Iterator[tuple[dict[str, Any], Sample]]:

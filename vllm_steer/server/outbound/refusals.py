@@ -14,7 +14,7 @@ def error_body(error: SteerError, path: str = "") -> dict[str, Any]:
     clients of Anthropic's and Cohere's routes read.
     """
     body: dict[str, Any] = {
-        "error": {"message": str(error), "type": type(error).__name__, "param": None, "code": error.code}
+        "error": {"message": str(error), "type": type(error).__name__, "param": error.param, "code": error.code}
     }
     if path.startswith("/v1/messages"):
         body["type"] = "error"

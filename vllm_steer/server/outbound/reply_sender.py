@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,7 @@ from vllm_steer.server.outbound.sse_framing import EventSplitter, data_of, with_
 
 _START, _BODY = "http.response.start", "http.response.body"
 _OK, _NOT_FOUND = 200, 404
+Keep = Callable[[Exchange], Awaitable[None]]
 
 
 class WholeSender:
@@ -29,12 +31,20 @@ class WholeSender:
         change: changes the object in place. A body that is not a JSON object stays as it is. If ``change`` raises
             ``SteerError``, the client gets this refusal.
         status: the only HTTP status whose replies are changed.
+        before_sending: awaited when a reply has been changed, before it is sent.
     """
 
-    def __init__(self, send: Send, change: Callable[[dict[str, Any]], None], status: int = _OK) -> None:
+    def __init__(
+        self,
+        send: Send,
+        change: Callable[[dict[str, Any]], None],
+        status: int = _OK,
+        before_sending: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._send = send
         self._change = change
         self._status = status
+        self._before_sending = before_sending
         self._start: Message | None = None
         self._chunks: list[bytes] = []
 
@@ -61,6 +71,8 @@ class WholeSender:
                 await _send_refusal(self._send, error, error_body(error))
                 return
             body = json.dumps(reply, separators=(",", ":")).encode()
+            if self._before_sending is not None:
+                await self._before_sending()
         await _send_whole(self._send, start, body)
 
 
@@ -85,10 +97,11 @@ class StreamSender:
     gets an HTTP error instead of a stream: the request was refused for a reason that only the engine could know.
     """
 
-    def __init__(self, send: Send, path: str, exchange: Exchange, start: Message) -> None:
+    def __init__(self, send: Send, path: str, exchange: Exchange, keep: Keep, start: Message) -> None:
         self._send = send
         self._path = path
         self._exchange = exchange
+        self._keep = keep
         self._reads = exchange.whole.readout is not None
         self._start: Message | None = start
         self._events = EventSplitter()
@@ -124,7 +137,11 @@ class StreamSender:
                 return
             await self._send(_marked(self._start))
             self._start = None
-        await self._send({"type": _BODY, "body": b"".join(map(self._completed, events)), "more_body": more})
+        closed = len(self._exchange.closed)
+        body = b"".join(map(self._completed, events))
+        if len(self._exchange.closed) > closed:
+            await self._keep(self._exchange)
+        await self._send({"type": _BODY, "body": body, "more_body": more})
 
     async def fail(self, error: RuntimeError) -> bool:
         """Answer an error that ended the stream before it started; False if it cannot be answered here.
@@ -160,12 +177,19 @@ class ReplySender:
 
     A successful reply gets ``STEERED_HEADER``. If no engine request was steered or read, the client gets an error
     instead.
+
+    Args:
+        send: the ``send`` of the request.
+        path: the route.
+        exchange: the request and what is known of its reply.
+        keep: keeps the readouts of the reply; awaited before the last of them is sent.
     """
 
-    def __init__(self, send: Send, path: str, exchange: Exchange) -> None:
+    def __init__(self, send: Send, path: str, exchange: Exchange, keep: Keep) -> None:
         self._send = send
         self._path = path
         self._exchange = exchange
+        self._keep = keep
         self._sender: Send = send
 
     async def __call__(self, message: Message) -> None:
@@ -181,7 +205,7 @@ class ReplySender:
     def _sender_for(self, start: Message) -> Send:
         exchange = self._exchange
         if Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
-            return StreamSender(self._send, self._path, exchange, start)
+            return StreamSender(self._send, self._path, exchange, self._keep, start)
         if exchange.refusal is not None:
             return _RefusalSender(self._send, exchange.refusal, self._path)
         if start["status"] == _OK and not exchange.is_applied:
@@ -191,7 +215,11 @@ class ReplySender:
             return _RefusalSender(self._send, _unsteered(self._path), self._path)
         if exchange.whole.readout is None:
             return self._send
-        return WholeSender(self._send, lambda reply: complete_reply(self._path, reply, exchange))
+        return WholeSender(
+            self._send,
+            lambda reply: complete_reply(self._path, reply, exchange),
+            before_sending=partial(self._keep, exchange),
+        )
 
     async def fail(self, error: RuntimeError) -> bool:
         """Answer an error that ended the reply before its first byte was sent; False if it cannot be answered."""

@@ -5,6 +5,7 @@
     index.json        which direction is in which slot; a new file for every change, so a reader sees all of it or none
     lock              held by the process that makes a change
     vectors/          one safetensors file per direction
+    readouts/         readouts of finished replies (``vllm_steer.server.readouts.kept_readouts``), of this server alone
     use/              the slots that requests of each living process use (``vllm_steer.engine.front.slot_use_files``)
 
 A configured folder outlives its server: the next server registers its clients' directions again. Otherwise the server
@@ -21,9 +22,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
@@ -34,6 +35,7 @@ from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.engine.front.slot_use_files import SlotUse
 from vllm_steer.engine.registry import Registered
 from vllm_steer.errors import SettingsError
+from vllm_steer.schema.steering import Steering
 
 _LOCK_POLL_SECONDS = 0.005
 _FORMAT = 1
@@ -87,11 +89,13 @@ class Index:
         server: name of the server to whose bank the slots belong.
         registered: all directions.
         uploaded: (name, layer) of directions registered over HTTP; the others come from the configured files.
+        aliases: model name -> its entries, of the aliases put over HTTP.
     """
 
     server: str
     registered: tuple[Registered, ...]
     uploaded: frozenset[tuple[str, int]]
+    aliases: Mapping[str, tuple[Steering, ...]] = field(default_factory=dict)
 
     def write(self, file: IO[str]) -> None:
         """Write the index as JSON."""
@@ -99,7 +103,9 @@ class Index:
             {**asdict(one), "uploaded": (one.name, one.layer) in self.uploaded, "file": _file_name(one)}
             for one in self.registered
         ]
-        json.dump({"format": _FORMAT, "server": self.server, "directions": entries}, file, indent=1)
+        aliases = {name: [one.to_json() for one in its] for name, its in self.aliases.items()}
+        told = {"format": _FORMAT, "server": self.server, "directions": entries, "aliases": aliases}
+        json.dump(told, file, indent=1)
 
     @classmethod
     def read(cls, file: IO[str]) -> Index:
@@ -110,14 +116,16 @@ class Index:
         """
         try:
             told = json.load(file)
-            names = [field.name for field in fields(Registered)]
+            names = [one.name for one in fields(Registered)]
             entries = told["directions"]
             return cls(
                 server=told["server"],
                 registered=tuple(Registered(**{name: entry[name] for name in names}) for entry in entries),
                 uploaded=frozenset((entry["name"], entry["layer"]) for entry in entries if entry["uploaded"]),
+                # An index of an earlier version has none.
+                aliases={name: tuple(map(Steering.from_json, its)) for name, its in told.get("aliases", {}).items()},
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"{file.name} is no index of directions ({error!r}); give another registry_dir, or remove this one."
             ) from None
@@ -131,6 +139,7 @@ class RegistryDirectory:
 
     Attributes:
         use: the folder for ``SlotUse``.
+        readouts: the folder for ``KeptReadouts``.
 
     Raises:
         SettingsError: the folder cannot be made or written.
@@ -139,11 +148,13 @@ class RegistryDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.use = path / "use"
+        self.readouts = path / "readouts"
         self._index = path / "index.json"
         self._vectors = path / "vectors"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.use.mkdir(exist_ok=True)
+            self.readouts.mkdir(exist_ok=True)
             self._vectors.mkdir(exist_ok=True)
         except OSError as error:
             raise SettingsError(f"registry_dir {path} cannot be used ({error}); give a folder to write in.") from None
@@ -173,6 +184,11 @@ class RegistryDirectory:
         """Remove the folder unless a living process still uses it."""
         if not SlotUse.living(self.use):
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def forget_readouts(self) -> None:
+        """Remove the kept readouts; the first process of a server does so."""
+        for path in self.readouts.iterdir():
+            path.unlink(missing_ok=True)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:

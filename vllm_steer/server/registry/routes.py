@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 
 from vllm_steer import __version__
 from vllm_steer.directions.said import LayerIndex
-from vllm_steer.engine.front import metrics
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
 from vllm_steer.engine.worker_answers import ModelRecord, classes_in
@@ -25,14 +23,14 @@ from vllm_steer.errors import (
     BadDirectionFile,
     ChangeNotAllowed,
     DirectionNeeded,
-    DirectionNotFound,
     LayerNotHooked,
     NotConfigured,
-    SteerError,
     UnknownDirection,
 )
+from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
-from vllm_steer.server.outbound.refusals import error_body
+from vllm_steer.server.refusing_route import RefusingRoute
+from vllm_steer.server.registry.aliases import ServedAliases
 from vllm_steer.server.registry.preconditions import Preconditions, entries_of, etag_of
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 from vllm_steer.server.registry.upload import FileForm, packed_directions, read_upload, uploaded_directions
@@ -43,25 +41,7 @@ _MOST_LAYERS = 10**6  # the keys of direction files have six digits for the laye
 
 Layer = Annotated[int | None, Query(ge=0, lt=_MOST_LAYERS)]
 Condition = Annotated[str | None, Header()]
-
-
-class RefusingRoute(APIRoute):
-    """Answers a ``SteerError`` with its status and OpenAI's error body."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler of the route, with refusals answered."""
-        handler = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except SteerError as error:
-                metrics.refused(error)
-                if type(error) is UnknownDirection:  # here the URL names it, not a body
-                    error = DirectionNotFound(str(error))
-                return JSONResponse(error_body(error), error.status)
-
-        return answer
+AdminKey = Annotated[str | None, Header()]
 
 
 router = APIRouter(route_class=RefusingRoute)
@@ -75,11 +55,17 @@ class SteeredServer:
         settings: the server's settings.
         registry: its directions.
         model: how its model returns the residual stream, as ``model_record`` gives it.
+        aliases: its steered aliases.
+        check: the checks of admission.
+        taken: who else is served by a name, for messages; None if nobody is.
     """
 
     settings: SteerSettings
     registry: SharedRegistry
     model: ModelRecord
+    aliases: ServedAliases
+    check: Callable[[RequestSpec], None]
+    taken: Callable[[str], str | None]
 
 
 SERVER: Attribute[SteeredServer] = Attribute(
@@ -93,7 +79,7 @@ SERVER: Attribute[SteeredServer] = Attribute(
 @router.get("/v1/steering")
 def show_steering(request: Request) -> dict[str, Any]:
     """Hooked layers, limits, aliases, use of the bank and registered directions."""
-    server = _server(request)
+    server = server_of(request)
     settings = server.settings
     registered, held, free = server.registry.show_bank()
     return {
@@ -114,8 +100,11 @@ def show_steering(request: Request) -> dict[str, Any]:
         "max_rows": settings.max_rows,
         "max_upload_mib": settings.max_upload_mib,
         "bank": {"registered": registered, "held": held, "free": free},
-        "aliases": {alias: [one.to_json() for one in entries] for alias, entries in settings.served_aliases.items()},
+        "aliases": {alias: [one.to_json() for one in its] for alias, its in server.aliases.current().items()},
         "default_steering": [one.to_json() for one in settings.default_steering],
+        "steering_in_model_names": settings.steering_in_model_names,
+        "kept_readouts_mib": settings.kept_readouts_mib,
+        "kept_readouts_seconds": settings.kept_readouts_seconds,
         "directions": _listed(server.registry.all()),
         "changes": bool(os.environ.get(ADMIN_KEY_VARIABLE)),
     }
@@ -124,7 +113,7 @@ def show_steering(request: Request) -> dict[str, Any]:
 @router.get("/v1/steering/directions")
 def list_directions(request: Request) -> dict[str, Any]:
     """The registered directions, without their vectors."""
-    return {"directions": _listed(_server(request).registry.all())}
+    return {"directions": _listed(server_of(request).registry.all())}
 
 
 @router.get("/v1/steering/directions/{name:path}")
@@ -132,7 +121,7 @@ def get_direction(
     request: Request, name: str, layer: Layer = None, if_match: Condition = None, if_none_match: Condition = None
 ) -> Response:
     """The vectors of a name, at one layer or at all, as a safetensors file."""
-    registry = _server(request).registry
+    registry = server_of(request).registry
     conditions = Preconditions(if_match, if_none_match)
     while True:
         book = registry.current()
@@ -161,7 +150,7 @@ async def put_direction(
     layer_index: LayerIndex | None = None,
     if_match: Condition = None,
     if_none_match: Condition = None,
-    x_admin_key: Condition = None,
+    x_admin_key: AdminKey = None,
 ) -> JSONResponse:
     """Register or replace a name at the layers in the body; other layers of the name stay as they are.
 
@@ -169,8 +158,8 @@ async def put_direction(
     file of another format, which ``layer`` and ``layer_index`` explain as in ``load_directions``; or with ``?layer=``
     alone one vector of float32 little-endian numbers.
     """
-    server = _server(request)
-    _check_admin(x_admin_key)
+    server = server_of(request)
+    check_admin(x_admin_key)
     length = request.headers.get("Content-Length")
     body = await read_upload(request.stream(), length, server.settings.max_upload_mib)
     directions = await run_in_threadpool(uploaded_directions, name, layer, body, format, layer_index)
@@ -183,7 +172,7 @@ async def put_direction(
         entries = entries_of(before, name, layer)
         is_new = not entries
         Preconditions(if_match, if_none_match).check(entries)
-        _check_needed(server.settings, before, after)
+        _check_needed(server, before, after)
 
     entries = entries_of(await server.registry.put(directions, check), name, layer)
     return JSONResponse(
@@ -197,20 +186,20 @@ async def delete_direction(
     name: str,
     layer: Layer = None,
     if_match: Condition = None,
-    x_admin_key: Condition = None,
+    x_admin_key: AdminKey = None,
 ) -> dict[str, Any]:
     """Remove a name, at one layer or at all. Requests in flight keep its vectors."""
-    server = _server(request)
-    _check_admin(x_admin_key)
+    server = server_of(request)
+    check_admin(x_admin_key)
 
     def check(before: DirectionBook, after: DirectionBook) -> None:
         Preconditions(if_match).check(entries_of(before, name, layer))
-        _check_needed(server.settings, before, after)
+        _check_needed(server, before, after)
 
     return {"deleted": _listed(await server.registry.remove(name, layer, check))}
 
 
-def _server(request: Request) -> SteeredServer:
+def server_of(request: Request) -> SteeredServer:
     server = SERVER.of(request.app.state)
     if server is None:
         raise NotConfigured(
@@ -233,31 +222,32 @@ def _listed(entries: Iterable[Registered]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_admin(sent: str | None) -> None:
+def check_admin(sent: str | None) -> None:
     key = os.environ.get(ADMIN_KEY_VARIABLE)
     if not key:
         raise ChangeNotAllowed(
-            f"this server has no admin key, so its directions cannot be changed; start it with {ADMIN_KEY_VARIABLE} in "
+            f"this server has no admin key, so nothing can be changed; start it with {ADMIN_KEY_VARIABLE} in "
             "its environment."
         )
     if sent is None:
-        raise AdminKeyMissing("changes of directions need the admin key; send it as the header X-Admin-Key.")
+        raise AdminKeyMissing("changes need the admin key; send it as the header X-Admin-Key.")
     if not hmac.compare_digest(sent.encode(), key.encode()):
         raise ChangeNotAllowed("X-Admin-Key is not this server's admin key; send the right one.")
 
 
-def _check_needed(settings: SteerSettings, before: DirectionBook, after: DirectionBook) -> None:
+def _check_needed(server: SteeredServer, before: DirectionBook, after: DirectionBook) -> None:
     """Refuse a change that makes a usable alias or a usable default steering unusable.
 
     Raises:
         DirectionNeeded: the message names the alias or the default.
     """
-    needs = [(who, one) for who, entries in settings.own_steering().items() for one in entries]
+    settings = server.settings
+    needs = [(who, one) for who, entries in server.aliases.own_steering().items() for one in entries]
     for who, steering in needs:
         if _is_usable(before, steering, settings) and not _is_usable(after, steering, settings):
             raise DirectionNeeded(
                 f"{who} needs {steering.direction!r} and could not be used after this change; allowed: replacing the "
-                f"direction. To delete it, start the server without {who}."
+                f"direction. To delete it, remove {who} first."
             )
 
 

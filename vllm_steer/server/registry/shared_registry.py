@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,7 @@ from vllm_steer.engine.front.slot_use_files import SlotUse
 from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, bank_writes, configured_directions
 from vllm_steer.errors import SettingsError, SteerError
+from vllm_steer.schema.steering import Steering
 from vllm_steer.server.registry.registry_folder import Index, RegistryDirectory, Server
 
 Write = Callable[[list[tuple[int, Direction]]], Awaitable[None]]
@@ -53,6 +54,7 @@ class SharedRegistry(DirectionBook):
         self._version: tuple[int, int] | None = None
         self._book = DirectionBook()
         self._uploaded: frozenset[tuple[str, int]] = frozenset()
+        self._aliases: Mapping[str, tuple[Steering, ...]] = {}
         self._last_server = ""
 
     async def start(self, configured: Sequence[Direction]) -> None:
@@ -82,6 +84,7 @@ class SharedRegistry(DirectionBook):
                         f"registry_dir {self.directory.path} is in use by another server (process "
                         f"{self._last_server}); give each server a folder of its own."
                     )
+            self.directory.forget_readouts()
             files = DirectionRegistry(self.capacity, self.hidden_size)
             files.register(configured)
             # An upload replaces a file's direction of the same name and layer, and may have its slot.
@@ -116,6 +119,40 @@ class SharedRegistry(DirectionBook):
     def all(self) -> Iterable[Registered]:
         """See ``DirectionBook.all``; uses the current book."""
         return self.current().all()
+
+    def aliases(self) -> Mapping[str, tuple[Steering, ...]]:
+        """Model name -> entries of the aliases put over HTTP; the same object until something changes."""
+        self.current()
+        return self._aliases
+
+    async def put_alias(self, name: str, entries: tuple[Steering, ...], check: Callable[[], None]) -> bool:
+        """Make ``name`` an alias, or give it other entries.
+
+        Args:
+            name: the model name.
+            entries: what it stands for.
+            check: called under the lock, so no direction is removed meanwhile; an exception prevents the change.
+
+        Returns:
+            Whether the name is new.
+
+        Raises:
+            Exception: any exception of ``check``.
+        """
+        async with self.directory.locked():
+            before = self.aliases()
+            check()
+            self._publish(self._book, self._uploaded, {**before, name: entries})
+            return name not in before
+
+    async def remove_alias(self, name: str) -> bool:
+        """Remove an alias that was put over HTTP; whether there was one."""
+        async with self.directory.locked():
+            before = self.aliases()
+            if name not in before:
+                return False
+            self._publish(self._book, self._uploaded, {one: its for one, its in before.items() if one != name})
+            return True
 
     async def put(self, directions: Sequence[Direction], check: Check) -> DirectionBook:
         """Register all directions or none, and return the new book.
@@ -174,8 +211,14 @@ class SharedRegistry(DirectionBook):
         if self._index_file is not None:
             self._index_file.close()
 
-    def _publish(self, draft: DirectionBook, uploaded: frozenset[tuple[str, int]]) -> None:
-        self.directory.publish(Index(self._server.name, tuple(draft.all()), uploaded))
+    def _publish(
+        self,
+        draft: DirectionBook,
+        uploaded: frozenset[tuple[str, int]],
+        aliases: Mapping[str, tuple[Steering, ...]] | None = None,
+    ) -> None:
+        kept = self._aliases if aliases is None else aliases
+        self.directory.publish(Index(self._server.name, tuple(draft.all()), uploaded, kept))
         self.show_bank()
 
     def _load(self) -> None:
@@ -192,6 +235,8 @@ class SharedRegistry(DirectionBook):
         status = os.fstat(file.fileno())
         self._version = status.st_dev, status.st_ino
         self._book, self._uploaded, self._last_server = DirectionBook(index.registered), index.uploaded, index.server
+        if index.aliases != self._aliases:
+            self._aliases = index.aliases
 
 
 def _key(one: Direction | Registered) -> tuple[str, int]:

@@ -1,0 +1,73 @@
+"""Steering as one line of text, where there is no place for JSON: command lines, model names, headers.
+
+::
+
+    kind:8                              the direction "kind" with α 8
+    kind:8@12                           the same at layer 12
+    kind:8@12;span=response             with other fields of an entry
+    kind;op=ablate                      without α
+    kind;op=clamp;low=-2;high=2
+    kind:8,calm:-3@12                   several entries, in their order
+
+A name that contains ``@``, ``;`` or ``,`` has no such text; use JSON for it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vllm_steer.errors import MalformedSpec
+from vllm_steer.schema.steering import Steering
+from vllm_steer.schema.wire import without_duplicates
+
+FORM = "direction:alpha[@layer][;field=value ...], several joined by commas, such as kind:8@12;span=response"
+"""The form, for error messages."""
+_TEXTS = ("op", "span")
+_VALUES = ("relative", "keep_norm", "low", "high")
+
+
+def parse_steering(text: str, where: str = "steering") -> tuple[Steering, ...]:
+    """Parse the entries of a line.
+
+    Args:
+        text: at least one entry, in the form above.
+        where: the name of the place of the text, for messages.
+
+    Raises:
+        MalformedSpec: the text has another form; the message names the entry.
+        BadAlpha, BadOp, BadSpan: as ``Steering``.
+    """
+    return tuple(_entry(one.strip(), where) for one in text.split(","))
+
+
+def _entry(text: str, where: str) -> Steering:
+    head, *pairs = text.split(";")
+    head, at, layer = head.partition("@")
+    name, colon, alpha = head.rpartition(":")  # a name may contain colons
+    fields: list[tuple[str, Any]] = [("direction", name if colon else head)]
+    try:
+        if colon:
+            fields.append(("alpha", float(alpha)))
+        if at:
+            fields.append(("layer", int(layer)))
+        fields += [_field(pair) for pair in pairs]
+    except ValueError:
+        fields = [("direction", "")]
+    if not fields[0][1]:
+        raise MalformedSpec(f"{where} has {text[:80]!r}; allowed: {FORM}. Correct it.")
+    return Steering.from_json(without_duplicates(fields))
+
+
+def _field(pair: str) -> tuple[str, Any]:
+    """One ``field=value``.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    name, _, value = pair.strip().partition("=")
+    if name in _TEXTS and value:
+        return name, value
+    if name in _VALUES:
+        return name, json.loads(value)
+    raise ValueError(pair)

@@ -1,0 +1,56 @@
+"""The request header ``X-Steering``, for clients that can set headers and nothing in a body."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from vllm_steer.errors import MalformedSpec, MisplacedField
+from vllm_steer.schema.steering_text import FORM, parse_steering
+from vllm_steer.schema.wire import STEERED_HEADER, without_duplicates
+
+STEERING_HEADER = "x-steering"
+_LIKE_OURS = re.compile(r"(x-)?(vllm-)?(steer|read-?outs?$)", re.IGNORECASE)
+
+
+def steering_header(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any] | None:
+    """The steering in a request's headers, as a wire object; None if no header has any.
+
+    The header holds entries as text (``vllm_steer.schema.steering_text``), or JSON: a list of entries, or an object
+    with ``steering`` and ``readout``.
+
+    Args:
+        headers: names, in lower case, and values, as ASGI gives them.
+
+    Raises:
+        MisplacedField: a header has a name like ``X-Steering``, but not this.
+        MalformedSpec: the header comes twice, or has another form.
+        SpecError: as ``Steering``.
+    """
+    texts = []
+    for raw_name, value in headers:
+        name = raw_name.decode("latin-1")
+        if name == STEERING_HEADER:
+            texts.append(value.decode("latin-1").strip())
+        elif _LIKE_OURS.match(name) and name != STEERED_HEADER:
+            raise MisplacedField(
+                f"the request has the header {name!r}, which nothing reads; allowed: X-Steering. Use this name."
+            )
+    if not texts:
+        return None
+    if len(texts) > 1:
+        raise MalformedSpec("the header X-Steering came twice; allowed: once, entries joined by commas. Join them.")
+    text = texts[0]
+    if not text.startswith(("[", "{")):
+        return {"steering": [one.to_json() for one in parse_steering(text, "the header X-Steering")]}
+    try:
+        told = json.loads(text, object_pairs_hook=without_duplicates)
+    except MalformedSpec:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedSpec(
+            f"the header X-Steering is not JSON ({error}); allowed: {FORM}, or JSON in ASCII. Correct it."
+        ) from None
+    return told if isinstance(told, dict) else {"steering": told}

@@ -1,0 +1,1 @@
+"""The readouts of finished replies, kept for clients that drop them."""
