@@ -21,7 +21,14 @@ from vllm_steer import Direction, Readout, Steering
 from vllm_steer.client import AsyncSteerClient, Piece, ServerRefusal, ServerUnreachable, SteerClient
 from vllm_steer.client.replies import StreamEvents
 from vllm_steer.directions import load_directions
-from vllm_steer.errors import BadAlpha, DirectionChanged, MalformedSpec, NotConfigured, UnknownDirection
+from vllm_steer.errors import (
+    BadAlpha,
+    DirectionChanged,
+    MalformedSpec,
+    NotConfigured,
+    ReadoutUnavailable,
+    UnknownDirection,
+)
 
 READOUT = {
     "num_tokens": 3,
@@ -235,6 +242,38 @@ def test_directions_travel_as_files_with_conditions_and_the_admin_key(tmp_path: 
     assert put.headers["If-Match"] == '"old"'
     assert delete.headers["If-Match"] == f'"{kind.content_hash}"'
     assert [request.headers.get("X-Admin-Key") for request in seen] == ["admin", None, "admin"]
+
+
+def test_aliases_are_made_and_readouts_fetched_by_the_replys_id() -> None:
+    seen: list[httpx.Request] = []
+    kept = [
+        {"index": 1, "readout": {"num_tokens": 2, "projections": {"kind": {"3": 1.5}}}},
+        {"index": 0, "readout": {"num_tokens": 1, "projections": {"kind": {"3": None}}}},
+    ]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, json={"id": "chat/1", "readouts": kept})
+
+    with client_of(answer, admin_key="admin") as client:
+        client.put_alias("a/b", [Steering("kind", 2.0, span="response")])
+        client.delete_alias("a/b")
+        first, second = client.get_readouts("chat/1")
+        kept[0]["readout"] = {"error": "no column is free"}
+        with pytest.raises(ReadoutUnavailable, match="no column is free") as failed:
+            client.get_readouts("chat/1")
+    assert (first.num_tokens, second.projections["kind"][3]) == (1, 1.5)
+    assert failed.value.reasons == {(0, 1): "no column is free"}
+    assert [one.num_tokens for one in failed.value.results if one is not None] == [1]
+    put, delete, get, _ = seen
+    assert json.loads(put.content) == {"steering": [Steering("kind", 2.0, span="response").to_json()]}
+    for request, path, key in (
+        (put, "aliases/a%2Fb", "admin"),
+        (delete, "aliases/a%2Fb", "admin"),
+        (get, "readouts/chat%2F1", None),
+    ):
+        assert request.url.raw_path == f"/v1/steering/{path}".encode()
+        assert request.headers.get("X-Admin-Key") == key
 
 
 def test_a_direction_of_another_name_and_an_option_twice_are_refused_before_anything_is_sent() -> None:

@@ -15,12 +15,15 @@ from vllm_steer.client.calls import (
     chat_call,
     check_seen,
     completion_call,
+    delete_alias_call,
     delete_call,
     directions_in,
     etag_of,
     get_call,
     key_headers,
+    put_alias_call,
     put_call,
+    readouts_call,
     server_root,
 )
 from vllm_steer.client.refusals import refusal_of, translated
@@ -30,13 +33,14 @@ from vllm_steer.client.replies import (
     ServerSteering,
     StoredDirection,
     StreamEvents,
+    kept_readouts,
     pieces,
     reply_of,
     server_steering,
     stored_directions,
 )
 from vllm_steer.directions import Direction
-from vllm_steer.schema.readout import Readout
+from vllm_steer.schema.readout import Readout, ReadoutResult
 from vllm_steer.schema.steering import Steering
 
 
@@ -189,6 +193,32 @@ class AsyncSteerClient:
             DirectionChanged: ``if_match`` does not hold.
         """
         await self._send(delete_call(name, layer, if_match), self._admin)
+
+    async def get_readouts(self, reply_id: str) -> list[ReadoutResult]:
+        """The readouts of a finished reply, by its choices; for replies that came through a client that drops them.
+
+        Raises:
+            ReadoutNotFound: nothing is kept under this id for this API key.
+            ReadoutUnavailable: a readout failed.
+        """
+        return kept_readouts((await self._send(readouts_call(reply_id))).json())
+
+    async def put_alias(self, alias: str, steering: Sequence[Steering]) -> None:
+        """Make a model name stand for a steering, or give an alias another one.
+
+        Raises:
+            BadAlias: the model or an alias of the server's settings has this name.
+            SteerError: the server refuses the steering.
+        """
+        await self._send(put_alias_call(alias, steering), self._admin)
+
+    async def delete_alias(self, alias: str) -> None:
+        """Remove an alias that was put.
+
+        Raises:
+            AliasNotFound: no such alias was put.
+        """
+        await self._send(delete_alias_call(alias), self._admin)
 
     def _request(self, call: Call, headers: dict[str, str]) -> httpx.Request:
         return self._http.build_request(

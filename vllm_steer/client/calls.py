@@ -21,6 +21,8 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 STEERING = "/v1/steering"
 DIRECTIONS = f"{STEERING}/directions"
+ALIASES = f"{STEERING}/aliases"
+READOUTS = f"{STEERING}/readouts"
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -146,6 +148,21 @@ def get_call(name: str, layer: int | None) -> Call:
 def delete_call(name: str, layer: int | None, if_match: str | None) -> Call:
     """Build a request that removes the directions of one name, at every layer or at one."""
     return Call("DELETE", _path_of(name), params=_at(layer), headers=_condition(if_match))
+
+
+def put_alias_call(alias: str, entries: Sequence[Steering]) -> Call:
+    """Build a request that makes a model name stand for a steering."""
+    return Call("PUT", f"{ALIASES}/{quote(alias, safe='')}", json={"steering": [one.to_json() for one in entries]})
+
+
+def delete_alias_call(alias: str) -> Call:
+    """Build a request that removes an alias."""
+    return Call("DELETE", f"{ALIASES}/{quote(alias, safe='')}")
+
+
+def readouts_call(reply_id: str) -> Call:
+    """Build a request for the readouts of a finished reply."""
+    return Call("GET", f"{READOUTS}/{quote(reply_id, safe='')}")
 
 
 def directions_in(content: bytes) -> list[Direction]:

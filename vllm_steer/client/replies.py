@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_steer.client.refusals import refusal_in_stream
+from vllm_steer.errors import ReadoutUnavailable
 from vllm_steer.schema.conditions import Crossing
 from vllm_steer.schema.readout import ReadoutResult
 from vllm_steer.schema.steering import Steering
@@ -171,6 +172,19 @@ def reply_of(body: Mapping[str, Any]) -> Reply:
         result, failure = _readout(choice)
         choices.append(Choice(choice["index"], text or "", choice.get("finish_reason"), result, failure, choice))
     return Reply(body["id"], body["model"], tuple(choices), body.get("usage") or {})
+
+
+def kept_readouts(body: Mapping[str, Any]) -> list[ReadoutResult]:
+    """Parse the reply of ``GET /v1/steering/readouts/{id}``, by the index of the choices.
+
+    Raises:
+        ReadoutUnavailable: a choice's readout failed; ``results`` has the others.
+    """
+    told = sorted(body["readouts"], key=lambda one: one["index"])
+    parsed = [_readout(one) for one in told]
+    if reasons := {(0, index): reason for index, (_, reason) in enumerate(parsed) if reason is not None}:
+        raise ReadoutUnavailable(f"readouts failed: {reasons}", [result for result, _ in parsed], reasons)
+    return [result for result, _ in parsed if result is not None]
 
 
 def stored_directions(listed: list[dict[str, Any]]) -> tuple[StoredDirection, ...]:

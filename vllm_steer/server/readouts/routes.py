@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.errors import NotConfigured
 from vllm_steer.server.inbound.api_key import api_key
+from vllm_steer.server.openapi import refusals
 from vllm_steer.server.readouts.kept_readouts import KeptReadouts
 from vllm_steer.server.refusing_route import RefusingRoute
 
@@ -19,7 +20,7 @@ KEPT: Attribute[KeptReadouts] = Attribute(
 )
 
 
-@readout_router.get("/v1/steering/readouts/{reply_id:path}")
+@readout_router.get("/v1/steering/readouts/{reply_id:path}", responses=refusals(404))
 def get_readouts(request: Request, reply_id: str) -> Response:
     """The readouts of the choices of a reply, asked with the API key of its request."""
     kept = KEPT.of(request.app.state)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from vllm_steer.errors import AliasNotFound, BadAlias, MalformedSpec
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
+from vllm_steer.server.openapi import refusals
 from vllm_steer.server.refusing_route import RefusingRoute
 from vllm_steer.server.registry.routes import AdminKey, SteeredServer, check_admin, server_of
 
@@ -22,7 +23,7 @@ def list_aliases(request: Request) -> dict[str, Any]:
     return {"aliases": {name: _listed(entries) for name, entries in server_of(request).aliases.current().items()}}
 
 
-@alias_router.put("/v1/steering/aliases/{alias:path}")
+@alias_router.put("/v1/steering/aliases/{alias:path}", responses=refusals(400, 401, 403, 409))
 async def put_alias(request: Request, alias: str, body: dict[str, Any], x_admin_key: AdminKey = None) -> JSONResponse:
     """Make a model name stand for a steering, ``{"steering": [entries]}``; requests in flight keep what they have."""
     server = server_of(request)
@@ -35,7 +36,7 @@ async def put_alias(request: Request, alias: str, body: dict[str, Any], x_admin_
     return JSONResponse({"alias": alias, "steering": _listed(spec.entries)}, status_code=201 if is_new else 200)
 
 
-@alias_router.delete("/v1/steering/aliases/{alias:path}")
+@alias_router.delete("/v1/steering/aliases/{alias:path}", responses=refusals(401, 403, 404, 409))
 async def delete_alias(request: Request, alias: str, x_admin_key: AdminKey = None) -> dict[str, str]:
     """Remove an alias that was put."""
     server = server_of(request)

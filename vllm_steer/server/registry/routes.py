@@ -29,6 +29,7 @@ from vllm_steer.errors import (
 )
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
+from vllm_steer.server.openapi import BINARY, refusals
 from vllm_steer.server.refusing_route import RefusingRoute
 from vllm_steer.server.registry.aliases import ServedAliases
 from vllm_steer.server.registry.preconditions import Preconditions, entries_of, etag_of
@@ -116,7 +117,7 @@ def list_directions(request: Request) -> dict[str, Any]:
     return {"directions": _listed(server_of(request).registry.all())}
 
 
-@router.get("/v1/steering/directions/{name:path}")
+@router.get("/v1/steering/directions/{name:path}", responses=refusals(404, 412))
 def get_direction(
     request: Request, name: str, layer: Layer = None, if_match: Condition = None, if_none_match: Condition = None
 ) -> Response:
@@ -141,7 +142,11 @@ def get_direction(
         return Response(body, media_type="application/octet-stream", headers={"ETag": etag_of(entries)})
 
 
-@router.put("/v1/steering/directions/{name:path}")
+@router.put(
+    "/v1/steering/directions/{name:path}",
+    responses=refusals(400, 401, 403, 409, 412, 413),
+    openapi_extra=BINARY,
+)
 async def put_direction(
     request: Request,
     name: str,
@@ -180,7 +185,7 @@ async def put_direction(
     )
 
 
-@router.delete("/v1/steering/directions/{name:path}")
+@router.delete("/v1/steering/directions/{name:path}", responses=refusals(401, 403, 404, 409, 412))
 async def delete_direction(
     request: Request,
     name: str,
