@@ -164,6 +164,21 @@ def refusals(*statuses: int) -> dict[int | str, Json]:
     return {status: {"description": "Refused", "content": content} for status in statuses}
 
 
+ENTRIES: Json = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"steering": {"type": "array", "items": {"$ref": _REF.format(model="Steering")}}},
+                    "required": ["steering"],
+                }
+            }
+        },
+    }
+}
+"""``openapi_extra`` of a route that takes entries."""
 BINARY: Json = {
     "requestBody": {
         "required": True,

@@ -80,6 +80,11 @@ def test_an_alias_that_could_not_steer_is_refused(client: TestClient, body: dict
     assert "soft" not in client.get(ROOT).json()["aliases"]
 
 
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"steering": [], "steering": []}', b"[]", b"[" * 20_000])
+def test_a_body_that_is_no_object_of_entries_is_refused(client: TestClient, body: bytes) -> None:
+    refusal(client.put(f"{ROOT}/soft", content=body, headers=ADMIN), 400, "MalformedSpec")
+
+
 def test_a_direction_that_an_alias_needs_stays(client: TestClient) -> None:
     put_raw(client, "own", KIND.vector)
     assert put(client, "soft", {"direction": "own", "alpha": 1.0}).status_code == 201

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,9 +11,11 @@ from fastapi.responses import JSONResponse
 from vllm_steer.errors import AliasNotFound, BadAlias, MalformedSpec
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
-from vllm_steer.server.openapi import refusals
+from vllm_steer.schema.wire import without_duplicates
+from vllm_steer.server.openapi import ENTRIES, refusals
 from vllm_steer.server.refusing_route import RefusingRoute
 from vllm_steer.server.registry.routes import AdminKey, SteeredServer, check_admin, server_of
+from vllm_steer.server.registry.upload import read_upload
 
 alias_router = APIRouter(route_class=RefusingRoute)
 
@@ -23,13 +26,14 @@ def list_aliases(request: Request) -> dict[str, Any]:
     return {"aliases": {name: _listed(entries) for name, entries in server_of(request).aliases.current().items()}}
 
 
-@alias_router.put("/v1/steering/aliases/{alias:path}", responses=refusals(400, 401, 403, 409))
-async def put_alias(request: Request, alias: str, body: dict[str, Any], x_admin_key: AdminKey = None) -> JSONResponse:
+@alias_router.put("/v1/steering/aliases/{alias:path}", responses=refusals(400, 401, 403, 409), openapi_extra=ENTRIES)
+async def put_alias(request: Request, alias: str, x_admin_key: AdminKey = None) -> JSONResponse:
     """Make a model name stand for a steering, ``{"steering": [entries]}``; requests in flight keep what they have."""
     server = server_of(request)
     check_admin(x_admin_key)
     _check_name(server, alias)
-    spec = RequestSpec.from_json(body)
+    length = request.headers.get("Content-Length")
+    spec = _spec(await read_upload(request.stream(), length, server.settings.max_upload_mib))
     if not spec.entries or spec.readout is not None:
         raise MalformedSpec('an alias needs entries and nothing else; allowed: {"steering": [...]}. Send that.')
     is_new = await server.registry.put_alias(alias, spec.entries, lambda: server.check(RequestSpec(spec.entries)))
@@ -47,6 +51,22 @@ async def delete_alias(request: Request, alias: str, x_admin_key: AdminKey = Non
         put = ", ".join(name for name in server.aliases.current() if name not in server.aliases.configured) or "none"
         raise AliasNotFound(f"no alias {alias!r} was put; allowed: {put}. Name one of these.")
     return {"deleted": alias}
+
+
+def _spec(body: bytes) -> RequestSpec:
+    """Parse the body of a PUT.
+
+    Raises:
+        MalformedSpec: it is no JSON.
+        SpecError: as ``RequestSpec.from_json``.
+    """
+    try:
+        told = json.loads(body, object_pairs_hook=without_duplicates)
+    except MalformedSpec:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedSpec(f'the body is not JSON ({error}); allowed: {{"steering": [...]}}. Send that.') from None
+    return RequestSpec.from_json(told)
 
 
 def _check_name(server: SteeredServer, alias: str) -> None:
