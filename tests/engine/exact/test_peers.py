@@ -22,7 +22,7 @@ from tests.engine.conftest import open_engine
 from tests.support.hf_reference import ReferenceRun
 from tests.support.mixed_batch import is_same_output
 from tests.support.peers import peer
-from vllm_steer import Steering, load_directions, register_directions, steered
+from vllm_steer import Direction, Steering, load_directions, register_directions, steered
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -146,17 +146,35 @@ def hooks(llm: LLM, home: Home, tmp_path_factory: pytest.TempPathFactory) -> Any
     torch.save(vector.layer_activations, path)
     directions = load_directions(path, layer_index="block_output")
     assert [one.key for one in directions] == [f"hooks@{layer}" for layer in LAYERS]
-    register_directions(llm, directions)
+    units = [Direction("hooks-unit", one.layer, one.vector).normalised() for one in directions]
+    register_directions(llm, [*directions, *units])
     return vector
 
 
-def hooked(alpha: float, span: str = "all", op: str = "add") -> list[Steering]:
-    return [Steering("hooks", alpha, layer=layer, span=span, op=op) for layer in LAYERS]
+def hooked(alpha: float, span: str = "all") -> list[Steering]:
+    return [Steering("hooks", alpha, layer=layer, span=span) for layer in LAYERS]
 
 
 def test_hooks_of_steering_vectors(llm: LLM, home: Home, plain: list[list[int]], hooks: Any) -> None:
     """``multiplier`` is alpha; without a choice of tokens it is the span all."""
     ways = [(f"multiplier {alpha}", hooked(alpha), hooks.apply(home.model, multiplier=alpha)) for alpha in (1.0, -1.0)]
+    compare(llm, home, plain, ways)
+
+
+def test_operators_of_steering_vectors(llm: LLM, home: Home, plain: list[list[int]], hooks: Any) -> None:
+    """They take the unit vector, and the multiplier counts lengths of the vector; alone, ablation ignores it."""
+    package = peer("steering_vectors")
+    lengths = {layer: float(one.norm()) for layer, one in hooks.layer_activations.items()}
+    replaced = [Steering("hooks-unit", 2.0 * lengths[layer], layer=layer, op="set") for layer in LAYERS]
+    ablated = [Steering("hooks-unit", layer=layer, op="ablate") for layer in LAYERS]
+    ways: list[Way] = [
+        ("ablated", ablated, hooks.apply(home.model, operator=package.ablation_operator(), multiplier=3.0)),
+        (
+            "ablated, then added",
+            replaced,
+            hooks.apply(home.model, operator=package.ablation_then_addition_operator(), multiplier=2.0),
+        ),
+    ]
     compare(llm, home, plain, ways)
 
 
