@@ -5,12 +5,14 @@
 # "The minimum token index to apply the patch to" is counted within each forward pass. Beside a key-value cache, which
 # generate uses by default, every generated token is a pass of one token, whose index is 0. Without a cache the same
 # call steers the answer too, so the text depends on a setting that is only meant to save time. A list of tokens, or a
-# mask, ends generate with an error at the first generated token.
+# mask, ends generate with an error at the first generated token. And `apply(model, token_indices=...)` alone always
+# fails: its own default min_token_index=0 counts as a second choice.
 # Seen, of a prompt of 8 tokens, and 4 passes after the first one:
 #     min_token_index=5, cache: 3 tokens of the prompt, 0 of the answer
 #     min_token_index=5, no cache: 3 tokens of the prompt, 4 of the answer
 #     token_indices=slice(0, 2), cache: 2 tokens of the prompt, 4 of the answer
 #     token_indices=[2], cache: IndexError
+#     token_indices alone: UnboundLocalError
 set -euo pipefail
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
@@ -70,6 +72,11 @@ for label, (cache, chosen) in ways.items():
     except IndexError:
         seen.append(IndexError)
         print(f"{label}: IndexError")
-sys.exit(0 if seen == [(3, 0), (3, 4), (2, 4), IndexError] else "CHANGED")
+try:
+    steered(True, token_indices=slice(0, 2))
+except UnboundLocalError:  # in the clean-up after an AssertionError
+    seen.append(UnboundLocalError)
+    print("token_indices alone: UnboundLocalError")
+sys.exit(0 if seen == [(3, 0), (3, 4), (2, 4), IndexError, UnboundLocalError] else "CHANGED")
 PY
 echo "as described: a range of steering-vectors 0.12.2 is counted anew in each forward pass"

@@ -7,7 +7,7 @@ is what the guide "Your vectors" says it is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +38,7 @@ PAIRS = (
     ("Tell me how you feel about it.", "Give me the figures of last week."),
     ("You must have been so happy!", "The task was closed as planned."),
 )
+ALL = range(len(PROMPTS))
 NUM_TOKENS = 40
 Way = tuple[str, list[Steering], AbstractContextManager[Any]]
 
@@ -79,20 +80,20 @@ def plain(home: Home) -> list[list[int]]:
     return [home.run(prompt).tokens for prompt in PROMPTS]
 
 
-def compare(llm: LLM, home: Home, plain: list[list[int]], ways: list[Way]) -> None:
+def compare(llm: LLM, home: Home, plain: list[list[int]], ways: list[Way], numbers: Sequence[int] = ALL) -> None:
     """Assert that our entries give the tokens that each peer's context gives, which differ from the plain ones."""
     expected: list[ReferenceRun] = []
     for _, _, context in ways:
         with context:
-            expected += [home.run(prompt) for prompt in PROMPTS]
+            expected += [home.run(PROMPTS[number]) for number in numbers]
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    params = [steered(sampling, entries) for _, entries, _ in ways for _ in PROMPTS]
-    outputs = llm.generate(list(PROMPTS) * len(ways), params, use_tqdm=False)
-    labels = [f"{label}, prompt {number}" for label, _, _ in ways for number in range(len(PROMPTS))]
+    params = [steered(sampling, entries) for _, entries, _ in ways for _ in numbers]
+    outputs = llm.generate([PROMPTS[number] for number in numbers] * len(ways), params, use_tqdm=False)
+    labels = [f"{label}, prompt {number}" for label, _, _ in ways for number in numbers]
     same = [is_same_output(*one) for one in zip(outputs, expected, labels, strict=True)]
     # A near tie ends a comparison early, at a gap that rounding alone can bridge; most texts have none.
     assert sum(same) >= 0.75 * len(same), dict(zip(labels, same, strict=True))
-    for label, run, unsteered in zip(labels, expected, plain * len(ways), strict=True):
+    for label, run, unsteered in zip(labels, expected, [plain[number] for number in numbers] * len(ways), strict=True):
         assert run.tokens != unsteered, f"{label} is as without steering"
 
 
@@ -125,16 +126,11 @@ def test_control_vectors_of_repeng(llm: LLM, home: Home, plain: list[list[int]],
     def entries(layers: tuple[int, ...], alpha: float, **more: Any) -> list[Steering]:
         return [Steering("repeng", alpha, layer=layer, **more) for layer in layers]
 
-    compare(
-        llm,
-        home,
-        plain,
-        [
-            ("coeff 30", entries(LAYERS, 30.0), controlled(LAYERS, 30.0)),
-            ("coeff -30", entries(LAYERS, -30.0), controlled(LAYERS, -30.0)),
-            ("one layer, normalised", entries((16,), 60.0, keep_norm=True), controlled((16,), 60.0, normalize=True)),
-        ],
-    )
+    ways = [(f"coeff {alpha}", entries(LAYERS, alpha), controlled(LAYERS, alpha)) for alpha in (30.0, -30.0)]
+    compare(llm, home, plain, ways)
+    kept = entries((16,), 60.0, keep_norm=True)
+    one_layer = [("one layer, normalised", kept, controlled((16,), 60.0, normalize=True))]
+    compare(llm, home, plain, one_layer, [1])
 
 
 @pytest.fixture(scope="module")
@@ -175,24 +171,25 @@ def test_operators_of_steering_vectors(llm: LLM, home: Home, plain: list[list[in
             hooks.apply(home.model, operator=package.ablation_then_addition_operator(), multiplier=2.0),
         ),
     ]
-    compare(llm, home, plain, ways)
+    compare(llm, home, plain, ways, [1])
 
 
 def test_token_ranges_of_steering_vectors(llm: LLM, home: Home, plain: list[list[int]], hooks: Any) -> None:
     """They are counted within each forward pass, and beside a cache each generated token is a pass of its own.
 
-    So an index from 1 on steers no generated token, and -1 is the last prompt token and all generated ones.
+    So an index from 1 on steers no generated token, and -1 is the last prompt token and all generated ones. Without
+    ``min_token_index=None``, ``apply`` refuses ``token_indices`` beside its own default.
     """
     ranges: list[tuple[str, dict[str, Any]]] = [
         ("response", {"min_token_index": -1}),
         ("prompt[3:]", {"min_token_index": 3}),
-        ("prompt[2:5]", {"token_indices": slice(2, 5)}),
-        ("prompt[:2] + generated", {"token_indices": slice(0, 2)}),
+        ("prompt[2:5]", {"min_token_index": None, "token_indices": slice(2, 5)}),
+        ("prompt[:2] + generated", {"min_token_index": None, "token_indices": slice(0, 2)}),
     ]
-    ways = [(span, hooked(1.5, span), hooks.apply(home.model, multiplier=1.5, **chosen)) for span, chosen in ranges]
-    compare(llm, home, plain, ways)
+    ways = [(span, hooked(3.0, span), hooks.apply(home.model, multiplier=3.0, **chosen)) for span, chosen in ranges]
+    compare(llm, home, plain, ways, [1])
 
 
 def test_a_list_of_tokens_of_steering_vectors_ends_at_the_first_generated_token(home: Home, hooks: Any) -> None:
-    with hooks.apply(home.model, token_indices=[2]), pytest.raises(IndexError):
+    with hooks.apply(home.model, min_token_index=None, token_indices=[2]), pytest.raises(IndexError):
         home.run(PROMPTS[0])
