@@ -30,7 +30,13 @@ _MANIFEST, _TENSORS, _CHECKSUMS = "manifest.json", "tensors.safetensors", "check
 FILES = (_MANIFEST, _TENSORS)
 """The files by which such a folder is known."""
 _KEY = "direction"
-_SITE = {"stream": "language", "component": "resid_post", "unit": None, "io": "output", "tensor_path": []}
+_SITE: dict[str, Any] = {
+    "stream": "language",
+    "component": "resid_post",
+    "unit": None,
+    "io": "output",
+    "tensor_path": [],
+}
 """The output of a whole decoder block, but for its layer."""
 
 
