@@ -1,6 +1,7 @@
 # Every target sets the project up first; a set-up that is already there costs a fraction of a second.
 #   make demo        the demo study on the demo model, from a bare machine
 #   make test        the whole test suite
+#   make peers       packages whose vectors people bring, beside the environment; tests of them are skipped without
 #   make test-clients   the clients that people use, in an environment of their own, against the real server
 #   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make bench       what it costs, in a small form: a quarter of an hour at first; tables, and which goals hold
@@ -13,6 +14,7 @@ ENGINE ?= cpu
 
 BIN := .venv/bin
 CLIENTS := .venv-clients
+PEERS := build/peers
 RECORDS := benchmarks/results/cpu
 GPU_RECORDS := benchmarks/results/gpu
 # Per cent of statements and branches that the tests without an engine must reach; see tests/coverage_floor.py.
@@ -25,11 +27,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast clients test-clients conformance docs patches compat compat-run bench bench-record bench-gpu readme-performance \
+.PHONY: help setup demo demo-model test test-fast peers clients test-clients conformance docs patches compat compat-run bench bench-record bench-gpu readme-performance \
 	lint types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | test-clients | conformance | docs | patches | compat VLLM=... | compat-run VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | peers | test-clients | conformance | docs | patches | compat VLLM=... | compat-run VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -47,6 +49,15 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+# Without what they ask for (NumPy 1, transformers 4), and so in a folder of their own; see tests/support/peers.py.
+$(PEERS)/made: tests/support/peers.txt
+	@$(MAKE) setup
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --target $(PEERS) -r $<
+	touch $@
+
+peers: $(PEERS)/made
 
 # Made anew when a pin changes; the stamp comes last, so that an installation that was cut short does not count.
 $(CLIENTS)/made: tests/clients/requirements.txt tests/clients/package-lock.json

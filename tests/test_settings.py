@@ -40,6 +40,14 @@ def test_direction_files_become_absolute_paths(
     assert steer_config([1], None)[CONFIG_KEY]["directions"] == []
 
 
+def test_addresses_on_the_hub_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = "hf://someone/vectors@main/kind.safetensors"
+    assert steer_config([1], url)[CONFIG_KEY]["directions"] == [url]
+    both = steer_config([1], [url, "a.safetensors"])[CONFIG_KEY]["directions"]
+    assert both == [url, str(tmp_path / "a.safetensors")]
+
+
 @pytest.mark.parametrize("config", [None, {}, {"other": 1}, "text"])
 def test_a_config_without_the_key_is_not_configured(config: object) -> None:
     assert SteerSettings.of(config) is None

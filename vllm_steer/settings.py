@@ -26,6 +26,7 @@ from vllm_steer.errors import SettingsError
 from vllm_steer.schema.steering import Steering
 
 CONFIG_KEY = "vllm_steer"
+_HUB = "hf://"  # how an address on the Hugging Face Hub begins
 
 SteeringEntry = Annotated[
     InstanceOf[Steering],
@@ -44,7 +45,7 @@ class SteerSettings(BaseModel):
 
     Attributes:
         layers: decoder blocks to hook (0-based, by block output). Only these can be steered or read.
-        directions: direction files loaded at start-up, as absolute paths.
+        directions: direction files loaded at start-up, as absolute paths or ``hf://owner/repository/path``.
         max_directions: slots in the direction bank; each holds one direction, D float32 numbers.
         max_entries: most entries that one request may apply to one token at one layer.
         max_windows: most windows of one request that are steered each in its own way; the spans of its entries cut it
@@ -210,7 +211,8 @@ def steer_config(
 
     Args:
         layers: decoder blocks to hook, 0-based.
-        directions: path of one direction file, or several; more directions can be registered at run time.
+        directions: path of one direction file or folder, or ``hf://owner/repository/path``, or several of these; more
+            directions can be registered at run time.
         **settings: any other field of ``SteerSettings``.
 
     Raises:
@@ -229,11 +231,20 @@ def steer_config(
     given = () if directions is None else directions
     files = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     # Values that are not paths stay as they are; the schema refuses them.
-    paths = tuple(
-        str(Path(path).expanduser().resolve()) if isinstance(path, str | os.PathLike) else path for path in files
-    )
+    paths = tuple(direction_location(path) if isinstance(path, str | os.PathLike) else path for path in files)
     blocks = tuple(layers) if isinstance(layers, Sequence) else layers
     return {CONFIG_KEY: SteerSettings.parse({"layers": blocks, "directions": paths, **settings}).as_config()}
+
+
+def direction_location(path: str | os.PathLike[str], folder: Path | None = None) -> str:
+    """Where a direction file lies, for any process: its absolute path; ``hf://`` addresses stay as they are.
+
+    Args:
+        path: the file as somebody names it.
+        folder: what a relative path starts from; None for the working directory.
+    """
+    named = os.fspath(path)
+    return named if named.startswith(_HUB) else str((folder or Path()).joinpath(Path(named).expanduser()).resolve())
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -28,7 +27,9 @@ def doctor(
     layers: Annotated[
         str | None, typer.Option(help="Layers to hook, e.g. 8,12.", show_default="those of the directions, or all")
     ] = None,
-    directions: Annotated[list[Path] | None, typer.Option(help="Direction file; may be given again.")] = None,
+    directions: Annotated[
+        list[str] | None, typer.Option(help="Direction file or folder, or hf://…; may be given again.")
+    ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Also run the experiment of an engine's start on a small random copy.")
     ] = False,

@@ -45,14 +45,18 @@ def score(
 @app.command("convert")
 def convert(
     source: Annotated[str, typer.Argument(help="Directions: a file or folder of any known writer, or hf://…")],
-    target: Annotated[Path, typer.Argument(help="File to write: .safetensors, .gguf, .npy or .pt.")],
+    target: Annotated[
+        Path, typer.Argument(help="File to write: .safetensors, .gguf, .npy or .pt; or a folder, .repsteer.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the directions; a .npy file holds none.")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="The one layer to read; a .npy file holds none.")] = None,
     layer_index: Annotated[
         Literal["block_output", "hidden_states"] | None,
         typer.Option(help="How the file counts layers, where its format does not say it."),
     ] = None,
-    feature: Annotated[int | None, typer.Option(min=0, help="Feature of a sparse autoencoder.")] = None,
+    feature: Annotated[
+        int | None, typer.Option(min=0, help="Feature of a sparse autoencoder; of a .csv file, the one to read.")
+    ] = None,
 ) -> None:
     """Write directions in another file format, unchanged, and print what was taken."""
     from vllm_steer import load_directions, save_directions

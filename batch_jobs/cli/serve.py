@@ -26,7 +26,9 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="Layers to hook, e.g. 8,12.", show_default="those of the directions")
     ] = None,
-    directions: Annotated[list[Path] | None, typer.Option(help="Direction file; may be given again.")] = None,
+    directions: Annotated[
+        list[str] | None, typer.Option(help="Direction file or folder, or hf://…; may be given again.")
+    ] = None,
     alias: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +51,7 @@ def serve(
     """Serve a model over OpenAI's API, steered: vLLM's own server with the plugin switched on."""
     from batch_jobs.cli.server_command import server_command
     from batch_jobs.config.server import load_server_config, parse_alias, parse_layers
+    from vllm_steer.settings import direction_location
 
     words = arguments or []
     model, passed_on = (words[:1], words[1:]) if words and not words[0].startswith("-") else ([], words)
@@ -58,7 +61,7 @@ def serve(
     options = {
         "model": model[0] if model else None,
         "layers": None if layers is None else parse_layers(layers),
-        "directions": [str(file.resolve()) for file in directions or ()],
+        "directions": [direction_location(file) for file in directions or ()],
         "served_aliases": aliases,
         "playground": playground,
         "registry_dir": None if registry_dir is None else str(registry_dir.resolve()),

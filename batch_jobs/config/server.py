@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from batch_jobs.files.documents import read_yaml
 from vllm_steer import Steering, parse_steering
 from vllm_steer.errors import SettingsError, SteerError
-from vllm_steer.settings import SteerSettings, steer_config
+from vllm_steer.settings import SteerSettings, direction_location, steer_config
 
 Flag = bool | int | float | str | list[str | int | float] | dict[str, Any]
 
@@ -112,14 +112,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if isinstance(directions, str):
         directions = [directions]
     if isinstance(directions, list) and all(isinstance(file, str) for file in directions):
-        document["directions"] = [_beside(path, file) for file in directions]
+        document["directions"] = [direction_location(file, path.parent) for file in directions]
     if isinstance(document.get("registry_dir"), str):
-        document["registry_dir"] = _beside(path, document["registry_dir"])
+        document["registry_dir"] = str((path.parent / Path(document["registry_dir"]).expanduser()).resolve())
     return document
-
-
-def _beside(path: Path, name: str) -> str:
-    return str((path.parent / Path(name).expanduser()).resolve())
 
 
 def _words(name: str, value: Flag) -> list[str]:

@@ -14,8 +14,11 @@ from vllm_steer.directions.folders import read_folder
 from vllm_steer.directions.hub import PREFIX, fetched
 from vllm_steer.directions.npy_file import read_npy, write_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
+from vllm_steer.directions.repsteer_folder import SUFFIX as FOLDER
+from vllm_steer.directions.repsteer_folder import write_repsteer
 from vllm_steer.directions.safetensors_file import read_safetensors, write_safetensors
 from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, of_array
+from vllm_steer.directions.steered_csv import read_steered_csv
 from vllm_steer.directions.svec_file import read_svec
 from vllm_steer.directions.torch_file import read_torch, write_torch
 from vllm_steer.directions.unchecked import Stored
@@ -43,14 +46,14 @@ def load_directions(
     else the file says, such as a method or a coefficient. Vectors are taken as they are, without the coefficient.
 
     Args:
-        path: a ``.safetensors``, ``.gguf``, ``.npy``, ``.pt``, ``.svec`` or ``.brainpatch`` file; a folder of
+        path: a ``.safetensors``, ``.gguf``, ``.npy``, ``.pt``, ``.svec``, ``.brainpatch`` or ``.csv`` file; a folder of
             rotalabs-steer, repsteer, sae-lens, persona-vectors or concept-probes; or ``hf://owner/repository/path``.
         name: replaces the name, which is otherwise the stored one or the file's stem; required for ``.npy``.
         layer: reads this layer only, counted as the file does. Required where one vector comes without a layer, as in
             ``.npy``.
         layer_index: how the file counts layers: ``block_output`` if index L is the output of block L, ``hidden_states``
             if index 0 is the embeddings and L the output of block L − 1. Required where the format does not say it.
-        feature: number of the feature of a sparse autoencoder.
+        feature: number of the feature of a sparse autoencoder; of a ``.csv`` file, the one feature to read.
 
     Raises:
         BadDirectionFile: the file is missing, truncated, of another format or dtype, holds no direction, or means
@@ -114,6 +117,7 @@ _READERS: dict[str, Callable[[Path, Said], list[Stored]]] = {
     ".pth": read_torch,
     ".svec": read_svec,
     ".brainpatch": read_brainpatch,
+    ".csv": read_steered_csv,
 }
 
 
@@ -122,17 +126,18 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
 
     ``.safetensors`` keeps everything. A ``.gguf`` control vector holds one name, and no layer 0, because llama.cpp
     starts at layer 1. ``.npy`` holds one vector, without name and layer. ``.pt`` is what lm-eval's ``steered`` model
-    reads, one direction a layer, without names; it needs PyTorch. All but the first lose the directions' metadata.
+    reads, one direction a layer, without names; it needs PyTorch. ``.repsteer`` is a folder, an artifact of repsteer,
+    which keeps everything of one direction. All but the first and the last lose the directions' metadata.
 
     Raises:
         BadDirectionFile: there are no directions, two have the same name and layer, the suffix is another one, or the
             format cannot hold the directions.
     """
     file = Path(path)
-    if file.suffix not in _WRITERS:
+    if file.suffix not in (*_WRITERS, FOLDER):
         raise BadDirectionFile(
-            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_WRITERS)}. Choose one of these "
-            "endings."
+            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join((*_WRITERS, FOLDER))}. Choose one of "
+            "these endings."
         )
     if not directions:
         raise BadDirectionFile(f"no directions to write to {file}; allowed: at least one. Give one.")
@@ -141,6 +146,9 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
     if twice:
         raise BadDirectionFile(f"{twice[0]!r} comes twice; allowed: each name once a layer. Leave one of them out.")
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == FOLDER:
+        write_repsteer(file, directions)
+        return
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(descriptor)
     try:

@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vllm_steer.directions.json_file import read_json_object
 from vllm_steer.directions.npy_file import read_npy
-from vllm_steer.directions.quoting import MOST_QUOTED
-from vllm_steer.directions.safetensors_file import read_safetensors, read_tensors
-from vllm_steer.directions.said import Said, member, number_of, of_array, stored
+from vllm_steer.directions.repsteer_folder import FILES as REPSTEER_FILES
+from vllm_steer.directions.repsteer_folder import read_repsteer
+from vllm_steer.directions.sae_lens_folder import FILES as SAE_FILES
+from vllm_steer.directions.sae_lens_folder import read_sae_lens
+from vllm_steer.directions.safetensors_file import read_safetensors
+from vllm_steer.directions.said import Said, member, number_of, of_array
 from vllm_steer.directions.torch_file import read_rotalabs
 from vllm_steer.directions.unchecked import LAYER, Stored
 from vllm_steer.errors import BadDirectionFile
 
-_SAE_SITE = re.compile(rf"blocks\.{LAYER}\.hook_resid_post")
 _MOST_LAYER_FILES = 1000
 
 
@@ -47,52 +47,6 @@ def _rotalabs(folder: Path, said: Said) -> list[Stored]:
     return [read_rotalabs(folder / f"layer_{layer}.pt", said) for layer in numbers]
 
 
-def _repsteer(folder: Path, said: Said) -> list[Stored]:
-    file = folder / "manifest.json"
-    manifest = read_json_object(file)
-    site = member(file, manifest, "site")
-    where = {key: member(file, manifest, "site", key) for key in ("component", "io", "layer")}
-    if where["io"] != "output" or site.get("unit") is not None or "block" not in str(where["component"]):
-        raise BadDirectionFile(
-            f"{file} belongs to the site {str(site)[:MOST_QUOTED]}; allowed: the output of a whole block. A vector of "
-            "another site is no direction of the residual stream."
-        )
-    tensors = read_tensors(folder / "tensors.safetensors")
-    if "direction" not in tensors:
-        raise BadDirectionFile(f"{folder} has no tensor 'direction'; allowed: artifacts that hold one. Export another.")
-    layer = number_of(file, where["layer"], "a layer")
-    method, scale = manifest.get("method"), manifest.get("normalization")
-    name = said.name or folder.name
-    vector = tensors["direction"].reshape(-1)
-    return [stored(folder, name, layer, vector, "block_output", "repsteer", method=method, normalization=scale)]
-
-
-def _sae_lens(folder: Path, said: Said) -> list[Stored]:
-    file = folder / "cfg.json"
-    config = read_json_object(file)
-    nested = config.get("metadata")
-    hook = config.get("hook_name") or (nested.get("hook_name") if isinstance(nested, dict) else None)
-    match = _SAE_SITE.fullmatch(str(hook))
-    if match is None:
-        raise BadDirectionFile(
-            f"{file} belongs to the hook {str(hook)[:MOST_QUOTED]!r}; allowed: blocks.L.hook_resid_post, the output of "
-            "a whole block. A feature of another site is no direction of the residual stream."
-        )
-    if said.feature is None:
-        raise BadDirectionFile(
-            f"{folder} is a sparse autoencoder, with one direction a feature; allowed: one of them. Give it: "
-            "load_directions(path, feature=...), or vllm-steer convert --feature NUMBER."
-        )
-    rows = read_tensors(folder / "sae_weights.safetensors", only="W_dec").get("W_dec", np.zeros((0, 0)))
-    if rows.ndim != 2 or not 0 <= said.feature < len(rows):
-        raise BadDirectionFile(
-            f"{folder} has W_dec of shape {rows.shape}, got feature {said.feature}; allowed: one of its rows."
-        )
-    name = said.name or f"feature-{said.feature}"
-    vector = np.array(rows[said.feature])
-    return [stored(folder, name, int(match[1]), vector, "block_output", "sae-lens", feature=said.feature)]
-
-
 def _persona_vectors(folder: Path, said: Said) -> list[Stored]:
     return read_safetensors(folder / "steering_vector.safetensors", said)
 
@@ -109,8 +63,8 @@ def _concept_probes(folder: Path, said: Said) -> list[Stored]:
 
 
 _LAYOUTS = {
-    ("manifest.json", "tensors.safetensors"): _repsteer,
-    ("cfg.json", "sae_weights.safetensors"): _sae_lens,
+    REPSTEER_FILES: read_repsteer,
+    SAE_FILES: read_sae_lens,
     ("metadata.json", "steering_vector.safetensors"): _persona_vectors,
     ("weights.npy", "bias.json"): _concept_probes,
 }

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     import torch
 
 _PERSONA = re.compile(r"(.+)_(?:prompt|response)_(?:avg|last)_diff")
-_HOOK_POINT = re.compile(rf"(?:[\w.]+\.)?(?:layers|h|blocks)\.{LAYER}")
+HOOK_POINT = re.compile(rf"(?:[\w.]+\.)?(?:layers|h|blocks)\.{LAYER}")
+"""The modules of whole blocks, as lm-eval names them."""
 _UNREADABLE = (
     *(zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError),
     *(IndexError, OverflowError, MemoryError, AssertionError),
@@ -192,7 +193,7 @@ def _by_layer(
 
 
 def _of_lm_eval(file: Path, hook_point: str, one: Mapping[str, Any], said: Said) -> Stored:
-    match = _HOOK_POINT.fullmatch(hook_point)
+    match = HOOK_POINT.fullmatch(hook_point)
     if match is None or one.get("head_index") is not None:
         raise BadDirectionFile(
             f"{file} steers at {hook_point!r:.{MOST_QUOTED}}, head {one.get('head_index')}; allowed: the output of a "

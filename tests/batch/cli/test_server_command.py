@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from batch_jobs.cli.server_command import ServerCommand, server_command
 from batch_jobs.config.server import ServerConfig, load_server_config, parse_alias, parse_layers
 from tests.batch.cli.test_cli import vllm_steer
 from vllm_steer import Direction, Steering, When, save_directions
+from vllm_steer.engine.registry import configured_directions
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnknownDirection
+from vllm_steer.settings import SteerSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 BLOCKS = 4
@@ -91,6 +94,35 @@ def test_the_command_line_becomes_vllms_own_server_with_the_plugin_on(model: str
 
 def test_without_layers_those_of_the_directions_are_hooked(model: str, directions: str) -> None:
     assert settings_of(command(model=model, directions=[directions]))["layers"] == [1, 3]
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, directions: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of the same directions in a repository that the local cache of the Hub has."""
+    import huggingface_hub.constants as constants
+
+    repository, commit = tmp_path / "hub" / "models--someone--vectors", "a" * 40
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    shutil.copy(directions, repository / "snapshots" / commit / "dirs.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "hf://someone/vectors/dirs.safetensors"
+
+
+def test_directions_may_lie_on_the_hub(model: str, on_the_hub: str, tmp_path: Path) -> None:
+    words = ["serve", model, "--directions", on_the_hub, "--alias", "kinder=kind:8@3", "--print"]
+    printed = CliRunner().invoke(app, words, catch_exceptions=False).output
+    settings = json.loads(shlex.split(printed)[shlex.split(printed).index("--additional-config") + 1])["vllm_steer"]
+    assert (settings["layers"], settings["directions"]) == ([1, 3], [on_the_hub])
+
+    (tmp_path / "server.yaml").write_text(yaml.safe_dump({"model": model, "directions": on_the_hub}))
+    config = load_server_config(tmp_path / "server.yaml", {})
+    assert settings_of(server_command(config, []))["directions"] == [on_the_hub]
+    # What the engine's processes load from this setting.
+    found = configured_directions(SteerSettings.parse(settings))
+    assert [one.key for one in found] == ["kind@1", "kind@3"]
 
 
 def test_a_yaml_gives_the_same_and_the_command_line_wins_over_it(model: str, directions: str, tmp_path: Path) -> None:
