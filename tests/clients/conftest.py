@@ -91,6 +91,14 @@ def ask(served: Served, path: str, **fields: Any) -> dict[str, Any]:
     return answer
 
 
+def kept(served: Served, reply_id: str | None) -> list[dict[str, Any]]:
+    """The readouts of a finished reply, by its id: for clients that drop them."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    reply = httpx.get(f"{served.url}/v1/steering/readouts/{reply_id}", headers=headers, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return [one["readout"] for one in reply.json()["readouts"]]
+
+
 @dataclass(frozen=True)
 class Texts:
     """The server's answers to ``PROMPT``, plain and steered by ``STEERING``."""

@@ -21,6 +21,7 @@ def main(folder: Path, alias: str, alpha: float) -> None:
     settings = {
         "layers": [OTHER_LAYER, KIND_LAYER],
         "directions": [str(folder / "directions.safetensors")],
+        "steering_in_model_names": True,
         "served_aliases": {alias: [{"direction": "kind", "alpha": alpha}]},
     }
     command = (

@@ -3,8 +3,9 @@
 An ``extra_body`` that is bound or passed to a call replaces the model's own and is not merged with it: binding only a
 readout to a steered model removes the steering.
 
-LangChain drops the readout on every route. Only the header ``x-vllm-steer`` remains, in
-``response_metadata["headers"]`` of a model made with ``include_response_headers=True``.
+LangChain drops the readout on every route; the reply's id brings it back from ``/v1/steering/readouts/{id}``. It is in
+``response_metadata["id"]`` of a whole chat and in ``id`` of a streamed one; bare texts have none. The header
+``x-vllm-steer`` is in ``response_metadata["headers"]`` of a model made with ``include_response_headers=True``.
 
 A cache distinguishes steered chats from plain ones. For bare texts it considers the model's own ``extra_body``, but not
 a bound one.
@@ -27,6 +28,7 @@ from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.clients.conftest import (
     ALIAS,
+    ALPHA,
     API_KEY,
     MODEL,
     NUM_TOKENS,
@@ -37,6 +39,7 @@ from tests.clients.conftest import (
     STEERING,
     Served,
     Texts,
+    kept,
 )
 
 CHAT, BARE = "/v1/chat/completions", "/v1/completions"
@@ -111,6 +114,27 @@ def test_of_a_readout_only_the_header_is_seen(access: dict[str, Any], chat_texts
     assert reply.response_metadata["headers"]["x-vllm-steer"] == "1"
     assert "projections" not in repr(reply)
     assert "x-vllm-steer" not in model.invoke(PROMPT).response_metadata["headers"]
+
+
+def test_the_id_of_a_chat_brings_its_projection_back(access: dict[str, Any], served: Served) -> None:
+    layer, values = str(served.layer), []
+    for steering in (STEERING, []):
+        model = ChatOpenAI(**access, extra_body={"steering": steering, "readout": READOUT})
+        reply = model.invoke(PROMPT)
+        chunks = list(model.stream(PROMPT))
+        readouts = [kept(served, one) for one in (reply.response_metadata["id"], chunks[-1].id)]
+        for (readout,) in readouts:
+            assert readout["num_tokens"] == NUM_TOKENS - 1
+            values.append(readout["projections"]["kind"][layer])
+    assert min(values[:2]) > max(values[2:]) + 1
+
+
+def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], chat_texts: Texts) -> None:
+    named = {**access, "model": f"{MODEL}@kind:{ALPHA}"}
+    assert ChatOpenAI(**named).invoke(PROMPT).content == chat_texts.steered
+    by_header = ChatOpenAI(**access, default_headers={"X-Steering": f"kind:{ALPHA}"})
+    assert by_header.invoke(PROMPT).content == chat_texts.steered
+    assert "".join(chunk.text for chunk in by_header.stream(PROMPT)) == chat_texts.steered
 
 
 def test_an_alias_is_a_model(access: dict[str, Any], chat_texts: Texts, completion_texts: Texts) -> None:

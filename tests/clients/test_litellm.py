@@ -3,7 +3,8 @@
 A chat's readout is ``choices[i].provider_specific_fields["readout"]``, a bare text's is ``choices[i].readout``. In a
 streamed chat it is ``choices[0].readout`` of the last chunk with text, one before the chunk with the finish reason.
 Where a stream ends in a token without text, such as the end of the text, LiteLLM drops the server's last chunk and the
-readout with it; in a streamed bare text it always does. Ask for a whole reply to get the readout.
+readout with it; in a streamed bare text it always does. ``/v1/steering/readouts/{id}`` gives the readout by the id of
+the reply, which the chunks of a stream have too.
 
 The provider "openai" keeps a refusal's code in ``code``; "hosted_vllm" has it only in the message.
 
@@ -22,6 +23,7 @@ import pytest
 
 from tests.clients.conftest import (
     ALIAS,
+    ALPHA,
     API_KEY,
     MESSAGES,
     MODEL,
@@ -33,6 +35,7 @@ from tests.clients.conftest import (
     STEERING,
     Served,
     Texts,
+    kept,
 )
 
 CHAT = "/v1/chat/completions"
@@ -73,6 +76,24 @@ def test_a_readout_comes_with_the_choice(access: dict[str, Any], served: Served)
     layer = str(served.layer)
     assert plain["num_tokens"] == steered["num_tokens"] == NUM_TOKENS - 1
     assert steered["projections"]["kind"][layer] > plain["projections"]["kind"][layer] + 1
+
+
+def test_the_id_of_a_reply_brings_its_projection_back(access: dict[str, Any], served: Served) -> None:
+    body = {"steering": STEERING, "readout": READOUT}
+    whole = litellm.completion(**access, **GREEDY, messages=MESSAGES, extra_body=body)
+    chunks = list(litellm.completion(**access, **GREEDY, messages=MESSAGES, stream=True, extra_body=body))
+    texts = list(litellm.text_completion(**access, **GREEDY, prompt=PROMPT, stream=True, extra_body=body))
+    for reply_id in (whole.id, chunks[-1].id, texts[-1].id):
+        (readout,) = kept(served, reply_id)
+        assert readout["num_tokens"] == NUM_TOKENS - 1
+        assert readout["projections"]["kind"][str(served.layer)] > 1
+
+
+def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], chat_texts: Texts) -> None:
+    named = {**access, "model": f"{access['model']}@kind:{ALPHA}"}
+    assert chat(named).message.content == chat_texts.steered
+    by_header = {**access, "extra_headers": {"X-Steering": f"kind:{ALPHA}"}}
+    assert chat(by_header).message.content == chat_texts.steered
 
 
 def test_an_alias_is_a_model(access: dict[str, Any], chat_texts: Texts) -> None:
