@@ -50,7 +50,7 @@ test-fast: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 # Made anew when a pin changes; the stamp comes last, so that an installation that was cut short does not count.
-$(CLIENTS)/made: tests/clients/requirements.txt $(NODE_PACKAGES)
+$(CLIENTS)/made: tests/clients/requirements.txt | $(NODE_PACKAGES)
 	@$(MAKE) setup
 	rm -rf $(CLIENTS)
 	$(BIN)/python -m venv --without-pip $(CLIENTS)

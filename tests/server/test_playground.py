@@ -59,7 +59,7 @@ def test_the_real_server_streams_shaded_tokens_into_the_page(visit: Visit, tmp_p
 
 def test_every_operation_and_span_is_one_that_the_server_takes(visit: Visit) -> None:
     visit.page.get_by_label("Steered tokens").select_option("slices")
-    visit.page.get_by_label("Slices").fill("prompt[-1:] + generated[:4]")
+    visit.page.get_by_role("textbox", name="Slices").fill("prompt[-1:] + generated[:4]")
     visit.button("Add a direction").click()
     visit.entry(1).get_by_label("Direction").select_option("other")
     for op in ("set", "scale", "ablate", "clamp", "add"):
@@ -117,7 +117,7 @@ def test_a_dropped_direction_and_a_random_control_are_registered(
     vector = served.directions[0].vector
     np.save(tmp_path / "mine.npy", np.stack([vector] * 3))
     visit.button("Register a direction").click()
-    visit.page.get_by_label("File").set_input_files(tmp_path / "mine.npy")
+    visit.page.get_by_label("File", exact=True).set_input_files(tmp_path / "mine.npy")
     visit.page.locator("#register").get_by_label("Layer", exact=True).fill(str(KIND_LAYER))
     visit.page.get_by_label("Layers counted").select_option("block_output")
     visit.page.locator("#register").get_by_label("Admin key").fill(ADMIN_KEY)

@@ -87,14 +87,14 @@ def test_the_steered_tokens_are_a_span_or_slices_of_them(
 ) -> None:
     visit.page.get_by_label("Steered tokens").select_option(chosen)
     if typed:
-        visit.page.get_by_label("Slices").fill(typed)
+        visit.page.get_by_role("textbox", name="Slices").fill(typed)
     visit.run()
     assert steerings(fake)[1] == [{**COMMON, "alpha": 8, "span": span}]
 
 
 def test_slices_that_are_none_are_refused_with_what_is_allowed(visit: Visit, fake: FakeSteeringServer) -> None:
     visit.page.get_by_label("Steered tokens").select_option("slices")
-    visit.page.get_by_label("Slices").fill("answer[::2]")
+    visit.page.get_by_role("textbox", name="Slices").fill("answer[::2]")
     visit.button("Run").click()
     visit.page.locator("#status", has_text="Allowed: prompt, generated, response, all, slices").wait_for()
     assert fake.requests == []

@@ -28,10 +28,13 @@ def test_a_server_that_dies_while_it_answers_ends_the_run(
 ) -> None:
     visit.expected += ["ERR_", "Failed to load"]
     fake.death = death
+    fake.seconds_per_token = 0.05
     visit.run()
     for index in (0, 1):
         assert said in str(visit.column(index).locator(".error").text_content())
-        assert visit.text(index) == "".join(fake.words((0, 8)[index])[:3])  # what came before is still there
+        # what came before is still there, but for what the browser had not read yet
+        assert len(visit.text(index)) > 3
+        assert "".join(fake.words((0, 8)[index])[:3]).startswith(visit.text(index))
     assert visit.status().startswith(f"2 of 2 failed: {said}")
     assert visit.button("Stop").is_disabled()
     fake.death = ""
@@ -44,7 +47,7 @@ def test_a_server_that_falls_silent_is_asked_and_given_up(browser: Browser, fake
     visit.expected.append("ERR_")
     fake.death = "freezes"
     visit.button("Run").click()
-    visit.page.locator(".output span").nth(4).wait_for()
+    visit.page.locator(".output span").nth(2).wait_for()
     for _ in range(2):  # ten seconds of silence, then five without an answer
         visit.page.clock.run_for(10_000)
     visit.settle("failed")
@@ -54,7 +57,7 @@ def test_a_server_that_falls_silent_is_asked_and_given_up(browser: Browser, fake
 
 def test_a_server_that_is_only_slow_is_waited_for(browser: Browser, fake: FakeSteeringServer) -> None:
     visit = Visit(browser, fake.url, path=GUARDED, clock=True)
-    fake.tokens, fake.seconds_per_token = 5, 0.5
+    fake.tokens, fake.seconds_per_token = 5, 0.3
     visit.button("Run").click()
     visit.page.locator(".output span").first.wait_for()
     with visit.page.expect_request("**/v1/steering"):

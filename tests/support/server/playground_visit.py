@@ -70,7 +70,7 @@ class Visit:
 
     def number(self, index: int, name: str = "α") -> Locator:
         """The field of a column's number."""
-        return self.column(index).get_by_label(name, exact=True)
+        return self.column(index).get_by_label(re.compile(rf"^{name}(norms)?$"))
 
     def type_number(self, index: int, text: str, name: str = "α") -> None:
         """Type into the field and leave it."""

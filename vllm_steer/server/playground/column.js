@@ -92,6 +92,7 @@ class Column {
       }
     } catch (error) {
       if (error.name !== "AbortError") {
+        if (this.samples.every(({ tokens }) => tokens === 0)) this.clear();
         this.fail(error.message);
         throw error;
       }
@@ -127,7 +128,7 @@ class Column {
     if (this.asked.mode !== "chat") return;
     for (const [index, sample] of this.samples.entries()) {
       sample.continueButton.hidden = !sample.text;
-      sample.continueButton.setAttribute("aria-label", `Continue all columns from this answer, ${this.samples.length > 1 ? `sample ${index + 1} ` : ""}with ${this.name}`);
+      sample.continueButton.setAttribute("aria-label", `Continue all from this answer, ${this.samples.length > 1 ? `sample ${index + 1} ` : ""}with ${this.name}`);
       const [chooser] = sample.chooser.children;
       chooser.parentElement.hidden = this.samples.length === 1;
       chooser.name = `chosen-${this.list.dataset.number ??= String(++fieldNumber)}`;

@@ -18,7 +18,9 @@ class EntryRow {
     this.direction.setAttribute("aria-describedby", this.told.id);
     this.slices.setAttribute("aria-describedby", this.told.id);
     this.direction.addEventListener("change", () => { this.fillLayers(); onChange(); });
-    for (const field of [this.layer, this.op, this.span, this.slices]) field.addEventListener("change", onChange);
+    for (const field of [this.layer, this.op, this.span]) field.addEventListener("change", onChange);
+    // not at the end of the edit: what moves then would move under a pointer that is about to click
+    this.slices.addEventListener("input", onChange);
     part(".remove-entry").addEventListener("click", () => onRemove(this));
   }
 
@@ -45,7 +47,7 @@ class EntryRow {
   configure(index, count, inNorms) {
     const name = `Direction ${index + 1}`;
     this.legend.textContent = count === 1 ? "Direction" : index === 0 ? `${name}: its numbers differ by column` : `${name}: the same in all steered columns`;
-    this.element.querySelector(".remove-entry").hidden = index === 0;
+    this.element.querySelector(".actions").hidden = index === 0;
     this.element.querySelector(".remove-entry").textContent = `Remove direction ${index + 1}`;
     this.slicesLabel.hidden = this.span.value !== "slices";
     const bounds = this.limits();

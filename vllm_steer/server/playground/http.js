@@ -14,6 +14,8 @@ class Refused extends Error {
 
 const unreachable = () => new Refused(0, "The server cannot be reached. Check that it still runs, then try again.");
 
+const silent = () => new Refused(0, "The server has stopped answering. Check that it still runs, then run again.");
+
 function headersOf(given) {
   try {
     const headers = new Headers(given);
@@ -39,6 +41,19 @@ async function ask(path, options = {}) {
     message = error.message ?? String(error);
   } catch { /* no JSON: the status says it */ }
   throw new Refused(reply.status, message);
+}
+
+/** As `ask`, for questions that a living server answers at once; refuses after `limit` milliseconds. */
+async function askSoon(path, limit, signal) {
+  const late = new AbortController();
+  const timer = setTimeout(() => late.abort(), limit);
+  try {
+    return await ask(path, { signal: signal ? AbortSignal.any([signal, late.signal]) : late.signal });
+  } catch (error) {
+    throw late.signal.aborted ? silent() : error;
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 const askJson = async (path) => (await ask(path)).json();

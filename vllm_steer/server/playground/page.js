@@ -129,6 +129,9 @@ byId("save-png").addEventListener("click", async () => {
   const steering = entries.map(({ direction, layer, op, span }) => `${direction} (${op}) at layer ${layer}, ${span}`).join("; ");
   save(await pictureOf(columns, { title: `${model}: ${steering || "unsteered"}`, asked: `${system ? `System: ${system}\n` : ""}${prompt}` }), fileName("png"));
 });
+// a field with a mistake must be seen, also in a folded part
+form.addEventListener("invalid", ({ target }) => { const folded = target.closest("details"); if (folded) folded.open = true; }, true);
+byId("more").open = matchMedia("(min-width: 60rem)").matches;
 for (const id of ["apart", "words"]) byId(id).addEventListener("change", paint);
 byId("numbers").addEventListener("change", ({ target }) => byId("columns").classList.toggle("numbers-shown", target.checked));
 byId("copy").addEventListener("click", async () => { await copy(byId("code-text").value, byId("code-text")); say("Code copied."); });

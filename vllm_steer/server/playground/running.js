@@ -73,7 +73,7 @@ async function runOne(column, asked) {
 const requestOf = (column, asked) => bodyOf(asked, column.spec, column.messages, model, readLayer);
 
 async function refreshServer(signal) {
-  server = { ...(await (await ask("/v1/steering", { signal })).json()), vllm: server.vllm };
+  server = { ...(await (await askSoon("/v1/steering", SILENT_MS, signal)).json()), vllm: server.vllm };
   directions = new Directions(server.directions, server.layers);
 }
 

@@ -45,7 +45,7 @@ function fillForm(fields, entries) {
     if (!["measured", "stop_direction"].includes(name)) form.elements[name].value = value;
   }
   const names = directions.names.map((name) => [name]);
-  fill(form.elements.measured, [["", "the first direction"], ...names], fields.measured, "direction");
+  fill(form.elements.measured, [["", "as steered"], ...names], fields.measured, "direction");
   fill(form.elements.stop_direction, [["", "nothing"], ...names], fields.stop_direction, "direction");
   byId("system").open = form.elements.system.value !== "";
   for (const row of rows.splice(0)) row.element.remove();
@@ -88,10 +88,15 @@ function configureForm() {
   const norms = layers.map((layer) => [layer, server.residual_norms?.[layer]]);
   const known = norms.filter(([, norm]) => norm !== undefined);
   form.elements.unit.options[1].disabled = known.length === 0;
+  byId("more-told").textContent = form.elements.mode.value === "chat" ? summaryOf(settings()) : `plain text, ${summaryOf(settings())}`;
   byId("unit-told").textContent = known.length
     ? known.map(([layer, norm]) => `A norm of layer ${layer} is ${written(norm)}.`).join(" ")
     : "The server does not know the layer's mean residual norm (its setting residual_norms).";
 }
+
+/** The folded settings, in few words. */
+const summaryOf = (asked) => `temperature ${asked.temperature}, seed ${asked.seed}, ${samplesOf(asked)} ${samplesOf(asked) === 1 ? "sample" : "samples"}, `
+  + `${asked.max_tokens} tokens, ${asked.stop ? `stop by ${asked.stop.direction} ${asked.stop.side} ${asked.stop.value}` : "no stop"}`;
 
 /** What is missing or wrong in the form, in words; the browser marks the fields. */
 const complaints = () => [...new Set([

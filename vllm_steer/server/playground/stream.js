@@ -17,15 +17,11 @@ class Watchdog {
   }
 
   async knock() {
-    const controller = new AbortController();
-    const limit = setTimeout(() => controller.abort(), ANSWER_MS);
     let answers = true;
     try {
-      await ask("/v1/steering", { signal: controller.signal });
+      await askSoon("/v1/steering", ANSWER_MS);
     } catch (error) {
       answers = error.status > 0; // any answer is a sign of life
-    } finally {
-      clearTimeout(limit);
     }
     if (this.done) return;
     if (answers) this.heard();
@@ -60,7 +56,7 @@ async function* stream(path, body, signal) {
     }
   } catch (error) {
     if (signal.aborted) throw new DOMException("stopped by the user", "AbortError");
-    if (dead.signal.aborted) throw new Refused(0, "The server has stopped answering. Check that it still runs, then run again.");
+    if (dead.signal.aborted) throw silent();
     if (error instanceof Refused) throw error;
     throw new Refused(0, "The connection broke before the reply was complete. Check that the server still runs, then run again.");
   } finally {

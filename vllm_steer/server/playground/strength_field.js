@@ -27,13 +27,13 @@ class StrengthField {
 
   /** Takes over the bounds and the unit; what is in the field stays, as a number of the direction's own units. */
   configure(bounds, inNorms) {
-    const typed = this.mistake ? this.number.valueAsNumber * this.unit : undefined;
+    const [isWrong, typed] = [Boolean(this.mistake), this.number.valueAsNumber * this.unit];
     this.bounds = bounds;
     this.inNorms = inNorms;
     this.unit = inNorms && bounds.perNorm ? bounds.perNorm : 1;
     this.unitName.textContent = this.unit === 1 ? "" : "norms";
-    if (!Number.isFinite(typed)) { this.set(this.value); return; }
-    this.number.value = neat(typed / this.unit);
+    if (!isWrong) { this.set(this.value); return; }
+    if (Number.isFinite(typed)) this.number.value = neat(typed / this.unit);
     this.judge(typed);
   }
 

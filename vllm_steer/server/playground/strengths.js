@@ -40,7 +40,7 @@ function boundsOf({ op, layer }, length, server) {
   const byNorm = norm === undefined ? Infinity : multiple * norm / length;
   const far = Math.min(most, byNorm);
   const why = far === Infinity ? "the server sets no bound"
-    : byNorm < most ? `${written(multiple)} residual norms of layer ${layer}, over all directions there`
+    : byNorm < most ? `${written(multiple)} residual ${multiple === 1 ? "norm" : "norms"} of layer ${layer}, over all directions there`
       : "the server's max_alpha, over all directions at the layer";
   const usual = perNorm === undefined ? PLAIN_ALPHA : Number((0.2 * perNorm).toPrecision(2));
   return { norm, perNorm, least: -far, most: far, reach: Math.min(perNorm ?? PLAIN_REACH, far), usual: Math.min(usual, far), why };
@@ -70,11 +70,13 @@ function nextValue(op, taken, bounds) {
     : op === "ablate" ? [1, 0.5, 2, 1.5, 0.25, 0.75, 1.25, 1.75]
       : op === "scale" ? [2, 0, 0.5, -1, 3, 1.5, -2, 4, 5, 6]
         : [1, -1, 0.5, -0.5, 1.5, -1.5, 2, -2, 0.25, -0.25, 3, -3, 0.75, -0.75].map((part) => part * strongest);
-  const unused = (value) => taken.every((one) => Math.abs(one - value) > 1e-6 * strongest) && !mistakeIn(value, bounds);
+  const nothing = op === "scale" ? 1 : 0; // what changes nothing
+  const unused = (value) => value !== nothing && taken.every((one) => Math.abs(one - value) > 1e-6 * strongest) && !mistakeIn(value, bounds);
   const found = tries.map(neat).find(unused);
   if (found !== undefined) return found;
   // all of these are taken: halve the widest gap between the values that are
   const sorted = [...taken, bounds.usual].sort((a, b) => a - b);
-  const gaps = sorted.slice(1).map((value, index) => [value - sorted[index], (value + sorted[index]) / 2]);
+  const gaps = sorted.slice(1).map((value, index) => [value - sorted[index], (value + sorted[index]) / 2])
+    .filter(([, middle]) => neat(middle) !== nothing);
   return neat(gaps.sort((a, b) => b[0] - a[0])[0]?.[1] ?? bounds.usual / 2);
 }
