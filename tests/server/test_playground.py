@@ -131,9 +131,10 @@ def test_a_dropped_direction_and_a_random_control_are_registered(
     assert listed["random-0-kind", KIND_LAYER]["is_unit"]
     visit.run()
     runs: list[dict[str, Any]] = json.loads(visit.saved("Save JSON", tmp_path).read_text(encoding="utf-8"))["runs"]
-    hashes = {one["name"]: one["content_hash"] for one in runs[-1]["directions"]}
+    (run,) = (run for run in runs if run["column"].startswith("control random-0-kind"))
+    hashes = {one["name"]: one["content_hash"] for one in run["directions"]}
     assert hashes["random-0-kind"] == listed["random-0-kind", KIND_LAYER]["content_hash"]
-    assert runs[-1]["vllm"] == httpx.get(f"{visit.server}/version").json()["version"]
+    assert run["vllm"] == httpx.get(f"{visit.server}/version").json()["version"]
     # α 50 along a random direction shows in the projection onto "kind" as 50 times their cosine, and that is small
     random, control = values(visit, 2), values(visit, 1)
     assert sum(control) / len(control) > sum(random) / len(random) + 50 * (1 - 4 / HIDDEN_SIZE**0.5) / 2

@@ -93,7 +93,7 @@ def test_the_words_that_differ_are_marked(visit: Visit, fake: FakeSteeringServer
     column = visit.column(1)
     assert column.locator(".output").is_hidden()
     removed, added = (column.locator(f".difference {name}").all_text_contents() for name in ("del", "ins"))
-    assert ("".join(removed), "".join(added)) == ("".join(words(fake, 0)), "".join(words(fake, 8)))
+    assert [" ".join(texts).split() for texts in (removed, added)] == [words(fake, 0), words(fake, 8)]
     kept = column.locator(".difference").evaluate(
         """(one) => [...one.childNodes].filter((node) => node.nodeName !== "DEL")
              .map((node) => node.textContent).join("")"""
@@ -111,10 +111,10 @@ def words(fake: FakeSteeringServer, alpha: float) -> list[str]:
 
 DIFFERENCES: list[tuple[str, str, list[list[str]]]] = [
     ("a b c", "a b c", [["same", "a b c"]]),
-    ("a b c d", "a x c d", [["same", "a "], ["removed", "b"], ["added", "x"], ["same", " c d"]]),
+    ("a b c d", "a x c d", [["same", "a "], ["removed", "b "], ["added", "x "], ["same", "c d"]]),
     ("", "a b", [["added", "a b"]]),
     ("a b", "", [["removed", "a b"]]),
-    ("one two three", "two three four", [["removed", "one "], ["same", "two three"], ["added", " four"]]),
+    ("one two three", "two three four", [["removed", "one "], ["same", "two three "], ["added", "four"]]),
 ]
 
 

@@ -96,7 +96,7 @@ class Visit:
         self.button("Run").click()
         self.settle()
 
-    def settle(self, pattern: str = r"\d tokens?|failed|Stopped") -> None:
+    def settle(self, pattern: str = r"\d tokens?|complete|failed|Stopped") -> None:
         self.page.locator("#status", has_text=re.compile(pattern)).wait_for()
 
     def saved(self, name: str, folder: Path) -> Path:

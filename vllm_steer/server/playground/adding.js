@@ -108,7 +108,7 @@ function configureColumns() {
         ? `This server has no direction ${JSON.stringify(column.direction)}. Remove the column.` : "";
     column.configure({
       op, bounds, index, missing, inNorms: form.elements.unit.value === "norms",
-      note: cosine === undefined ? "" : `Its cosine with ${rows[0].direction.value} is ${written(cosine)}, by chance.`,
+      note: cosine === undefined ? "" : `Its cosine with ${rows[0].direction.value} is ${shown(cosine)}, by chance.`,
     });
   });
 }

@@ -61,7 +61,7 @@ class Column {
     if (this.kind === "alias") return `alias ${this.alias}`;
     const numbers = this.strength.numbers;
     const told = Object.entries(numbers).map(([name, value]) => {
-      const norms = this.inNorms && this.bounds.perNorm ? ` (${written(value / this.bounds.perNorm)} norms)` : "";
+      const norms = this.inNorms && this.bounds.perNorm ? ` (${String(Number((value / this.bounds.perNorm).toPrecision(3))).replace("-", "−")} norms)` : "";
       return `${FIELD_NAMES[name]} = ${signed(value)}${norms}`;
     }).join(", ") || "no number";
     return this.direction ? `control ${this.direction}, ${told}` : told;

@@ -44,11 +44,11 @@ async function ask(path, options = {}) {
 }
 
 /** As `ask`, for questions that a living server answers at once; refuses after `limit` milliseconds. */
-async function askSoon(path, limit, signal) {
+async function askSoon(path, limit) {
   const late = new AbortController();
   const timer = setTimeout(() => late.abort(), limit);
   try {
-    return await ask(path, { signal: signal ? AbortSignal.any([signal, late.signal]) : late.signal });
+    return await ask(path, { signal: late.signal });
   } catch (error) {
     throw late.signal.aborted ? silent() : error;
   } finally {

@@ -39,7 +39,9 @@ class Drawing {
     for (const { text, far = 0, mark } of pieces) {
       for (const word of text.match(/\n|\s+|[^\s]+/g) ?? []) {
         if (word === "\n") { newLine(); continue; }
+        const isSpace = !word.trim();
         if (left > x && left + this.context.measureText(word).width > x + width) newLine();
+        if (isSpace && left === x && line > y) continue; // no space at the start of a line
         for (const part of this.fitting(word, width)) {
           const wide = this.context.measureText(part).width;
           if (left > x && left + wide > x + width) newLine();

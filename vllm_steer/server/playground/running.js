@@ -33,7 +33,8 @@ async function run(chosen) {
   lastAsked = JSON.stringify(asked);
   share();
   say(`Running ${chosen.length} ${chosen.length === 1 ? "column" : "columns"} …`);
-  const outcomes = await Promise.allSettled(chosen.map((column) => runOne(column, asked)));
+  const fresh = refreshServer(); // the directions as they are now, for the records
+  const outcomes = await Promise.allSettled(chosen.map((column) => runOne(column, asked, fresh)));
   byId("stop").disabled = running.size === 0;
   turnChanged();
   if (running.size) return undefined; // another run says how it ends
@@ -41,11 +42,12 @@ async function run(chosen) {
   if (failed.some(({ status }) => status === 401)) return askKey();
   const stopped = outcomes.some(({ value }) => value);
   return say(failed.length ? `${failed.length} of ${chosen.length} failed: ${failed[0].message}` : stopped ? "Stopped."
-    : chosen.map((column) => `${column.name}: ${column.summary}`).join("; ") + ".");
+    : chosen.length > 2 ? `All ${chosen.length} columns are complete.`
+      : chosen.map((column) => `${column.name}: ${column.summary}`).join("; ") + ".");
 }
 
 /** Runs one column; resolves to whether the user stopped it. */
-async function runOne(column, asked) {
+async function runOne(column, asked, fresh) {
   running.get(column)?.abort();
   const controller = new AbortController();
   running.set(column, controller);
@@ -53,14 +55,14 @@ async function runOne(column, asked) {
   let record;
   let outcome = "complete";
   try {
-    await refreshServer(controller.signal); // the directions as they are now, for the record
+    await fresh;
+    if (controller.signal.aborted) return true;
     const [path, body] = [pathOf(asked), requestOf(column, asked)];
     record = recordOf(column, path, body, server);
     const isStopped = await column.run(asked, path, body, controller.signal);
     if (isStopped) outcome = "stopped by the user";
     return isStopped;
   } catch (error) {
-    if (error.name === "AbortError") return true;
     outcome = error.message;
     if (!record) { column.clear(); column.fail(error.message); }
     throw error;
@@ -72,8 +74,8 @@ async function runOne(column, asked) {
 
 const requestOf = (column, asked) => bodyOf(asked, column.spec, column.messages, model, readLayer);
 
-async function refreshServer(signal) {
-  server = { ...(await (await askSoon("/v1/steering", SILENT_MS, signal)).json()), vllm: server.vllm };
+async function refreshServer() {
+  server = { ...(await (await askSoon("/v1/steering", SILENT_MS)).json()), vllm: server.vllm };
   directions = new Directions(server.directions, server.layers);
 }
 

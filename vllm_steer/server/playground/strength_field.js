@@ -33,16 +33,21 @@ class StrengthField {
     this.unit = inNorms && bounds.perNorm ? bounds.perNorm : 1;
     this.unitName.textContent = this.unit === 1 ? "" : "norms";
     if (!isWrong) { this.set(this.value); return; }
-    if (Number.isFinite(typed)) this.number.value = neat(typed / this.unit);
+    if (Number.isFinite(typed)) this.number.value = this.written(typed);
     this.judge(typed);
   }
 
   /** A number, or undefined where the field may be empty. */
   set(value) {
     this.value = value;
-    this.number.value = Number.isFinite(value) ? neat(value / this.unit) : "";
+    this.number.value = Number.isFinite(value) ? this.written(value) : "";
     this.judge(value ?? NaN);
     if (Number.isFinite(value)) this.reachTo(value);
+  }
+
+  /** As it stands in the field; a number of norms is short there and stays exact in `value`. */
+  written(value) {
+    return this.unit === 1 ? neat(value) : Number((value / this.unit).toPrecision(4));
   }
 
   judge(value) {

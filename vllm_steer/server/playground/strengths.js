@@ -42,7 +42,7 @@ function boundsOf({ op, layer }, length, server) {
   const why = far === Infinity ? "the server sets no bound"
     : byNorm < most ? `${written(multiple)} residual ${multiple === 1 ? "norm" : "norms"} of layer ${layer}, over all directions there`
       : "the server's max_alpha, over all directions at the layer";
-  const usual = perNorm === undefined ? PLAIN_ALPHA : Number((0.2 * perNorm).toPrecision(2));
+  const usual = perNorm === undefined ? PLAIN_ALPHA : neat(0.2 * perNorm);
   return { norm, perNorm, least: -far, most: far, reach: Math.min(perNorm ?? PLAIN_REACH, far), usual: Math.min(usual, far), why };
 }
 
