@@ -15,6 +15,7 @@ ENGINE ?= cpu
 BIN := .venv/bin
 CLIENTS := .venv-clients
 PEERS := build/peers
+NODE_PACKAGES := tests/clients/node_modules/.package-lock.json
 RECORDS := benchmarks/results/cpu
 GPU_RECORDS := benchmarks/results/gpu
 # Per cent of statements and branches that the tests without an engine must reach; see tests/coverage_floor.py.
@@ -43,7 +44,7 @@ demo: demo-model
 	$(BIN)/vllm-steer study run configs/studies/demo.yaml
 
 # Two engines at once, each in a process of its own. Ray wants the machine for itself.
-test: setup
+test: setup $(NODE_PACKAGES)
 	$(BIN)/python -m pytest -m "not ray and not breadth" $(PARALLEL) --coverage-floor $(COVERAGE_FLOOR)
 	$(BIN)/python -m pytest -m ray $$(grep -rl "mark\.ray" tests --include='test_*.py')
 
@@ -60,14 +61,17 @@ $(PEERS)/made: tests/support/peers.txt
 peers: $(PEERS)/made
 
 # Made anew when a pin changes; the stamp comes last, so that an installation that was cut short does not count.
-$(CLIENTS)/made: tests/clients/requirements.txt tests/clients/package-lock.json
+$(CLIENTS)/made: tests/clients/requirements.txt | $(NODE_PACKAGES)
 	@$(MAKE) setup
 	rm -rf $(CLIENTS)
 	$(BIN)/python -m venv --without-pip $(CLIENTS)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-deps --no-compile \
 		-r tests/clients/requirements.txt
-	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
 	touch $@
+
+# OpenAI's client for Node, and the accessibility checker that the playground's browser tests run.
+$(NODE_PACKAGES): tests/clients/package-lock.json
+	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
 
 clients: $(CLIENTS)/made
 

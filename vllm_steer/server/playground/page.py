@@ -2,13 +2,14 @@
 
 Two paths serve the page. On a server without an API key, open ``/v1/steering/playground``. With a key, vLLM guards all
 of ``/v1``, and a browser cannot send the key when it opens a page, so open ``/steering/playground`` instead. The page
-holds only this package's own text. It fetches its data from ``/v1`` with the key that its user types in. It keeps the
-key in memory and puts it into no URL.
+holds only this package's own text. It fetches its data from ``/v1`` with the keys that its user types in. It keeps
+them in memory and puts them into no URL.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -19,8 +20,32 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 PATHS = ("/v1/steering/playground", "/steering/playground")
-_STYLES = {"style": "page.css"}
-_SCRIPTS = {"requests": "requests.js", "columns": "columns.js", "page": "page.js"}
+_STYLE = "page.css"
+# In the order in which they run; each may use the names of those before it.
+_SCRIPTS = (
+    "http.js",
+    "stream.js",
+    "strengths.js",
+    "bodies.js",
+    "code.js",
+    "link.js",
+    "strength_field.js",
+    "choices.js",
+    "entries.js",
+    "diff.js",
+    "sample.js",
+    "shading.js",
+    "column.js",
+    "chart.js",
+    "records.js",
+    "picture.js",
+    "registering.js",
+    "settings.js",
+    "running.js",
+    "conversation.js",
+    "adding.js",
+    "page.js",
+)
 
 
 def playground_router(is_on: Callable[[Request], bool]) -> APIRouter:
@@ -57,16 +82,12 @@ def playground_page() -> tuple[str, str]:
 
     The page may connect to the server it came from, and to no other.
     """
-    page = _read("page.html")
-    hashes = {}
-    for directive, parts in (("style-src", _STYLES), ("script-src", _SCRIPTS)):
-        texts = {name: _read(file) for name, file in parts.items()}
-        for name, text in texts.items():
-            page = page.replace("{{" + name + "}}", text)
-        hashes[directive] = " ".join(_source(text) for text in texts.values())
+    style, scripts = _read(_STYLE), [_read(name) for name in _SCRIPTS]
+    parts = {"style": style, "scripts": "\n".join(f"<script>{script}</script>" for script in scripts)}
+    page = re.sub(r"\{\{(style|scripts)\}\}", lambda found: parts[found[1]], _read("page.html"))
     policy = (
-        f"default-src 'none'; script-src {hashes['script-src']}; style-src {hashes['style-src']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {' '.join(map(_source, scripts))}; style-src {_source(style)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return page, policy
 
