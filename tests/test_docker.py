@@ -1,4 +1,4 @@
-"""The Dockerfile, followed without its base image: what it copies is there, installs, and ends in the server's command."""
+"""The Dockerfile, followed without its base image: what it copies is there, installs and serves."""
 
 from __future__ import annotations
 

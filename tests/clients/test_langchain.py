@@ -4,8 +4,9 @@ An ``extra_body`` that is bound or passed to a call replaces the model's own and
 readout to a steered model removes the steering.
 
 LangChain drops the readout on every route; the reply's id brings it back from ``/v1/steering/readouts/{id}``. It is in
-``response_metadata["id"]`` of a whole chat and in ``id`` of a streamed one; bare texts have none. The header
-``x-vllm-steer`` is in ``response_metadata["headers"]`` of a model made with ``include_response_headers=True``.
+``response_metadata["id"]`` of a whole chat. Streams and bare texts lose the id too, so choose it: vLLM names a reply to
+the header ``X-Request-Id: mine`` ``chatcmpl-mine`` or ``cmpl-mine``. The header ``x-vllm-steer`` is in
+``response_metadata["headers"]`` of a model made with ``include_response_headers=True``.
 
 A cache distinguishes steered chats from plain ones. For bare texts it considers the model's own ``extra_body``, but not
 a bound one.
@@ -121,12 +122,15 @@ def test_the_id_of_a_chat_brings_its_projection_back(access: dict[str, Any], ser
     for steering in (STEERING, []):
         model = ChatOpenAI(**access, extra_body={"steering": steering, "readout": READOUT})
         reply = model.invoke(PROMPT)
-        chunks = list(model.stream(PROMPT))
-        readouts = [kept(served, one) for one in (reply.response_metadata["id"], chunks[-1].id)]
-        for (readout,) in readouts:
+        mine = f"mine-{len(values)}"
+        assert list(model.stream(PROMPT, extra_headers={"X-Request-Id": mine}))
+        texts = OpenAI(**access, extra_body={"steering": steering, "readout": READOUT})
+        assert texts.invoke(PROMPT, extra_headers={"X-Request-Id": mine})
+        ids = (reply.response_metadata["id"], f"chatcmpl-{mine}", f"cmpl-{mine}")
+        for (readout,) in [kept(served, one) for one in ids]:
             assert readout["num_tokens"] == NUM_TOKENS - 1
             values.append(readout["projections"]["kind"][layer])
-    assert min(values[:2]) > max(values[2:]) + 1
+    assert min(values[:3]) > max(values[3:]) + 1
 
 
 def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], chat_texts: Texts) -> None:

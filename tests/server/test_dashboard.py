@@ -32,9 +32,7 @@ def test_each_panel_asks_for_a_series_of_the_server_with_its_labels(server: http
         for target in panel["targets"]:
             for name in SERIES.findall(target["expr"]):
                 asked.add(name)
-                samples = [
-                    line for line in text.splitlines() if line.startswith(f"{name}{{") or line.startswith(f"{name} ")
-                ]
+                samples = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
                 assert samples, f"{panel['title']}: no {name}"
                 for label in BY.findall(target["expr"]):
                     assert f'{label}="' in samples[0], f"{panel['title']}: {name} has no label {label}"
