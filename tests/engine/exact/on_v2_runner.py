@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,8 +24,9 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
 from tests.engine.conftest import OpenEngine
-from tests.support.hf_reference import Reference, ReferenceRun
+from tests.support.hf_reference import Entry, Reference, ReferenceRun
 from tests.support.mixed_batch import (
+    READOUT_TOLERANCE,
     Request,
     Vectors,
     as_directions,
@@ -35,6 +37,7 @@ from tests.support.mixed_batch import (
     mixed_batch,
     random_prompts,
     references,
+    run,
     unit_vectors,
 )
 from tests.support.tiny_models import HIDDEN_SIZE, INIT_STD, MAX_POSITIONS, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS
@@ -71,19 +74,19 @@ class Workload:
     def check_ends_that_nobody_foresees(self, llm: LLM) -> None:
         """Do the same for requests that end at a token, of which an asynchronous scheduler learns one step late."""
         ended = [
-            (one, run.first(run.tokens.index(run.tokens[4]) + 1))
-            for one, run in zip(self.requests, self.expected, strict=True)
+            (one, answer.first(answer.tokens.index(answer.tokens[4]) + 1))
+            for one, answer in zip(self.requests, self.expected, strict=True)
             if not one.has_stop  # their stop may come first
         ]
         outs = llm.generate(
             [{"prompt_token_ids": request.prompt_ids} for request, _ in ended],
-            [request.params(max_tokens=MAX_TOKENS, stop_token_ids=run.tokens[-1:]) for request, run in ended],
+            [request.params(max_tokens=MAX_TOKENS, stop_token_ids=answer.tokens[-1:]) for request, answer in ended],
             use_tqdm=False,
         )
-        for (request, run), out, (read,) in zip(ended, outs, collect_readouts(llm, outs), strict=True):
-            assert is_same_output(out, run, request.label)
-            check_readout(read, request.readout, run, request.label)
-            check_trace(read, request, run)
+        for (request, answer), out, (read,) in zip(ended, outs, collect_readouts(llm, outs), strict=True):
+            assert is_same_output(out, answer, request.label)
+            check_readout(read, request.readout, answer, request.label)
+            check_trace(read, request, answer)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,42 @@ def test_a_warm_up_with_made_up_requests_leaves_no_trace(open_v2: Callable[..., 
     assert not buffers.segment_A2.any()
     assert not any(bool(sums.any()) for sums in buffers.sums_L_AD)
     assert not any(state_held(worker).values())
+
+
+def test_rows_and_sums_from_the_prefix_cache(workload: Workload, open_v2: Callable[..., LLM]) -> None:
+    """Each token's row; and a second reading whose blocks are not computed but added up from sums of the first."""
+    llm = open_v2(enable_prefix_caching=True, config={"max_rows": 1000, "block_sums_mib": 1})
+    register_directions(llm, as_directions(workload.vectors))
+    prompt = random_prompts(VOCAB_SIZE, lengths=(79,), seed=23)[0]
+    name, layer = "calm", LAYERS[0]
+    entries: list[list[Entry]] = [
+        [],
+        [
+            {
+                "name": name,
+                "layer": layer,
+                "vector": workload.vectors[name, layer],
+                "alpha": 9.0,
+                "op": "add",
+                "span": "all",
+            }
+        ],
+    ]
+    for steering in entries:
+        expected = workload.reference.generate(prompt, MAX_TOKENS, steering)
+        for pool, cached in (("mean", 0), ("mean", 64), ("rows", 0)):
+            request = Request(prompt, steering, {"layers": LAYERS, "span": "all", "pool": pool})
+            (out,), ((read,),) = run(llm, [request], max_tokens=MAX_TOKENS)
+            assert read is not None
+            assert is_same_output(out, expected, request.label)
+            assert out.num_cached_tokens == cached  # rows take nothing from the cache
+            assert read.num_tokens == len(prompt) + MAX_TOKENS - 1
+            for at in LAYERS:
+                rows = expected.rows(at, "all")
+                ours, theirs = (read.rows[at], rows) if pool == "rows" else (read.mean[at], rows.mean(axis=0))
+                assert ours.shape == theirs.shape
+                distance = np.linalg.norm(ours - theirs, axis=-1)
+                assert (distance < READOUT_TOLERANCE * np.linalg.norm(theirs, axis=-1)).all()
 
 
 def test_asynchronous_scheduling_and_preemption(
