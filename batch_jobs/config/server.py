@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from batch_jobs.config.entry_text import parse_entry
 from batch_jobs.files.documents import read_yaml
 from vllm_steer import Steering
 from vllm_steer.errors import SettingsError
@@ -92,20 +93,13 @@ def parse_alias(text: str) -> tuple[str, Steering]:
         SteerError: `Steering` refuses the values.
     """
     name, _, entry = text.partition("=")
-    # a direction's name may hold colons, but no @
-    entry, at, layer = entry.partition("@")
-    direction, _, alpha = entry.rpartition(":")
-    try:
-        multiplier = float(alpha)
-        at_layer = int(layer) if at else None
-    except ValueError:
-        direction = ""
-    if not name or not direction:
+    steering = parse_entry(entry)
+    if not name or steering is None:
         raise SettingsError(
             f"--alias is {text!r}; allowed: NAME=direction:alpha or NAME=direction:alpha@layer, such as "
             "demo-kind=kind:8@12. Correct it."
         )
-    return name, Steering(direction, multiplier, at_layer)
+    return name, steering
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
