@@ -85,7 +85,7 @@ class SteeredServer(ModelAPI):
             on, an empty list turns it off. A `steering` in the `extra_body` of a config takes its place.
         readout: the readout of all requests, as an object or JSON with the fields of the HTTP body. A `readout` in
             `extra_body` takes its place.
-        stream: stream the replies. Streams carry no tool calls and no log-probabilities.
+        stream: stream the replies, which tell no usage and no log-probabilities; with tools replies come whole.
         timeout: longest wait for a reply, in seconds.
 
     Raises:
