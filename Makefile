@@ -3,6 +3,7 @@
 #   make test        the whole test suite
 #   make peers       packages whose vectors people bring, beside the environment; tests of them are skipped without
 #   make test-clients   the clients that people use, in an environment of their own, against the real server
+#   make test-harnesses   lm-eval in process: packages of the clients' environment behind the project's own
 #   make conformance what is exact with which feature and family, into docs/conformance.md
 #   make bench       what it costs, in a small form: a quarter of an hour at first; tables, and which goals hold
 #   make bench-record   the same in full, for hours on a quiet machine, into benchmarks/results/cpu and docs/performance.md
@@ -28,11 +29,11 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-model test test-fast peers clients test-clients conformance docs patches compat compat-run bench bench-record bench-gpu readme-performance \
+.PHONY: help setup demo demo-model test test-fast peers clients test-clients test-harnesses conformance docs patches compat compat-run bench bench-record bench-gpu readme-performance \
 	lint types check format clean
 
 help:
-	@echo "make setup | demo | demo-model | test | test-fast | peers | test-clients | conformance | docs | patches | compat VLLM=... | compat-run VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
+	@echo "make setup | demo | demo-model | test | test-fast | peers | test-clients | test-harnesses | conformance | docs | patches | compat VLLM=... | compat-run VLLM=... | bench | bench-record | bench-gpu | readme-performance | lint | types | check | format | clean"
 
 setup:
 	@$(PYTHON) .ci/setup_env.py --engine $(ENGINE)
@@ -77,6 +78,11 @@ clients: $(CLIENTS)/made
 
 test-clients: demo-model clients
 	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+
+# The project's own settings, but for the list of what other targets run.
+test-harnesses: demo-model clients
+	$(BIN)/python -m pytest -o addopts="--strict-markers --strict-config --import-mode=importlib -ra --durations=10" \
+		tests/harnesses
 
 conformance: setup
 	$(BIN)/python -m pytest -m "conformance or breadth" --conformance=docs/conformance.md $(PARALLEL)

@@ -175,7 +175,7 @@ LAYERS = (
     {"endpoint", "run"},
     {"directions"},
     {"generate", "scoring"},
-    {"capture", "pairs", "report"},
+    {"capture", "harnesses", "pairs", "report"},
     {"compare", "pipeline"},
     {"print_summary"},
     {"cli"},

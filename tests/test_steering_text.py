@@ -69,5 +69,5 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 
 
 def test_a_refusal_names_the_place_and_the_text() -> None:
-    with pytest.raises(MalformedSpec, match=r"the header X-Steering has 'kind=8'; allowed: direction:alpha"):
-        parse_steering("kind=8", "the header X-Steering")
+    with pytest.raises(MalformedSpec, match=r"the header X-Steering has 'kind:x'; allowed: direction:alpha"):
+        parse_steering("kind:x", "the header X-Steering")

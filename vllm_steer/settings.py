@@ -134,7 +134,8 @@ class SteerSettings(BaseModel):
             if not entries:
                 raise ValueError(f"{who} has no entries, so it would steer nothing; give it some, or remove it")
             for entry in entries:
-                if entry.layer is not None and entry.layer not in self.layers:
+                # A server's config may leave the layers to those of its directions, which are not known here.
+                if entry.layer is not None and self.layers and entry.layer not in self.layers:
                     raise ValueError(f"{who} steers at layer {entry.layer}; hooked: {list(self.layers)}; hook it too")
             # An entry without a layer applies at its direction's own layer, unknown here, so it is checked alone.
             alone = [(entry,) for entry in entries if entry.layer is None]
@@ -143,7 +144,7 @@ class SteerSettings(BaseModel):
                 for _, here in spans.windows([one.span for one in entries], spans.LONG_PROMPT)
                 for layer in self.layers
             ]
-            total = max(sum(map(self.counted, here)) for here in (*alone, *together))
+            total = max((sum(map(self.counted, here)) for here in (*alone, *together)), default=0.0)
             if total > self.max_alpha:
                 raise ValueError(
                     f"{who} has |alpha| of {total:g} at one layer; allowed: max_alpha, {self.max_alpha:g}; raise it, "

@@ -20,6 +20,8 @@ EXTRAS = {
     **dict.fromkeys(_CLI, ("cli", "batch")),
     **dict.fromkeys(_BATCH, ("batch",)),
     **dict.fromkeys(_ENGINE, ("cpu", "cuda")),
+    "lm_eval": ("lm-eval",),
+    "inspect_ai": ("inspect",),
 }
 
 

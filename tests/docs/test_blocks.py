@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from batch_jobs.config.evaluation import Evaluation
 from batch_jobs.config.server import ServerConfig
 from batch_jobs.config.study import Study
 from tests.docs.blocks import (
@@ -84,7 +85,7 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 @pytest.mark.parametrize("block", [one for one in all_blocks() if one.language == "yaml"], ids=lambda one: one.place)
 def test_yaml_blocks_are_configurations_that_are_accepted(block: Block) -> None:
     document = yaml.safe_load(block.source)
-    schema = Study if "steer" in document else ServerConfig
+    schema = Evaluation if "tasks" in document else Study if "steer" in document else ServerConfig
     schema.model_validate(document)
 
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import vllm_steer
-from batch_jobs.config import study
+from batch_jobs.config import evaluation, study
 from batch_jobs.rows import store
 from batch_jobs.run import run_directory
 from tests.docs.blocks import ROOT
@@ -95,6 +95,12 @@ def test_every_setting_is_listed_with_its_default() -> None:
 def test_every_field_of_a_study_is_listed_with_its_default(heading: str) -> None:
     listed = {code(row[0]): row[1] for row in rows(section(page("study-config.md"), heading))}
     assert listed == defaults_of(SECTIONS[heading])
+
+
+def test_every_field_of_an_evaluation_is_listed_with_its_default() -> None:
+    text = (ROOT / "docs" / "guides" / "harness.md").read_text(encoding="utf-8")
+    listed = {code(row[0]): row[1] for row in rows(section(text, "A sweep"))}
+    assert listed == defaults_of(evaluation.Evaluation)
 
 
 def test_every_environment_variable_of_the_code_is_listed() -> None:

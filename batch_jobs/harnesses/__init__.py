@@ -1,0 +1,1 @@
+"""Steered benchmarks: lm-eval's model, Inspect's provider, and sweeps over directions and α."""
