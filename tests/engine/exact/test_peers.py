@@ -197,7 +197,6 @@ def test_token_ranges_of_steering_vectors(llm: LLM, home: Home, plain: list[list
     ranges: list[tuple[str, dict[str, Any]]] = [
         ("response", {"min_token_index": -1}),
         ("prompt[3:]", {"min_token_index": 3}),
-        ("prompt[2:5]", {"min_token_index": None, "token_indices": slice(2, 5)}),
         ("prompt[:2] + generated", {"min_token_index": None, "token_indices": slice(0, 2)}),
     ]
     ways = [(span, hooked(3.0, span), hooks.apply(home.model, multiplier=3.0, **chosen)) for span, chosen in ranges]
