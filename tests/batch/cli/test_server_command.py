@@ -112,7 +112,7 @@ def on_the_hub(tmp_path: Path, directions: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_directions_may_lie_on_the_hub(model: str, on_the_hub: str, tmp_path: Path) -> None:
-    words = ["serve", model, "--directions", on_the_hub, "--alias", "kinder=kind:8@3", "--print"]
+    words = ["serve", model, "--directions", on_the_hub, "--print"]
     printed = CliRunner().invoke(app, words, catch_exceptions=False).output
     settings = json.loads(shlex.split(printed)[shlex.split(printed).index("--additional-config") + 1])["vllm_steer"]
     assert (settings["layers"], settings["directions"]) == ([1, 3], [on_the_hub])

@@ -7,7 +7,7 @@ is what the guide "Your vectors" says it is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 
 from tests.engine.conftest import open_engine
 from tests.support.hf_reference import ReferenceRun
@@ -38,29 +38,39 @@ PAIRS = (
     ("Tell me how you feel about it.", "Give me the figures of last week."),
     ("You must have been so happy!", "The task was closed as planned."),
 )
-ALL = range(len(PROMPTS))
+PROMPT_LEN = 9  # tokens; each of PROMPTS has more
 NUM_TOKENS = 40
 Way = tuple[str, list[Steering], AbstractContextManager[Any]]
 
 
 class Home:
-    """The demo model in transformers, float32, as the peers run it."""
+    """The demo model in transformers, float32, as the peers run it.
+
+    Attributes:
+        prompts: token ids of PROMPTS, all of one length, so that a batch of them needs no padding.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.prompts = [self.tokenizer(prompt).input_ids[:PROMPT_LEN] for prompt in PROMPTS]
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         # Greedy, and without an end: every text has NUM_TOKENS tokens.
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
-    def run(self, prompt: str) -> ReferenceRun:
-        """Greedy continuation of a prompt by `generate`, with its cache."""
-        inputs = self.tokenizer(prompt, return_tensors="pt")
-        out = self.model.generate(**inputs, max_new_tokens=NUM_TOKENS, return_dict_in_generate=True, output_logits=True)
-        length = inputs.input_ids.shape[1]
-        tokens = out.sequences[0, length:].tolist()
-        best = [row[0].topk(2).values for row in out.logits]
-        gaps = [float(first - second) for first, second in best]
-        return ReferenceRun(tokens, tokens, gaps, [], length, {}, [])
+    def run(self) -> list[ReferenceRun]:
+        """Greedy continuations of the prompts by `generate`, with its cache."""
+        ids = torch.tensor(self.prompts)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = out.sequences[:, PROMPT_LEN:].tolist()
+        best = torch.stack([row.topk(2, dim=-1).values for row in out.logits], dim=1)  # (prompts, steps, 2)
+        gaps = (best[..., 0] - best[..., 1]).tolist()
+        return [ReferenceRun(ids, ids, gap, [], PROMPT_LEN, {}, []) for ids, gap in zip(tokens, gaps, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +87,35 @@ def llm(demo_model: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def plain(home: Home) -> list[list[int]]:
     """The unsteered continuations."""
-    return [home.run(prompt).tokens for prompt in PROMPTS]
+    return [run.tokens for run in home.run()]
 
 
-def compare(llm: LLM, home: Home, plain: list[list[int]], ways: list[Way], numbers: Sequence[int] = ALL) -> None:
+def generated(llm: LLM, home: Home, steering: list[list[Steering]]) -> list[RequestOutput]:
+    """Our continuations of all prompts for each list of entries, in one batch."""
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    params = [steered(sampling, entries) for entries in steering for _ in home.prompts]
+    prompts = [{"prompt_token_ids": ids} for ids in home.prompts] * len(steering)
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def compare(llm: LLM, home: Home, plain: list[list[int]], ways: list[Way]) -> None:
     """Assert that our entries give the tokens that each peer's context gives, which differ from the plain ones."""
     expected: list[ReferenceRun] = []
     for _, _, context in ways:
         with context:
-            expected += [home.run(PROMPTS[number]) for number in numbers]
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    params = [steered(sampling, entries) for _, entries, _ in ways for _ in numbers]
-    outputs = llm.generate([PROMPTS[number] for number in numbers] * len(ways), params, use_tqdm=False)
-    labels = [f"{label}, prompt {number}" for label, _, _ in ways for number in numbers]
+            expected += home.run()
+    outputs = generated(llm, home, [entries for _, entries, _ in ways])
+    labels = [f"{label}, prompt {number}" for label, _, _ in ways for number in range(len(PROMPTS))]
     same = [is_same_output(*one) for one in zip(outputs, expected, labels, strict=True)]
     # A near tie ends a comparison early, at a gap that rounding alone can bridge; most texts have none.
     assert sum(same) >= 0.75 * len(same), dict(zip(labels, same, strict=True))
-    for label, run, unsteered in zip(labels, expected, [plain[number] for number in numbers] * len(ways), strict=True):
+    for label, run, unsteered in zip(labels, expected, plain * len(ways), strict=True):
         assert run.tokens != unsteered, f"{label} is as without steering"
 
 
 def test_the_unsteered_model_is_the_same(llm: LLM, home: Home, plain: list[list[int]]) -> None:
     """Otherwise nothing below would say anything of steering."""
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    outputs = llm.generate(list(PROMPTS), sampling, use_tqdm=False)
-    assert [list(one.outputs[0].token_ids) for one in outputs] == plain
+    assert [list(one.outputs[0].token_ids) for one in generated(llm, home, [[]])] == plain
 
 
 def test_control_vectors_of_repeng(llm: LLM, home: Home, plain: list[list[int]], tmp_path: Path) -> None:
@@ -130,7 +144,7 @@ def test_control_vectors_of_repeng(llm: LLM, home: Home, plain: list[list[int]],
     compare(llm, home, plain, ways)
     kept = entries((16,), 60.0, keep_norm=True)
     one_layer = [("one layer, normalised", kept, controlled((16,), 60.0, normalize=True))]
-    compare(llm, home, plain, one_layer, [1])
+    compare(llm, home, plain, one_layer)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +185,7 @@ def test_operators_of_steering_vectors(llm: LLM, home: Home, plain: list[list[in
             hooks.apply(home.model, operator=package.ablation_then_addition_operator(), multiplier=2.0),
         ),
     ]
-    compare(llm, home, plain, ways, [1])
+    compare(llm, home, plain, ways)
 
 
 def test_token_ranges_of_steering_vectors(llm: LLM, home: Home, plain: list[list[int]], hooks: Any) -> None:
@@ -183,13 +197,12 @@ def test_token_ranges_of_steering_vectors(llm: LLM, home: Home, plain: list[list
     ranges: list[tuple[str, dict[str, Any]]] = [
         ("response", {"min_token_index": -1}),
         ("prompt[3:]", {"min_token_index": 3}),
-        ("prompt[2:5]", {"min_token_index": None, "token_indices": slice(2, 5)}),
         ("prompt[:2] + generated", {"min_token_index": None, "token_indices": slice(0, 2)}),
     ]
     ways = [(span, hooked(3.0, span), hooks.apply(home.model, multiplier=3.0, **chosen)) for span, chosen in ranges]
-    compare(llm, home, plain, ways, [1])
+    compare(llm, home, plain, ways)
 
 
 def test_a_list_of_tokens_of_steering_vectors_ends_at_the_first_generated_token(home: Home, hooks: Any) -> None:
     with hooks.apply(home.model, min_token_index=None, token_indices=[2]), pytest.raises(IndexError):
-        home.run(PROMPTS[0])
+        home.run()
