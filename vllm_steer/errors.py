@@ -65,6 +65,10 @@ class SteerError(ValueError):
     status = 400
     param: str | None = None
 
+    def give_place_to(self, other: SteerError) -> None:
+        """Make another refusal name the same place."""
+        other.param = self.param
+
     @property
     def code(self) -> str:
         """The refusal's name for programs, such as ``unknown_direction``."""

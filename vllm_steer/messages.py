@@ -31,6 +31,6 @@ def shown(value: object) -> str:
 
 
 def near(name: str, allowed: Iterable[str]) -> str:
-    """For a message: `` Did you mean 'x'?`` with the most similar allowed name; empty if none is similar."""
+    """For a message: `` Perhaps you mean 'x'.`` with the most similar allowed name; empty if none is similar."""
     close = get_close_matches(name, list(allowed), 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Perhaps you mean {close[0]!r}." if close else ""

@@ -89,7 +89,7 @@ REFUSED_STEERING: dict[str, tuple[list[Any], type[errors.SteerError], tuple[str,
     "alpha NaN": ([entry(alpha=math.nan)], errors.BadAlpha, ("nan", "finite")),
     "alpha infinite": ([entry(alpha=-math.inf)], errors.BadAlpha, ("inf", "finite")),
     "alpha a string": ([entry(alpha="5")], errors.BadAlpha, ("'5'", "finite number")),
-    "alpha a boolean": ([entry(alpha=True)], errors.BadAlpha, ("True", "finite number")),
+    "alpha a boolean": ([entry(alpha=True)], errors.BadAlpha, ("true", "finite number")),
     "alpha missing": ([{"direction": "calm"}], errors.BadAlpha, ("alpha",)),
     "alpha with ablate": ([entry(op="ablate", alpha=2.5)], errors.BadAlpha, ("2.5", "up to 2")),
     "bad span": ([entry(span="middle")], errors.BadSpan, ("'middle'", "prompt, generated")),
@@ -118,7 +118,7 @@ REFUSED_STEERING: dict[str, tuple[list[Any], type[errors.SteerError], tuple[str,
     "unknown field": ([entry(strength=3)], errors.UnknownField, ("'strength'", "alpha")),
     "direction missing": ([{"alpha": 1.0}], errors.MalformedSpec, ("'direction'",)),
     "direction not a string": ([entry(direction=7)], errors.MalformedSpec, ("7",)),
-    "entry not an object": (["calm"], errors.MalformedSpec, ("str", "object")),
+    "entry not an object": (["calm"], errors.MalformedSpec, ("JSON string", "object")),
     "too many entries": ([entry()] * (MAX_ENTRIES + 1), errors.TooManyEntries, ("4 entries", "3")),
 }
 REFUSED_READOUTS: dict[str, tuple[Any, type[errors.SteerError], tuple[str, ...]]] = {
@@ -139,15 +139,15 @@ REFUSED_READOUTS: dict[str, tuple[Any, type[errors.SteerError], tuple[str, ...]]
         ("generated",),
     ),
     "nothing asked": ({"layers": [1], "vectors": False}, errors.BadReadout, ("project",)),
-    "not an object": ([1], errors.MalformedSpec, ("list", "object")),
+    "not an object": ([1], errors.MalformedSpec, ("JSON array", "object")),
 }
 REFUSED_WIRES: dict[str, tuple[Any, type[errors.SteerError], tuple[str, ...]]] = {
     "malformed JSON": ('{"steering": [', errors.MalformedSpec, ("not JSON", "allowed")),
     "empty string": ("", errors.MalformedSpec, ("not JSON",)),
-    "JSON of another type": ("[]", errors.MalformedSpec, ("list", "object")),
+    "JSON of another type": ("[]", errors.MalformedSpec, ("JSON array", "object")),
     "unknown top-level field": ({"steer": []}, errors.UnknownField, ("steer", "readout")),
     "another version": ({"v": 99, "steering": []}, errors.MalformedSpec, ("99", "1")),
-    "steering an object": ({"steering": {"direction": "calm"}}, errors.MalformedSpec, ("dict", "list")),
+    "steering an object": ({"steering": {"direction": "calm"}}, errors.MalformedSpec, ("JSON object", "list")),
     "nested too deep": ("[" * 100_000, errors.MalformedSpec, ("not JSON",)),
 }
 REFUSED = {

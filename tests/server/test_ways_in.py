@@ -69,7 +69,7 @@ def test_the_openai_client_takes_such_a_model_name(served: ServedModel, steered:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny@knid:3", **fields)
     assert (refused.value.code, refused.value.param) == ("unknown_direction", "steering[0]")
-    assert "Did you mean 'kind'?" in str(refused.value)
+    assert "Perhaps you mean 'kind'." in str(refused.value)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="tinny@kind:3", **fields)
     limited = openai.OpenAI(base_url=f"{served.url}/v1", api_key=LIMITED_KEY, max_retries=0)

@@ -23,7 +23,6 @@ from vllm_steer.errors import NotConfigured, SettingsError, SteerError, UnknownD
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.middleware import SERVED, Served, SteerMiddleware
-from vllm_steer.server.openapi import describe_in
 from vllm_steer.server.playground.page import playground_router
 from vllm_steer.server.readouts.kept_readouts import KeptReadouts
 from vllm_steer.server.readouts.routes import KEPT, readout_router
@@ -54,7 +53,6 @@ class SteerEndpoints:
             app.include_router(one)
         app.include_router(playground_router(_has_playground))
         app.add_middleware(SteerMiddleware)
-        describe_in(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Join the server's registry and start to serve. Without ``steer_config``, the routes refuse every request.

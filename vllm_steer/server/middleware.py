@@ -27,6 +27,7 @@ from vllm_steer.server.inbound.bodies import Checker, Translated, not_on_this_ro
 from vllm_steer.server.inbound.header import steering_header
 from vllm_steer.server.inbound.model_names import ModelNames
 from vllm_steer.server.inbound.steered_routes import NAMING, STEERED
+from vllm_steer.server.openapi import DOCUMENT, describe
 from vllm_steer.server.outbound.exposed_headers import ExposingSender
 from vllm_steer.server.outbound.readouts_in_replies import list_aliases
 from vllm_steer.server.outbound.refusals import error_body
@@ -88,6 +89,8 @@ class SteerMiddleware:
             await self._answer(served, path, scope, receive, send)
         elif scope["method"] == "POST":
             await self._pass_form(path, scope, receive, send)
+        elif scope["method"] == "GET" and path == DOCUMENT:
+            await self.app(scope, receive, WholeSender(send, describe))
         elif scope["method"] == "GET" and path == _MODELS and (aliases := served.names().aliases):
             await self.app(scope, receive, WholeSender(send, partial(list_aliases, aliases=aliases)))
         else:

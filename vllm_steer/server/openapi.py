@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from vllm_steer.engine.patching import Attribute
 from vllm_steer.schema.readout import Readout
 from vllm_steer.schema.steering import Steering
 from vllm_steer.schema.wire import STEERED_HEADER
@@ -16,29 +13,17 @@ from vllm_steer.server.inbound.steered_routes import STEERED
 
 _REF = "#/components/schemas/VllmSteer{model}"
 Json = dict[str, Any]
-OPENAPI: Attribute[Callable[[], Json]] = Attribute(
-    "the server's FastAPI application",
-    "openapi",
-    why="The server's description of itself tells what the plugin reads and adds; this is FastAPI's own way to do so.",
-    gone_when="vLLM's request models can be extended by plugins.",
-)
+DOCUMENT = "/openapi.json"
+"""The path of the document."""
 
 
-def describe_in(app: FastAPI) -> None:
-    """Make the application's OpenAPI document tell what the plugin adds."""
-    original = app.openapi
-
-    def openapi() -> Json:
-        document = original()  # the same object at every call
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        if "VllmSteerSteering" not in schemas:
-            schemas.update(_schemas())
-            for path, route in STEERED.items():
-                for operation in document["paths"].get(path, {}).values():
-                    _describe(operation, schemas, reads=route.reads)
-        return document
-
-    OPENAPI.put(app, openapi)
+def describe(document: Json) -> None:
+    """Add what the plugin adds to the routes to the server's OpenAPI document, in place."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas.update(_schemas())
+    for path, route in STEERED.items():
+        for operation in document.get("paths", {}).get(path, {}).values():
+            _describe(operation, schemas, reads=route.reads)
 
 
 def _schemas() -> Json:

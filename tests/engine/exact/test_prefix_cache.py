@@ -263,10 +263,11 @@ def test_a_preempted_reader_computes_its_span_again_though_its_blocks_are_in_the
     found: list[tuple[int, int]] = []  # tokens found for the request, and for one without a readout
     look_up = KVCacheManager.get_computed_blocks
 
-    def noting(self: KVCacheManager, request: Any) -> Any:
+    def noting(self: KVCacheManager, request: Any, *args: Any) -> Any:  # vLLM 0.33 gives a second argument
         plain = {name: getattr(request, name) for name in ("num_tokens", "block_hashes", "skip_reading_prefix_cache")}
-        found.append((look_up(self, request)[1], look_up(self, SimpleNamespace(**plain, sampling_params=None))[1]))
-        return look_up(self, request)
+        other = SimpleNamespace(**plain, sampling_params=None)
+        found.append((look_up(self, request, *args)[1], look_up(self, other, *args)[1]))
+        return look_up(self, request, *args)
 
     monkeypatch.setattr(KVCacheManager, "get_computed_blocks", noting)
     # The span begins in the third block, behind the last prompt tokens.

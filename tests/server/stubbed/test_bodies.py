@@ -518,8 +518,8 @@ def test_a_refusal_speaks_the_words_of_json_and_names_the_nearest_field() -> Non
         ({"steering": [KIND | {"alpha": True}]}, "alpha is true; allowed"),
         ({"steering": [KIND | {"layer": False}]}, "layer is false; allowed"),
         ({"steering": [{"direction": None, "alpha": 1}]}, "direction is null; allowed"),
-        ({"steering": [{"direction": "kind", "alpa": 1}]}, r"Did you mean 'alpha'\?"),
-        ({"readout": {"project": ["kind"], "spans": "all"}}, r"Did you mean 'span'\?"),
+        ({"steering": [{"direction": "kind", "alpa": 1}]}, "Perhaps you mean 'alpha'"),
+        ({"readout": {"project": ["kind"], "spans": "all"}}, "Perhaps you mean 'span'"),
     ):
         with pytest.raises(SteerError, match=told):
             _translate(fields)

@@ -134,7 +134,7 @@ def translated(error: SteerError) -> SteerError:
     refusal = both.__new__(both)
     GracefulHTTPError.__init__(refusal, str(error), HTTPStatus(error.status))
     assert isinstance(refusal, SteerError)
-    refusal.param = error.param
+    error.give_place_to(refusal)
     return refusal
 
 
