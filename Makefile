@@ -70,7 +70,7 @@ $(CLIENTS)/made: tests/clients/requirements.txt | $(NODE_PACKAGES)
 		-r tests/clients/requirements.txt
 	touch $@
 
-# OpenAI's client for Node, and the accessibility checker that the playground's browser tests run.
+# OpenAI's client and Vercel's AI SDK for Node, and the accessibility checker that the playground's browser tests run.
 $(NODE_PACKAGES): tests/clients/package-lock.json
 	if command -v npm >/dev/null; then npm ci --prefix tests/clients --no-audit --no-fund; fi
 

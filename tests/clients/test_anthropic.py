@@ -1,7 +1,10 @@
 """Anthropic's Python package: unknown fields go into ``extra_body`` and come back as attributes.
 
-``temperature`` goes there too, since this version (2.14) has no parameter for it. A readout is an attribute of a whole
-message; in a stream, of the event ``message_delta``. The stream helper does not copy it into its final message.
+``temperature`` goes there too, since this version (2.14) has no parameter for it. The header ``X-Steering`` goes into
+``extra_headers`` or a client's ``default_headers``; the model's name and aliases steer too.
+
+A readout is an attribute of a whole message; in a stream, of the event ``message_delta``. The stream helper does not
+copy it into its final message, whose ``id`` brings it back.
 
 The server accepts a key only as ``Authorization: Bearer``; this version sends both ``api_key`` and ``auth_token`` that
 way. A refusal is a ``BadRequestError`` with the message in ``api_message``, the class of the error in ``type`` and its
@@ -19,6 +22,7 @@ import pytest
 
 from tests.clients.conftest import (
     ALIAS,
+    ALPHA,
     API_KEY,
     MESSAGES,
     MODEL,
@@ -29,8 +33,10 @@ from tests.clients.conftest import (
     STEERING,
     Served,
     Texts,
+    kept,
 )
 
+CLIENT = "anthropic"
 PATH = "/v1/messages"
 
 
@@ -52,18 +58,43 @@ def text_of(message: anthropic.types.Message) -> str:
     return block.text
 
 
+@pytest.mark.cell(CLIENT, body="`extra_body`")
 def test_a_message_is_steered_by_extra_body(client: anthropic.Anthropic, chat_texts: Texts) -> None:
     assert text_of(client.messages.create(**asked(steering=STEERING))) == chat_texts.steered
     assert text_of(client.messages.create(**asked(steering=[]))) == chat_texts.plain
     assert text_of(client.messages.create(**asked())) == chat_texts.plain
 
 
+@pytest.mark.cell(CLIENT, whole="`message.readout`")
 def test_a_readout_comes_with_the_message(client: anthropic.Anthropic, served: Served) -> None:
     specs: list[list[dict[str, Any]]] = [[], STEERING]
     plain, steered = (client.messages.create(**asked(steering=spec, readout=READOUT)) for spec in specs)
     layer = str(served.layer)
     assert plain.readout["num_tokens"] == steered.readout["num_tokens"] == NUM_TOKENS - 1
     assert steered.readout["projections"]["kind"][layer] > plain.readout["projections"]["kind"][layer] + 1
+
+
+@pytest.mark.cell(CLIENT, header="`extra_headers`", name="yes")
+def test_a_header_and_the_models_name_steer(client: anthropic.Anthropic, chat_texts: Texts) -> None:
+    header = {"X-Steering": f"kind:{ALPHA}"}
+    assert text_of(client.messages.create(**asked(), extra_headers=header)) == chat_texts.steered
+    for model in (f"{MODEL}@kind:{ALPHA}", ALIAS):
+        assert text_of(client.messages.create(**asked(model))) == chat_texts.steered
+
+
+@pytest.mark.cell(CLIENT, id="`message.id`")
+def test_the_id_of_a_message_brings_its_readout_back(client: anthropic.Anthropic, served: Served) -> None:
+    values = []
+    for steering in (STEERING, []):
+        fields = asked(steering=steering, readout=READOUT)
+        message = client.messages.create(**fields)
+        assert kept(served, message.id) == [message.readout]
+        with client.messages.stream(**fields) as stream:
+            final = stream.get_final_message()
+        assert "projections" not in repr(final)
+        [readout] = kept(served, final.id)
+        values.append(readout["projections"]["kind"][str(served.layer)])
+    assert values[0] > values[1] + 1
 
 
 def test_an_alias_is_a_model(client: anthropic.Anthropic, chat_texts: Texts) -> None:
@@ -101,6 +132,7 @@ def test_a_refusal_reaches_the_stream_helper_before_its_first_event(
     assert served.answers(PATH, 400) == before + 1
 
 
+@pytest.mark.cell(CLIENT, stream="`readout` of `message_delta`")
 def test_a_stream_is_steered(client: anthropic.Anthropic, chat_texts: Texts) -> None:
     for steering, text in ((STEERING, chat_texts.steered), ([], chat_texts.plain)):
         events = list(client.messages.create(**asked(steering=steering, readout=READOUT), stream=True))

@@ -3,8 +3,12 @@
 The innermost ``extra_body`` wins and is not merged with the others: one given to ``eval`` or to a call replaces the
 model's own, steering included.
 
+The header ``X-Steering`` goes into ``extra_headers`` of the config, for chats only: the providers of bare texts drop
+these headers without a word, and the answer is not steered. The provider "vllm" reads what follows a colon in a model's
+name as a LoRA adapter, so it refuses ``model@kind:8``; the provider "openai-api" takes it, and both take an alias.
+
 The log of an evaluation has the readout in the raw answer of each model event, ``event.call.response``. The output of a
-model does not have it. Where Inspect streams, it is nowhere.
+model does not have it. Where Inspect streams, it is nowhere. ``output.response_id`` is the reply's id, in streams too.
 
 The provider "vllm" remembers a server by the model's name: while a model of one address is open, a second address for
 that name is not used. It does not take ``stream=True``; a call with ``on_stream`` streams.
@@ -27,6 +31,7 @@ from inspect_ai.solver import generate
 
 from tests.clients.conftest import (
     ALIAS,
+    ALPHA,
     API_KEY,
     MODEL,
     NUM_TOKENS,
@@ -37,7 +42,10 @@ from tests.clients.conftest import (
     STEERING,
     Served,
     Texts,
+    kept,
 )
+
+CLIENT = "Inspect"
 
 CHAT = "/v1/chat/completions"
 CHATS, BARE = ["vllm", "openai-api/any"], ["vllm-completions", "openai-api-completions/any"]
@@ -72,6 +80,7 @@ def output(model: Model, **fields: Any) -> ModelOutput:
     return asyncio.run(main())
 
 
+@pytest.mark.cell(CLIENT, body="`extra_body` of the config")
 @pytest.mark.parametrize("provider", CHATS + BARE)
 def test_a_model_is_steered_by_its_config(
     provider: str, served: Served, chat_texts: Texts, completion_texts: Texts
@@ -88,6 +97,47 @@ def test_a_calls_config_takes_the_place_of_the_models(provider: str, served: Ser
     assert output(model(served, name, config()), config=config(STEERING)).completion == chat_texts.steered
     for inner in (config([]), config(readout=READOUT)):
         assert output(model(served, name, config(STEERING)), config=inner).completion == chat_texts.plain
+
+
+@pytest.mark.cell(CLIENT, header="`extra_headers` of the config, chats only")
+@pytest.mark.parametrize("provider", CHATS + BARE)
+def test_a_header_steers_chats_and_is_dropped_from_bare_texts(
+    provider: str, served: Served, chat_texts: Texts, completion_texts: Texts
+) -> None:
+    asked = config().merge(GenerateConfig(extra_headers={"X-Steering": f"kind:{ALPHA}"}))
+    text = chat_texts.steered if provider in CHATS else completion_texts.plain
+    assert output(model(served, f"{provider}/{MODEL}", asked)).completion == text
+
+
+@pytest.mark.cell(CLIENT, name="yes; with the provider `vllm` an alias only")
+@pytest.mark.parametrize("provider", CHATS)
+def test_the_provider_vllm_takes_the_entries_of_a_models_name_for_an_adapter(
+    provider: str, served: Served, chat_texts: Texts
+) -> None:
+    named = model(served, f"{provider}/{MODEL}@kind:{ALPHA}", config())
+    if provider == "vllm":
+        with pytest.raises(RuntimeError, match="LoRA adapter"):
+            output(named)
+    else:
+        assert output(named).completion == chat_texts.steered
+    assert output(model(served, f"{provider}/{ALIAS}", config())).completion == chat_texts.steered
+
+
+@pytest.mark.cell(CLIENT, stream="dropped", id="`output.response_id`")
+@pytest.mark.parametrize("provider", CHATS)
+def test_the_id_of_a_reply_brings_its_readout_back(provider: str, served: Served) -> None:
+    async def on_stream(chunk: Any) -> None:
+        assert "projections" not in repr(chunk)
+
+    for fields in ({}, {"on_stream": on_stream}):
+        values = []
+        for steering in (STEERING, []):
+            answer = output(model(served, f"{provider}/{MODEL}", config(steering, readout=READOUT)), **fields)
+            assert "projections" not in repr(answer)
+            [readout] = kept(served, answer.response_id)
+            assert readout["num_tokens"] == NUM_TOKENS - 1
+            values.append(readout["projections"]["kind"][str(served.layer)])
+        assert values[0] > values[1] + 1
 
 
 @pytest.mark.parametrize("provider", CHATS)
@@ -144,6 +194,7 @@ def evaluate(model: Model, target: str, folder: Path, **fields: Any) -> EvalLog:
     return log
 
 
+@pytest.mark.cell(CLIENT, whole="in the log, `event.call.response`")
 @pytest.mark.parametrize("provider", CHATS)
 def test_a_whole_evaluation_is_steered_and_read(
     provider: str, served: Served, chat_texts: Texts, tmp_path: Path

@@ -43,6 +43,7 @@ from tests.clients.conftest import (
     kept,
 )
 
+CLIENT = "LangChain"
 CHAT, BARE = "/v1/chat/completions", "/v1/completions"
 Steering = list[dict[str, Any]]
 
@@ -76,6 +77,7 @@ async def async_texts(fields: dict[str, Any], specs: list[Steering], stream: boo
         return await asyncio.gather(*(text(steering) for steering in specs))
 
 
+@pytest.mark.cell(CLIENT, body="`extra_body`")
 def test_a_chat_model_is_steered_by_its_extra_body(access: dict[str, Any], chat_texts: Texts) -> None:
     assert ChatOpenAI(**access, **steered(STEERING)).invoke(PROMPT).content == chat_texts.steered
     assert ChatOpenAI(**access, **steered([])).invoke(PROMPT).content == chat_texts.plain
@@ -108,15 +110,18 @@ def test_a_bound_extra_body_takes_the_place_of_the_models_own(access: dict[str, 
     assert model.bind(extra_body={"readout": READOUT}).invoke(PROMPT).content == chat_texts.plain
 
 
+@pytest.mark.cell(CLIENT, whole="dropped", stream="dropped")
 def test_of_a_readout_only_the_header_is_seen(access: dict[str, Any], chat_texts: Texts) -> None:
     model = ChatOpenAI(**access, include_response_headers=True)
     reply = model.invoke(PROMPT, extra_body={"steering": STEERING, "readout": READOUT})
     assert reply.content == chat_texts.steered
     assert reply.response_metadata["headers"]["x-vllm-steer"] == "1"
     assert "projections" not in repr(reply)
+    assert "projections" not in repr(list(model.stream(PROMPT, extra_body={"readout": READOUT})))
     assert "x-vllm-steer" not in model.invoke(PROMPT).response_metadata["headers"]
 
 
+@pytest.mark.cell(CLIENT, id='`response_metadata["id"]`; in streams one of your own')
 def test_the_id_of_a_chat_brings_its_projection_back(access: dict[str, Any], served: Served) -> None:
     layer, values = str(served.layer), []
     for steering in (STEERING, []):
@@ -133,6 +138,7 @@ def test_the_id_of_a_chat_brings_its_projection_back(access: dict[str, Any], ser
     assert min(values[:3]) > max(values[3:]) + 1
 
 
+@pytest.mark.cell(CLIENT, header="`default_headers`", name="yes")
 def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], chat_texts: Texts) -> None:
     named = {**access, "model": f"{MODEL}@kind:{ALPHA}"}
     assert ChatOpenAI(**named).invoke(PROMPT).content == chat_texts.steered
@@ -141,6 +147,7 @@ def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], ch
     assert "".join(chunk.text for chunk in by_header.stream(PROMPT)) == chat_texts.steered
 
 
+@pytest.mark.cell(CLIENT, name="yes")
 def test_an_alias_is_a_model(access: dict[str, Any], chat_texts: Texts, completion_texts: Texts) -> None:
     access["model"] = ALIAS
     assert ChatOpenAI(**access).invoke(PROMPT).content == chat_texts.steered

@@ -38,6 +38,7 @@ from tests.clients.conftest import (
     kept,
 )
 
+CLIENT = "LiteLLM"
 CHAT = "/v1/chat/completions"
 GREEDY = {"max_tokens": NUM_TOKENS, "temperature": 0}
 PROVIDERS = ["hosted_vllm", "openai"]
@@ -56,10 +57,13 @@ def chat(access: dict[str, Any], **extra_body: Any) -> Any:
     return litellm.completion(**access, **GREEDY, messages=MESSAGES, extra_body=extra_body).choices[0]
 
 
+@pytest.mark.cell(CLIENT, body="`extra_body`, or a keyword of its own")
 def test_a_chat_is_steered_by_extra_body(access: dict[str, Any], chat_texts: Texts) -> None:
     assert chat(access, steering=STEERING).message.content == chat_texts.steered
     assert chat(access, steering=[]).message.content == chat_texts.plain
     assert chat(access).message.content == chat_texts.plain
+    reply = litellm.completion(**access, **GREEDY, messages=MESSAGES, steering=STEERING)
+    assert reply.choices[0].message.content == chat_texts.steered
 
 
 def test_a_text_is_steered_and_read_by_extra_body(access: dict[str, Any], completion_texts: Texts) -> None:
@@ -70,6 +74,7 @@ def test_a_text_is_steered_and_read_by_extra_body(access: dict[str, Any], comple
         assert choice.readout["num_tokens"] == NUM_TOKENS - 1
 
 
+@pytest.mark.cell(CLIENT, whole="`choice.provider_specific_fields`")
 def test_a_readout_comes_with_the_choice(access: dict[str, Any], served: Served) -> None:
     choices = [chat(access, steering=spec, readout=READOUT) for spec in ([], STEERING)]
     plain, steered = (choice.provider_specific_fields["readout"] for choice in choices)
@@ -78,6 +83,7 @@ def test_a_readout_comes_with_the_choice(access: dict[str, Any], served: Served)
     assert steered["projections"]["kind"][layer] > plain["projections"]["kind"][layer] + 1
 
 
+@pytest.mark.cell(CLIENT, id="`reply.id`")
 def test_the_id_of_a_reply_brings_its_projection_back(access: dict[str, Any], served: Served) -> None:
     body = {"steering": STEERING, "readout": READOUT}
     whole = litellm.completion(**access, **GREEDY, messages=MESSAGES, extra_body=body)
@@ -89,6 +95,7 @@ def test_the_id_of_a_reply_brings_its_projection_back(access: dict[str, Any], se
         assert readout["projections"]["kind"][str(served.layer)] > 1
 
 
+@pytest.mark.cell(CLIENT, header="`extra_headers`", name="yes")
 def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], chat_texts: Texts) -> None:
     named = {**access, "model": f"{access['model']}@kind:{ALPHA}"}
     assert chat(named).message.content == chat_texts.steered
@@ -96,6 +103,7 @@ def test_entries_in_the_models_name_or_a_header_steer(access: dict[str, Any], ch
     assert chat(by_header).message.content == chat_texts.steered
 
 
+@pytest.mark.cell(CLIENT, name="yes")
 def test_an_alias_is_a_model(access: dict[str, Any], chat_texts: Texts) -> None:
     access["model"] = access["model"].replace(MODEL, ALIAS)
     assert chat(access).message.content == chat_texts.steered
@@ -112,6 +120,7 @@ def test_a_refusal_is_a_bad_request_that_is_not_tried_again(
     assert served.answers(CHAT, 400) == before + 1
 
 
+@pytest.mark.cell(CLIENT, stream="`choice.readout`, last chunk with text")
 def test_a_stream_is_steered(access: dict[str, Any], chat_texts: Texts) -> None:
     for steering, text in ((STEERING, chat_texts.steered), ([], chat_texts.plain)):
         body = {"steering": steering, "readout": READOUT}

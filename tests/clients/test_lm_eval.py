@@ -1,11 +1,15 @@
-"""lm-eval: ``gen_kwargs`` go into the body unchanged and steer what a task generates; an alias steers all requests.
+"""lm-eval: ``gen_kwargs`` go into the body unchanged and steer what a task generates.
 
-Requests for log-likelihoods carry no ``gen_kwargs``: steering given there is lost without a warning, an alias still
-acts. They need a tokenizer; with ``tokenizer_backend="remote"`` it is the server's, if that was started with
+A model's name, an alias, and the header ``X-Steering`` in the model's argument ``header`` steer all requests. A
+``header`` replaces lm-eval's own headers: the API key must be in it too.
+
+Requests for log-likelihoods carry no ``gen_kwargs``: steering given there is lost without a warning. They need a
+tokenizer; with ``tokenizer_backend="remote"`` it is the server's, if that was started with
 ``--enable-tokenizer-info-endpoint``.
 
-A readout is dropped. A refused request is sent ``max_retries`` times, three, as after any error, and then ends the
-evaluation. The exception has only the status; the server's message is in the log.
+A readout is dropped, and so is the id of a reply; lm-eval does not stream. A refused request is sent ``max_retries``
+times, three, as after any error, and then ends the evaluation. The exception has only the status; the server's message
+is in the log.
 
 From Python, a string of ``gen_kwargs`` is not read as JSON (on the command line it is): lm-eval splits it at its
 commas, and the server refuses the result.
@@ -33,6 +37,7 @@ from lm_eval.tasks import TaskManager
 
 from tests.clients.conftest import (
     ALIAS,
+    ALPHA,
     API_KEY,
     MODEL,
     NUM_TOKENS,
@@ -46,8 +51,10 @@ from tests.clients.conftest import (
     ask,
 )
 
+CLIENT = "lm-eval"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NUM_DOCS, ENDS = 3, (" held", " rare loss")
+HEADER = {"Authorization": f"Bearer {API_KEY}", "X-Steering": f"kind:{ALPHA}"}
 WAYS = [{}, {"num_concurrent": 3}]  # lm-eval has separate code for the second
 Task = dict[str, Any]
 
@@ -90,28 +97,35 @@ def evaluate(served: Served, task: Task, gen_kwargs: Any = None, route: str = CO
         **run,
     )
     assert "projections" not in repr(results)
+    assert "cmpl-" not in repr(results)  # what ids of replies begin with
     return [[answer for [answer] in sample["resps"]] for sample in results["samples"]["local"]]
 
 
+@pytest.mark.cell(CLIENT, body="`gen_kwargs`, not for log-likelihoods", name="yes", whole="dropped", id="dropped")
 @pytest.mark.parametrize(
     ("route", "way"),
     [*((route, way) for route in (COMPLETIONS, CHAT) for way in WAYS), (COMPLETIONS, {"batch_size": NUM_DOCS})],
     ids=str,
 )
-def test_what_a_task_generates_is_steered_by_gen_kwargs_and_by_an_alias(
+def test_what_a_task_generates_is_steered_by_gen_kwargs_name_and_header(
     served: Served, generation: Task, completion_texts: Texts, chat_texts: Texts, route: str, way: dict[str, int]
 ) -> None:
     texts = completion_texts if route == COMPLETIONS else chat_texts
     fields = {"route": route, **way}
     assert evaluate(served, generation, **fields) == [[texts.plain]] * NUM_DOCS
-    assert evaluate(served, generation, model=ALIAS, **fields) == [[texts.steered]] * NUM_DOCS
+    for model in (ALIAS, f"{MODEL}@kind:{ALPHA}"):
+        assert evaluate(served, generation, model=model, **fields) == [[texts.steered]] * NUM_DOCS
+    assert evaluate(served, generation, header=HEADER, **fields) == [[texts.steered]] * NUM_DOCS
     steered = evaluate(served, generation, {"steering": STEERING, "readout": READOUT}, **fields)
     assert steered == [[texts.steered]] * NUM_DOCS
     assert evaluate(served, generation, {"steering": []}, **fields) == [[texts.plain]] * NUM_DOCS
 
 
+@pytest.mark.cell(CLIENT, header="`header`, with the API key")
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_log_likelihoods_are_steered_by_an_alias_alone(served: Served, choice: Task, way: dict[str, int]) -> None:
+def test_log_likelihoods_are_steered_by_name_and_header_alone(
+    served: Served, choice: Task, way: dict[str, int]
+) -> None:
     def asked(model: str, end: str) -> float:
         start = httpx.post(f"{served.url}/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
         fields = {"model": model, "prompt": PROMPT + end, "echo": True, "logprobs": 1, "max_tokens": 1}
@@ -119,15 +133,29 @@ def test_log_likelihoods_are_steered_by_an_alias_alone(served: Served, choice: T
         return sum(answer["logprobs"]["token_logprobs"][start["count"] : -1])
 
     plain, steered = ([pytest.approx(asked(model, end), abs=1e-3) for end in ENDS] for model in (MODEL, ALIAS))
-    for model, gen_kwargs, expected, other in (
-        (MODEL, None, plain, steered),
-        (ALIAS, None, steered, plain),
-        (MODEL, {"steering": STEERING}, plain, steered),  # lost
+    for model, gen_kwargs, header, expected, other in (
+        (MODEL, None, None, plain, steered),
+        (ALIAS, None, None, steered, plain),
+        (f"{MODEL}@kind:{ALPHA}", None, None, steered, plain),
+        (MODEL, None, HEADER, steered, plain),
+        (MODEL, {"steering": STEERING}, None, plain, steered),  # lost
     ):
-        for answers in evaluate(served, choice, gen_kwargs, model=model, tokenizer_backend="remote", **way):
+        fields = {"model": model, "header": header, "tokenizer_backend": "remote", **way}
+        for answers in evaluate(served, choice, gen_kwargs, **fields):
             sums = [log_likelihood for log_likelihood, _ in answers]
             assert sums == expected
             assert sums != other
+
+
+def test_a_header_without_the_key_is_not_let_in(served: Served, generation: Task) -> None:
+    with pytest.raises(requests.HTTPError, match="401"):
+        evaluate(served, generation, header={"X-Steering": f"kind:{ALPHA}"}, limit=1)
+
+
+@pytest.mark.cell(CLIENT, stream="no streams")
+def test_a_stream_is_not_understood(served: Served, generation: Task) -> None:
+    with pytest.raises(requests.exceptions.JSONDecodeError):
+        evaluate(served, generation, {"stream": True}, limit=1)
 
 
 def test_steering_that_lm_eval_has_split_at_its_comma_is_refused(served: Served, generation: Task) -> None:
