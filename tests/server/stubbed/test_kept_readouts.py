@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from vllm_steer.engine.log import logger
 from vllm_steer.errors import ReadoutNotFound
 from vllm_steer.server.readouts.kept_readouts import KeptReadouts
 
@@ -59,6 +63,24 @@ def test_what_is_too_old_is_not_given_and_leaves(tmp_path: Path) -> None:
     time.sleep(0.06)
     kept.keep("b", None, THIRD)
     assert not file.exists()
+
+
+def test_threads_may_keep_one_id_at_once(tmp_path: Path) -> None:
+    kept = KeptReadouts(tmp_path, 1, 60.0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: kept.keep("a", None, [{"index": number, "readout": {}}]), range(400)))
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == kept.load("a", None)
+    assert kept._bytes == file.stat().st_size
+
+
+def test_a_disk_that_refuses_costs_no_reply(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = KeptReadouts(tmp_path / "gone", 1, 60.0)
+    logger.addHandler(caplog.handler)
+    kept.keep("a", None, THIRD)
+    logger.removeHandler(caplog.handler)
+    assert "The readouts of the reply a are not kept" in caplog.text
+    assert ids(kept, "a") == ""
 
 
 def test_an_id_can_hold_anything(tmp_path: Path) -> None:

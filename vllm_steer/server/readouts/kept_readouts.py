@@ -8,8 +8,10 @@ import time
 from collections import OrderedDict
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from vllm_steer.engine.log import logger
 from vllm_steer.errors import ReadoutNotFound
 
 _MIB = 1 << 20
@@ -18,7 +20,7 @@ _MIB = 1 << 20
 class KeptReadouts:
     """Readouts by reply id and API key, in a folder that all API server processes of a server share.
 
-    Each process removes its own oldest files, so no lock is needed.
+    Each process removes its own oldest files, so processes need no lock. Threads of one may call ``keep`` at once.
 
     Args:
         folder: the folder; it must exist.
@@ -34,6 +36,7 @@ class KeptReadouts:
         self._seconds = seconds
         self._own: OrderedDict[Path, tuple[float, int]] = OrderedDict()  # file -> time and size, oldest first
         self._bytes = 0
+        self._lock = Lock()
 
     @property
     def is_on(self) -> bool:
@@ -43,7 +46,8 @@ class KeptReadouts:
     def keep(self, reply_id: str, key: str | None, readouts: list[dict[str, Any]]) -> None:
         """Keep the readouts of a reply, in place of those kept under this id before.
 
-        Blocks for one small file. What is larger than all that may be kept is not kept.
+        Blocks for one small file. What is larger than all that may be kept is not kept; nor is what the disk refuses,
+        which the log then says.
 
         Args:
             reply_id: the id in the reply.
@@ -51,7 +55,13 @@ class KeptReadouts:
             readouts: ``{"index", "readout"}`` of each choice.
         """
         text = json.dumps({"id": reply_id, "readouts": readouts}, separators=(",", ":")).encode()
-        path = self._path(reply_id, key)
+        with self._lock:
+            try:
+                self._put(self._path(reply_id, key), text)
+            except OSError as error:
+                logger.warning("The readouts of the reply %s are not kept: %s", reply_id, error)
+
+    def _put(self, path: Path, text: bytes) -> None:
         self._drop(path)
         if len(text) > self._most_bytes:
             return
