@@ -167,7 +167,7 @@ def test_a_cache_keeps_steered_answers_apart(served: Served, chat_texts: Texts) 
     ("args", "message"),
     [
         ({"steering": ""}, "steering is empty"),
-        ({"steering": "kind"}, "allowed: direction:alpha"),
+        ({"steering": "kind"}, "without alpha"),
         ({"readout": "{"}, "not JSON"),
         ({"readout": {}}, r"readout is \{\}"),
         ({"stear": 1}, "model argument 'stear' is unknown; allowed: steering, readout"),
