@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -160,6 +161,16 @@ def test_a_mixed_batch_in_chunks_with_dummy_runs_between_its_steps(
     monkeypatch.setattr(runner, "execute_model", with_dummy_runs)
     workload.check(llm)
     assert counted["dummy"] > 5
+
+
+def test_the_compiled_path(workload: Workload, open_v2: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by Inductor into C++; only the runner's own Triton kernels are interpreted."""
+    # Inductor hashes Triton's backend into the key of what it compiles, and the interpreter has none.
+    monkeypatch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "interpreted")
+    llm = open_v2(enforce_eager=False)
+    compiled = llm.llm_engine.vllm_config.compilation_config
+    assert (compiled.backend, compiled.mode != CompilationMode.NONE) == ("inductor", True)
+    workload.check(llm)
 
 
 def test_a_warm_up_with_made_up_requests_leaves_no_trace(open_v2: Callable[..., LLM]) -> None:
