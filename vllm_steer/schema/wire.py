@@ -62,12 +62,24 @@ def decoded(text: object) -> Any:
         raise MalformedSpec(
             f"extra_args[{WIRE_KEY!r}] is {type(text).__name__}; allowed: a JSON string. Use steered(), or json.dumps."
         )
+    allowed = "a JSON object with the keys v, steering and readout. Use steered(), or json.dumps"
+    return parsed_json(text, f"extra_args[{WIRE_KEY!r}]", allowed)
+
+
+def parsed_json(text: str | bytes, where: str, allowed: str) -> Any:
+    """Parse JSON in which no object repeats a key.
+
+    Args:
+        text: the JSON text.
+        where: the name of its place, for the message.
+        allowed: what the message says is allowed there, and what to do.
+
+    Raises:
+        MalformedSpec: it is not JSON, or an object in it repeats a key.
+    """
     try:
         return json.loads(text, object_pairs_hook=without_duplicates)
     except MalformedSpec:
         raise
     except (ValueError, RecursionError) as error:  # ValueError also for more digits than Python accepts
-        raise MalformedSpec(
-            f"extra_args[{WIRE_KEY!r}] is not JSON ({error}); allowed: a JSON object with the keys v, steering and "
-            "readout. Use steered(), or json.dumps."
-        ) from None
+        raise MalformedSpec(f"{where} is not JSON ({error}); allowed: {allowed}.") from None

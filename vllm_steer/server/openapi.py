@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -26,7 +27,9 @@ def describe(document: Json) -> None:
             _describe(operation, schemas, reads=route.reads)
 
 
+@cache
 def _schemas() -> Json:
+    """The plugin's schemas, by their names in the document."""
     made: Json = {}
     for kind in (Steering, Readout):
         schema = TypeAdapter(kind).json_schema(ref_template=_REF)

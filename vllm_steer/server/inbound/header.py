@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from vllm_steer.errors import MalformedSpec, MisplacedField
 from vllm_steer.schema.steering_text import FORM, parse_steering
-from vllm_steer.schema.wire import STEERED_HEADER, without_duplicates
+from vllm_steer.schema.wire import STEERED_HEADER, parsed_json
 
 STEERING_HEADER = "x-steering"
 _LIKE_OURS = re.compile(r"(x-)?(vllm-)?(steer|read-?outs?$)", re.IGNORECASE)
@@ -45,12 +44,5 @@ def steering_header(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any] | 
     text = texts[0]
     if not text.startswith(("[", "{")):
         return {"steering": [one.to_json() for one in parse_steering(text, "the header X-Steering")]}
-    try:
-        told = json.loads(text, object_pairs_hook=without_duplicates)
-    except MalformedSpec:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise MalformedSpec(
-            f"the header X-Steering is not JSON ({error}); allowed: {FORM}, or JSON in ASCII. Correct it."
-        ) from None
+    told = parsed_json(text, "the header X-Steering", f"{FORM}, or JSON in ASCII. Correct it")
     return told if isinstance(told, dict) else {"steering": told}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,8 +9,7 @@ from fastapi.responses import JSONResponse
 
 from vllm_steer.errors import AliasNotFound, BadAlias, MalformedSpec
 from vllm_steer.schema.request_spec import RequestSpec
-from vllm_steer.schema.steering import Steering
-from vllm_steer.schema.wire import without_duplicates
+from vllm_steer.schema.wire import parsed_json
 from vllm_steer.server.openapi import ENTRIES, refusals
 from vllm_steer.server.refusing_route import RefusingRoute
 from vllm_steer.server.registry.routes import AdminKey, SteeredServer, check_admin, server_of
@@ -23,7 +21,7 @@ alias_router = APIRouter(route_class=RefusingRoute)
 @alias_router.get("/v1/steering/aliases")
 def list_aliases(request: Request) -> dict[str, Any]:
     """All aliases with their entries."""
-    return {"aliases": {name: _listed(entries) for name, entries in server_of(request).aliases.current().items()}}
+    return {"aliases": server_of(request).aliases.to_json()}
 
 
 @alias_router.put("/v1/steering/aliases/{alias:path}", responses=refusals(400, 401, 403, 409), openapi_extra=ENTRIES)
@@ -33,11 +31,14 @@ async def put_alias(request: Request, alias: str, x_admin_key: AdminKey = None) 
     check_admin(x_admin_key)
     _check_name(server, alias)
     length = request.headers.get("Content-Length")
-    spec = _spec(await read_upload(request.stream(), length, server.settings.max_upload_mib))
+    body = await read_upload(request.stream(), length, server.settings.max_upload_mib)
+    spec = RequestSpec.from_json(parsed_json(body, "the body", '{"steering": [...]}. Send that'))
     if not spec.entries or spec.readout is not None:
         raise MalformedSpec('an alias needs entries and nothing else; allowed: {"steering": [...]}. Send that.')
     is_new = await server.registry.put_alias(alias, spec.entries, lambda: server.check(RequestSpec(spec.entries)))
-    return JSONResponse({"alias": alias, "steering": _listed(spec.entries)}, status_code=201 if is_new else 200)
+    return JSONResponse(
+        {"alias": alias, "steering": [one.to_json() for one in spec.entries]}, status_code=201 if is_new else 200
+    )
 
 
 @alias_router.delete("/v1/steering/aliases/{alias:path}", responses=refusals(401, 403, 404, 409))
@@ -51,22 +52,6 @@ async def delete_alias(request: Request, alias: str, x_admin_key: AdminKey = Non
         put = ", ".join(name for name in server.aliases.current() if name not in server.aliases.configured) or "none"
         raise AliasNotFound(f"no alias {alias!r} was put; allowed: {put}. Name one of these.")
     return {"deleted": alias}
-
-
-def _spec(body: bytes) -> RequestSpec:
-    """Parse the body of a PUT.
-
-    Raises:
-        MalformedSpec: it is no JSON.
-        SpecError: as ``RequestSpec.from_json``.
-    """
-    try:
-        told = json.loads(body, object_pairs_hook=without_duplicates)
-    except MalformedSpec:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise MalformedSpec(f'the body is not JSON ({error}); allowed: {{"steering": [...]}}. Send that.') from None
-    return RequestSpec.from_json(told)
 
 
 def _check_name(server: SteeredServer, alias: str) -> None:
@@ -91,7 +76,3 @@ def _configured(alias: str) -> str:
         f"{alias!r} is in the server's settings (served_aliases), which stay as they are while it runs; allowed: "
         "aliases with other names. Choose one, or change the settings and start the server again."
     )
-
-
-def _listed(entries: tuple[Steering, ...]) -> list[dict[str, Any]]:
-    return [one.to_json() for one in entries]

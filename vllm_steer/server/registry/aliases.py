@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from vllm_steer.schema.steering import Steering
 from vllm_steer.server.registry.shared_registry import SharedRegistry
@@ -36,6 +37,10 @@ class ServedAliases:
         if put is not self._put:
             self._put, self._all = put, {**put, **self._settings.served_aliases}
         return self._all
+
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """All aliases with their entries as JSON objects."""
+        return {alias: [one.to_json() for one in entries] for alias, entries in self.current().items()}
 
     def own_steering(self) -> dict[str, tuple[Steering, ...]]:
         """The operator's steering, label for messages -> entries: each alias, and the default if there is one."""

@@ -101,7 +101,7 @@ def show_steering(request: Request) -> dict[str, Any]:
         "max_rows": settings.max_rows,
         "max_upload_mib": settings.max_upload_mib,
         "bank": {"registered": registered, "held": held, "free": free},
-        "aliases": {alias: [one.to_json() for one in its] for alias, its in server.aliases.current().items()},
+        "aliases": server.aliases.to_json(),
         "default_steering": [one.to_json() for one in settings.default_steering],
         "steering_in_model_names": settings.steering_in_model_names,
         "kept_readouts_mib": settings.kept_readouts_mib,
