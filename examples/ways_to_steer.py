@@ -142,8 +142,8 @@ def main() -> None:
     pairs = load_pairs(None)
     empathy = extract_directions(
         llm,
-        [pair.empathic for pair in pairs],
-        [pair.non_empathic for pair in pairs],
+        [pair.positive for pair in pairs],
+        [pair.negative for pair in pairs],
         [given.layer],
         name="empathy",
         skip_first=1,

@@ -38,7 +38,7 @@ def generate(
     max_attempts: Annotated[int, typer.Option(min=1, help="Draws of a pair whose texts are unusable.")] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Write pairs: the same scenario under an empathic and under a task-focused system prompt, models in rotation.
+    """Write pairs: the same scenario under a positive and under a task-focused system prompt, models in rotation.
 
     Run again, it goes on where it stopped.
     """

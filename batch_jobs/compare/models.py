@@ -80,7 +80,7 @@ class CrossModelAgreement:
     """Over test texts: A's projections on A's direction against B's on B's. Both separate the classes, so this is high
     even if the models agree on nothing else."""
     raw_within_class: Correlation
-    """`raw` after subtracting each class's mean: do the models agree on *how* empathic a text is?"""
+    """`raw` after subtracting each class's mean: do the models agree on *how* positive a text is?"""
     aligned: Correlation
     """Over test texts: projections of A's mapped readouts on B's direction against B's own projections."""
     aligned_within_class: Correlation
@@ -128,10 +128,10 @@ def compare_readouts(
     a, b = _Side.of(readouts_a), _Side.of(readouts_b)
     if (a.train_classes, a.test_classes) != (b.train_classes, b.test_classes):
         raise CrossModelError(
-            f"Got {a.train_classes} train and {a.test_classes} test texts (empathic, non-empathic) of one model and "
+            f"Got {a.train_classes} train and {a.test_classes} test texts (positive, negative) of one model and "
             f"{b.train_classes} and {b.test_classes} of the other; both must have read the same texts."
         )
-    empathic = np.arange(sum(a.test_classes)) < a.test_classes[0]
+    positive = np.arange(sum(a.test_classes)) < a.test_classes[0]
     in_order = np.arange(sum(a.train_classes))
     fit = _Alignment.fit(a, b, in_order)
     rng = np.random.default_rng(seed)
@@ -147,19 +147,19 @@ def compare_readouts(
         block_a=readouts_a.block,
         block_b=readouts_b.block,
         train_texts=len(in_order),
-        test_texts=len(empathic),
+        test_texts=len(positive),
         raw=correlate(own_a, own_b),
-        raw_within_class=correlate(_off_class_means(own_a, empathic), _off_class_means(own_b, empathic)),
+        raw_within_class=correlate(_off_class_means(own_a, positive), _off_class_means(own_b, positive)),
         aligned=correlate(read_by_b, own_b),
-        aligned_within_class=correlate(_off_class_means(read_by_b, empathic), _off_class_means(own_b, empathic)),
+        aligned_within_class=correlate(_off_class_means(read_by_b, positive), _off_class_means(own_b, positive)),
         rank=fit.rank,
         similarity_train=fit.similarity(a.train_NR, b.train_NR, a.train_norm * b.train_norm),
         similarity_test=fit.similarity(a.test_MR, b.test_MR, a.test_norm * b.test_norm),
         mapped_norm=float(np.linalg.norm(a.direction_R @ fit.map_RS)),
-        transfer_auroc=fit.transfer_auroc(a, b, empathic),
+        transfer_auroc=fit.transfer_auroc(a, b, positive),
         transfer_cosine=fit.transfer_cosine(a, b),
-        shuffled=_control(a, b, empathic, fit, rounds, lambda: rng.permutation(in_order)),
-        shuffled_within_class=_control(a, b, empathic, fit, rounds, within_class),
+        shuffled=_control(a, b, positive, fit, rounds, lambda: rng.permutation(in_order)),
+        shuffled_within_class=_control(a, b, positive, fit, rounds, within_class),
     )
 
 
@@ -185,7 +185,7 @@ class _Side:
         sides = [
             np.asarray(side, dtype=np.float64)
             for pairs in (readouts.train, readouts.test)
-            for side in (pairs.empathic_ND, pairs.non_empathic_ND)
+            for side in (pairs.positive_ND, pairs.negative_ND)
         ]
         if any(side.ndim != 2 or len(side) == 0 or side.shape[1:] != sides[0].shape[1:] for side in sides):
             raise CrossModelError(
@@ -228,9 +228,9 @@ class _Alignment:
     def similarity(self, rows_a: Floats, rows_b: Floats, norms: float) -> float:
         return float(np.sum((rows_a @ self.map_RS) * rows_b) / norms)
 
-    def transfer_auroc(self, a: _Side, b: _Side, empathic: npt.NDArray[np.bool_]) -> float:
+    def transfer_auroc(self, a: _Side, b: _Side, positive: npt.NDArray[np.bool_]) -> float:
         projections = b.test_MR @ (a.direction_R @ self.map_RS)
-        return float(auroc(projections[empathic], projections[~empathic]))
+        return float(auroc(projections[positive], projections[~positive]))
 
     def transfer_cosine(self, a: _Side, b: _Side) -> float:
         mapped_S = a.direction_R @ self.map_RS
@@ -241,7 +241,7 @@ class _Alignment:
 def _control(
     a: _Side,
     b: _Side,
-    empathic: npt.NDArray[np.bool_],
+    positive: npt.NDArray[np.bool_],
     fit: _Alignment,
     rounds: int,
     shuffle: Callable[[], npt.NDArray[np.intp]],
@@ -249,7 +249,7 @@ def _control(
     def numbers(alignment: _Alignment) -> tuple[float, float, float]:
         return (
             alignment.similarity(a.test_MR, b.test_MR, a.test_norm * b.test_norm),
-            alignment.transfer_auroc(a, b, empathic),
+            alignment.transfer_auroc(a, b, positive),
             alignment.transfer_cosine(a, b),
         )
 
@@ -268,8 +268,8 @@ def _chance(real: float, shuffled: Floats) -> Chance:
     )
 
 
-def _off_class_means(values: Floats, empathic: npt.NDArray[np.bool_]) -> Floats:
-    centred: Floats = values - np.where(empathic, values[empathic].mean(), values[~empathic].mean())
+def _off_class_means(values: Floats, positive: npt.NDArray[np.bool_]) -> Floats:
+    centred: Floats = values - np.where(positive, values[positive].mean(), values[~positive].mean())
     return centred
 
 

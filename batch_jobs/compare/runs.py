@@ -205,7 +205,7 @@ def _cross_model(
 def _text_digests(readouts: StudyReadouts) -> list[list[str]]:
     return [
         [text.sha256 for text in readouts.texts[text_set]]
-        for text_set in ("train_empathic", "train_non_empathic", "test_empathic", "test_non_empathic")
+        for text_set in ("train_positive", "train_negative", "test_positive", "test_negative")
     ]
 
 

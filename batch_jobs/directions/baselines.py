@@ -51,11 +51,11 @@ def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: i
     Raises:
         ValidationError: fewer than 2 `directions`.
     """
-    vectors_KD = np.random.default_rng(seed).standard_normal((directions, test.empathic_ND.shape[1]))
+    vectors_KD = np.random.default_rng(seed).standard_normal((directions, test.positive_ND.shape[1]))
     vectors_KD /= np.linalg.norm(vectors_KD, axis=1, keepdims=True)
-    empathic_NK = test.empathic_ND.astype(np.float64) @ vectors_KD.T
-    non_empathic_NK = test.non_empathic_ND.astype(np.float64) @ vectors_KD.T
-    return summarise_random_aurocs(auroc(empathic_NK, non_empathic_NK).tolist(), direction_auroc)
+    positive_NK = test.positive_ND.astype(np.float64) @ vectors_KD.T
+    negative_NK = test.negative_ND.astype(np.float64) @ vectors_KD.T
+    return summarise_random_aurocs(auroc(positive_NK, negative_NK).tolist(), direction_auroc)
 
 
 def summarise_random_aurocs(aurocs: Sequence[float], direction_auroc: float) -> RandomBaseline:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from vllm_steer import Direction
+
+_ENDING = re.compile(r"(?P<name>.+)\.control(?P<number>\d+)")
+
+
+def control_name(name: str, number: int) -> str:
+    """Name of a control of the direction `name`: `empathy.control0`."""
+    return f"{name}.control{number}"
+
+
+def controlled_direction(name: str) -> str | None:
+    """The direction whose control has this name; None for a name that is no control's."""
+    match = _ENDING.fullmatch(name)
+    return match["name"] if match else None
 
 
 def control_direction(direction: Direction, *, seed: int, number: int = 0) -> Direction:
@@ -31,4 +46,4 @@ def control_direction(direction: Direction, *, seed: int, number: int = 0) -> Di
         "control_seed": seed,
         "control_number": number,
     }
-    return Direction(f"{direction.name}.control{number}", direction.layer, vector_D.astype(np.float32), metadata)
+    return Direction(control_name(direction.name, number), direction.layer, vector_D.astype(np.float32), metadata)

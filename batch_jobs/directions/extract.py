@@ -140,15 +140,15 @@ def read_study_texts(
 def _study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
     """Text set -> its texts, each with its pair. Only the texts of the ablated set are changed."""
     sets: dict[TextSet, list[tuple[Pair, AblatedText]]] = {
-        "train_empathic": [(pair, AblatedText(pair.empathic, 0)) for pair in split.train],
-        "train_non_empathic": [(pair, AblatedText(pair.non_empathic, 0)) for pair in split.train],
-        "test_empathic": [(pair, AblatedText(pair.empathic, 0)) for pair in split.test],
-        "test_non_empathic": [(pair, AblatedText(pair.non_empathic, 0)) for pair in split.test],
+        "train_positive": [(pair, AblatedText(pair.positive, 0)) for pair in split.train],
+        "train_negative": [(pair, AblatedText(pair.negative, 0)) for pair in split.train],
+        "test_positive": [(pair, AblatedText(pair.positive, 0)) for pair in split.test],
+        "test_negative": [(pair, AblatedText(pair.negative, 0)) for pair in split.test],
     }
     if study.validation.lexical_ablation:
-        # only the empathic side, as in the paper: the other side has almost no empathy words
-        sets["test_empathic_ablated"] = [
-            (pair, ablate_text(pair.empathic, seed=study.seed, text_id=pair.pair_id)) for pair in split.test
+        # only the positive side, as in the paper: the other side has almost no empathy words
+        sets["test_positive_ablated"] = [
+            (pair, ablate_text(pair.positive, seed=study.seed, text_id=pair.pair_id)) for pair in split.test
         ]
     return sets
 

@@ -23,7 +23,7 @@ Vector = npt.NDArray[np.float32]
 
 
 def mean_difference(train: PairReadouts) -> Vector:
-    """`vllm_steer.make_direction` by that name, from the non-empathic to the empathic side; (D,) float32.
+    """`vllm_steer.make_direction` by that name, from the negative to the positive side; (D,) float32.
 
     Raises:
         StudyError: a wrong shape, an empty side, a value that is not finite, or equal class means.
@@ -43,17 +43,17 @@ def logistic_regression(train: PairReadouts) -> Vector:
         StudyError: as for `mean_difference`.
     """
     mean_difference(train)  # checks both sides
-    empathic, non_empathic = (np.asarray(side, dtype=np.float64) for side in (train.empathic_ND, train.non_empathic_ND))
-    labels = np.repeat([1, 0], [len(empathic), len(non_empathic)])
+    positive, negative = (np.asarray(side, dtype=np.float64) for side in (train.positive_ND, train.negative_ND))
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
     scaler = StandardScaler()
-    standardised = scaler.fit_transform(np.concatenate([empathic, non_empathic]))
+    standardised = scaler.fit_transform(np.concatenate([positive, negative]))
     weights_D = LogisticRegression(C=1.0, max_iter=1000).fit(standardised, labels).coef_[0] / scaler.scale_
     unit: Vector = (weights_D / np.linalg.norm(weights_D)).astype(np.float32)
     return unit
 
 
 def pca(train: PairReadouts) -> Vector:
-    """`vllm_steer.make_direction` by that name, towards the empathic side; (D,) float32.
+    """`vllm_steer.make_direction` by that name, towards the positive side; (D,) float32.
 
     Raises:
         StudyError: the sides differ in N, or as for `mean_difference`.
@@ -96,7 +96,7 @@ def mean_residual_norm(train: PairReadouts) -> float:
     Raises:
         StudyError: the norm is not a positive finite number.
     """
-    readouts_ND = np.concatenate([train.empathic_ND, train.non_empathic_ND]).astype(np.float64)
+    readouts_ND = np.concatenate([train.positive_ND, train.negative_ND]).astype(np.float64)
     norm = float(np.linalg.norm(readouts_ND, axis=1).mean())
     if not np.isfinite(norm) or norm <= 0.0:
         raise StudyError(f"The mean residual norm came out as {norm}; it must be positive, so check the readouts.")
@@ -105,6 +105,6 @@ def mean_residual_norm(train: PairReadouts) -> float:
 
 def _made(train: PairReadouts, method: Literal["mean_difference", "pca"]) -> Vector:
     try:
-        return make_direction("made", 0, train.empathic_ND, train.non_empathic_ND, method).vector
+        return make_direction("made", 0, train.positive_ND, train.negative_ND, method).vector
     except BadVector as error:
         raise StudyError(f"The readouts give no direction: {error}") from None

@@ -23,11 +23,13 @@ from vllm_steer.errors import SteerError
 
 Floats = npt.NDArray[np.floating[Any]]
 
-TextSet = Literal["train_empathic", "train_non_empathic", "test_empathic", "test_non_empathic", "test_empathic_ablated"]
-"""Split and class of the texts. The last set is `test_empathic` with its empathy words replaced."""
+TextSet = Literal["train_positive", "train_negative", "test_positive", "test_negative", "test_positive_ablated"]
+"""Split and class of the texts. The last set is `test_positive` with its empathy words replaced."""
 
 _METADATA_KEY = "vllm_steer_readouts"
-_FORMAT = 1
+_FORMAT = 2
+_FIRST_FORMAT = 1
+"""Files of this format differ in the names of the text sets alone."""
 
 
 class ReadoutFileError(SteerError):
@@ -38,9 +40,9 @@ class ReadoutFileError(SteerError):
 class PairReadouts:
     """Readouts of both sides of the pairs at one block, row for row."""
 
-    empathic_ND: Floats
+    positive_ND: Floats
     """(N, D)."""
-    non_empathic_ND: Floats
+    negative_ND: Floats
     """(N, D)."""
 
 
@@ -55,7 +57,7 @@ class ReadText:
     num_tokens: int
     """Tokens of the text that were read. The mean of a pooling that skips k is over k fewer."""
     replacements: int = 0
-    """Empathy words replaced in the text; 0 outside `test_empathic_ablated`."""
+    """Empathy words replaced in the text; 0 outside `test_positive_ablated`."""
 
 
 class ReadoutKey(NamedTuple):
@@ -78,7 +80,7 @@ class StudyReadouts:
     """Readouts of all texts of a study, at every block read, under every pooling."""
 
     texts: dict[TextSet, tuple[ReadText, ...]]
-    """Text set -> the text of each row. Without lexical ablation, `test_empathic_ablated` is absent."""
+    """Text set -> the text of each row. Without lexical ablation, `test_positive_ablated` is absent."""
     arrays: dict[ReadoutKey, npt.NDArray[np.float32]]
     """(N, D) float32 for every text set × pooling × block."""
 
@@ -98,7 +100,7 @@ class StudyReadouts:
         Raises:
             ReadoutFileError: there are no readouts at `block` with `skip_first`.
         """
-        return self._pairs("train_empathic", "train_non_empathic", skip_first, block)
+        return self._pairs("train_positive", "train_negative", skip_first, block)
 
     def test(self, skip_first: int, block: int) -> PairReadouts:
         """The held-out pairs.
@@ -106,18 +108,18 @@ class StudyReadouts:
         Raises:
             ReadoutFileError: there are no readouts at `block` with `skip_first`.
         """
-        return self._pairs("test_empathic", "test_non_empathic", skip_first, block)
+        return self._pairs("test_positive", "test_negative", skip_first, block)
 
     def ablated_test(self, skip_first: int, block: int) -> PairReadouts:
-        """The held-out pairs, with the empathy words of the empathic side replaced.
+        """The held-out pairs, with the empathy words of the positive side replaced.
 
         Raises:
             ReadoutFileError: there are no readouts at `block` with `skip_first`, or no ablated texts.
         """
-        return self._pairs("test_empathic_ablated", "test_non_empathic", skip_first, block)
+        return self._pairs("test_positive_ablated", "test_negative", skip_first, block)
 
-    def _pairs(self, empathic: TextSet, non_empathic: TextSet, skip_first: int, block: int) -> PairReadouts:
-        return PairReadouts(self._array(empathic, skip_first, block), self._array(non_empathic, skip_first, block))
+    def _pairs(self, positive: TextSet, negative: TextSet, skip_first: int, block: int) -> PairReadouts:
+        return PairReadouts(self._array(positive, skip_first, block), self._array(negative, skip_first, block))
 
     def _array(self, text_set: TextSet, skip_first: int, block: int) -> npt.NDArray[np.float32]:
         try:
@@ -155,8 +157,12 @@ def read_readouts(path: Path) -> StudyReadouts:
         raise ReadoutFileError(f"There is no readout file {path}; run the study's extraction first.")
     try:
         with safe_open(str(path), framework="numpy") as tensors:
-            texts = _texts(json.loads((tensors.metadata() or {})[_METADATA_KEY]))
-            arrays = {_key(name): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+            about = json.loads((tensors.metadata() or {})[_METADATA_KEY])
+            if about["format"] not in (_FORMAT, _FIRST_FORMAT):
+                raise ValueError(f"format {about['format']!r}, not {_FORMAT}")
+            renamed = _current_name if about["format"] == _FIRST_FORMAT else str
+            texts = _texts({renamed(name): stored for name, stored in about["texts"].items()})
+            arrays = {_key(renamed(name)): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReadoutFileError(
             f"{path} is not a readout file of this version ({error!r}); read the texts again (--overwrite)."
@@ -166,10 +172,11 @@ def read_readouts(path: Path) -> StudyReadouts:
     return readouts
 
 
-def _texts(about: Mapping[str, Any]) -> dict[TextSet, tuple[ReadText, ...]]:
-    if about["format"] != _FORMAT:
-        raise ValueError(f"format {about['format']!r}, not {_FORMAT}")
-    stored = about["texts"]
+def _current_name(name: str) -> str:
+    return name.replace("non_empathic", "negative").replace("empathic", "positive")
+
+
+def _texts(stored: Mapping[str, Any]) -> dict[TextSet, tuple[ReadText, ...]]:
     return {name: tuple(ReadText(**text) for text in stored[name]) for name in get_args(TextSet) if name in stored}
 
 

@@ -62,8 +62,8 @@ def validate_study(study: Study, readouts: StudyReadouts) -> Validation:
         extra={
             "extract_offset": study.extract.extract_offset,
             "max_tokens": study.extract.max_tokens,
-            "train_pairs": len(readouts.texts["train_empathic"]),
-            "test_pairs": len(readouts.texts["test_empathic"]),
+            "train_pairs": len(readouts.texts["train_positive"]),
+            "test_pairs": len(readouts.texts["test_positive"]),
             "mean_tokens_per_text": _mean_tokens(readouts),
         },
     )
@@ -121,7 +121,7 @@ def _ablation(
         layers[layer] = AblatedLayer(unchanged, after)
     return LexicalAblation(
         keywords=len(load_replacements()),
-        replacements=tuple(text.replacements for text in readouts.texts["test_empathic_ablated"]),
+        replacements=tuple(text.replacements for text in readouts.texts["test_positive_ablated"]),
         layers=layers,
     )
 
@@ -131,7 +131,7 @@ def _mean_tokens(readouts: StudyReadouts) -> float:
     counts = [
         text.num_tokens
         for text_set, texts in readouts.texts.items()
-        if text_set != "test_empathic_ablated"
+        if text_set != "test_positive_ablated"
         for text in texts
     ]
     return sum(counts) / len(counts)

@@ -26,7 +26,7 @@ class ValidationError(SteerError):
 
 @dataclass(frozen=True)
 class LayerValidation:
-    """How well one direction tells empathic from non-empathic test texts at one layer.
+    """How well one direction tells positive from negative test texts at one layer.
 
     AUROCs and accuracies are in 0..1. All other values are in units of the residual stream, since the direction has
     norm 1.
@@ -36,12 +36,12 @@ class LayerValidation:
     """The direction's layer, a 0-based decoder block. With `extract_offset` -1, the texts were read one block
     earlier."""
     auroc: float
-    """Chance that a random empathic text projects higher than a random non-empathic one; ties count one half."""
+    """Chance that a random positive text projects higher than a random negative one; ties count one half."""
     auroc_low: float
     """Lower end of the AUROC's 95 % bootstrap interval over the test texts."""
     auroc_high: float
     accuracy: float
-    """Share of test texts on the right side of `threshold` (at or above it reads as empathic)."""
+    """Share of test texts on the right side of `threshold` (at or above it reads as positive)."""
     threshold: float
     """Midpoint of the two class means below, as in the paper. It is fitted on the test texts, so `accuracy` is slightly
     optimistic."""
@@ -49,14 +49,14 @@ class LayerValidation:
     """Share of test texts on the right side of `threshold_train`: the probe's accuracy on unseen texts."""
     threshold_train: float
     """Midpoint of the two class means of the *train* texts."""
-    mean_empathic: float
-    """Mean projection of the empathic test texts."""
-    mean_non_empathic: float
+    mean_positive: float
+    """Mean projection of the positive test texts."""
+    mean_negative: float
     separation: float
-    """`mean_empathic - mean_non_empathic`; negative when the direction points the wrong way."""
-    std_empathic: float
+    """`mean_positive - mean_negative`; negative when the direction points the wrong way."""
+    std_positive: float
     """Population standard deviation (divided by N, not N - 1), as in the paper's tables."""
-    std_non_empathic: float
+    std_negative: float
 
     @property
     def separation_in_stds(self) -> float:
@@ -64,7 +64,7 @@ class LayerValidation:
 
         When both stds are 0: ±inf, or 0 without separation.
         """
-        spread = math.sqrt((self.std_empathic**2 + self.std_non_empathic**2) / 2)
+        spread = math.sqrt((self.std_positive**2 + self.std_negative**2) / 2)
         if spread == 0.0:
             return math.copysign(math.inf, self.separation) if self.separation else 0.0
         return self.separation / spread
@@ -105,29 +105,29 @@ def validate_layer(
     # `not <=` rather than `>`, so that a NaN norm is refused too
     if not abs(norm - 1.0) <= UNIT_NORM_TOLERANCE:
         raise ValidationError(f"layer {layer}: the direction has norm {norm:.4g}; divide it by its norm first.")
-    empathic_N = _project(layer, "empathic test", test.empathic_ND, direction_D)
-    non_empathic_N = _project(layer, "non-empathic test", test.non_empathic_ND, direction_D)
-    train_empathic_N = _project(layer, "empathic train", train.empathic_ND, direction_D)
-    train_non_empathic_N = _project(layer, "non-empathic train", train.non_empathic_ND, direction_D)
+    positive_N = _project(layer, "positive test", test.positive_ND, direction_D)
+    negative_N = _project(layer, "negative test", test.negative_ND, direction_D)
+    train_positive_N = _project(layer, "positive train", train.positive_ND, direction_D)
+    train_negative_N = _project(layer, "negative train", train.negative_ND, direction_D)
 
-    mean_empathic, mean_non_empathic = float(empathic_N.mean()), float(non_empathic_N.mean())
-    threshold = (mean_empathic + mean_non_empathic) / 2
-    threshold_train = float(train_empathic_N.mean() + train_non_empathic_N.mean()) / 2
-    low, high = auroc_interval(empathic_N, non_empathic_N, resamples=bootstrap, seed=seed)
+    mean_positive, mean_negative = float(positive_N.mean()), float(negative_N.mean())
+    threshold = (mean_positive + mean_negative) / 2
+    threshold_train = float(train_positive_N.mean() + train_negative_N.mean()) / 2
+    low, high = auroc_interval(positive_N, negative_N, resamples=bootstrap, seed=seed)
     return LayerValidation(
         layer=layer,
-        auroc=float(auroc(empathic_N, non_empathic_N)),
+        auroc=float(auroc(positive_N, negative_N)),
         auroc_low=low,
         auroc_high=high,
-        accuracy=_accuracy(empathic_N, non_empathic_N, threshold),
+        accuracy=_accuracy(positive_N, negative_N, threshold),
         threshold=threshold,
-        accuracy_train_threshold=_accuracy(empathic_N, non_empathic_N, threshold_train),
+        accuracy_train_threshold=_accuracy(positive_N, negative_N, threshold_train),
         threshold_train=threshold_train,
-        mean_empathic=mean_empathic,
-        mean_non_empathic=mean_non_empathic,
-        separation=mean_empathic - mean_non_empathic,
-        std_empathic=float(empathic_N.std()),
-        std_non_empathic=float(non_empathic_N.std()),
+        mean_positive=mean_positive,
+        mean_negative=mean_negative,
+        separation=mean_positive - mean_negative,
+        std_positive=float(positive_N.std()),
+        std_negative=float(negative_N.std()),
     )
 
 
@@ -159,6 +159,6 @@ def _project(layer: int, name: str, readouts_ND: Floats, direction_D: Floats) ->
     return projections
 
 
-def _accuracy(empathic_N: npt.NDArray[np.float64], non_empathic_N: npt.NDArray[np.float64], threshold: float) -> float:
-    right = np.count_nonzero(empathic_N >= threshold) + np.count_nonzero(non_empathic_N < threshold)
-    return float(right) / (len(empathic_N) + len(non_empathic_N))
+def _accuracy(positive_N: npt.NDArray[np.float64], negative_N: npt.NDArray[np.float64], threshold: float) -> float:
+    right = np.count_nonzero(positive_N >= threshold) + np.count_nonzero(negative_N < threshold)
+    return float(right) / (len(positive_N) + len(negative_N))

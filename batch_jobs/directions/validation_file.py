@@ -56,7 +56,7 @@ class PoolingValidation:
 class AblatedLayer:
     """One layer's direction on the test texts, before and after the replacement of empathy words.
 
-    Only the empathic test texts change; the direction and `threshold_train` stay the same.
+    Only the positive test texts change; the direction and `threshold_train` stay the same.
     """
 
     before: LayerValidation
@@ -65,12 +65,12 @@ class AblatedLayer:
 
 @dataclass(frozen=True)
 class LexicalAblation:
-    """Tests whether the direction reads more than empathy words: they are replaced in the empathic test texts."""
+    """Tests whether the direction reads more than empathy words: they are replaced in the positive test texts."""
 
     keywords: int
     """Size of the word list; each keyword counts once, regardless of its number of forms."""
     replacements: tuple[int, ...]
-    """Words replaced in each empathic test text, in the order of the test pairs."""
+    """Words replaced in each positive test text, in the order of the test pairs."""
     layers: dict[int, AblatedLayer]
     """Layer -> its mean-difference direction before and after."""
 

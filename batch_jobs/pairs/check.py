@@ -60,22 +60,22 @@ class Likeness:
 class LengthBalance:
     """Lengths of the two sides in words, a proxy for tokens that has the same ratio and needs no tokenizer."""
 
-    mean_empathic: float
-    mean_non_empathic: float
+    mean_positive: float
+    mean_negative: float
     p_value: float
     """Two-sided Wilcoxon signed-rank test of the lengths within pairs."""
     auroc: float
-    """How well length alone separates the sides; below 0.5 the empathic texts are shorter."""
+    """How well length alone separates the sides; below 0.5 the positive texts are shorter."""
 
     @property
     def ratio(self) -> float:
-        """Mean length of the empathic texts over that of the others."""
-        return self.mean_empathic / self.mean_non_empathic
+        """Mean length of the positive texts over that of the others."""
+        return self.mean_positive / self.mean_negative
 
 
 @dataclass(frozen=True)
 class LexicalLeakage:
-    """How well words alone separate the sides, as AUROC with the empathic side as the positive class."""
+    """How well words alone separate the sides, as AUROC with the positive side as the positive class."""
 
     empathy_keyword_auroc: float
     """Score: the number of the `paper` metric's empathy keywords in a text."""
@@ -84,9 +84,9 @@ class LexicalLeakage:
     lexical_baseline_auroc: float
     """Score: a bag-of-words logistic regression, cross-validated with both texts of a pair in the same fold. The
     baseline for a direction: its AUROC means little where words do equally well."""
-    empathic_words: tuple[str, ...]
-    """Words that most indicate the empathic side, strongest first."""
-    non_empathic_words: tuple[str, ...]
+    positive_words: tuple[str, ...]
+    """Words that most indicate the positive side, strongest first."""
+    negative_words: tuple[str, ...]
     """Words that most indicate the other side, strongest first."""
 
 
@@ -121,7 +121,7 @@ class PairReport:
         uneven = max(length.ratio, 1 / length.ratio)
         if (uneven >= LENGTH_RATIO and length.p_value < LENGTH_P_VALUE) or _tells(length.auroc):
             found.append(
-                f"Length: empathic texts have {length.ratio:.2f} times the words of the others (p = "
+                f"Length: positive texts have {length.ratio:.2f} times the words of the others (p = "
                 f"{length.p_value:.2g}); length alone tells the sides apart with AUROC {length.auroc:.2f}."
             )
         for words, auroc in (("empathy", leakage.empathy_keyword_auroc), ("task", leakage.task_keyword_auroc)):
@@ -154,7 +154,7 @@ def check_pairs(pairs: Sequence[Pair]) -> PairReport:
     """
     if len(pairs) < 2:
         raise StudyError(f"Got {len(pairs)} pairs; a check compares pairs with each other, so give at least 2.")
-    texts = [text for pair in pairs for text in (pair.empathic, pair.non_empathic)]
+    texts = [text for pair in pairs for text in (pair.positive, pair.negative)]
     labels = np.tile(np.array([1, 0]), len(pairs))
     duplicates, weak_contrasts = _likenesses(pairs, texts)
     return PairReport(
@@ -168,7 +168,7 @@ def check_pairs(pairs: Sequence[Pair]) -> PairReport:
 
 def _likenesses(pairs: Sequence[Pair], texts: Sequence[str]) -> tuple[tuple[Likeness, ...], tuple[Likeness, ...]]:
     """Likenesses between pairs, and those within a pair."""
-    names = [f"{pair.pair_id}/{side}" for pair in pairs for side in ("empathic", "non_empathic")]
+    names = [f"{pair.pair_id}/{side}" for pair in pairs for side in ("positive", "negative")]
     # spacing and case do not count as differences, so they must not enter the n-grams
     plain = [" ".join(text.casefold().split()) for text in texts]
     grams = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(plain)
@@ -189,12 +189,10 @@ def _most_alike_first(likeness: Likeness) -> tuple[float, str, str]:
 
 def _length_balance(texts: Sequence[str], labels: Labels) -> LengthBalance:
     words = np.array([len(text.split()) for text in texts], dtype=np.float64)
-    empathic, non_empathic = words[labels == 1], words[labels == 0]
+    positive, negative = words[labels == 1], words[labels == 0]
     # the test is not defined where no pair differs
-    p_value = 1.0 if np.array_equal(empathic, non_empathic) else float(wilcoxon(empathic, non_empathic).pvalue)
-    return LengthBalance(
-        float(empathic.mean()), float(non_empathic.mean()), p_value, float(roc_auc_score(labels, words))
-    )
+    p_value = 1.0 if np.array_equal(positive, negative) else float(wilcoxon(positive, negative).pvalue)
+    return LengthBalance(float(positive.mean()), float(negative.mean()), p_value, float(roc_auc_score(labels, words)))
 
 
 def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
@@ -215,8 +213,8 @@ def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
         empathy_keyword_auroc=float(roc_auc_score(labels, keywords(EMPATHY_KEYWORDS))),
         task_keyword_auroc=1.0 - float(roc_auc_score(labels, keywords(TASK_KEYWORDS))),
         lexical_baseline_auroc=float(roc_auc_score(labels, held_out)),
-        empathic_words=tuple(str(word) for word in vocabulary[ascending[::-1][:TELLING_WORDS]]),
-        non_empathic_words=tuple(str(word) for word in vocabulary[ascending[:TELLING_WORDS]]),
+        positive_words=tuple(str(word) for word in vocabulary[ascending[::-1][:TELLING_WORDS]]),
+        negative_words=tuple(str(word) for word in vocabulary[ascending[:TELLING_WORDS]]),
     )
 
 

@@ -21,12 +21,11 @@ from batch_jobs.config.study import StudyError
 from batch_jobs.files.documents import read_json
 from batch_jobs.files.json_lines import RecordWriter, read_records
 from batch_jobs.pairs.writer import Draft, TextRequest, TextWriter
-from batch_jobs.texts.contrastive import Scenario, steering_prompt
+from batch_jobs.texts.contrastive import SIDES, Scenario, steering_prompt
 from batch_jobs.texts.thought import OPEN_THOUGHT
 
 MIN_WORDS = 40
 """Shorter texts are unusable; the bundled prompts ask for 80 to 100 words."""
-_SIDES = ("empathic", "non_empathic")
 _REFUSAL_START: Final = re.compile(
     r"\W*(?:i['’]?m sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but\W+)?(?:"
     r"i(?: can['’]?t| cannot| can not| won['’]?t| will not| am unable to|['’]m unable to|['’]m not able to)\W+"
@@ -40,8 +39,8 @@ _REFUSAL_START: Final = re.compile(
 class SystemPrompts:
     """The two system prompts that make the contrast of a pair."""
 
-    empathic: str
-    non_empathic: str
+    positive: str
+    negative: str
 
 
 @dataclass(frozen=True)
@@ -73,20 +72,23 @@ class _Job:
 
 
 def load_system_prompts(source: Path | None) -> SystemPrompts:
-    """Read system prompts from a JSON object with the texts `empathic` and `non_empathic`. None: the bundled prompts.
+    """Read system prompts from a JSON object with the texts `positive` and `negative`. None: the bundled prompts.
 
     Raises:
         StudyError: the file is absent or malformed, its texts are equal, or a text has no UTF-8 form.
     """
     place = resources.files("batch_jobs") / "data" / "system_prompts.json" if source is None else source
     match read_json(place, advice="give a JSON file with the two system prompts"):
-        case {"empathic": str(empathic), "non_empathic": str(other)} if empathic.strip() and other.strip():
-            pass
+        case {"positive": str(positive), "negative": str(other)} | {
+            "empathic": str(positive),
+            "non_empathic": str(other),
+        } if positive.strip() and other.strip():
+            pass  # the second form is that of earlier versions
         case _:
-            raise StudyError(f'{place}: must be an object of two texts, "empathic" and "non_empathic".')
-    if empathic == other:
+            raise StudyError(f'{place}: must be an object of two texts, "positive" and "negative".')
+    if positive == other:
         raise StudyError(f"{place}: both system prompts are the same; give two prompts that differ.")
-    return SystemPrompts(empathic, other)
+    return SystemPrompts(positive, other)
 
 
 def generate_pairs(
@@ -161,13 +163,13 @@ def _held_pair_ids(out: Path) -> frozenset[str]:
 def _draw(
     jobs: Sequence[_Job], prompts: SystemPrompts, seed: int, attempt: int
 ) -> Iterator[tuple[_Job, tuple[Draft, Draft], int]]:
-    """Yield each job with its two drafts (empathic, non-empathic) and their seed as soon as both are finished."""
+    """Yield each job with its two drafts (positive, negative) and their seed as soon as both are finished."""
     for writer in dict.fromkeys(job.writer for job in jobs):
         asked: dict[TextRequest, tuple[_Job, int]] = {}
         for job in jobs:
             if job.writer is writer:
                 user, request_seed = steering_prompt(job.scenario), _request_seed(seed, job, attempt)
-                for side, system in enumerate((prompts.empathic, prompts.non_empathic)):
+                for side, system in enumerate((prompts.positive, prompts.negative)):
                     asked[TextRequest(system, user, request_seed)] = (job, side)
         halves: dict[str, dict[int, Draft]] = {}
         for request, draft in writer.write(list(asked)):
@@ -185,7 +187,7 @@ def _request_seed(seed: int, job: _Job, attempt: int) -> int:
 
 def _complaint(drafts: tuple[Draft, Draft]) -> str | None:
     """Why the pair is unusable; None when it is usable."""
-    for side, draft in zip(_SIDES, drafts, strict=True):
+    for side, draft in zip(SIDES, drafts, strict=True):
         words = len(draft.text.split())
         if draft.refusal is not None:
             return f"{side} text refused: {draft.refusal}"
@@ -207,11 +209,11 @@ def _record(job: _Job, drafts: tuple[Draft, Draft], seed: int) -> dict[str, obje
     return {
         "pair_id": job.pair_id,
         "scenario_id": job.scenario.id,
-        "empathic_text": drafts[0].text,
-        "non_empathic_text": drafts[1].text,
+        "positive": drafts[0].text,
+        "negative": drafts[1].text,
         "source_model": job.writer.name,
         "run": job.run,
         "seed": seed,
-        "cut_off": [side for side, draft in zip(_SIDES, drafts, strict=True) if draft.cut_off],
+        "cut_off": [side for side, draft in zip(SIDES, drafts, strict=True) if draft.cut_off],
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

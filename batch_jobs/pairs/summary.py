@@ -18,14 +18,14 @@ def print_pair_report(report: PairReport, console: Console) -> None:
     for figure, value in (
         ("pairs", str(sum(report.pairs_by_scenario.values()))),
         ("by scenario", scenarios),
-        ("words, empathic / other", f"{length.mean_empathic:.0f} / {length.mean_non_empathic:.0f}"),
+        ("words, positive / other", f"{length.mean_positive:.0f} / {length.mean_negative:.0f}"),
         ("length ratio", f"{length.ratio:.2f} (Wilcoxon p = {length.p_value:.2g})"),
         ("AUROC of length alone", f"{length.auroc:.2f}"),
         ("AUROC of empathy keywords alone", f"{leakage.empathy_keyword_auroc:.2f}"),
         ("AUROC of task keywords alone", f"{leakage.task_keyword_auroc:.2f}"),
         ("AUROC of a bag of words (held-out pairs)", f"{leakage.lexical_baseline_auroc:.2f}"),
-        ("most telling, empathic", " ".join(leakage.empathic_words)),
-        ("most telling, other", " ".join(leakage.non_empathic_words)),
+        ("most telling, positive", " ".join(leakage.positive_words)),
+        ("most telling, other", " ".join(leakage.negative_words)),
     ):
         table.add_row(figure, value)
     console.print(table)

@@ -22,6 +22,11 @@ from batch_jobs.files.documents import Place, read_json, read_json_lines
 
 QUESTION = "What do you do?"
 
+SIDES = ("positive", "negative")
+"""Fields of a pair's two texts in a file of pairs."""
+PAPER_SIDES = ("empathic_text", "non_empathic_text")
+"""The same fields in the paper's files."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -29,8 +34,12 @@ class Pair:
 
     pair_id: str
     scenario_id: str
-    empathic: str
-    non_empathic: str
+    positive: str
+    """The concept is present."""
+    negative: str
+    """The concept is absent, or its opposite is present."""
+    source_model: str | None = None
+    """Who wrote the pair; None where the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,19 @@ class Split:
     @property
     def content_hash(self) -> str:
         """First 16 hex digits of the sha256 over both lists, texts and order included."""
-        content = [[asdict(pair) for pair in pairs] for pairs in (self.train, self.test)]
+        # the keys of earlier versions, so that their run directories are found again
+        content = [
+            [
+                {
+                    "pair_id": pair.pair_id,
+                    "scenario_id": pair.scenario_id,
+                    "empathic": pair.positive,
+                    "non_empathic": pair.negative,
+                }
+                for pair in pairs
+            ]
+            for pairs in (self.train, self.test)
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -195,12 +216,12 @@ def _rubric(given: Any, where: str) -> tuple[str, str, str]:
 def _read_pairs(place: Place, prefix: str) -> list[Pair]:
     pairs = []
     for number, where, entry in read_json_lines(place, advice="give a file with one pair a line, each a JSON object"):
-        scenario_id, empathic, non_empathic = (
-            _text(entry, field, where) for field in ("scenario_id", "empathic_text", "non_empathic_text")
-        )
+        fields = PAPER_SIDES if isinstance(entry, dict) and not set(SIDES) & set(entry) else SIDES
+        scenario_id, positive, negative = (_text(entry, field, where) for field in ("scenario_id", *fields))
         # The paper's files have no ids; the line number serves as id, with a prefix for each of the two files.
         pair_id = _text(entry, "pair_id", where) if "pair_id" in entry else f"{prefix}-{number:03d}"
-        pairs.append(Pair(pair_id, scenario_id, empathic, non_empathic))
+        writer = _text(entry, "source_model", where) if entry.get("source_model") is not None else None
+        pairs.append(Pair(pair_id, scenario_id, positive, negative, writer))
     if not pairs:
         raise StudyError(f"{place}: holds no pairs; give at least one.")
     return pairs

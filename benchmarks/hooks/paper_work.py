@@ -75,7 +75,7 @@ def _tokenised(model: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
     split = load_split(None, SplitSizes())
     pairs: Sequence[Pair] = (*split.train, *split.test)
     texts = []
-    for side in ([pair.empathic for pair in pairs], [pair.non_empathic for pair in pairs]):
+    for side in ([pair.positive for pair in pairs], [pair.negative for pair in pairs]):
         words = " ".join(side).split()
         step = len(words) // len(side)
         # The bundled texts are a third as long as the paper's, so each is extended with the next ones.

@@ -68,7 +68,7 @@ def test_texts_are_read_in_one_batch_and_rows_in_batches_of_mixed_conditions(
 ) -> None:
     run(make_study(), tmp_path)
     texts, prompts, *_ = engine.batches
-    # every text under both poolings, and the 15 empathic test texts again with their words replaced
+    # every text under both poolings, and the 15 positive test texts again with their words replaced
     assert len(texts) == 2 * (100 + 15)
     assert {params.readout for params in texts} == {
         Readout(layers=(2, 3), span="prompt", skip_first=skip) for skip in (0, 1)

@@ -55,15 +55,15 @@ def study(**changes: Any) -> Study:
 def readouts(num_blocks: int = 30) -> StudyReadouts:
     """Readouts that separate best at block 16; in the plain mean an attention sink drowns blocks 11 to 14."""
     rng = np.random.default_rng(0)
-    counts = {"train_empathic": 35, "train_non_empathic": 35, "test_empathic": 15, "test_non_empathic": 15}
-    counts["test_empathic_ablated"] = 15
+    counts = {"train_positive": 35, "train_negative": 35, "test_positive": 15, "test_negative": 15}
+    counts["test_positive_ablated"] = 15
     arrays = {}
     for block in range(num_blocks):
         towards = np.zeros(32)
         towards[block % 32] = 1.0
         shift = 3.6 - 0.16 * abs(block - 16)
         for name, count in counts.items():
-            strength = 0.0 if "non_empathic" in name else shift * (0.9 if "ablated" in name else 1.0)
+            strength = 0.0 if "negative" in name else shift * (0.9 if "ablated" in name else 1.0)
             noise = rng.normal(0.0, 1.0 + block / 15, (count, 32))
             sink = rng.normal(0.0, 9.0, (count, 1)) * towards if 11 <= block <= 14 else 0.0
             apart = (noise + strength * towards * (1.0 + block / 15)).astype(np.float32)

@@ -109,7 +109,7 @@ def random_figure(validation: Validation, published: Published) -> PaperFigure:
 
 
 def ablation_figure(validation: Validation, published: Published) -> PaperFigure:
-    """Draw figure 3: detection before and after the empathy words of the empathic test texts are replaced."""
+    """Draw figure 3: detection before and after the empathy words of the positive test texts are replaced."""
     theirs = published.lexical_ablation
     ablation = validation.ablation
     figure = PaperFigure(

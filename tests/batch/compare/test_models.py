@@ -22,21 +22,21 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Texts:
-    """A model's readouts, (texts, D): train empathic, train non-empathic, test empathic, test non-empathic."""
+    """A model's readouts, (texts, D): train positive, train negative, test positive, test negative."""
 
     rows: Rows
 
     def block(self, number: int = 0) -> BlockReadouts:
-        train_empathic, train_other, test_empathic, test_other = np.split(self.rows, np.cumsum([TRAIN, TRAIN, TEST]))
-        return BlockReadouts(number, PairReadouts(train_empathic, train_other), PairReadouts(test_empathic, test_other))
+        train_positive, train_other, test_positive, test_other = np.split(self.rows, np.cumsum([TRAIN, TRAIN, TEST]))
+        return BlockReadouts(number, PairReadouts(train_positive, train_other), PairReadouts(test_positive, test_other))
 
 
 def texts(hidden_size: int, *, seed: int, class_shift: float = 1.5) -> Texts:
-    """Gaussian readouts, the empathic ones shifted along the first axis."""
+    """Gaussian readouts, the positive ones shifted along the first axis."""
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((2 * TRAIN + 2 * TEST, hidden_size))
-    empathic = np.repeat([True, False, True, False], [TRAIN, TRAIN, TEST, TEST])
-    rows[empathic, 0] += class_shift
+    positive = np.repeat([True, False, True, False], [TRAIN, TRAIN, TEST, TEST])
+    rows[positive, 0] += class_shift
     return Texts(rows)
 
 
@@ -132,12 +132,12 @@ def test_the_seed_fixes_the_shuffles() -> None:
 
 def test_readouts_of_other_texts_or_broken_ones_are_refused() -> None:
     a = texts(4, seed=13).block()
-    fewer = BlockReadouts(0, a.train, PairReadouts(a.test.empathic_ND[1:], a.test.non_empathic_ND))
+    fewer = BlockReadouts(0, a.train, PairReadouts(a.test.positive_ND[1:], a.test.negative_ND))
     with pytest.raises(CrossModelError, match=r"\(12, 12\) test texts .* \(11, 12\) of the other"):
         compare_readouts(a, fewer)
-    broken = BlockReadouts(9, a.train, PairReadouts(a.test.empathic_ND * np.nan, a.test.non_empathic_ND))
+    broken = BlockReadouts(9, a.train, PairReadouts(a.test.positive_ND * np.nan, a.test.negative_ND))
     with pytest.raises(CrossModelError, match="block 9: the readouts hold NaN"):
         compare_readouts(a, broken)
-    other_size = BlockReadouts(9, a.train, PairReadouts(a.test.empathic_ND[:, :3], a.test.non_empathic_ND))
+    other_size = BlockReadouts(9, a.train, PairReadouts(a.test.positive_ND[:, :3], a.test.negative_ND))
     with pytest.raises(CrossModelError, match="the same D"):
         compare_readouts(a, other_size)

@@ -27,7 +27,7 @@ from batch_jobs.scoring.compute_scores import score_table
 from batch_jobs.scoring.scores_csv import write_scores
 from vllm_steer import save_directions
 
-TEXTS: dict[TextSet, int] = {"train_empathic": 8, "train_non_empathic": 8, "test_empathic": 5, "test_non_empathic": 5}
+TEXTS: dict[TextSet, int] = {"train_positive": 8, "train_negative": 8, "test_positive": 5, "test_negative": 5}
 KIND, COLD = "I am sorry and want to help and listen. ", "I win the task. "
 
 Completion = Callable[[grid.Row], str | None]
@@ -58,7 +58,7 @@ def readouts(hidden_size: int, *, seed: int, texts: str = "texts") -> StudyReado
         },
         arrays={
             ReadoutKey(text_set, skip_first, block): (
-                rng.standard_normal((count, hidden_size)) + (0.0 if "non_empathic" in text_set else 3.0)
+                rng.standard_normal((count, hidden_size)) + (0.0 if "negative" in text_set else 3.0)
             ).astype(np.float32)
             for text_set, count in TEXTS.items()
             for skip_first in (0, 1)

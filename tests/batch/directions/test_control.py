@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batch_jobs.directions.control import control_direction
+from batch_jobs.directions.control import control_direction, control_name, controlled_direction
 from vllm_steer import Direction
 
 SIZE = 576
@@ -39,3 +39,9 @@ def test_a_control_depends_on_seed_number_and_content_alone() -> None:
     for other in others:
         # independent Gaussian vectors of 576 numbers have a cosine of about 0.04
         assert abs(float(other.vector @ first.vector)) / (other.norm * first.norm) < 0.3
+
+
+def test_a_control_is_told_by_its_name() -> None:
+    assert controlled_direction(control_name("empathy-pca", 12)) == "empathy-pca"
+    for name in ("empathy", "empathy.control", "control0", ".control0", "empathy.control0x"):
+        assert controlled_direction(name) is None

@@ -28,7 +28,7 @@ def study(layers: list[int]) -> Study:
 
 def readouts() -> StudyReadouts:
     draw = np.random.default_rng(0)
-    sets = ("train_empathic", "train_non_empathic", "test_empathic", "test_non_empathic")
+    sets = ("train_positive", "train_negative", "test_positive", "test_negative")
     return StudyReadouts(
         texts={name: tuple(ReadText(f"p{row}", "00", 9) for row in range(4)) for name in sets},
         arrays={

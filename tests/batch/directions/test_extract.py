@@ -101,31 +101,29 @@ def test_every_text_is_read_under_both_poolings_in_one_batch(engine: FormulaEngi
     expected = {0: ["kind one", "kind number "], 1: ["ind one", "ind number "]}
     for skip_first, texts in expected.items():
         train = got.train(skip_first, 2)
-        np.testing.assert_allclose(train.empathic_ND, [[mean_of(text), 2] for text in texts], rtol=1e-6)
-        assert train.empathic_ND.dtype == np.float32
-    np.testing.assert_allclose(got.test(1, 2).non_empathic_ND, [[mean_of(" win"), 2]], rtol=1e-6)
-    letters = sum(
-        min(len(text), 12) for pair in (*SPLIT.train, *SPLIT.test) for text in (pair.empathic, pair.non_empathic)
-    )
+        np.testing.assert_allclose(train.positive_ND, [[mean_of(text), 2] for text in texts], rtol=1e-6)
+        assert train.positive_ND.dtype == np.float32
+    np.testing.assert_allclose(got.test(1, 2).negative_ND, [[mean_of(" win"), 2]], rtol=1e-6)
+    letters = sum(min(len(text), 12) for pair in (*SPLIT.train, *SPLIT.test) for text in (pair.positive, pair.negative))
     # the ablated text is cut to 12, like its original
     assert progress.works == [Work(14, 2 * (letters + 12), 1)]
 
 
 def test_texts_are_told_by_pair_digest_and_length(engine: FormulaEngine) -> None:
     got = read_study_texts(engine, study(), SPLIT, num_layers=4, progress=SilentProgress())
-    second = got.texts["train_empathic"][1]
+    second = got.texts["train_positive"][1]
     assert (second.pair_id, second.num_tokens, second.replacements) == ("b", 12, 0)
     assert second.sha256 == hashlib.sha256(b"kind number two").hexdigest()
 
 
-def test_only_the_empathic_test_texts_are_ablated(engine: FormulaEngine) -> None:
+def test_only_the_positive_test_texts_are_ablated(engine: FormulaEngine) -> None:
     got = read_study_texts(engine, study(), SPLIT, num_layers=4, progress=SilentProgress())
-    assert [text.replacements for text in got.texts["test_empathic_ablated"]] == [2]
+    assert [text.replacements for text in got.texts["test_positive_ablated"]] == [2]
     # the only stand-ins of help and listen
-    np.testing.assert_allclose(got.ablated_test(0, 2).empathic_ND, [[mean_of("I aid and at"), 2]], rtol=1e-6)
+    np.testing.assert_allclose(got.ablated_test(0, 2).positive_ND, [[mean_of("I aid and at"), 2]], rtol=1e-6)
     plain = study(validation={"lexical_ablation": False})
     assert (
-        "test_empathic_ablated"
+        "test_positive_ablated"
         not in read_study_texts(engine, plain, SPLIT, num_layers=4, progress=SilentProgress()).texts
     )
 
@@ -144,7 +142,7 @@ def test_blocks_and_poolings_follow_the_study(
     got = read_study_texts(engine, study(**changes), SPLIT, num_layers=4, progress=SilentProgress())
     assert (got.blocks, got.poolings) == (blocks, poolings)
     for block in blocks:
-        assert set(got.train(0, block).empathic_ND[:, 1]) == {block}
+        assert set(got.train(0, block).positive_ND[:, 1]) == {block}
 
 
 def test_a_layer_that_the_model_lacks_is_refused_before_anything_is_read(engine: FormulaEngine) -> None:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 from batch_jobs.directions.lexical_ablation import ablate_text, load_replacements
 from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS
+from batch_jobs.texts.contrastive import load_pairs
 
 
 def ablated(text: str) -> str:
@@ -75,13 +74,10 @@ def test_the_draw_depends_on_seed_and_text_id_only() -> None:
 
 
 @pytest.mark.parametrize("file", ["bundled", "paper"])
-def test_every_empathic_test_text_loses_words_and_keeps_none(file: str, request: pytest.FixtureRequest) -> None:
-    if file == "bundled":
-        place = Path(__file__).resolve().parents[3] / "batch_jobs" / "data" / "pairs.jsonl"
-    else:
-        place = request.getfixturevalue("paper_data") / "test_pairs.jsonl"
-    for line in place.read_text(encoding="utf-8").splitlines():
-        text = json.loads(line)["empathic_text"]
+def test_every_positive_test_text_loses_words_and_keeps_none(file: str, request: pytest.FixtureRequest) -> None:
+    place = None if file == "bundled" else request.getfixturevalue("paper_data") / "test_pairs.jsonl"
+    for pair in load_pairs(place):
+        text = pair.positive
         once = ablate_text(text, seed=0, text_id="t")
         assert once.replacements > 0
         assert ablate_text(once.text, seed=0, text_id="t").replacements == 0

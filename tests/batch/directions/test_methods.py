@@ -17,8 +17,8 @@ from batch_jobs.directions.methods import (
 from batch_jobs.directions.readout_file import PairReadouts, ReadoutKey, ReadText, StudyReadouts
 
 
-def pairs(empathic: Any, non_empathic: Any) -> PairReadouts:
-    return PairReadouts(np.array(empathic, dtype=np.float32), np.array(non_empathic, dtype=np.float32))
+def pairs(positive: Any, negative: Any) -> PairReadouts:
+    return PairReadouts(np.array(positive, dtype=np.float32), np.array(negative, dtype=np.float32))
 
 
 def noisy_pairs(step: Any, *, count: int = 40, noise: float = 0.1, offset: float = 0.0) -> PairReadouts:
@@ -45,7 +45,7 @@ def test_a_small_difference_of_large_means_survives() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_a_planted_direction_and_points_it_to_the_empathic_side(method: Any) -> None:
+def test_every_method_finds_a_planted_direction_and_points_it_to_the_positive_side(method: Any) -> None:
     planted = np.array([3.0, -4.0, 0.0, 0.0])
     direction = METHODS[method](noisy_pairs(planted))
     assert direction.dtype == np.float32
@@ -60,11 +60,11 @@ def test_logistic_regression_gives_the_boundary_in_the_units_of_the_stream() -> 
     draw = np.random.default_rng(0)
     # One coordinate carries the class at scale 0.01, the other is noise at scale 1000: unless the scaling is undone
     # correctly, the noise has the larger weight.
-    empathic = np.column_stack([draw.normal(0.02, 0.01, 60), draw.normal(0, 1000, 60)])
+    positive = np.column_stack([draw.normal(0.02, 0.01, 60), draw.normal(0, 1000, 60)])
     other = np.column_stack([draw.normal(-0.02, 0.01, 60), draw.normal(0, 1000, 60)])
-    direction = logistic_regression(PairReadouts(empathic, other))
+    direction = logistic_regression(PairReadouts(positive, other))
     assert direction[0] > 0.999
-    assert (empathic @ direction).min() > (other @ direction).max() - 0.05
+    assert (positive @ direction).min() > (other @ direction).max() - 0.05
 
 
 def test_logistic_regression_takes_coordinates_that_never_vary() -> None:
@@ -86,7 +86,7 @@ def test_pca_refuses_sides_that_are_no_pairs() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("empathic", "non_empathic", "said"),
+    ("positive", "negative", "said"),
     [
         (np.ones((2, 3)), np.ones((2, 3)), "same mean readout"),
         (np.ones((2, 3)), np.ones((2, 4)), r"shapes \(2, 3\) and \(2, 4\)"),
@@ -96,10 +96,10 @@ def test_pca_refuses_sides_that_are_no_pairs() -> None:
     ],
 )
 def test_readouts_without_a_direction_are_refused(
-    method: Any, empathic: np.ndarray, non_empathic: np.ndarray, said: str
+    method: Any, positive: np.ndarray, negative: np.ndarray, said: str
 ) -> None:
     with pytest.raises(StudyError, match=said):
-        METHODS[method](PairReadouts(empathic, non_empathic))
+        METHODS[method](PairReadouts(positive, negative))
 
 
 def test_a_layers_directions_come_from_the_block_and_the_pooling_that_the_study_pairs_it_with() -> None:
@@ -112,14 +112,14 @@ def test_a_layers_directions_come_from_the_block_and_the_pooling_that_the_study_
             "steer": {"layers": [4], "alphas": [0], "scenarios": ["s"]},
         }
     )
-    texts: Any = {name: (ReadText("p", "00", 9),) * 2 for name in ("train_empathic", "train_non_empathic")}
+    texts: Any = {name: (ReadText("p", "00", 9),) * 2 for name in ("train_positive", "train_negative")}
     arrays = {}
     for skip_first in (0, 2):
         for block in (3, 4):
             # only block 3 without the first 2 tokens differs along the first axis
             axis = 0 if (skip_first, block) == (2, 3) else 1
-            arrays[ReadoutKey("train_empathic", skip_first, block)] = np.eye(2, dtype=np.float32)[[axis, axis]]
-            arrays[ReadoutKey("train_non_empathic", skip_first, block)] = np.zeros((2, 2), np.float32)
+            arrays[ReadoutKey("train_positive", skip_first, block)] = np.eye(2, dtype=np.float32)[[axis, axis]]
+            arrays[ReadoutKey("train_negative", skip_first, block)] = np.zeros((2, 2), np.float32)
     directions = make_directions(study, StudyReadouts(texts, arrays))
     assert {(one.name, one.layer) for one in directions.values()} == {
         ("empathy", 4),

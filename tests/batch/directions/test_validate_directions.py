@@ -39,11 +39,11 @@ def readouts() -> StudyReadouts:
     """
     draw = np.random.default_rng(0)
     shares = {
-        "train_empathic": (35, 1.0),
-        "train_non_empathic": (35, 0.0),
-        "test_empathic": (15, 1.0),
-        "test_non_empathic": (15, 0.0),
-        "test_empathic_ablated": (15, 0.5),
+        "train_positive": (35, 1.0),
+        "train_negative": (35, 0.0),
+        "test_positive": (15, 1.0),
+        "test_negative": (15, 0.0),
+        "test_positive_ablated": (15, 0.5),
     }
     arrays = {}
     for name, (size, share) in shares.items():
@@ -115,7 +115,7 @@ def test_the_direction_is_held_against_random_ones_on_the_same_texts() -> None:
         assert baseline.percentile_95 < got.layers[layer].auroc
 
 
-def test_ablation_changes_the_empathic_side_and_keeps_the_probe() -> None:
+def test_ablation_changes_the_positive_side_and_keeps_the_probe() -> None:
     got = validate_study(study(skip_first=1), readouts()).ablation
     assert got is not None
     assert got.keywords == 41
@@ -123,9 +123,9 @@ def test_ablation_changes_the_empathic_side_and_keeps_the_probe() -> None:
     for layer in (4, 5):
         before, after = got.layers[layer].before, got.layers[layer].after
         # half the step of 4 is gone: means of 15 texts with noise 1 are good to 0.26 each
-        assert before.mean_empathic - after.mean_empathic == pytest.approx(2.0, abs=0.8)
+        assert before.mean_positive - after.mean_positive == pytest.approx(2.0, abs=0.8)
         assert after.separation < before.separation
-        assert (after.mean_non_empathic, after.threshold_train) == (before.mean_non_empathic, before.threshold_train)
+        assert (after.mean_negative, after.threshold_train) == (before.mean_negative, before.threshold_train)
     assert validate_study(study(validation={"lexical_ablation": False}), readouts()).ablation is None
 
 
@@ -139,8 +139,8 @@ def test_the_result_is_the_same_every_time_and_its_draws_follow_the_seed() -> No
 
 def test_facts_about_the_texts_leave_the_ablated_copies_out() -> None:
     kept = readouts()
-    long = tuple(replace(text, num_tokens=9000) for text in kept.texts["test_empathic_ablated"])
-    extra = validate_study(study(), StudyReadouts({**kept.texts, "test_empathic_ablated": long}, kept.arrays)).extra
+    long = tuple(replace(text, num_tokens=9000) for text in kept.texts["test_positive_ablated"])
+    extra = validate_study(study(), StudyReadouts({**kept.texts, "test_positive_ablated": long}, kept.arrays)).extra
     assert (extra["train_pairs"], extra["test_pairs"], extra["mean_tokens_per_text"]) == (35, 15, 100.0)
 
 

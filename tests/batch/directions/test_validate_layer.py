@@ -21,9 +21,9 @@ TRAIN = PairReadouts(column(3), column(-1))
 
 
 def validated(
-    empathic: Any, other: Any, direction: Any = DIRECTION, *, train: PairReadouts = TRAIN, layer: int = 0
+    positive: Any, other: Any, direction: Any = DIRECTION, *, train: PairReadouts = TRAIN, layer: int = 0
 ) -> LayerValidation:
-    return validate_layer(layer, direction, train=train, test=PairReadouts(empathic, other), bootstrap=100, seed=0)
+    return validate_layer(layer, direction, train=train, test=PairReadouts(positive, other), bootstrap=100, seed=0)
 
 
 def result(layer: int, *, auroc: float = 1.0, separation: float = 2.0, std: float = 1.0) -> LayerValidation:
@@ -36,24 +36,24 @@ def result(layer: int, *, auroc: float = 1.0, separation: float = 2.0, std: floa
         threshold=0.0,
         accuracy_train_threshold=0.9,
         threshold_train=0.0,
-        mean_empathic=separation / 2,
-        mean_non_empathic=-separation / 2,
+        mean_positive=separation / 2,
+        mean_negative=-separation / 2,
         separation=separation,
-        std_empathic=std,
-        std_non_empathic=std,
+        std_positive=std,
+        std_negative=std,
     )
 
 
 def test_numbers_agree_with_a_hand_computation() -> None:
-    # pairs (empathic, other) won: 1 > {0, -2}; 3 > {0, 2, -2}; 5 > all three; 8 of 9
+    # pairs (positive, other) won: 1 > {0, -2}; 3 > {0, 2, -2}; 5 > all three; 8 of 9
     got = validated(column(1, 3, 5), column(0, 2, -2), layer=7)
     assert got.layer == 7
     assert got.auroc == pytest.approx(8 / 9)
-    assert (got.mean_empathic, got.mean_non_empathic, got.separation) == (3.0, 0.0, 3.0)
+    assert (got.mean_positive, got.mean_negative, got.separation) == (3.0, 0.0, 3.0)
     assert got.threshold == 1.5
     assert got.accuracy == pytest.approx(4 / 6)  # 1 falls below the threshold, 2 above it
-    assert got.std_empathic == pytest.approx(math.sqrt(8 / 3))  # population: /3, not /2
-    assert got.std_non_empathic == pytest.approx(math.sqrt(8 / 3))
+    assert got.std_positive == pytest.approx(math.sqrt(8 / 3))  # population: /3, not /2
+    assert got.std_negative == pytest.approx(math.sqrt(8 / 3))
 
 
 def test_the_train_threshold_is_fitted_on_train_texts_and_judged_on_test_texts() -> None:
@@ -74,8 +74,8 @@ def test_a_direction_pointing_the_wrong_way_scores_below_chance() -> None:
 
 
 def test_float16_readouts_do_not_overflow() -> None:
-    empathic, other = np.full((40, 2), 60000, np.float16), np.full((40, 2), -60000, np.float16)
-    assert validated(empathic, other).separation == pytest.approx(120000, rel=1e-3)
+    positive, other = np.full((40, 2), 60000, np.float16), np.full((40, 2), -60000, np.float16)
+    assert validated(positive, other).separation == pytest.approx(120000, rel=1e-3)
 
 
 def test_classes_may_differ_in_size() -> None:
@@ -83,20 +83,20 @@ def test_classes_may_differ_in_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("empathic", "other", "direction", "message"),
+    ("positive", "other", "direction", "message"),
     [
         (column(1), column(0), np.array([2.0, 0.0]), "norm 2"),
         (column(1), column(0), np.array([np.nan, 0.0]), "norm nan"),
         (column(1), column(0), np.eye(2), r"shape \(2, 2\)"),
-        (np.zeros((0, 2)), column(0), DIRECTION, r"the empathic test readouts have shape \(0, 2\)"),
-        (column(1), np.zeros((3, 5)), DIRECTION, r"non-empathic test readouts have shape \(3, 5\)"),
+        (np.zeros((0, 2)), column(0), DIRECTION, r"the positive test readouts have shape \(0, 2\)"),
+        (column(1), np.zeros((3, 5)), DIRECTION, r"negative test readouts have shape \(3, 5\)"),
         (column(1), np.zeros(2), DIRECTION, r"needs \(N, 2\)"),
         (column(1, math.inf), column(0), DIRECTION, "NaN or infinity"),
     ],
 )
-def test_unusable_inputs_are_refused_with_what_was_got(empathic: Any, other: Any, direction: Any, message: str) -> None:
+def test_unusable_inputs_are_refused_with_what_was_got(positive: Any, other: Any, direction: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        validated(empathic, other, direction)
+        validated(positive, other, direction)
 
 
 def test_best_layer_breaks_auroc_ties_by_separation_in_stds_then_by_depth() -> None:

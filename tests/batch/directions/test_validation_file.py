@@ -58,7 +58,7 @@ def test_file_round_trip_keeps_everything(tmp_path: Path, changes: dict[str, Any
 
     document = json.loads(path.read_text())
     assert document["best_layer"] == 12
-    assert {"auroc", "accuracy", "separation", "std_empathic", "std_non_empathic"} <= set(document["layers"]["8"])
+    assert {"auroc", "accuracy", "separation", "std_positive", "std_negative"} <= set(document["layers"]["8"])
     assert document["extract_offset"] == -1
 
 

@@ -19,7 +19,7 @@ NEUTRAL = ["".join(_LETTERS.choices("bcdfghjklmnpqrstvwxz", k=5)) for _ in range
 
 
 def random_pairs(
-    count: int, *, empathic: str = "", non_empathic: str = "", words: tuple[int, int] = (40, 40)
+    count: int, *, positive: str = "", negative: str = "", words: tuple[int, int] = (40, 40)
 ) -> list[Pair]:
     """Pairs of random neutral words, so that only the added words can tell the sides apart."""
     draw = random.Random(7)
@@ -28,7 +28,7 @@ def random_pairs(
         return " ".join([*draw.choices(NEUTRAL, k=length), extra])
 
     return [
-        Pair(f"p{number:02d}", f"s{number % 4}", text(words[0], empathic), text(words[1], non_empathic))
+        Pair(f"p{number:02d}", f"s{number % 4}", text(words[0], positive), text(words[1], negative))
         for number in range(count)
     ]
 
@@ -48,32 +48,32 @@ def test_neutral_pairs_have_no_findings() -> None:
 
 def test_a_text_given_twice_is_a_problem_whatever_its_case_and_spacing() -> None:
     pairs = random_pairs(8)
-    pairs[5] = replace(pairs[5], empathic="  " + pairs[2].empathic.upper().replace(" ", "\n", 3))
+    pairs[5] = replace(pairs[5], positive="  " + pairs[2].positive.upper().replace(" ", "\n", 3))
     report = check_pairs(pairs)
     assert [(found.first, found.second, found.exact) for found in report.duplicates] == [
-        ("p02/empathic", "p05/empathic", True)
+        ("p02/positive", "p05/positive", True)
     ]
     assert report.exit_code == 1
-    assert report.problems == ("Duplicate: p02/empathic and p05/empathic (the same text).",)
+    assert report.problems == ("Duplicate: p02/positive and p05/positive (the same text).",)
 
 
 def test_a_lightly_edited_copy_is_a_near_duplicate() -> None:
     pairs = list(load_pairs(None))
-    kept, _, _ = pairs[3].empathic.rpartition(". ")
-    pairs[9] = replace(pairs[9], empathic=f"{kept}. This ending is new and was written by somebody else.")
+    kept, _, _ = pairs[3].positive.rpartition(". ")
+    pairs[9] = replace(pairs[9], positive=f"{kept}. This ending is new and was written by somebody else.")
     (found,) = check_pairs(pairs).duplicates
-    assert (found.first, found.second) == (f"{pairs[3].pair_id}/empathic", f"{pairs[9].pair_id}/empathic")
+    assert (found.first, found.second) == (f"{pairs[3].pair_id}/positive", f"{pairs[9].pair_id}/positive")
     assert 0.8 <= found.similarity < 1.0
     assert not found.exact
 
 
 def test_sides_that_are_too_much_alike_make_a_pair_without_contrast() -> None:
     pairs = random_pairs(8)
-    pairs[0] = replace(pairs[0], non_empathic=pairs[0].empathic + " bit")
+    pairs[0] = replace(pairs[0], negative=pairs[0].positive + " bit")
     report = check_pairs(pairs)
     assert report.duplicates == ()
-    assert [(found.first, found.second) for found in report.weak_contrasts] == [("p00/empathic", "p00/non_empathic")]
-    assert report.problems[0].startswith("Pair without contrast: p00/empathic")
+    assert [(found.first, found.second) for found in report.weak_contrasts] == [("p00/positive", "p00/negative")]
+    assert report.problems[0].startswith("Pair without contrast: p00/positive")
 
 
 def test_one_sided_length_is_a_warning() -> None:
@@ -81,27 +81,27 @@ def test_one_sided_length_is_a_warning() -> None:
     assert report.length.ratio == 1.5
     assert report.length.auroc == 1.0
     assert report.length.p_value < 0.001
-    assert any(warning.startswith("Length: empathic texts have 1.50 times") for warning in report.warnings)
+    assert any(warning.startswith("Length: positive texts have 1.50 times") for warning in report.warnings)
     assert report.exit_code == 0
 
 
 @pytest.mark.parametrize(
-    ("empathic", "non_empathic", "warned"),
+    ("positive", "negative", "warned"),
     [
         ("sorry comfort listen", "", "count of empathy keywords alone tells the sides apart, AUROC 1.00"),
         ("", "optimal strategy", "count of task keywords alone tells the sides apart, AUROC 1.00"),
     ],
 )
-def test_keywords_on_one_side_are_a_warning(empathic: str, non_empathic: str, warned: str) -> None:
-    report = check_pairs(random_pairs(12, empathic=empathic, non_empathic=non_empathic))
+def test_keywords_on_one_side_are_a_warning(positive: str, negative: str, warned: str) -> None:
+    report = check_pairs(random_pairs(12, positive=positive, negative=negative))
     assert any(warned in warning for warning in report.warnings)
 
 
 def test_a_word_that_gives_a_side_away_is_found_and_named() -> None:
-    report = check_pairs(random_pairs(20, empathic="zebra", non_empathic="!"))
+    report = check_pairs(random_pairs(20, positive="zebra", negative="!"))
     assert report.leakage.lexical_baseline_auroc > 0.9
-    assert report.leakage.empathic_words[0] == "zebra"
-    assert report.leakage.non_empathic_words[0] == "!"
+    assert report.leakage.positive_words[0] == "zebra"
+    assert report.leakage.negative_words[0] == "!"
     assert any(warning.startswith("Lexical baseline") for warning in report.warnings)
 
 
@@ -110,7 +110,7 @@ def test_both_texts_of_a_pair_are_held_out_together() -> None:
     pairs = []
     for number, pair in enumerate(random_pairs(24)):
         own = " ".join(f"own{number}x{index}" for index in range(30))
-        pairs.append(replace(pair, empathic=f"{pair.empathic} {own}a", non_empathic=f"{pair.non_empathic} {own}b"))
+        pairs.append(replace(pair, positive=f"{pair.positive} {own}a", negative=f"{pair.negative} {own}b"))
     assert 0.2 < check_pairs(pairs).leakage.lexical_baseline_auroc < 0.8
 
 
@@ -135,7 +135,7 @@ def test_problems_are_printed_unfolded() -> None:
     pairs = random_pairs(4)
     log = io.StringIO()
     print_pair_report(check_pairs([*pairs, replace(pairs[0], pair_id="copy")]), Console(file=log, width=30))
-    assert "problem  Duplicate: p00/empathic and copy/empathic (the same text)." in log.getvalue().splitlines()
+    assert "problem  Duplicate: p00/positive and copy/positive (the same text)." in log.getvalue().splitlines()
 
 
 def test_a_single_pair_cannot_be_checked() -> None:

@@ -52,8 +52,8 @@ def test_a_pair_is_one_scenario_one_model_one_seed_under_two_system_prompts(tmp_
     assert set(records) == {f"{name}-{run:02d}" for name in "abc" for run in (1, 2)}
     for record in records.values():
         model, seed = record["source_model"], record["seed"]
-        assert record["empathic_text"].startswith(f"Be kind. {model} {seed} word")
-        assert record["non_empathic_text"].startswith(f"Be quick. {model} {seed} word")
+        assert record["positive"].startswith(f"Be kind. {model} {seed} word")
+        assert record["negative"].startswith(f"Be quick. {model} {seed} word")
         assert record["generated_at"].endswith("+00:00")
     assert len({record["seed"] for record in records.values()}) == 6
     users = {request["messages"][1]["content"] for request in fake.requests}
@@ -87,7 +87,7 @@ def test_the_same_command_again_makes_no_call_and_more_runs_add_the_missing_ones
 @pytest.mark.parametrize("kept", ["whole lines", "a torn line"])
 def test_a_run_that_was_cut_short_ends_with_the_pairs_of_a_whole_one(tmp_path: Path, kept: str) -> None:
     def texts(path: Path) -> dict[str, tuple[str, str]]:
-        return {pair.pair_id: (pair.empathic, pair.non_empathic) for pair in load_pairs(path)}
+        return {pair.pair_id: (pair.positive, pair.negative) for pair in load_pairs(path)}
 
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     with fake_endpoint(text_for) as fake:
@@ -182,7 +182,7 @@ def test_an_unusable_text_is_asked_for_again_with_another_seed(
     assert len(fake.requests) == 6 + 2 + 2  # the pair is drawn again as a whole, twice
     record = next(record for record in read_records(out) if record["pair_id"] == "b-01")
     assert record["seed"] not in first_seeds
-    assert len(re.findall(f"b-01: m: non_empathic text {told}", log.getvalue())) == 2
+    assert len(re.findall(f"b-01: m: negative text {told}", log.getvalue())) == 2
 
 
 def test_a_text_that_the_token_limit_cut_off_is_kept_and_marked(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_text_that_the_token_limit_cut_off_is_kept_and_marked(tmp_path: Path) 
 
     with fake_endpoint(answer) as fake:
         assert generate(tmp_path / "pairs.jsonl", writers_for(fake, "m"), runs=1).written == 3
-    assert [record["cut_off"] for record in read_records(tmp_path / "pairs.jsonl")] == [["empathic"]] * 3
+    assert [record["cut_off"] for record in read_records(tmp_path / "pairs.jsonl")] == [["positive"]] * 3
 
 
 @pytest.mark.parametrize("opening", ["<think>", ""])
@@ -203,7 +203,7 @@ def test_a_thought_is_no_part_of_the_text(tmp_path: Path, opening: str) -> None:
     with fake_endpoint(answer) as fake:
         assert generate(tmp_path / "pairs.jsonl", writers_for(fake, "m"), runs=1).written == 3
     for pair in load_pairs(tmp_path / "pairs.jsonl"):
-        assert (pair.empathic, pair.non_empathic) == (f"Be kind.{PLENTY}", f"Be quick.{PLENTY}")
+        assert (pair.positive, pair.negative) == (f"Be kind.{PLENTY}", f"Be quick.{PLENTY}")
 
 
 def test_a_pair_that_stays_unusable_is_reported_and_not_stored(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_a_file_of_something_else_is_not_added_to(tmp_path: Path) -> None:
 
 def test_system_prompts_are_bundled_or_given(tmp_path: Path) -> None:
     bundled = load_system_prompts(None)
-    assert bundled.empathic != bundled.non_empathic
+    assert bundled.positive != bundled.negative
     path = tmp_path / "prompts.json"
-    path.write_text('{"empathic": "Be kind.", "non_empathic": "Be quick."}', encoding="utf-8")
+    path.write_text('{"positive": "Be kind.", "negative": "Be quick."}', encoding="utf-8")
     assert load_system_prompts(path) == PROMPTS
 
 
@@ -252,13 +252,13 @@ def test_system_prompts_are_bundled_or_given(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ('["a", "b"]', "object of two texts"),
-        ('{"empathic": "a"}', "object of two texts"),
-        ('{"empathic": "a", "non_empathic": "a"}', "both system prompts are the same"),
+        ('{"positive": "a"}', "object of two texts"),
+        ('{"positive": "a", "negative": "a"}', "both system prompts are the same"),
         (
-            r'{"empathic": "a", "non_empathic": "b \ud83d"}',
-            r"field non_empathic: got 'b \\ud83d', which has no UTF-8 form",
+            r'{"positive": "a", "negative": "b \ud83d"}',
+            r"field negative: got 'b \\ud83d', which has no UTF-8 form",
         ),
-        (b'{"empathic": "\xff"}', "not UTF-8 text"),
+        (b'{"positive": "\xff"}', "not UTF-8 text"),
     ],
 )
 def test_malformed_system_prompts_are_refused(tmp_path: Path, content: str | bytes, told: str) -> None:

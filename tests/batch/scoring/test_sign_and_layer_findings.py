@@ -39,8 +39,8 @@ def validation(aurocs: dict[int, float]) -> Validation:
     layers = {
         layer: LayerValidation(
             layer=layer, auroc=auroc, auroc_low=auroc, auroc_high=auroc, accuracy=1.0, threshold=0.0,
-            accuracy_train_threshold=1.0, threshold_train=0.0, mean_empathic=1.0, mean_non_empathic=-1.0,
-            separation=2.0, std_empathic=1.0, std_non_empathic=1.0,
+            accuracy_train_threshold=1.0, threshold_train=0.0, mean_positive=1.0, mean_negative=-1.0,
+            separation=2.0, std_positive=1.0, std_negative=1.0,
         )
         for layer, auroc in aurocs.items()
     }  # fmt: skip

@@ -28,6 +28,14 @@ def pairs_of(**counts: int) -> list[Pair]:
     ]
 
 
+@pytest.mark.parametrize("fields", [("positive", "negative"), ("empathic_text", "non_empathic_text")])
+def test_pairs_are_read_with_neutral_fields_and_with_the_papers(fields: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    entry = {"pair_id": "p", "scenario_id": "a", fields[0]: "x", fields[1]: "y", "source_model": "m"}
+    path.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    assert load_pairs(path) == (Pair("p", "a", "x", "y", "m"),)
+
+
 def test_the_bundled_pairs_split_seven_to_three_in_every_scenario() -> None:
     split = load_split(None, SplitSizes())
     assert Counter(pair.scenario_id for pair in split.train) == dict.fromkeys(SCENARIOS, 7)
