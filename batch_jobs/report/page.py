@@ -7,6 +7,7 @@ makes the rows of the tables.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from itertools import groupby
@@ -17,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batch_jobs.files.atomic import write_atomically
+from batch_jobs.report.claims import read_claims
 from batch_jobs.report.figures.catalogue import draw_figures, write_figures
 from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
 from batch_jobs.report.headlines import headlines
@@ -70,7 +72,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text)
+    environment.filters.update(
+        fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text, data_uri=_data_uri
+    )
     return environment
 
 
@@ -86,6 +90,7 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "findings": results.findings,
         "generations": results.generations,
         "published": published,
+        "claims": read_claims(),
         "headlines": headlines(results),
         "figures": figures,
         "svg": _inline,
@@ -134,6 +139,10 @@ def _places(values: Iterable[float | None]) -> int:
         if all(abs(round(value, places) - value) <= 0.005 * abs(value) for value in known)
     )
     return next(fits, _MAX_PLACES)
+
+
+def _data_uri(numbers: str) -> str:
+    return f"data:text/csv;base64,{base64.b64encode(numbers.encode()).decode()}"
 
 
 def _as_text(value: Any) -> str:

@@ -56,7 +56,7 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
 
 
 def write_figures(folder: Path, figures: Iterable[PaperFigure]) -> list[Path]:
-    """Write `<stem>.svg` and `<stem>.png` of each drawn figure into `folder`, and return the paths.
+    """Write `<stem>.svg`, `<stem>.png` and its numbers, `<stem>.csv`, of each drawn figure; return the paths.
 
     Creates `folder` if needed, and removes figures of an earlier report that this one lacks.
     """
@@ -65,9 +65,11 @@ def write_figures(folder: Path, figures: Iterable[PaperFigure]) -> list[Path]:
     for figure in figures:
         if figure.drawing is not None:
             svg, png = folder / f"{figure.stem}.svg", folder / f"{figure.stem}.png"
+            numbers = folder / f"{figure.stem}.csv"
             write_atomically(svg, figure.drawing.svg)
             png.write_bytes(figure.drawing.png)
-            written += [svg, png]
-    for stale in {*folder.glob("figure-*.svg"), *folder.glob("figure-*.png")} - set(written):
+            write_atomically(numbers, figure.drawing.numbers)
+            written += [svg, png, numbers]
+    for stale in {path for kind in ("svg", "png", "csv") for path in folder.glob(f"figure-*.{kind}")} - set(written):
         stale.unlink()
     return written

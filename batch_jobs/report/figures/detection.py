@@ -186,6 +186,8 @@ def _draw_sweep(sheet: Sheet, axes: Axes, name: str, blocks: dict[int, LayerVali
 def _draw_random(
     sheet: Sheet, axes: Axes, aurocs: Sequence[float], own: float, percentile_95: float, style: Style
 ) -> None:
+    sheet.record(axes, "random direction", range(len(aurocs)), aurocs)
+    sheet.record(axes, "the direction", [0], [own])
     colour = PALETTE[style.colour]
     axes.hist(aurocs, bins=_BINS.tolist(), color=colour, alpha=0.45, edgecolor=colour, linewidth=0.6)
     axes.axvline(percentile_95, color=PALETTE["ink"], linestyle=":", linewidth=1.2, label="95th percentile")

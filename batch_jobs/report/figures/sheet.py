@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from batch_jobs.report.figures.style import PALETTE, Style
 from batch_jobs.report.number_text import number
+from batch_jobs.scoring.scores_csv import csv_text
 
 PNG_DPI = 200
 PANEL_WIDTH, PANEL_HEIGHT = 2.35, 1.95
@@ -45,6 +46,8 @@ class Drawing:
     """Plotted series with their values, for readers who cannot see the figure."""
     width_pt: float
     """Width in points."""
+    numbers: str
+    """CSV of what is plotted: `panel,series,x,y,low,high`, with `low` and `high` empty where no interval is drawn."""
 
 
 class Sheet:
@@ -64,6 +67,7 @@ class Sheet:
             spare.remove()
         self._title_characters = int((panel[0] - AXIS_WIDTH) / TITLE_CHARACTER)
         self._said: dict[Axes, list[str]] = {axes: [] for axes in self.panels}
+        self._numbers: list[tuple[Axes, str, float, float, float | None, float | None]] = []
 
     def title(self, axes: Axes, *lines: str) -> None:
         """Set a panel's title. Lines wider than the panel are wrapped."""
@@ -89,6 +93,7 @@ class Sheet:
         """
         if not xs:
             return
+        self.record(axes, name, xs, ys, low, high)
         colour = PALETTE[style.colour]
         if low is not None and high is not None:
             if band:
@@ -124,6 +129,7 @@ class Sheet:
         high: Sequence[float] | None = None,
     ) -> None:
         """Draw bars from 0; those of an unfilled style are hatched. `low` and `high`: ends of the intervals."""
+        self.record(axes, name, xs, ys, low, high)
         colour = PALETTE[style.colour]
         axes.bar(
             xs,
@@ -149,6 +155,7 @@ class Sheet:
         """Draw a scatter of points. The description gives their number and range. An empty series is not drawn."""
         if not xs:
             return
+        self.record(axes, name, xs, ys)
         colour = PALETTE[style.colour]
         axes.plot(
             xs,
@@ -163,6 +170,20 @@ class Sheet:
             clip_on=False,
         )
         self.say(axes, f"{name}: {len(xs)} points, {number(min(ys))} to {number(max(ys))}")
+
+    def record(
+        self,
+        axes: Axes,
+        name: str,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        low: Sequence[float] | None = None,
+        high: Sequence[float] | None = None,
+    ) -> None:
+        """Add a series to the drawing's numbers; `line`, `bars` and `points` do so themselves."""
+        missing = [None] * len(xs)
+        for x, y, bottom, top in zip(xs, ys, low or missing, high or missing, strict=True):
+            self._numbers.append((axes, name, x, y, bottom, top))
 
     def say(self, axes: Axes, words: str) -> None:
         """Add `words` to the description of a panel."""
@@ -187,7 +208,10 @@ class Sheet:
             f"{axes.get_title(loc='left')}: {axes.get_ylabel()} against {axes.get_xlabel()}. {'; '.join(said)}."
             for axes, said in self._said.items()
         )
-        return Drawing(svg.getvalue(), png.getvalue(), description, self.figure.get_figwidth() * 72)
+        rows = [(" ".join(axes.get_title(loc="left").split()), *row) for axes, *row in self._numbers]
+        columns = ("panel", "series", "x", "y", "low", "high")
+        numbers = csv_text(columns, [dict(zip(columns, row, strict=True)) for row in rows])
+        return Drawing(svg.getvalue(), png.getvalue(), description, self.figure.get_figwidth() * 72, numbers)
 
     def _say(self, axes: Axes, name: str, xs: Sequence[float], ys: Sequence[float]) -> None:
         self.say(axes, f"{name}: " + ", ".join(f"{number(y)} at {number(x)}" for x, y in zip(xs, ys, strict=True)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,3 +156,46 @@ def test_no_text_of_a_figure_leaves_its_sheet(visit: Visit) -> None:
            })"""
     )
     assert outside == []
+
+
+def test_the_numbers_of_every_figure_can_be_downloaded(
+    browser: playwright.Browser, report: Path, tmp_path: Path
+) -> None:
+    page = browser.new_page(viewport=DESKTOP)
+    page.goto(report.as_uri())
+    links = page.locator("figure a[download]")
+    assert links.count() == page.locator("figure svg").count() > 5
+    for link in links.all():
+        with page.expect_download() as waiting:
+            link.click()
+        saved = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(saved)
+        assert saved.read_bytes() == (report.parent / "figures" / saved.name).read_bytes()
+        rows = list(csv.DictReader(saved.read_text(encoding="utf-8").splitlines()))
+        assert rows
+        assert {"panel", "series", "x", "y", "low", "high"} == set(rows[0])
+        assert all(math.isfinite(float(row["y"])) for row in rows)
+    page.close()
+
+
+def test_a_wide_table_on_a_phone_keeps_the_name_of_its_row_in_view(browser: playwright.Browser, report: Path) -> None:
+    page = browser.new_page(viewport=PHONE)
+    page.goto(report.as_uri())
+    wide = [
+        region
+        for region in page.locator(".scroll:has(table)").all()
+        if region.evaluate("(one) => one.scrollWidth > one.clientWidth + 40")
+    ]
+    assert wide
+    for region in wide:
+        region.evaluate("(one) => { one.scrollLeft = one.scrollWidth; }")
+        inside = region.evaluate(
+            """(one) => {
+              const box = one.getBoundingClientRect();
+              const name = one.querySelector("tbody tr > :first-child:not([colspan])").getBoundingClientRect();
+              const last = one.querySelector("tbody tr > :last-child:not([colspan])").getBoundingClientRect();
+              return [name.left >= box.left - 1, name.right <= box.left + box.width / 2, last.right <= box.right + 1];
+            }"""
+        )
+        assert inside == [True, True, True], region.get_attribute("aria-label")
+    page.close()

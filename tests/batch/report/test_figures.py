@@ -261,4 +261,5 @@ def test_files_of_an_earlier_report_do_not_stay(tmp_path: Path, auroc: Drawing) 
         "figure-1-auroc-by-layer.svg",
         "figure-1-auroc-by-layer.png",
         "notes.svg",
+        "figure-1-auroc-by-layer.csv",
     }
