@@ -61,10 +61,11 @@ def write_report(run_dir: Path) -> Path:
 
 def report_page(results: RunResults, figures: dict[str, PaperFigure]) -> str:
     """Render the page as HTML. `figures`: the result of `draw_figures`."""
-    return _environment().get_template("report.html.j2").render(_context(results, figures))
+    return page_environment("figures").get_template("report.html.j2").render(_context(results, figures))
 
 
-def _environment() -> Environment:
+def page_environment(figures_folder: str) -> Environment:
+    """The templates with their filters. `figures_folder`: name of the folder with the figures' files."""
     environment = Environment(
         loader=PackageLoader("batch_jobs.report"),
         autoescape=True,
@@ -75,6 +76,7 @@ def _environment() -> Environment:
     environment.filters.update(
         fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text, data_uri=_data_uri
     )
+    environment.globals.update(svg=_inline, pixels=PIXELS_PER_POINT, figures_folder=figures_folder)
     return environment
 
 
@@ -93,8 +95,6 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "claims": read_claims(),
         "headlines": headlines(results),
         "figures": figures,
-        "svg": _inline,
-        "pixels": PIXELS_PER_POINT,
         "table_1_model": table_1_model,
         "table_1": table_1,
         "table_3": metric_rows([row.samples.detection for row in behaviours], published.correlation.binary),

@@ -33,14 +33,14 @@ def auroc_figure(validation: Validation, extract_offset: int, published: Publish
     (axes,) = sheet.panels
     swept = len(validation.sweep) > len(layers)
     if swept:
-        _draw_sweep(sheet, axes, "every block", validation.sweep, Style("s3", "", "-"))
+        draw_sweep(sheet, axes, "every block", validation.sweep, Style("s3", "", "-"))
     low, high = [row.auroc_low for row in layers], [row.auroc_high for row in layers]
     accuracies = [row.accuracy_train_threshold for row in layers]
     style = Style("s1", "o", "" if swept else "-")
     sheet.line(axes, "AUROC", blocks, [row.auroc for row in layers], style, low=low, high=high)
     sheet.line(axes, "accuracy, train threshold", blocks, accuracies, SERIES[1])
     sheet.line(axes, f"AUROC, {known[0].model}, published", known_blocks, [row.auroc for row in known], PUBLISHED)
-    _chance(axes)
+    chance_line(axes)
     floor = min([*low, *accuracies, *(row.auroc_low for row in validation.sweep.values())])
     share_axis(axes, "share", floor)
     block_axis(axes)
@@ -70,11 +70,11 @@ def pooling_figure(validation: Validation) -> PaperFigure:
     for place, (skip, pooling) in enumerate(sorted(validation.pooling.items())):
         own = " (this study)" if skip == validation.skip_first else ""
         style = SERIES[place % len(SERIES)]
-        _draw_sweep(sheet, left, f"{pooling.label}{own}", pooling.blocks, style)
+        draw_sweep(sheet, left, f"{pooling.label}{own}", pooling.blocks, style)
         floor = min(floor, *(row.auroc_low for row in pooling.blocks.values()))
         norms = dict(sorted(pooling.mean_residual_norms.items()))
         sheet.line(right, f"{pooling.label}{own}", list(norms), list(norms.values()), style)
-    _chance(left)
+    chance_line(left)
     share_axis(left, "AUROC", floor)
     right.set_ylabel("mean ‖h‖")
     right.set_ylim(bottom=0)
@@ -156,14 +156,14 @@ def models_figure(model: str, validation: Validation, extract_offset: int, publi
     (axes,) = sheet.panels
     shown = {layer + extract_offset: validation.layers[layer] for layer in validation.layers}
     # one line per model; the paper's are soft and differ by their marks
-    _draw_sweep(sheet, axes, f"{model}, this run", shown, SERIES[0])
+    draw_sweep(sheet, axes, f"{model}, this run", shown, SERIES[0])
     for place, name in enumerate(published.models()):
         rows = published.layers_of(name)
         style = SERIES[(place + 1) % len(SERIES)]
         blocks = [layer + ORIGINAL_EXTRACT_OFFSET for layer in rows]
         line = Style("soft", style.marker, style.line, style.filled)
         sheet.line(axes, f"{name}, published", blocks, [row.auroc for row in rows.values()], line)
-    _chance(axes)
+    chance_line(axes)
     lowest = min(row.auroc_low for row in validation.layers.values())
     share_axis(axes, "AUROC", lowest)
     block_axis(axes)
@@ -177,7 +177,8 @@ def models_figure(model: str, validation: Validation, extract_offset: int, publi
     )
 
 
-def _draw_sweep(sheet: Sheet, axes: Axes, name: str, blocks: dict[int, LayerValidation], style: Style) -> None:
+def draw_sweep(sheet: Sheet, axes: Axes, name: str, blocks: dict[int, LayerValidation], style: Style) -> None:
+    """Draw the AUROC of every block, with its interval as a band."""
     rows = dict(sorted(blocks.items()))
     low, high = [row.auroc_low for row in rows.values()], [row.auroc_high for row in rows.values()]
     sheet.line(axes, name, list(rows), [row.auroc for row in rows.values()], style, low=low, high=high, band=True)
@@ -202,5 +203,6 @@ def _draw_random(
     )
 
 
-def _chance(axes: Axes) -> None:
+def chance_line(axes: Axes) -> None:
+    """Draw a dashed line at the AUROC of chance, 0.5."""
     axes.axhline(0.5, color=PALETTE["soft"], linestyle="--", linewidth=1.0)

@@ -1,0 +1,1 @@
+"""What steering costs: how well the steered model still reads neutral text and answers plain questions."""
