@@ -115,9 +115,7 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
     return table.append_column("failed", failed).append_column("in_thought", unfinished)
 
 
-def more_at_word_starts(
-    words: WordIndex, keywords: Sequence[str], opposite: Sequence[str]
-) -> npt.NDArray[np.bool_]:
+def more_at_word_starts(words: WordIndex, keywords: Sequence[str], opposite: Sequence[str]) -> npt.NDArray[np.bool_]:
     """(N,) bool: whether a text holds more distinct `keywords` than `opposite` ones, both counted at word starts only.
 
     It tells how far a verdict rests on matches inside other words: "win" in "following", "care" in "scared".

@@ -244,9 +244,7 @@ def _success_rate(key: GroupKey, rows: Sequence[ConditionScore]) -> SuccessRate:
     # the baseline is pooled over directions, so no condition of the group holds it
     unsteered = (round(baseline * first.baseline_samples), first.baseline_samples)
     with_baseline = {0.0: unsteered, **cells}
-    dose_response = trend(
-        list(with_baseline), *([cell[part] for cell in with_baseline.values()] for part in (0, 1))
-    )
+    dose_response = trend(list(with_baseline), *([cell[part] for cell in with_baseline.values()] for part in (0, 1)))
     auc = alpha_auc(with_baseline)
     signs = sign_effects(cells, unsteered)
     at_word_starts = _word_start_cells(rows)

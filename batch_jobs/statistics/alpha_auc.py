@@ -58,4 +58,6 @@ def _auc(hits: Floats, sizes: Floats) -> Floats:
     misses = sizes - hits
     below = np.cumsum(misses, axis=1) - misses / 2
     pairs = hits.sum(axis=1) * misses.sum(axis=1)
-    return np.divide((hits * below).sum(axis=1), pairs, out=np.full(len(hits), np.nan), where=pairs > 0)
+    found = np.full(len(hits), np.nan)
+    np.divide((hits * below).sum(axis=1), pairs, out=found, where=pairs > 0)
+    return found

@@ -92,7 +92,8 @@ def stratified_t_interval(values: Floats, strata: Sequence[str]) -> tuple[float 
         return None, None
     usual = math.fsum(known) / len(known)
     total = math.fsum(
-        len(group) * (usual if variance is None else variance) for group, variance in zip(groups, variances, strict=True)
+        len(group) * (usual if variance is None else variance)
+        for group, variance in zip(groups, variances, strict=True)
     )
     freedom = sum(len(group) - 1 for group in groups)
     half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total) / len(values)

@@ -67,7 +67,9 @@ def partial_correlation(
     count, groups = len(cell_N), len(size_C)
     reason = None
     if count - groups < 2:
-        reason = f"{count} points in {groups} cells of two or more; a partial correlation needs two more points than cells"
+        reason = (
+            f"{count} points in {groups} cells of two or more; a partial correlation needs two more points than cells"
+        )
     elif not (_varies(one_N, first) and _varies(two_N, second)):
         reason = "one side does not vary within any cell"
     if reason is not None:
