@@ -174,7 +174,7 @@ def make_findings(
         if row.success is not None and controlled_direction(row.direction) is None:
             groups.setdefault(group_key(row), []).append(row)
     rates = {group_key(rate): rate for rate in scores.success}
-    asymmetries = (_asymmetry(rates[key], rows) for key, rows in groups.items())
+    asymmetries = (_asymmetry(rates[key], rows) for key, rows in groups.items() if key in rates)
     return Findings(
         asymmetries=tuple(found for found in asymmetries if found),
         failures=tuple(_failures(scores.conditions)),

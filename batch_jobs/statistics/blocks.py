@@ -68,7 +68,8 @@ def grid_slope(outcomes: Outcomes, *, permutations: int = PERMUTATIONS) -> Block
         places = np.array([place[alpha] for alpha in cells])
         centred = places - places @ sizes / sizes.sum()
         coefficients = centred / (centred**2 @ sizes)
-        slopes.append(float(hits @ coefficients))
+        varies = 0 < hits.sum() < sizes.sum()
+        slopes.append(float(hits @ coefficients) if varies else 0.0)  # exactly 0: the sum would leave float dust
         strata.append(scenario)
         blocks.append((hits, sizes, coefficients))
     if not slopes:
