@@ -31,9 +31,11 @@ from batch_jobs.rows.shards import make_shards
 from batch_jobs.run.provenance import StudyRecord
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.behaviour import behaviour_points
-from batch_jobs.scoring.compute_scores import score_generations
+from batch_jobs.scoring.block_outcomes import block_outcomes
+from batch_jobs.scoring.compute_scores import score_measures
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
 from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.measures import measure_generations
 from batch_jobs.scoring.scores_csv import Scores, write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
@@ -117,9 +119,10 @@ def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: 
     grades if there are any."""
     grades = read_grades(run.judgements) if run.judgements.exists() else None
     markers = {scenario.id: scenario.markers for scenario in scenarios.values()}
-    scores = score_generations(run.generations, markers, grades)
+    measures = measure_generations(run.generations, markers)
+    scores = score_measures(measures, grades)
     write_scores(run.scores, scores)
-    write_findings(run.findings, make_findings(scores, validation))
+    write_findings(run.findings, make_findings(scores, validation, block_outcomes(measures)))
     write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades)))
     return scores
 

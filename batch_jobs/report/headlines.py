@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
+from batch_jobs.directions.control import controlled_direction
 from batch_jobs.report.figures.dose_response import dose_responses
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.results import RunResults
@@ -21,8 +22,8 @@ class Headline:
 
 
 def headlines(results: RunResults) -> list[Headline]:
-    """Detection, steering by both rules, dose response, behaviour, coherence and sample count, as far as the run has
-    them."""
+    """Detection, steering by the paper's rule and by Δ, dose response, behaviour, coherence and sample count, as far as
+    the run has them."""
     validation, scores = results.validation, results.scores
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"
@@ -32,9 +33,10 @@ def headlines(results: RunResults) -> list[Headline]:
     found.append(_dose_headline(scores))
     if results.behaviours:
         first = results.behaviours[0]
-        correlation = first.samples.correlation
-        note = f"layer {first.layer}, n {correlation.n}, Spearman ρ {fixed(correlation.spearman_rho, 2)}"
-        found.append(Headline("Projection against behaviour, r", fixed(correlation.pearson_r, 2), note))
+        within = first.within_conditions
+        interval = f"95 % {fixed(within.low, 2)} to {fixed(within.high, 2)}, p {p_value(within.p)}"
+        note = f"given α and scenario; layer {first.layer}, n {within.n}, {interval}"
+        found.append(Headline("Projection against behaviour, r", fixed(within.r, 2), note))
     found.append(_coherence_headline(scores))
     generations = results.generations
     failed = f"{generations.num_failed} failed" if generations.num_failed else "none failed"
@@ -45,27 +47,27 @@ def headlines(results: RunResults) -> list[Headline]:
 
 
 def _success_headlines(scores: Scores) -> list[Headline]:
-    rows = scores.success
-    flagged = sum(row.cannot_rise or row.cannot_fall for row in rows)
-    corrected = [row.corrected_success_rate for row in rows if row.corrected_success_rate is not None]
-    undecided = sum(row.num_alphas - row.num_decidable for row in rows)
-    significant = sum(row.trend_p is not None and row.trend_p < 0.05 for row in rows)
-    rising = p_value(min((row.trend_p for row in rows if row.trend_p is not None), default=None))
+    rows = [row for row in scores.success if controlled_direction(row.direction) is None]
+    flagged = sum(row.num_decided > 0 for row in rows)
+    deltas = [row.delta for row in rows if row.delta is not None]
+    above = sum(row.delta_low is not None and row.delta_low > 0 for row in rows)
+    raw = sum(row.trend_p is not None and row.trend_p < 0.05 for row in rows)
+    significant = sum(row.trend_p_holm is not None and row.trend_p_holm < 0.05 for row in rows)
     return [
         Headline(
             "Steering success, paper\u2019s rule",
             f"{fmean(row.steering_success_rate for row in rows):.3f}",
-            f"mean of {len(rows)}; {flagged} of them decided in part by their unsteered rate",
+            f"mean of {len(rows)}; {flagged} of them decided by their unsteered rate",
         ),
         Headline(
-            "Steering success, corrected",
-            f"{fmean(corrected):.3f}" if corrected else UNKNOWN,
-            f"{undecided} α that could not have gone the other way are left out",
+            "Δ, rate at +α minus rate at −α",
+            f"{fmean(deltas):.2f}" if deltas else UNKNOWN,
+            f"mean of {len(deltas)}; {above} of them with a 95 % interval above 0",
         ),
         Headline(
             "Rising dose response",
             f"{significant} of {len(rows)}",
-            f"trend over all samples with permutation p < 0.05; smallest p {rising}",
+            f"trend with p < 0.05 corrected for their number (Holm); {raw} without the correction",
         ),
     ]
 

@@ -53,12 +53,8 @@ class SuccessRow:
     """Whether the published row has the same model and layer. Otherwise it is the row of REFERENCE_LAYER."""
     read_block: int
     num_unmoved: int
-    """Negative α at which the rate could fall but did not change. The paper's rule counts them as successes."""
-
-    @property
-    def num_decided(self) -> int:
-        """Number of nonzero α whose success under the paper's rule follows from the unsteered rate alone."""
-        return self.ours.num_alphas - self.ours.num_decidable
+    """Negative α at which the rate did not change, where the unsteered rate does not decide the verdict. The paper's
+    rule counts them as successes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def layer_rows(results: RunResults, published: Published) -> tuple[str, list[Lay
 def success_rows(results: RunResults, published: Published) -> list[SuccessRow]:
     """The rows of Table 4, in the order of the scores."""
     unmoved = Counter(
-        group_key(row) for row in results.scores.conditions if row.success and row.decidable and row.effect == 0.0
+        group_key(row) for row in results.scores.conditions if row.success and not row.decided and row.effect == 0.0
     )
     rows = []
     for rate in results.scores.success:

@@ -16,7 +16,7 @@ from batch_jobs.scoring.paper_metric import keyword_grade
 Floats = npt.NDArray[np.float64]
 Strings = npt.NDArray[np.object_]
 """Array of str."""
-_COLUMNS = [*GROUP_COLUMNS, "alpha", "projection_unsteered", "projection_generated"]
+_COLUMNS = [*GROUP_COLUMNS, "seed", "alpha", "projection_unsteered", "projection_generated"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class BehaviourPoints:
     direction: Strings
     op: Strings
     span: Strings
+    seed: Floats
+    """Seed of the sample, as a number that tells seeds apart; NaN where the table has none."""
     alpha: Floats
     projection_unsteered: Floats
     """Projection when the unsteered model reads the completion, in units of the residual stream; NaN where it was not
@@ -39,8 +41,8 @@ class BehaviourPoints:
     projection_generated: Floats
     """Projection during generation, after steering, in the same units; NaN where none was read."""
     grade: npt.NDArray[np.int8]
-    """0, 1 or 2. The judge's grade where there is one, else by keywords: 0 more task words, 1 a tie, 2 more empathy
-    words."""
+    """0, 1 or 2. The judge's grade where there is one, else by keywords: 0 more task words, 1 as many of both, mostly
+    none (no evidence), 2 more empathy words."""
     judged: npt.NDArray[np.bool_]
     """Whether the judge gave the grade."""
 
@@ -68,7 +70,8 @@ def behaviour_points(folder: Path, grades: Mapping[str, int] | None = None) -> B
     points = pa.concat_tables([pa.schema([(name, COLUMN_TYPES[name]) for name in _COLUMNS]).empty_table(), *numbers])
     return BehaviourPoints(
         # nulls of a float column become NaN
-        **{name: points[name].to_numpy() for name in _COLUMNS},
+        **{name: points[name].to_numpy() for name in _COLUMNS if name != "seed"},
+        seed=points["seed"].cast(pa.float64()).to_numpy(),  # seeds are below 2**31, so float64 holds them exactly
         grade=np.array(grade, dtype=np.int8),
         judged=np.array(judged, dtype=np.bool_),
     )

@@ -1,4 +1,4 @@
-"""Offline scoring of steered generations from their Parquet files: the `paper` metric and a corrected one.
+"""Offline scoring of steered generations from their Parquet files: the `paper` metric, and effects with intervals.
 
 A sample is *empathetic* when it holds more distinct empathy keywords than task keywords. Keywords match as substrings
 in any case, so "help" is found in "helpless". A condition's rate is its share of empathetic samples, and
@@ -7,9 +7,13 @@ effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effec
 That success rule has a flaw, kept because the published numbers depend on it: an effect of 0 counts as a success at
 negative α and as a failure at positive α. Where every unsteered sample is already empathetic (`cannot_rise`), no effect
 can be positive, so the success rate is the share of negative α in the grid (0.5 for a symmetric grid), whatever the
-model did. `cannot_fall` marks the mirror case: no effect can be negative, so every negative α succeeds. The corrected
-rate counts a success only for a directional effect above 0, at both signs, and uses only α whose direction the baseline
-allows. Each effect has an exact p.
+model did: all verdicts are decided. Where none is (`cannot_fall`), no effect can be negative, and no verdict is
+decided: a negative α fails where the rate rises.
+
+The headline is therefore Δ, the mean rate at +α minus that at -α, with its interval: it uses no baseline. The corrected
+success rate is kept beside the paper's. It counts a success only for a directional effect above 0, at both signs, and
+leaves out the α that could not move in their direction and did not move; those that moved against it are failures. Each
+effect has an exact p, and one adjusted for the number of conditions.
 
 Needs numpy, scipy and pyarrow only. The cost is one pass over the texts (`batch_jobs.scoring.measures`) plus one hash
 grouping of numbers.
@@ -26,17 +30,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batch_jobs.rows.generation_parts import GROUP_COLUMNS, ScoreError
-from batch_jobs.scoring.count_statistics import directional_p, wilson_interval
 from batch_jobs.scoring.measures import Markers, measure_generations, measure_table
 from batch_jobs.scoring.paper_metric import has_context, is_coherent, is_empathetic
 from batch_jobs.scoring.scores_csv import (
     ConditionScore,
     Scores,
     SuccessRate,
+    among_alike,
     read_scores,
     success_rates,
     write_scores,
 )
+from batch_jobs.statistics.exact_tests import directional_p, false_discovery_q
+from batch_jobs.statistics.rates import wilson_interval
 
 __all__ = [
     "ConditionScore",
@@ -48,13 +54,27 @@ __all__ = [
     "is_empathetic",
     "read_scores",
     "score_generations",
+    "score_measures",
     "score_table",
     "wilson_interval",
     "write_scores",
 ]
 
 _KEYS = (*GROUP_COLUMNS, "alpha")
-_SUMS = ("empathetic", "coherent", "in_context", "empty", "loop", "code_like")
+_SUMS = (
+    "empathetic",
+    "empathetic_word_start",
+    "word_start_change",
+    "coherent",
+    "in_context",
+    "sound",
+    "empty",
+    "loop",
+    "code_like",
+    "soft_loop",
+    "refusal",
+    "short",
+)
 _MEANS = (
     "repetition",
     "compression_ratio",
@@ -80,7 +100,7 @@ def score_generations(
     Raises:
         ScoreError: as for `score_table`; the message names the faulty part, where there is one.
     """
-    return _score(measure_generations(Path(folder), markers or {}, processes), grades)
+    return score_measures(measure_generations(Path(folder), markers or {}, processes), grades)
 
 
 def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping[str, int] | None = None) -> Scores:
@@ -103,11 +123,22 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
     measures = measure_table(table, markers or {})
     if measures.num_rows == 0:
         raise ScoreError("The table has no rows; generate samples before scoring.")
-    return _score(measures, grades)
+    return score_measures(measures, grades)
 
 
-def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
-    measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
+def score_measures(measures: pa.Table, grades: Mapping[str, int] | None = None) -> Scores:
+    """Score the rows that `measure_table` or `measure_generations` returned, as `score_table` does.
+
+    Raises:
+        ScoreError: as for `score_table`.
+    """
+    sound = pc.and_(pc.and_(measures["empathetic"], measures["coherent"]), pc.fill_null(measures["in_context"], True))
+    changed = pc.xor(measures["empathetic"], measures["empathetic_word_start"])
+    measures = (
+        measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
+        .append_column("sound", sound)
+        .append_column("word_start_change", changed)
+    )
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
         # one thread: float sums depend on the order, and the same rows must give bit-identical scores
@@ -127,9 +158,18 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
     )
     baselines = _baselines(groups, failed, unfinished)
     p_values = _directional_p_values(groups, baselines)
+    q_values = among_alike([row["direction"] for row in groups], p_values, false_discovery_q)
+    usual = _unsteered_log_likelihoods(measures)
     conditions = tuple(
-        _condition(row, failed.get(_key(row), 0), unfinished.get(_key(row), 0), baselines[_setting(row)], p)
-        for row, p in zip(groups, p_values, strict=True)
+        _condition(
+            row,
+            failed.get(_key(row), 0),
+            unfinished.get(_key(row), 0),
+            baselines[_setting(row)],
+            (p, q),
+            usual.get(_setting(row)),
+        )
+        for row, p, q in zip(groups, p_values, q_values, strict=True)
     )
     return Scores(conditions=conditions, success=success_rates(conditions))
 
@@ -200,15 +240,28 @@ def _directional_p_values(
     return [next(found) if _judged(row) else None for row in groups]
 
 
+def _unsteered_log_likelihoods(measures: pa.Table) -> dict[_Setting, float]:
+    """Median log-likelihood of the unsteered texts of each setting that has one."""
+    rows = measures.filter(pc.and_(pc.equal(measures["alpha"], 0.0), pc.is_valid(measures["log_likelihood"])))
+    groups = rows.group_by(["model", "layer", "scenario"]).aggregate([("log_likelihood", "list")]).to_pylist()
+    return {_setting(group): float(np.median(group["log_likelihood_list"])) for group in groups}
+
+
 def _condition(
-    row: Mapping[str, Any], failed: int, unfinished: int, baseline: _Counts, p: float | None
+    row: Mapping[str, Any],
+    failed: int,
+    unfinished: int,
+    baseline: _Counts,
+    p_and_q: tuple[float | None, float | None],
+    usual_log_likelihood: float | None,
 ) -> ConditionScore:
     samples, empathetic, alpha = row["count_all"], row["empathetic_sum"], row["alpha"]
     rate, baseline_rate = empathetic / samples, baseline[0] / baseline[1]
     low, high = wilson_interval(empathetic, samples)
     effect = rate - baseline_rate
     judged = _judged(row)
-    in_context = row["in_context_sum"]
+    in_context, likelihood = row["in_context_sum"], row["log_likelihood_mean"]
+    apart = None if likelihood is None or usual_log_likelihood is None else abs(likelihood - usual_log_likelihood)
     return ConditionScore(
         **{name: row[name] for name in GROUP_COLUMNS},
         alpha=alpha,
@@ -222,7 +275,7 @@ def _condition(
         baseline_samples=baseline[1],
         effect=effect,
         directional_effect=(effect if alpha > 0 else -effect) if judged else None,
-        effect_p=p,
+        effect_p=p_and_q[0],
         success=(alpha > 0) == (effect > 0) if judged else None,
         cannot_rise=baseline[0] == baseline[1],
         cannot_fall=baseline[0] == 0,
@@ -233,10 +286,18 @@ def _condition(
         code_like_rate=row["code_like_sum"] / samples,
         mean_repetition=row["repetition_mean"],
         mean_compression_ratio=row["compression_ratio_mean"],
-        mean_log_likelihood=row["log_likelihood_mean"],
+        mean_log_likelihood=likelihood,
         mean_projection_unsteered=row["projection_unsteered_mean"],
         mean_projection_generated=row["projection_generated_mean"],
         mean_completion_tokens=row["completion_tokens_mean"],
         mean_grade=row["grade_mean"],
         unfinished_thoughts=unfinished,
+        effect_q=p_and_q[1],
+        sound_rate=row["sound_sum"] / samples,
+        refusal_rate=row["refusal_sum"] / samples,
+        short_rate=row["short_sum"] / samples,
+        soft_loop_rate=row["soft_loop_sum"] / samples,
+        log_likelihood_distance=apart,
+        empathy_rate_word_start=row["empathetic_word_start_sum"] / samples,
+        word_start_changes=row["word_start_change_sum"] / samples,
     )

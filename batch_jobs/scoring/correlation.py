@@ -1,6 +1,7 @@
 """Correlate the projections of texts with behaviour grades, and detect grade 2 against grade 0 from the projection.
 
-Grades are 0 (non-empathic), 1 (moderate), 2 (empathic), as in the paper's section on behavioural correlation. Needs
+Grades are 0 (non-empathic), 1, 2 (empathic), as in the paper's section on behavioural correlation. Its grade 1 is
+"moderate"; by keywords it is no evidence, a text with as many empathy words as task words, mostly none of both. Needs
 numpy, scipy and scikit-learn only.
 """
 
@@ -20,7 +21,7 @@ from vllm_steer.errors import SteerError
 
 Floats = npt.NDArray[np.float64]
 
-NON_EMPATHIC, MODERATE, EMPATHIC = GRADES = (0, 1, 2)
+NON_EMPATHIC, BETWEEN, EMPATHIC = GRADES = (0, 1, 2)
 
 
 class CorrelationError(SteerError):
@@ -76,8 +77,8 @@ class BehaviouralCorrelation:
 def behavioural_correlation(projections: npt.ArrayLike, grades: npt.ArrayLike) -> BehaviouralCorrelation:
     """Correlate projections with grades, and detect grade 2 against grade 0 from the projection.
 
-    Method: paper, section on behavioural correlation. Its binary numbers use 10 of its 12 points, without the moderate
-    grade.
+    Method: paper, section on behavioural correlation. Its binary numbers use 10 of its 12 points, without those of
+    grade 1.
 
     Args:
         projections: (N,) finite, in units of the residual stream.
@@ -143,7 +144,7 @@ def correlate(first: npt.ArrayLike, second: npt.ArrayLike) -> Correlation:
 
 
 def _detect(projections: Floats, grades: Floats) -> Detection:
-    extreme = grades != MODERATE
+    extreme = grades != BETWEEN
     scores, empathic = projections[extreme], grades[extreme] == EMPATHIC
     reason = None
     if not empathic.any() or empathic.all():

@@ -1,4 +1,5 @@
-"""Detect how a completion fails as text: empty, stuck in a loop, or turned into code. Pure Python and zlib.
+"""Detect how a completion fails as text: empty, short, stuck in a loop, turned into code, a refusal. Pure Python and
+zlib.
 
 These signs flag obvious failures. They do not judge quality.
 """
@@ -13,6 +14,9 @@ from batch_jobs.scoring.word_counts import WordCounts, count_words
 
 LOOP_REPETITION: Final = 0.5
 """A text is a loop from this repetition share on, over the whole text or over its last 4-grams."""
+SOFT_LOOP_REPETITION: Final = 0.35
+"""From this repetition share on, a text that is no loop yet comes back to the same phrases too often to be read. Prose
+of 200 words stays below 0.1."""
 LOOP_TAIL_GRAMS: Final = 40
 """Number of last 4-grams checked on their own, for a text that begins well."""
 LOOP_COMPRESSION_RATIO: Final = 0.2
@@ -27,6 +31,19 @@ MIN_LOOP_WORDS: Final = 3
 WORDS_PER_CODE_SIGN: Final = 10
 """A text with a sign of code for every ten words or fewer is code-like. Prose that names an action has one sign in a
 hundred words."""
+
+SHORT_WORDS: Final = 10
+"""A text of fewer words is short; it is then also too short to count as coherent."""
+REFUSAL_CHARACTERS: Final = 200
+"""A refusal is looked for in this many characters from the beginning, where chat models put it."""
+
+# What chat models say when they decline. Each verb is one that a helper does not use of itself: "I can't help but feel"
+# and "I can't imagine" are no refusals.
+_REFUSAL = re.compile(
+    r"\b(?:can(?:no|['’])t|can not|won['’]t|will not|(?:am|['’]m) (?:un|not )able to)"
+    r" (?:assist|comply|engage in|fulfil|help (?:you )?with|participate|provide|continue with|discuss)"
+    r"|\bas an ai\b"
+)
 
 # Signs of code that prose does not contain. Fenced blocks are no sign: chat models put letters and maps into them. Each
 # pattern comes with the characters that every match begins with; testing for them costs a tenth of the regex search.
@@ -57,6 +74,12 @@ class Degeneration(NamedTuple):
     compression_ratio: float | None
     """zlib level 1 bytes over UTF-8 bytes, > 0; None for an empty text. Short texts do not compress: below about 100
     bytes the ratio approaches and exceeds 1."""
+    soft_loop: bool = False
+    """35 % or more of the 4-grams repeat, over the whole text or over its last 4-grams, but the text is no `loop`."""
+    refusal: bool = False
+    """The text begins with words by which chat models decline ("I can't assist with that")."""
+    short: bool = False
+    """Fewer than ten words, but not empty."""
 
 
 def degeneration(text: str, counts: WordCounts | None = None) -> Degeneration:
@@ -71,22 +94,31 @@ def degeneration(text: str, counts: WordCounts | None = None) -> Degeneration:
     raw = text.encode("utf-8", errors="replace")
     ratio = len(zlib.compress(raw, 1)) / len(raw)
     signs = sum([len(sign.findall(text)) for start, sign in _CODE_SIGNS if start in text])
+    loop = _is_loop(text, counts) or (len(raw) >= MIN_COMPRESSIBLE_BYTES and ratio < LOOP_COMPRESSION_RATIO)
     return Degeneration(
         empty=False,
-        loop=_is_loop(text, counts) or (len(raw) >= MIN_COMPRESSIBLE_BYTES and ratio < LOOP_COMPRESSION_RATIO),
+        loop=loop,
         code_like=signs > 0 and signs * WORDS_PER_CODE_SIGN >= counts.words,
         repetition=counts.repeated_grams / counts.grams if counts.grams else 0.0,
         compression_ratio=ratio,
+        soft_loop=not loop and counts.words >= MIN_GRAM_WORDS and _repeats(text, counts, SOFT_LOOP_REPETITION),
+        refusal=_REFUSAL.search(text[:REFUSAL_CHARACTERS].lower()) is not None,
+        short=counts.words < SHORT_WORDS,
     )
 
 
 def _is_loop(text: str, counts: WordCounts) -> bool:
     if counts.words < MIN_GRAM_WORDS:
         return counts.words >= MIN_LOOP_WORDS and counts.distinct == 1
-    if counts.repeated_grams >= LOOP_REPETITION * counts.grams:
+    return _repeats(text, counts, LOOP_REPETITION)
+
+
+def _repeats(text: str, counts: WordCounts, share: float) -> bool:
+    """Whether at least this share of the 4-grams repeats, over the whole text or over its tail."""
+    if counts.repeated_grams >= share * counts.grams:
         return True
     # shortcut: most texts repeat less as a whole than a looping tail alone would
-    if counts.grams <= LOOP_TAIL_GRAMS or counts.repeated_grams < LOOP_REPETITION * LOOP_TAIL_GRAMS:
+    if counts.grams <= LOOP_TAIL_GRAMS or counts.repeated_grams < share * LOOP_TAIL_GRAMS:
         return False
     tail = count_words(" ".join(text.split()[-LOOP_TAIL_GRAMS - 3 :]))
-    return tail.repeated_grams >= LOOP_REPETITION * LOOP_TAIL_GRAMS
+    return tail.repeated_grams >= share * LOOP_TAIL_GRAMS

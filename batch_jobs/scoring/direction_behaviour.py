@@ -8,6 +8,7 @@ with any effect of α, whether or not the text shows one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from batch_jobs.scoring.correlation import (
     behavioural_correlation,
     condition_correlation,
 )
+from batch_jobs.statistics.partial_correlation import PartialCorrelation, partial_correlation
 
 MAX_POINTS = 400
 """Points kept per layer and direction for the scatter plot. The coefficients use all points."""
@@ -51,8 +53,12 @@ class DirectionBehaviour:
     """`both`: the judge's grade where there is one, the keywords' grade elsewhere."""
     left_out: int
     """Completions without a projection: empty ones, or all where the run did not read its completions again."""
+    within_conditions: PartialCorrelation
+    """The headline: r of projection and grade given α and scenario (and op and span), whose cells are the conditions.
+    Clusters of the interval are the scenarios' seeds; without seeds, every completion is one."""
     samples: BehaviouralCorrelation
-    """One point per completion, over all α. Completions of one condition are not independent, so p is too small."""
+    """One point per completion, over all α. α moves projection and grade both, so this r is that of α to a large part.
+    Completions of one condition are not independent, so p is too small."""
     unsteered_samples: BehaviouralCorrelation
     """As `samples`, but α = 0 only, which excludes steered and possibly broken text."""
     conditions: Correlation
@@ -112,6 +118,11 @@ def _direction_behaviour(
     used = np.flatnonzero(chosen & np.isfinite(points.projection_unsteered))
     projections, grades, alphas = points.projection_unsteered[used], points.grade[used], points.alpha[used]
     baseline = alphas == 0.0
+    seeds = points.seed[used].tolist()
+    clusters = [
+        (scenario, index if math.isnan(seed) else seed, math.isnan(seed))
+        for index, (scenario, seed) in enumerate(zip(points.scenario[used].tolist(), seeds, strict=True))
+    ]
     judged = points.judged[chosen]
     conditions = list(zip(points.scenario[used], points.op[used], points.span[used], alphas.tolist(), strict=True))
     drawn = np.arange(len(used))
@@ -122,6 +133,7 @@ def _direction_behaviour(
         direction=direction,
         graded_by="judge" if judged.all() else "both" if judged.any() else "keywords",
         left_out=int(chosen.sum()) - len(used),
+        within_conditions=partial_correlation(projections, grades, conditions, clusters),
         samples=behavioural_correlation(projections, grades),
         unsteered_samples=behavioural_correlation(projections[baseline], grades[baseline]),
         conditions=condition_correlation(projections, grades, conditions),

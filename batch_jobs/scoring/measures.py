@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -49,8 +50,9 @@ def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
 
     Returns:
         The columns of COLUMN_TYPES without the texts; `failed` (the row has an error); `in_thought` (it ended inside a
-        thought); and, null for rows without an answer, `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
-        `code_like`, `repetition` and `compression_ratio`. `in_context` is also null where the scenario has no markers.
+        thought); and, null for rows without an answer, `empathetic`, `empathetic_word_start` (the same with keywords at
+        word starts only), `coherent`, `in_context` and the fields of `Degeneration`. `in_context` is also null where
+        the scenario has no markers.
 
     Raises:
         ScoreError: as for `scoring_columns`.
@@ -102,6 +104,7 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         coherent.append(is_coherent(text, counts))
     columns = {
         "empathetic": pa.array(words.count_found(EMPATHY_KEYWORDS) > words.count_found(TASK_KEYWORDS)),
+        "empathetic_word_start": pa.array(more_at_word_starts(words, EMPATHY_KEYWORDS, TASK_KEYWORDS)),
         "coherent": pa.array(coherent, pa.bool_()),
         "in_context": _in_context(table["scenario"], words, markers),
         **{name: pa.array([getattr(sign, name) for sign in signs], kind) for name, kind in _SIGNS.items()},
@@ -110,6 +113,14 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         table = table.append_column(name, pc.if_else(unanswered, None, column))
     table = table.drop_columns(["completion", "error", "thought"])
     return table.append_column("failed", failed).append_column("in_thought", unfinished)
+
+
+def more_at_word_starts(words: WordIndex, keywords: Sequence[str], opposite: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """(N,) bool: whether a text holds more distinct `keywords` than `opposite` ones, both counted at word starts only.
+
+    It tells how far a verdict rests on matches inside other words: "win" in "following", "care" in "scared".
+    """
+    return words.count_found(keywords, word_start=True) > words.count_found(opposite, word_start=True)
 
 
 def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:

@@ -64,7 +64,7 @@ def read_published_generations(raw: Path) -> pa.Table:
     """Read the samples of a raw file as rows for `score_table`, in the file's order.
 
     `model` is the file's `model_key`. A null sample is an empty completion, as in the original's counts. A condition
-    without samples has no row. Columns that the file does not hold (token counts, projections, norms) are null.
+    without samples has no row. Columns that the file does not hold (seeds, token counts, projections, norms) are null.
 
     Raises:
         ScoreError: the file is absent, not JSON, of another structure, holds text without a UTF-8 form, or has no
@@ -79,13 +79,14 @@ def read_published_generations(raw: Path) -> pa.Table:
             "op": OP,
             "span": SPAN,
             "alpha": condition.alpha,
+            "sample": number,
             "completion": sample or "",
         }
         for model in _models(raw)
         for result in model.layer_results
         for experiment in result.experiments
         for condition in experiment.conditions
-        for sample in condition.samples or ()
+        for number, sample in enumerate(condition.samples or ())
     ]
     if not rows:
         raise ScoreError(f"{raw} holds no samples; give a raw file of steered generations.")

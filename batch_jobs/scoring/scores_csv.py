@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from batch_jobs.directions.control import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.rows.generation_parts import ScoreError as ScoreError  # re-exported: reading scores raises it
-from batch_jobs.scoring.count_statistics import balance, trend
+from batch_jobs.statistics.alpha_auc import alpha_auc
+from batch_jobs.statistics.exact_tests import holm_p
+from batch_jobs.statistics.rates import Cell
+from batch_jobs.statistics.signs_of_alpha import delta, sign_effects
+from batch_jobs.statistics.trend import trend
 
 GroupKey = tuple[str, int, str, str, str, str]
 
@@ -50,13 +55,15 @@ class ConditionScore:
     """`effect` times the sign of α: above 0 when the effect has the expected direction. None at α = 0 and for ops other
     than `add`, where the sign of α does not determine the expected direction."""
     effect_p: float | None
-    """Fisher's exact one-sided p that the directional effect is above 0; None where `directional_effect` is None."""
+    """Boschloo's exact one-sided p that the directional effect is above 0; None where `directional_effect` is None."""
     success: bool | None
     """The paper's rule, (α > 0) == (effect > 0); None where `directional_effect` is None."""
     cannot_rise: bool
-    """The baseline is 1.0: no effect can be above 0."""
+    """The baseline is 1.0: no effect can be above 0. By the paper's rule every negative α succeeds and every positive α
+    fails, whatever the model does."""
     cannot_fall: bool
-    """The baseline is 0.0: no effect can be below 0."""
+    """The baseline is 0.0: no effect can be below 0. That decides nothing by the paper's rule: a negative α fails where
+    the rate rises and succeeds only where it stays at 0."""
     coherence_rate: float
     context_rate: float | None
     """Share of samples in context; None where the scenario has no markers."""
@@ -81,16 +88,51 @@ class ConditionScore:
     """Mean of the judge's grades, in 0..2, over the samples that have one; None without a judge."""
     unfinished_thoughts: int = 0
     """Rows without an answer, because the generation ended inside a thought."""
+    effect_q: float | None = None
+    """`effect_p` adjusted by Benjamini and Hochberg for the number of conditions that have one. Conditions of control
+    directions are adjusted among themselves."""
+    sound_rate: float | None = None
+    """Share of samples that are empathetic, coherent and, where the scenario has markers, in context: a rate that
+    broken text cannot raise."""
+    refusal_rate: float | None = None
+    """Share of samples that begin by declining ("I can't assist with that")."""
+    short_rate: float | None = None
+    """Share of samples of fewer than ten words, without empty ones."""
+    soft_loop_rate: float | None = None
+    """Share of samples of which 35 % or more of the 4-grams repeat, without those of `loop_rate`."""
+    log_likelihood_distance: float | None = None
+    """|`mean_log_likelihood` - median of the unsteered texts of the same model, layer and scenario|, in nats per token.
+    Text that the model would not write has a low log-likelihood, and a loop a high one; both lie far from the
+    median."""
+    empathy_rate_word_start: float | None = None
+    """`empathy_rate` with keywords counted at word starts only, where "win" is not found in "following"."""
+    word_start_changes: float | None = None
+    """Share of samples whose verdict changes by that."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether the baseline alone decides `success`."""
+        return self.success is not None and self.cannot_rise
 
     @property
     def decidable(self) -> bool:
-        """Whether the condition has a `success` and the baseline allows an effect in the direction of α."""
-        return self.success is not None and not (self.cannot_rise if self.alpha > 0 else self.cannot_fall)
+        """Whether the corrected rate counts the condition: the baseline allows an effect in the direction of α, or the
+        effect is against it. Only a rate that cannot move in the direction of α and did not move is left out."""
+        room = not (self.cannot_rise if self.alpha > 0 else self.cannot_fall)
+        return self.success is not None and (room or self.effect != 0.0)
+
+    @property
+    def cell(self) -> Cell:
+        """Empathetic samples and samples."""
+        return round(self.empathy_rate * self.samples), self.samples  # exact: k / n times n is within an ulp of k
 
 
 @dataclass(frozen=True)
 class SuccessRate:
-    """The paper's headline number for one (model, layer, scenario, direction, op, span), and its corrections."""
+    """The paper's number and ours for one (model, layer, scenario, direction, op, span).
+
+    `delta` is the headline: it needs no baseline. Intervals are 95 %; `docs/reference/statistics.md` has the formulas.
+    """
 
     model: str
     layer: int
@@ -99,27 +141,56 @@ class SuccessRate:
     op: str
     span: str
     steering_success_rate: float
-    """Share of the nonzero α that succeed by the paper's rule. Interpret it together with the two flags."""
+    """Share of the nonzero α that succeed by the paper's rule, ties included. Read it with `num_decided`."""
     baseline_empathy_rate: float
     num_alphas: int
     """Number of nonzero α."""
+    delta: float | None
+    """Mean empathetic rate at +α minus that at -α over the |α| run with both signs, in -1..1; None where there is
+    none."""
+    delta_low: float | None
+    delta_high: float | None
     coherence_rate: float
     """Share of coherent samples over these nonzero α."""
     cannot_rise: bool
     """Every unsteered sample is empathetic, so the paper's rate is the share of negative α, whatever the model did."""
     cannot_fall: bool
-    """No unsteered sample is empathetic, so every negative α counts as a success, whatever the model did."""
+    """No unsteered sample is empathetic, so a negative α succeeds where the rate stays at 0 and fails where it
+    rises."""
+    num_decided: int
+    """Number of nonzero α whose success by the paper's rule the baseline alone decides: all of them where
+    `cannot_rise`, else none."""
     corrected_success_rate: float | None
-    """Share of the decidable α whose directional effect is above 0; None when no α is decidable."""
+    """Share of the decidable α whose directional effect is above 0; None when no α is decidable. Superseded by `delta`:
+    ties fail, so without any effect it averages below one half."""
     num_decidable: int
-    """Number of nonzero α whose direction the baseline allows. The corrected rate ignores the others."""
+    """Number of nonzero α that the corrected rate counts: the baseline allows an effect in the direction of α, or the
+    effect is against it."""
     trend: float | None
     """Spearman correlation of α and empathetic (0/1) over all samples, baseline included, in -1..1; None when all
     samples are alike."""
     trend_p: float | None
     """One-sided permutation p that the trend is above 0."""
-    asymmetry: float | None
-    """(gain at +α - loss at -α) / (|gain| + |loss|), in -1..1; see `batch_jobs.scoring.count_statistics.Balance`."""
+    trend_p_holm: float | None
+    """`trend_p` adjusted by Holm for the number of trends. Those of control directions are adjusted among
+    themselves."""
+    alpha_auc: float | None
+    """P(α of an empathetic sample > α of another), ties one half, over all samples, baseline included; 0.5 without a
+    trend, 1 for a perfect step. None when all samples are alike."""
+    alpha_auc_low: float | None
+    alpha_auc_high: float | None
+    gain: float | None
+    """Mean rise of the empathetic rate at +α against the baseline, over the |α| run with both signs, in -1..1."""
+    loss: float | None
+    """Mean fall at -α. `gain + loss` is `delta`."""
+    gain_minus_loss: float | None
+    """In -2..2; its interval includes the uncertainty of the baseline."""
+    gain_minus_loss_low: float | None
+    gain_minus_loss_high: float | None
+    delta_word_start: float | None
+    """`delta` with keywords counted at word starts only."""
+    word_start_changes: float | None
+    """Share of the samples at these nonzero α whose verdict changes by that."""
 
 
 @dataclass(frozen=True)
@@ -142,36 +213,87 @@ def success_rates(conditions: Iterable[ConditionScore]) -> tuple[SuccessRate, ..
     for row in conditions:
         if row.success is not None:
             groups.setdefault(group_key(row), []).append(row)
-    return tuple(_success_rate(key, rows) for key, rows in groups.items())
+    rates = [_success_rate(key, rows) for key, rows in groups.items()]
+    adjusted = among_alike([rate.direction for rate in rates], [rate.trend_p for rate in rates], holm_p)
+    return tuple(replace(rate, trend_p_holm=p) for rate, p in zip(rates, adjusted, strict=True))
+
+
+def among_alike(
+    directions: Sequence[str],
+    p_values: Sequence[float | None],
+    adjust: Callable[[Sequence[float | None]], list[float | None]],
+) -> list[float | None]:
+    """Adjust the p values of control directions and those of all other directions apart.
+
+    `directions`: the direction that each p value is of.
+    """
+    control = [controlled_direction(name) is not None for name in directions]
+    # of each family the other's places are None, which `adjust` leaves alone
+    families = [
+        adjust([p if own == family else None for p, own in zip(p_values, control, strict=True)])
+        for family in (False, True)
+    ]
+    return [families[own][index] for index, own in enumerate(control)]
 
 
 def _success_rate(key: GroupKey, rows: Sequence[ConditionScore]) -> SuccessRate:
     first = rows[0]
     baseline = first.baseline_empathy_rate
     decidable = [row for row in rows if row.decidable]
-    # rounding recovers the counts exactly: k / n times n is within an ulp of k
-    dose_response = trend(
-        [0.0, *(row.alpha for row in rows)],
-        [round(baseline * first.baseline_samples), *(round(row.empathy_rate * row.samples) for row in rows)],
-        [first.baseline_samples, *(row.samples for row in rows)],
-    )
-    signs = balance({row.alpha: row.empathy_rate for row in rows}, baseline)
+    cells = {row.alpha: row.cell for row in rows}
+    # the baseline is pooled over directions, so no condition of the group holds it
+    unsteered = (round(baseline * first.baseline_samples), first.baseline_samples)
+    with_baseline = {0.0: unsteered, **cells}
+    dose_response = trend(list(with_baseline), *([cell[part] for cell in with_baseline.values()] for part in (0, 1)))
+    auc = alpha_auc(with_baseline)
+    signs = sign_effects(cells, unsteered)
+    at_word_starts = _word_start_cells(rows)
+    shifted = delta(at_word_starts) if at_word_starts else None
+    samples = sum(row.samples for row in rows)
     return SuccessRate(
         *key,
         steering_success_rate=sum(row.success is True for row in rows) / len(rows),
         baseline_empathy_rate=baseline,
         num_alphas=len(rows),
-        coherence_rate=sum(row.coherence_rate * row.samples for row in rows) / sum(row.samples for row in rows),
+        delta=signs.delta.value if signs else None,
+        delta_low=signs.delta.low if signs else None,
+        delta_high=signs.delta.high if signs else None,
+        coherence_rate=sum(row.coherence_rate * row.samples for row in rows) / samples,
         cannot_rise=first.cannot_rise,
         cannot_fall=first.cannot_fall,
+        num_decided=sum(row.decided for row in rows),
         corrected_success_rate=(
             sum((row.directional_effect or 0.0) > 0 for row in decidable) / len(decidable) if decidable else None
         ),
         num_decidable=len(decidable),
         trend=dose_response.rho if dose_response else None,
         trend_p=dose_response.p if dose_response else None,
-        asymmetry=signs.index if signs else None,
+        trend_p_holm=None,  # needs the other groups
+        alpha_auc=auc.value if auc else None,
+        alpha_auc_low=auc.low if auc else None,
+        alpha_auc_high=auc.high if auc else None,
+        gain=signs.gain if signs else None,
+        loss=signs.loss if signs else None,
+        gain_minus_loss=signs.gain_minus_loss.value if signs else None,
+        gain_minus_loss_low=signs.gain_minus_loss.low if signs else None,
+        gain_minus_loss_high=signs.gain_minus_loss.high if signs else None,
+        delta_word_start=shifted.value if shifted else None,
+        word_start_changes=(
+            sum(round((row.word_start_changes or 0.0) * row.samples) for row in rows) / samples
+            if at_word_starts
+            else None
+        ),
     )
+
+
+def _word_start_cells(rows: Sequence[ConditionScore]) -> dict[float, Cell] | None:
+    """As the conditions' `cell`, with keywords at word starts; None for scores of earlier versions, without them."""
+    cells = {}
+    for row in rows:
+        if row.empathy_rate_word_start is None:
+            return None
+        cells[row.alpha] = round(row.empathy_rate_word_start * row.samples), row.samples
+    return cells
 
 
 def write_scores(path: Path, scores: Scores) -> Path:

@@ -1,6 +1,8 @@
-"""Findings beyond rates: which sign of α works, how texts fail, and whether the best detection layer also steers best.
+"""Findings beyond rates: which sign of α works, how texts fail, what the whole grid says, whether a direction does more
+than its controls, and whether the best detection layer also steers best.
 
-Everything is computed from the scores and the validation, without the texts, and stored as `findings.json`.
+Everything is computed from the scores, the measures and the validation, without the texts, and stored as
+`findings.json`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from typing import Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from batch_jobs.directions.control import controlled_direction
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.rows.generation_parts import ScoreError
-from batch_jobs.scoring.count_statistics import balance
+from batch_jobs.scoring.block_outcomes import BlockOutcomes, GridKey
 from batch_jobs.scoring.scores_csv import ConditionScore, GroupKey, Scores, SuccessRate, group_key
+from batch_jobs.statistics.against_controls import AgainstControls, against_controls
+from batch_jobs.statistics.blocks import BlockMean, grid_slope
 
 Sign = Literal["negative", "zero", "positive"]
 _SIGNS: Final[tuple[Sign, ...]] = ("negative", "zero", "positive")
@@ -37,9 +42,11 @@ class Asymmetry:
     """Mean rise of the empathetic rate at +α, in -1..1."""
     loss: float
     """Mean fall of the empathetic rate at -α, in -1..1."""
-    index: float | None
-    """(gain - loss) / (|gain| + |loss|), in -1..1; None when neither sign moves the rate, or the baseline is 0 or
-    1."""
+    gain_minus_loss: float
+    """Above 0 when +α moves the rate more, in -2..2."""
+    gain_minus_loss_low: float
+    """95 % interval, with the uncertainty of the unsteered rate."""
+    gain_minus_loss_high: float
     coherence_positive: float
     """Mean coherence rate at +α."""
     coherence_negative: float
@@ -69,6 +76,39 @@ class FailureSignature:
     mean_repetition: float
     mean_log_likelihood: float | None
     """Mean over the conditions that have one, in nats per token."""
+    soft_loop_rate: float
+    refusal_rate: float
+    short_rate: float
+    log_likelihood_distance: float | None
+    """Mean over the conditions that have one of |mean log-likelihood - median of the unsteered texts|, in nats per
+    token."""
+
+
+@dataclass(frozen=True)
+class GridEffect:
+    """One number for a whole grid: (model, layer, direction, span), op `add`, over all scenarios, seeds and α."""
+
+    model: str
+    layer: int
+    direction: str
+    span: str
+    slope: BlockMean
+    """Fitted change of the outcome's rate from the lowest α to the highest."""
+
+
+@dataclass(frozen=True)
+class ControlEffect:
+    """A direction against its control directions, at one model, layer and span, op `add`."""
+
+    model: str
+    layer: int
+    direction: str
+    span: str
+    scenario: str | None
+    """None: all scenarios together."""
+    controls: tuple[str, ...]
+    """Names of the controls, in the order of `comparison.control_deltas`."""
+    comparison: AgainstControls
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,8 @@ class LayerMerit:
     """How well one layer steers and detects."""
 
     layer: int
+    delta: float | None
+    """Mean over the scenarios that have one."""
     corrected_success_rate: float | None
     """Mean over the scenarios that have one."""
     steering_success_rate: float
@@ -96,8 +138,8 @@ class LayerComparison:
     layers: tuple[LayerMerit, ...]
     """Steered layers, ascending."""
     best_steering_layer: int | None
-    """Layer with the highest corrected success rate. Ties go to the larger trend, then to the lower layer. None where
-    no scenario has a corrected rate."""
+    """Layer with the highest Δ. Ties go to the larger trend, then to the lower layer. None where no scenario has
+    one."""
     best_detection_layer: int | None
     """The validation's best layer, which may be one that was not steered; None without a validation."""
 
@@ -109,19 +151,36 @@ class Findings:
     asymmetries: tuple[Asymmetry, ...]
     failures: tuple[FailureSignature, ...]
     layers: tuple[LayerComparison, ...]
+    grid: tuple[GridEffect, ...]
+    controls: tuple[ControlEffect, ...]
 
 
-def make_findings(scores: Scores, validation: Validation | None = None) -> Findings:
-    """Compute findings from scores, and from a validation of the same directions where there is one."""
+def make_findings(
+    scores: Scores, validation: Validation | None = None, outcomes: BlockOutcomes | None = None
+) -> Findings:
+    """Compute findings.
+
+    Control directions have failure signatures, and appear beside their direction in `controls`; the other findings are
+    of the directions themselves.
+
+    Args:
+        scores: of the run.
+        validation: of the same directions, where there is one.
+        outcomes: of the same rows; without them there are no `grid` and no `controls`.
+    """
+    outcomes = outcomes or {}
     groups: dict[GroupKey, list[ConditionScore]] = {}
     for row in scores.conditions:
-        if row.success is not None:
+        if row.success is not None and controlled_direction(row.direction) is None:
             groups.setdefault(group_key(row), []).append(row)
-    asymmetries = (_asymmetry(key, rows) for key, rows in groups.items())
+    rates = {group_key(rate): rate for rate in scores.success}
+    asymmetries = (_asymmetry(rates[key], rows) for key, rows in groups.items() if key in rates)
     return Findings(
         asymmetries=tuple(found for found in asymmetries if found),
         failures=tuple(_failures(scores.conditions)),
         layers=tuple(_layer_comparisons(scores.success, validation)),
+        grid=tuple(_grid_effects(outcomes)),
+        controls=tuple(_control_effects(outcomes)),
     )
 
 
@@ -149,15 +208,16 @@ def read_findings(path: Path) -> Findings:
 _JSON = TypeAdapter(Findings)
 
 
-def _asymmetry(key: GroupKey, rows: list[ConditionScore]) -> Asymmetry | None:
+def _asymmetry(rate: SuccessRate, rows: list[ConditionScore]) -> Asymmetry | None:
     by_alpha = {row.alpha: row for row in rows}
-    found = balance({alpha: row.empathy_rate for alpha, row in by_alpha.items()}, rows[0].baseline_empathy_rate)
-    if found is None:
+    numbers = rate.gain, rate.loss, rate.gain_minus_loss, rate.gain_minus_loss_low, rate.gain_minus_loss_high
+    gain, loss, difference, low, high = numbers
+    if gain is None or loss is None or difference is None or low is None or high is None:
         return None
     paired = [alpha for alpha in by_alpha if alpha > 0 and -alpha in by_alpha]
     positive = math.fsum(by_alpha[alpha].coherence_rate for alpha in paired) / len(paired)
     negative = math.fsum(by_alpha[-alpha].coherence_rate for alpha in paired) / len(paired)
-    return Asymmetry(*key, found.gain, found.loss, found.index, positive, negative, positive - negative)
+    return Asymmetry(*group_key(rate), gain, loss, difference, low, high, positive, negative, positive - negative)
 
 
 def _failures(conditions: Iterable[ConditionScore]) -> Iterable[FailureSignature]:
@@ -190,17 +250,50 @@ def _failure(key: tuple[str, int, str, str, str], sign: Sign, rows: list[Conditi
         code_like_rate=mean("code_like_rate"),
         mean_repetition=mean("mean_repetition"),
         mean_log_likelihood=_mean(row.mean_log_likelihood for row in rows),
+        soft_loop_rate=mean("soft_loop_rate"),
+        refusal_rate=mean("refusal_rate"),
+        short_rate=mean("short_rate"),
+        log_likelihood_distance=_mean(row.log_likelihood_distance for row in rows),
     )
+
+
+def _grid_effects(outcomes: BlockOutcomes) -> Iterable[GridEffect]:
+    for key, blocks in outcomes.items():
+        slope = grid_slope(blocks) if controlled_direction(key.direction) is None else None
+        if slope is not None:
+            yield GridEffect(key.model, key.layer, key.direction, key.span, slope)
+
+
+def _control_effects(outcomes: BlockOutcomes) -> Iterable[ControlEffect]:
+    controls: dict[GridKey, list[GridKey]] = {}
+    for key in outcomes:
+        if (real := controlled_direction(key.direction)) is not None:
+            controls.setdefault(GridKey(key.model, key.layer, real, key.span), []).append(key)
+    for key, others in controls.items():
+        if key not in outcomes:
+            continue
+        names = tuple(other.direction for other in others)
+        scenarios = sorted({scenario for scenario, _ in outcomes[key]})
+        for scenario in (None, *scenarios):
+            direction, *rest = (
+                {place: cells for place, cells in outcomes[one].items() if scenario in (None, place[0])}
+                for one in (key, *others)
+            )
+            comparison = against_controls(direction, rest)
+            if comparison is not None:
+                yield ControlEffect(key.model, key.layer, key.direction, key.span, scenario, names, comparison)
 
 
 def _layer_comparisons(rates: Iterable[SuccessRate], validation: Validation | None) -> Iterable[LayerComparison]:
     settings: dict[tuple[str, str, str], dict[int, list[SuccessRate]]] = {}
     for rate in rates:
+        if controlled_direction(rate.direction) is not None:
+            continue
         layers = settings.setdefault((rate.model, rate.direction, rate.span), {})
         layers.setdefault(rate.layer, []).append(rate)
     for (model, direction, span), layers in settings.items():
         merits = tuple(_merit(layer, layers[layer], validation) for layer in sorted(layers))
-        decided = [merit for merit in merits if merit.corrected_success_rate is not None]
+        decided = [merit for merit in merits if merit.delta is not None]
         yield LayerComparison(
             model=model,
             direction=direction,
@@ -215,6 +308,7 @@ def _merit(layer: int, rates: list[SuccessRate], validation: Validation | None) 
     validated = validation.layers.get(layer) if validation else None
     return LayerMerit(
         layer=layer,
+        delta=_mean(rate.delta for rate in rates),
         corrected_success_rate=_mean(rate.corrected_success_rate for rate in rates),
         steering_success_rate=math.fsum(rate.steering_success_rate for rate in rates) / len(rates),
         trend=_mean(rate.trend for rate in rates),
@@ -224,7 +318,7 @@ def _merit(layer: int, rates: list[SuccessRate], validation: Validation | None) 
 
 def _rank(merit: LayerMerit) -> tuple[float, float, int]:
     # an undefined trend (all outcomes equal) ranks as 0
-    return merit.corrected_success_rate or 0.0, merit.trend or 0.0, -merit.layer
+    return merit.delta or 0.0, merit.trend or 0.0, -merit.layer
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -6,6 +6,7 @@ exact: words are numbered, not hashed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -49,13 +50,19 @@ class WordIndex:
         repeated = counts - self._distinct(rows[whole], grams[whole])
         return map(WordCounts, *(column.tolist() for column in (words, distinct, counts, repeated)))
 
-    def count_found(self, keywords: Collection[str], within: npt.NDArray[np.bool_] | None = None) -> _Numbers:
+    def count_found(
+        self, keywords: Collection[str], within: npt.NDArray[np.bool_] | None = None, *, word_start: bool = False
+    ) -> _Numbers:
         """(N,) int64: how many distinct `keywords` occur in each text, as substrings in any case.
 
-        `within`: (N,) bool; texts outside it count 0.
+        Args:
+            keywords: words or phrases.
+            within: (N,) bool; texts outside it count 0.
+            word_start: an occurrence must not follow a letter, digit or underscore, so that "win" is found in "winner"
+                but not in "following".
         """
         lowered = {keyword.lower() for keyword in keywords}
-        holding = self._texts_holding({part for keyword in lowered for part in keyword.split()})
+        holding = self._texts_holding({part for keyword in lowered for part in keyword.split()}, word_start)
         found = np.zeros(len(self._texts), dtype=np.int64)
         for keyword in lowered:
             parts = keyword.split()
@@ -63,14 +70,15 @@ class WordIndex:
             for part in parts:
                 holds &= holding[part]
             if parts != [keyword]:  # the keyword spans words, whose order in the text must be checked
+                phrase = re.compile((r"(?<!\w)" if word_start else "") + re.escape(keyword))
                 for row in np.flatnonzero(holds):
-                    holds[row] = keyword in self._texts[row].as_py().lower()
+                    holds[row] = phrase.search(self._texts[row].as_py().lower()) is not None
             found += holds
         return found
 
-    def _texts_holding(self, parts: Collection[str]) -> dict[str, npt.NDArray[np.bool_]]:
+    def _texts_holding(self, parts: Collection[str], word_start: bool) -> dict[str, npt.NDArray[np.bool_]]:
         """Lower-case part of a word -> (N,) bool: which texts have a word that contains it."""
-        matches = {part: pc.match_substring(self._vocabulary, part).to_numpy(zero_copy_only=False) for part in parts}
+        matches = {part: self._words_holding(part, word_start).to_numpy(zero_copy_only=False) for part in parts}
         anything = np.zeros(len(self._vocabulary), dtype=np.bool_)
         for match in matches.values():
             anything |= match
@@ -79,6 +87,14 @@ class WordIndex:
         return {
             part: np.bincount(rows[match[numbers]], minlength=len(self._texts)) > 0 for part, match in matches.items()
         }
+
+    def _words_holding(self, part: str, word_start: bool) -> pa.Array:
+        """Boolean for each word of the vocabulary: whether it contains the part."""
+        if not word_start:
+            return pc.match_substring(self._vocabulary, part)
+        # RE2 has no lookbehind; its \w is ASCII only, so letters and digits are named by Unicode class
+        escaped = "".join(f"\\x{{{ord(character):x}}}" for character in part)
+        return pc.match_substring_regex(self._vocabulary, rf"(?:^|[^\pL\pN_]){escaped}")
 
     def _distinct(self, rows: _Numbers, keys: _Numbers) -> _Numbers:
         """Number of distinct keys of each text. `rows` ascend, and keys of a later row are greater."""

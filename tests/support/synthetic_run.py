@@ -20,8 +20,10 @@ from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadou
 from batch_jobs.directions.validate_directions import validate_study
 from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.scoring.behaviour import behaviour_points
-from batch_jobs.scoring.compute_scores import score_generations
+from batch_jobs.scoring.block_outcomes import block_outcomes
+from batch_jobs.scoring.compute_scores import score_measures
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
+from batch_jobs.scoring.measures import measure_generations
 from batch_jobs.scoring.scores_csv import write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 
@@ -128,9 +130,10 @@ def write_run(
     for index, part in enumerate((rows[:half], rows[half:])):
         pq.write_table(pa.Table.from_pylist(part, schema=schema), place / f"part-{index}.parquet")
     (place / ".part-2.parquet").write_bytes(b"half a file")
-    scores = score_generations(folder / "generations", MARKERS, processes=1)
+    measures = measure_generations(folder / "generations", MARKERS, processes=1)
+    scores = score_measures(measures)
     write_scores(folder / "scores.csv", scores)
-    write_findings(folder / "findings.json", make_findings(scores, validation))
+    write_findings(folder / "findings.json", make_findings(scores, validation, block_outcomes(measures)))
     write_behaviour(folder / "behaviour.json", direction_behaviours(behaviour_points(folder / "generations")))
     document = {"config": of.model_dump(mode="json") if config is None else config, "versions": {"vllm": "0.32.0"}}
     (folder / "provenance.json").write_text(json.dumps(document), encoding="utf-8")

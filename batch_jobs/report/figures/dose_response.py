@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batch_jobs.scoring.count_statistics import wilson_interval
 from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting
+from batch_jobs.statistics.rates import wilson_interval
 
 
 @dataclass(frozen=True)

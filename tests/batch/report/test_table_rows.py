@@ -54,9 +54,9 @@ def test_a_published_model_stands_beside_itself(results: RunResults) -> None:
 def test_success_rows_count_what_the_rule_decides_and_what_never_moved(results: RunResults) -> None:
     rows = {(row.ours.layer, row.ours.scenario): row for row in success_rows(results, read_published())}
     listener = rows[16, "the_listener"]
-    assert (listener.num_decided, listener.num_unmoved) == (3, 0)
+    assert (listener.ours.num_decided, listener.num_unmoved) == (6, 0)
     protector = rows[16, "the_protector"]  # 2 of 5 kind at 0 and at -0.1 norms
-    assert (protector.num_decided, protector.num_unmoved) == (0, 1)
+    assert (protector.ours.num_decided, protector.num_unmoved) == (0, 1)
     assert protector.published is not None
     assert not protector.same
     assert (protector.published.layer, protector.published.success_rate) == (16, 0.875)

@@ -99,10 +99,26 @@ def test_a_ceiling_baseline_gives_one_half_whatever_the_model_does(seed: int) ->
     assert rate.steering_success_rate == 0.5
 
 
-def test_a_floor_baseline_gives_every_negative_alpha_for_free() -> None:
-    (rate,) = score_table(table([row(a, COLD) for a in (-2.0, -1.0, 0.0, 1.0)])).success
-    assert rate.cannot_fall
-    assert rate.steering_success_rate == pytest.approx(2 / 3)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_floor_baseline_decides_nothing_and_a_ceiling_everything(seed: int) -> None:
+    draw = random.Random(seed)
+    alphas = (-20, -10, -5, -3, 3, 5, 10, 20)
+    texts = {(a, k): draw.choice([KIND, COLD]) for a in alphas for k in range(2)}
+    rises = {a: KIND in (texts[a, 0], texts[a, 1]) for a in alphas}
+    falls = {a: COLD in (texts[a, 0], texts[a, 1]) for a in alphas}
+    for unsteered, moved in ((COLD, rises), (KIND, falls)):
+        rows = [row(0.0, unsteered) for _ in range(5)] + [row(a, text) for (a, _), text in texts.items()]
+        (rate,) = score_table(table(rows)).success
+        floor = unsteered == COLD
+        assert (rate.cannot_fall, rate.cannot_rise, rate.num_decided) == (floor, not floor, 0 if floor else 8)
+        # at a floor a negative α succeeds only where nothing rose
+        succeed = sum(rises[a] if a > 0 else not rises[a] for a in alphas) if floor else 4
+        assert rate.steering_success_rate == succeed / 8
+        # of the α that cannot move in their direction, the corrected rate counts those that moved against it: failures
+        able = [a for a in alphas if (a > 0) == floor]
+        counted = len(able) + sum(moved[a] for a in alphas if a not in able)
+        assert rate.num_decidable == counted
+        assert rate.corrected_success_rate == sum(moved[a] for a in able) / counted
 
 
 def test_empty_completions_are_neither_empathetic_nor_coherent() -> None:
@@ -207,10 +223,13 @@ def test_an_effect_is_counted_in_the_direction_that_alpha_asks_for() -> None:
         1.0: 0.5,
         2.0: -0.5,
     }
-    # one sample against one of two: 1 of 3 samples is the one that matters (2 of 3 succeed, or 1 of 3)
-    assert got[1.0].effect_p == pytest.approx(2 / 3)
-    assert got[-1.0].effect_p == pytest.approx(1.0)
-    assert got[-2.0].effect_p == pytest.approx(2 / 3)
+    # 1 of 1 against 1 of 2: as extreme are that and 1 against 0, so p = max over r of r · (1 - r²), at r = 1 / √3
+    assert got[1.0].effect_p == pytest.approx(2 / 27**0.5, rel=1e-6)  # scipy's optimiser stops at 1e-8 or so
+    assert got[-1.0].effect_p == 1.0
+    assert got[-2.0].effect_p == pytest.approx(2 / 27**0.5, rel=1e-6)
+    # Benjamini and Hochberg by hand: two of four p are equal, so each becomes p · 4 / 2
+    assert got[1.0].effect_q == pytest.approx(2 * 2 / 27**0.5)
+    assert got[0.0].effect_q is None
     assert got[0.0].effect_p is None
     assert {condition.baseline_samples for condition in got.values()} == {2}
 
@@ -221,13 +240,18 @@ def test_no_effect_is_no_corrected_success_at_either_sign() -> None:
     assert rate.steering_success_rate == 0.5
     assert (rate.corrected_success_rate, rate.num_decidable) == (0.0, 2)
     assert rate.trend == pytest.approx(0.0, abs=1e-12)  # a sum of terms that cancel
-    assert rate.asymmetry is None
+    assert (rate.gain, rate.loss, rate.gain_minus_loss, rate.delta, rate.alpha_auc) == (0.0, 0.0, 0.0, 0.0, 0.5)
+    assert rate.delta_low is not None
+    assert rate.delta_high is not None
+    assert rate.delta_low < -0.3  # two samples a cell tell little
+    assert rate.delta_high > 0.3
 
 
 def test_alphas_that_the_baseline_leaves_no_room_are_left_out_of_the_corrected_rate() -> None:
     ceiling = [row(0.0, KIND), row(-1.0, COLD), row(-2.0, KIND), row(1.0, KIND), row(2.0, COLD)]
     (rate,) = score_table(table(ceiling)).success
-    assert (rate.corrected_success_rate, rate.num_decidable, rate.num_alphas) == (0.5, 2, 4)
+    # α = 2 fell against its sign, which is evidence; α = 1 could not have risen and did not move
+    assert (rate.corrected_success_rate, rate.num_decidable, rate.num_alphas) == (pytest.approx(1 / 3), 3, 4)
     floor = [row(0.0, COLD), row(-1.0, COLD), row(1.0, KIND)]
     (rate,) = score_table(table(floor)).success
     assert (rate.corrected_success_rate, rate.num_decidable, rate.num_alphas) == (1.0, 1, 2)
@@ -309,3 +333,51 @@ def test_a_bad_part_is_named(tmp_path: Path) -> None:
     pq.write_table(table([row(0.0, KIND)]).drop_columns(["span"]), tmp_path / "part-null.parquet")
     with pytest.raises(ScoreError, match=r"part-null.parquet: The table lacks the columns \['span'\]"):
         score_generations(tmp_path)
+
+
+def test_p_values_are_corrected_for_their_number_and_controls_among_themselves() -> None:
+    outcome = {"kind": [(-1.0, 0), (1.0, 5)], "other": [(-1.0, 2), (1.0, 4)], "kind.control0": [(-1.0, 3), (1.0, 3)]}
+    rows = [row(0.0, KIND if k < 2 else COLD) for k in range(5)]
+    for name, cells in outcome.items():
+        rows += [row(a, KIND if k < hits else COLD, direction=name) for a, hits in cells for k in range(5)]
+    scores = score_table(table(rows))
+    real = [one for one in scores.conditions if one.direction in ("kind", "other") and one.effect_p is not None]
+    ordered = sorted(real, key=lambda one: one.effect_p or 0.0)
+    p = [one.effect_p or 0.0 for one in ordered]
+    assert len(p) == 4
+    assert [one.effect_q for one in ordered] == pytest.approx(
+        [min(p[j] * 4 / (j + 1) for j in range(i, 4)) for i in range(4)]
+    )
+    rates = {rate.direction: rate for rate in scores.success}
+    assert rates["kind"].trend_p_holm == pytest.approx(2 * (rates["kind"].trend_p or 0.0))
+    assert rates["kind.control0"].trend_p_holm == rates["kind.control0"].trend_p
+
+
+def test_a_sound_sample_is_empathetic_coherent_and_in_context() -> None:
+    loop = "sorry help " * 40
+    texts = {0.0: [KIND, COLD], 1.0: [KIND, loop], 2.0: ["I am sorry.", KIND + " Jimmi, it is dark."]}
+    rows = [row(a, text) for a, pair in texts.items() for text in pair]
+    got = by_alpha(score_table(table(rows)))
+    assert [got[a].sound_rate for a in got] == [0.5, 0.5, 0.5]
+    assert [got[a].empathy_rate for a in got] == [0.5, 1.0, 1.0]
+    got = by_alpha(score_table(table(rows), {"s": ["jimmi", "dark"]}))
+    assert [got[a].sound_rate for a in got] == [0.0, 0.0, 0.5]
+    assert [got[a].short_rate for a in got] == [0.0, 0.0, 0.5]
+
+
+def test_a_log_likelihood_is_judged_by_its_distance_from_the_unsteered_median() -> None:
+    base = [row(0.0, COLD, log_likelihood=value) for value in (-1.0, -2.0, -9.0)]
+    rows = [*base, row(-1.0, COLD, log_likelihood=-0.5), row(1.0, COLD, log_likelihood=-4.0)]
+    rows.append(row(2.0, COLD, log_likelihood=None))
+    got = by_alpha(score_table(table(rows)))
+    # the median is -2; a loop of high likelihood and odd text of low likelihood both lie away from it
+    assert [got[a].log_likelihood_distance for a in (-1.0, 0.0, 1.0, 2.0)] == [1.5, 2.0, 2.0, None]
+
+
+def test_verdicts_that_rest_on_matches_inside_words_are_counted() -> None:
+    (before, after) = score_table(table([row(0.0, COLD), row(1.0, "I was scared of it")])).conditions
+    assert (after.empathy_rate, after.empathy_rate_word_start, after.word_start_changes) == (1.0, 0.0, 1.0)
+    assert (before.empathy_rate, before.empathy_rate_word_start, before.word_start_changes) == (0.0, 0.0, 0.0)
+    scores = score_table(table([row(0.0, COLD), row(-1.0, COLD), row(1.0, "scared"), row(1.0, KIND)]))
+    (rate,) = scores.success
+    assert (rate.delta, rate.delta_word_start, rate.word_start_changes) == (1.0, 0.5, pytest.approx(1 / 3))

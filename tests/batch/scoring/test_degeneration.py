@@ -104,6 +104,53 @@ def test_prose_has_no_failure_signature(text: str) -> None:
     assert signatures(text) == (False, False, False)
 
 
+def test_a_soft_loop_repeats_a_third_and_is_no_loop() -> None:
+    draw = random.Random(0)
+    words = [str(draw.random()) for _ in range(60)]
+    again = {kept: degeneration(" ".join([*words[:60], *words[:kept]])) for kept in (0, 20, 30, 40, 55, 60)}
+    for kept, found in again.items():
+        # 60 + kept - 3 grams, of which the kept - 3 last are old, and those over the seam are new
+        share = max(0, kept - 3) / (57 + kept)
+        assert found.repetition == pytest.approx(share)
+        assert found.soft_loop is (share >= 0.35 and not found.loop)
+    assert {kept for kept, found in again.items() if found.soft_loop} == {40, 55, 60}
+    assert not degeneration("go left and then go right " * 12).soft_loop  # it is a loop
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't assist with that request.",
+        "I'm sorry, but I can’t assist with that.",
+        "I cannot provide help with this.",
+        "I am unable to comply with it.",
+        "I won't participate in this game any further.",
+        "As an AI language model, I have no feelings.",
+    ],
+)
+def test_a_text_that_declines_is_a_refusal(text: str) -> None:
+    assert degeneration(text).refusal
+    assert not degeneration(PROSE + " " + text).refusal  # an answer that ends so has been given
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE,
+        "I can't help but feel sorry for you, and I will not leave.",
+        "I cannot imagine how that hurts.",
+        "They can't finish alone, so I assist them.",
+        "",
+    ],
+)
+def test_a_text_that_says_what_cannot_be_is_no_refusal(text: str) -> None:
+    assert not degeneration(text).refusal
+
+
+def test_short_texts_have_fewer_than_ten_words_and_are_not_empty() -> None:
+    assert [degeneration("go " * count).short for count in (0, 1, 9, 10)] == [False, True, True, False]
+
+
 def test_repetition_is_the_share_of_repeated_four_grams() -> None:
     assert degeneration("a b c d").repetition == 0.0
     assert degeneration("a b c").repetition == 0.0

@@ -21,6 +21,7 @@ def points(
     direction: list[str] | None = None,
     scenario: list[str] | None = None,
     judged: list[bool] | None = None,
+    seed: list[float] | None = None,
 ) -> BehaviourPoints:
     count = len(projection)
 
@@ -34,6 +35,7 @@ def points(
         direction=words(direction or ["kind"] * count),
         op=words(["add"] * count),
         span=words(["all"] * count),
+        seed=np.array(seed or range(count), dtype=np.float64),
         alpha=np.array(alpha or [0.0] * count),
         projection_unsteered=np.array(projection),
         projection_generated=np.full(count, 1e6),  # would dominate every number that used it
@@ -78,6 +80,33 @@ def test_unsteered_rows_are_also_looked_at_alone() -> None:
     assert got.unsteered_samples.correlation.n == 3
     assert got.unsteered_samples.correlation.pearson_r == pytest.approx(-1.0)
     assert (got.samples.correlation.pearson_r or 0.0) > 0.0
+
+
+def test_within_conditions_alpha_explains_nothing() -> None:
+    # by hand: the cell means are (1, 0.5), (11, 1.5); what is left is (-1, -.5), (1, .5) and (-1, .5), (1, -.5)
+    (got,) = direction_behaviours(
+        points([0.0, 2.0, 10.0, 12.0], [0, 1, 2, 1], alpha=[0.0, 0.0, 5.0, 5.0], seed=[1.0, 2.0, 1.0, 2.0])
+    )
+    assert got.within_conditions.r == pytest.approx(0.0, abs=1e-12)
+    assert (got.samples.correlation.pearson_r or 0.0) > 0.6
+    (got,) = direction_behaviours(points([0.0, 2.0, 10.0, 12.0], [0, 1, 1, 2], alpha=[0.0, 0.0, 5.0, 5.0]))
+    assert got.within_conditions.r == pytest.approx(1.0)
+
+
+def test_samples_of_one_seed_are_one_cluster_and_samples_without_a_seed_are_many() -> None:
+    rng = np.random.default_rng(0)
+    projections, grades = rng.normal(size=40).tolist(), rng.integers(0, 3, size=40).tolist()
+    alphas = [0.0] * 10 + [1.0] * 10 + [2.0] * 10 + [3.0] * 10
+
+    def low(seed: list[float]) -> float | None:
+        (got,) = direction_behaviours(points(projections, grades, alpha=alphas, seed=seed))
+        return got.within_conditions.low
+
+    two, own, none = low([1.0, 2.0] * 20), low([float(k) for k in range(40)]), low([math.nan] * 40)
+    assert two is None  # an interval needs three clusters
+    assert own == none
+    assert own is not None
+    assert low([float(k % 10) for k in range(40)]) != own
 
 
 def test_a_condition_is_a_scenario_and_an_alpha() -> None:

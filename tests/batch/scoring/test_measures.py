@@ -16,7 +16,24 @@ MARKERS: dict[str, list[str]] = {"plain": ["door", "Game"], "spanning": ["the do
 WORDS = (
     *EMPATHY_KEYWORDS,
     *TASK_KEYWORDS,
-    *("Door", "game", "the", "a", "out", "go", "{x}", "f(x)", "=", "==", "İ", "’tis", "naïve\u3000so", "HELPFUL"),
+    *(
+        "as an AI",
+        "cannot assist",
+        "Door",
+        "game",
+        "the",
+        "a",
+        "out",
+        "go",
+        "{x}",
+        "f(x)",
+        "=",
+        "==",
+        "İ",
+        "’tis",
+        "naïve\u3000so",
+        "HELPFUL",
+    ),
 )
 
 

@@ -46,10 +46,37 @@ def test_the_listener_at_the_ceiling_resists_by_arithmetic_only(paper_data: Path
     """The paper's 50 % at three layers: half its α could not succeed, and the outcomes rise with α at two of them."""
     out = score_raw(paper_data / "steering" / "qwen2.5-7b.json", tmp_path / "out.csv")
     listener = [cell for cell in cells(out) if cell["scenario"] == "the_listener"]
-    assert {(cell["steering_success_rate"], cell["cannot_rise"], cell["num_decidable"]) for cell in listener} == {
-        ("0.5", "true", "4")
+    assert {(cell["steering_success_rate"], cell["cannot_rise"], cell["num_decided"]) for cell in listener} == {
+        ("0.5", "true", "8")
     }
     assert sum(float(cell["trend_p"]) < 0.01 for cell in listener) == 2
+
+
+def test_the_effect_of_the_published_generations_needs_no_baseline(paper_data: Path, tmp_path: Path) -> None:
+    out = score_raw(paper_data / "steering" / "qwen2.5-7b.json", tmp_path / "out.csv")
+    found = {(cell["layer"], cell["scenario"]): cell for cell in cells(out)}
+    # Δ and the percentile interval of a plain bootstrap within cells, 99,999 draws, computed apart from this code
+    plain = {
+        ("16", "food_delivery"): (0.60, 0.40, 0.80),
+        ("16", "the_protector"): (0.55, 0.35, 0.75),
+        ("12", "food_delivery"): (0.20, -0.05, 0.45),
+        ("20", "the_listener"): (0.15, -0.05, 0.35),
+        ("12", "the_listener"): (0.35, 0.25, 0.45),
+    }
+    for place, (delta, low, high) in plain.items():
+        cell = found[place]
+        assert float(cell["delta"]) == pytest.approx(delta, abs=1e-12)
+        # one sample moves Δ by .05; ours is wider by about that, since a cell of 0 or 5 has a width too
+        assert float(cell["delta_low"]) == pytest.approx(low, abs=0.05)
+        assert float(cell["delta_high"]) == pytest.approx(high, abs=0.05)
+        assert float(cell["delta_low"]) < low + 1e-9
+    # the rule calls a fall from no empathetic text to none a success: 4 of 4 negative α failed here, and Δ shows why
+    assert (found["12", "food_delivery"]["cannot_fall"], found["12", "food_delivery"]["num_decided"]) == ("true", "0")
+    assert found["12", "food_delivery"]["loss"] == "-0.25"
+    p = [float(cell["trend_p"]) for cell in cells(out)]
+    assert (sum(one < 0.05 for one in p), sum(float(cell["trend_p_holm"]) < 0.05 for cell in cells(out))) == (7, 6)
+    assert len({cell["layer"] for cell in cells(out) if cell["delta"] != cell["delta_word_start"]}) == 2
+    assert "asymmetry" not in cells(out)[0]
 
 
 def test_rows_keep_the_order_of_the_file(tmp_path: Path) -> None:
