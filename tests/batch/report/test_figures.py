@@ -26,7 +26,7 @@ from batch_jobs.scoring.behaviour import BehaviourPoints
 from batch_jobs.scoring.compute_scores import score_table
 from batch_jobs.scoring.direction_behaviour import direction_behaviours
 from batch_jobs.scoring.setting import Setting, SettingNames
-from tests.support.synthetic_run import SCENARIOS, demo_rows, generation, readouts, study
+from tests.support.synthetic_run import PAIRS, SCENARIOS, demo_rows, generation, readouts, study
 
 STYLE_SHEET = Path(__file__).resolve().parents[3] / "batch_jobs" / "report" / "templates" / "report.css"
 PUBLISHED_ALPHAS = [-20.0, -10.0, -5.0, -3.0, 0.0, 3.0, 5.0, 10.0, 20.0]
@@ -35,7 +35,7 @@ PUBLISHED_ALPHAS = [-20.0, -10.0, -5.0, -3.0, 0.0, 3.0, 5.0, 10.0, 20.0]
 @pytest.fixture(scope="module")
 def validation() -> Validation:
     fast = {"validation": {"all_layers": True, "random_directions": 5, "bootstrap": 100}}
-    return validate_study(study(**fast), readouts(num_blocks=26))
+    return validate_study(study(**fast), readouts(num_blocks=26), PAIRS)
 
 
 @pytest.fixture(scope="module")
