@@ -194,5 +194,5 @@ def test_scenarios_and_writers_are_left_out_one_at_a_time() -> None:
         assert sum(group.pairs for group in groups.values()) == 50  # train and test
         assert all(set(group.layers) == {4, 5} for group in groups.values())
         assert all(group.layers[5].auroc > 0.9 for group in groups.values())
-    one_writer = made_split(35, 15)
+    one_writer = made_split(35, 15, telling=0.8)
     assert validate_study(study(), readouts(), one_writer).left_out_writers == {}
