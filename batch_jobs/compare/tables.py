@@ -32,10 +32,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(_cross_model_table(comparison.cross_model))
     console.print(
         "r: Pearson of A's and B's projections. Aligned: A's readouts mapped onto B's axes, the map fitted on train "
-        "texts. Similarity: cosine of A's mapped readouts and B's. In-class chance: mean over maps fitted on train texts "
-        "shuffled inside each class, which know only the class of a text; p: share of them with as high a similarity. A "
-        "small p means that the models agree on single texts. Transfer: AUROC of A's mapped direction in B; two directions "
-        "of the same classes transfer by the class alone, so it is set beside its own chance and has no p.",
+        "texts. Similarity: cosine of A's mapped readouts and B's. In-class chance: mean over maps fitted on train "
+        "texts shuffled inside each class, which know only the class of a text; p: share of them with as high a "
+        "similarity. A small p means that the models agree on single texts. Transfer: AUROC of A's mapped direction in "
+        "B; two directions of the same classes transfer by the class alone, so it has its own chance and no p.",
         highlight=False,
     )
 

@@ -14,7 +14,7 @@ from batch_jobs.directions.layer_choice import choose_layer
 from batch_jobs.directions.left_out import leave_groups_out
 from batch_jobs.directions.lexical_ablation import load_replacements
 from batch_jobs.directions.methods import Vector, make_directions, mean_difference, mean_residual_norm
-from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts, text_digest
+from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts, TextSet, text_digest
 from batch_jobs.directions.validate_layer import LayerValidation, ValidationError, validate_layer
 from batch_jobs.directions.validation_file import (
     AblatedLayer,
@@ -116,7 +116,7 @@ def validate_study(study: Study, readouts: StudyReadouts, split: Split) -> Valid
 
 def _check_texts(readouts: StudyReadouts, split: Split) -> None:
     """Refuse pairs other than those that were read."""
-    given = {
+    given: dict[TextSet, list[str]] = {
         "train_positive": [pair.positive for pair in split.train],
         "train_negative": [pair.negative for pair in split.train],
         "test_positive": [pair.positive for pair in split.test],
@@ -150,9 +150,7 @@ def _pooling(readouts: StudyReadouts, skip_first: int) -> PoolingValidation:
 
 def _validated(study: Study, readouts: StudyReadouts, direction: Direction) -> LayerValidation:
     where = (study.skip_first, study.extract.readout_layer(direction.layer))
-    return validate_layer(
-        direction.layer, direction.vector, train=readouts.train(*where), test=readouts.test(*where)
-    )
+    return validate_layer(direction.layer, direction.vector, train=readouts.train(*where), test=readouts.test(*where))
 
 
 def _method(result: LayerValidation, direction_D: Vector, mean_difference_D: Vector) -> MethodValidation:

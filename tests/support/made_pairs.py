@@ -46,7 +46,7 @@ def made_split(
 def read_texts(
     split: Split, *, num_tokens: int = 100, replacements: Sequence[int] | None = None
 ) -> dict[TextSet, tuple[ReadText, ...]]:
-    """The texts of a split as read; with `replacements`, also the positive test texts once more, as texts with that many
+    """The texts of a split as read; with `replacements`, the positive test texts once more, as texts with that many
     words replaced."""
 
     def read(pair: Pair, text: str, replaced: int = 0) -> ReadText:

@@ -264,7 +264,9 @@ def test_the_blocks_compared_are_those_the_directions_were_read_at(tmp_path: Pat
 
 def test_models_that_read_other_texts_are_not_aligned(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", texts_read=readouts(6, seed=1))
-    b = write_run(tmp_path / "b", study(model="owner/other"), texts_read=readouts(6, seed=1, split=OTHERS), split=OTHERS)
+    b = write_run(
+        tmp_path / "b", study(model="owner/other"), texts_read=readouts(6, seed=1, split=OTHERS), split=OTHERS
+    )
     got = compare_runs(a, b)
     assert got.cross_model == ()
     assert "did not read the same" in (got.no_cross_model or "")

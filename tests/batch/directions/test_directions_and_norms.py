@@ -13,7 +13,6 @@ from batch_jobs.directions.readout_file import ReadoutKey, StudyReadouts, read_r
 from batch_jobs.run.run_directory import RunDirectory
 from tests.support.made_pairs import made_split, read_texts
 
-
 PAIRS = made_split(4, 4)
 
 
@@ -36,7 +35,9 @@ def readouts() -> StudyReadouts:
     return StudyReadouts(
         texts=read_texts(PAIRS),
         arrays={
-            ReadoutKey(name, skip_first, block): draw.normal(float("negative" not in name), 1, (4, 6)).astype(np.float32)
+            ReadoutKey(name, skip_first, block): draw.normal(float("negative" not in name), 1, (4, 6)).astype(
+                np.float32
+            )
             for name in sets
             for skip_first in (0, 1)
             for block in (2, 3)

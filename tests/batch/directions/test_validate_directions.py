@@ -138,7 +138,9 @@ def test_the_result_is_the_same_every_time_and_its_draws_follow_the_seed() -> No
 def test_facts_about_the_texts_leave_the_ablated_copies_out() -> None:
     kept = readouts()
     long = tuple(replace(text, num_tokens=9000) for text in kept.texts["test_positive_ablated"])
-    extra = validate_study(study(), StudyReadouts({**kept.texts, "test_positive_ablated": long}, kept.arrays), PAIRS).extra
+    extra = validate_study(
+        study(), StudyReadouts({**kept.texts, "test_positive_ablated": long}, kept.arrays), PAIRS
+    ).extra
     assert (extra["train_pairs"], extra["test_pairs"], extra["mean_tokens_per_text"]) == (35, 15, 100.0)
 
 

@@ -30,9 +30,7 @@ WORDS = WordBaselines(ESTIMATE, AurocEstimate(0.4, 0.2, 0.6))
 
 
 def layer_validation(layer: int, *, auroc: float = 1.0) -> LayerValidation:
-    return LayerValidation(
-        layer, auroc, 0.7, 1.0, 0.9, 0.8, 0.95, 0.1, 0.8, 0.7, 0.85, 0.2, 1.0, -1.0, 2.0, 0.5, 0.6
-    )
+    return LayerValidation(layer, auroc, 0.7, 1.0, 0.9, 0.8, 0.95, 0.1, 0.8, 0.7, 0.85, 0.2, 1.0, -1.0, 2.0, 0.5, 0.6)
 
 
 def validation(**changes: Any) -> Validation:
