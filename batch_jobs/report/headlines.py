@@ -22,8 +22,8 @@ class Headline:
 
 
 def headlines(results: RunResults) -> list[Headline]:
-    """Detection, also beyond words, steering by both rules, dose response, behaviour, coherence and sample count, as far
-    as the run has them."""
+    """Detection, also beyond words, steering by both rules, dose response, behaviour, coherence and sample count, as
+    far as the run has them."""
     validation, scores = results.validation, results.scores
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"
