@@ -97,10 +97,10 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
 
     with _executor(study, location, options, console) as executor:
         if not have_probes(run) and run.readouts.exists():
-            write_probes(study, read_readouts(run.readouts), run)  # cut short after the texts were read
+            write_probes(study, split, read_readouts(run.readouts), run)  # cut short after the texts were read
         elif not have_probes(run):
             executor().make_probes(study, split, run)
-        probes = load_probes(study, run)
+        probes = load_probes(study, split, run)
         hashes = {f"{name}@{layer}": digest for (name, layer), digest in probes.hashes.items()}
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)

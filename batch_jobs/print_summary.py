@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from batch_jobs.directions.validation_file import Validation
 from batch_jobs.pipeline import StudyResult
 from batch_jobs.scoring.scores_csv import ConditionScore
 
@@ -13,6 +14,7 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
     """Print the summary to `console`. Paths are never wrapped, so that they can be copied."""
     console.print(f"\nValidation of '{concept}' on held-out pairs", highlight=False)
     console.print(_validation_table(result))
+    console.print(_words_line(result.validation), highlight=False)
     conditions = result.scores.conditions
     for layer, direction in sorted({(row.layer, row.direction) for row in conditions}):
         # the unsteered rows are the baseline of every direction
@@ -60,6 +62,18 @@ def _validation_table(result: StudyResult) -> Table:
             f"{validation.separation_in_stds:.1f}",
         )
     return table
+
+
+def _words_line(validation: Validation) -> str:
+    bag = validation.words.bag_of_words
+    line = f"A bag of words alone has AUROC {bag.auroc:.3f} ({bag.low:.3f} to {bag.high:.3f})."
+    if (beyond := validation.beyond_words.get(validation.best_layer)) is None:
+        return line
+    ends = f"{beyond.difference_low:+.3f} to {beyond.difference_high:+.3f}"
+    return (
+        f"{line} Does layer {validation.best_layer}, chosen on train texts, detect beyond words? {beyond.verdict} "
+        f"(difference {beyond.difference:+.3f}, {ends})"
+    )
 
 
 def _rate_table(cells: list[ConditionScore]) -> Table:

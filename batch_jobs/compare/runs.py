@@ -16,8 +16,9 @@ from batch_jobs.compare.models import BlockReadouts, CrossModelAgreement, compar
 from batch_jobs.config.difference import FieldChange, config_difference
 from batch_jobs.config.study import StudyError
 from batch_jobs.directions.readout_file import StudyReadouts, read_readouts
+from batch_jobs.directions.stored_validation import recorded_validation
 from batch_jobs.directions.validate_layer import LayerValidation
-from batch_jobs.directions.validation_file import Validation, read_validation
+from batch_jobs.directions.validation_file import Validation
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import printable
 from batch_jobs.run.run_directory import RunDirectory
@@ -104,7 +105,7 @@ def compare_runs(a: Path, b: Path) -> Comparison:
     run_a, run_b = RunDirectory(a), RunDirectory(b)
     record_a, record_b = _record(run_a), _record(run_b)
     config_a, config_b = record_a["config"], record_b["config"]
-    validation_a, validation_b = read_validation(run_a.validation), read_validation(run_b.validation)
+    validation_a, validation_b = recorded_validation(run_a), recorded_validation(run_b)
     same_model = config_a["model"] == config_b["model"]
     cross_model: tuple[CrossModelAgreement, ...] | str = (
         f"both runs read {config_a['model']}: one model, not two"

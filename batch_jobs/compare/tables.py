@@ -23,7 +23,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     _print_completions(comparison.completions, console)
     _heading(console, "Steering success rate, A | B (corrected rate in brackets)")
     console.print(_success_table(comparison))
-    _heading(console, "Held-out AUROC with its 95 % interval, A | B")
+    _heading(console, "Held-out AUROC with its 95 % score interval, A | B (best: chosen on train texts)")
     console.print(_validation_table(comparison))
     if comparison.no_cross_model is not None:
         _heading(console, f"No cross-model agreement: {comparison.no_cross_model}")
@@ -32,8 +32,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(_cross_model_table(comparison.cross_model))
     console.print(
         "r: Pearson of A's and B's projections. Aligned: A's readouts mapped onto B's axes, the map fitted on train "
-        "texts. Transfer: A's mapped direction in B. Chance: the mean over maps fitted on shuffled texts, of any class "
-        "or (in class) each class by itself.",
+        "texts. Similarity: cosine of A's mapped readouts and B's. In-class chance: mean over maps fitted on train "
+        "texts shuffled inside each class, which know only the class of a text; p: share of them with as high a "
+        "similarity. A small p means that the models agree on single texts. Transfer: AUROC of A's mapped direction in "
+        "B; two directions of the same classes transfer by the class alone, so it has its own chance and no p.",
         highlight=False,
     )
 
@@ -124,19 +126,30 @@ def _auroc_cell(validation: LayerValidation | None, best_layer: int) -> str:
 
 def _cross_model_table(agreements: tuple[CrossModelAgreement, ...]) -> Table:
     table = _table(
-        "blocks A, B", "r", "r in class", "r aligned", "aligned in class", "transfer AUROC", "chance", "in class", "p"
+        "blocks A, B",
+        "r",
+        "r in class",
+        "r aligned",
+        "aligned in class",
+        "similarity",
+        "in-class chance",
+        "p",
+        "transfer AUROC",
+        "in-class chance",
     )
     for row in agreements:
+        chance = row.shuffled_within_class
         table.add_row(
             f"{row.block_a}, {row.block_b}",
             fixed(row.raw.pearson_r, 2),
             fixed(row.raw_within_class.pearson_r, 2),
             fixed(row.aligned.pearson_r, 2),
             fixed(row.aligned_within_class.pearson_r, 2),
+            fixed(row.similarity_test, 2),
+            fixed(chance.similarity_test.mean, 2),
+            p_value(chance.similarity_test.p),
             fixed(row.transfer_auroc, 3),
-            fixed(row.shuffled.transfer_auroc.mean, 3),
-            fixed(row.shuffled_within_class.transfer_auroc.mean, 3),
-            p_value(row.shuffled.transfer_auroc.p),
+            fixed(chance.transfer_auroc.mean, 3),
         )
     return table
 

@@ -119,7 +119,8 @@ class ValidationOptions(_Section):
     random_directions: int = Field(default=100, ge=2)
     """Number of Gaussian unit vectors whose AUROC is the chance level for comparison (paper: 100)."""
     bootstrap: int = Field(default=2000, ge=100)
-    """Number of resamples for each AUROC's 95 % interval."""
+    """Number of resamples of the test pairs that tell how far the AUROCs of a direction and of a bag of words vary
+    together, for the interval of their difference. AUROCs themselves have score intervals, which draw nothing."""
     lexical_ablation: bool = True
     """Also read the empathic test texts with their empathy words replaced (paper: 41 keywords)."""
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from batch_jobs.directions.auroc import auroc
 from batch_jobs.directions.readout_file import PairReadouts
+from batch_jobs.directions.separation import separation_in_stds
 from batch_jobs.directions.validate_layer import ValidationError
 
 
@@ -33,18 +35,43 @@ class RandomBaseline:
     """95 % of the random directions have this AUROC or less."""
     z: float | None
     """(AUROC of the direction - mean) / std; None when all random AUROCs are equal."""
+    z_max: float | None
+    """The same for an AUROC of 1: the largest z that these random directions allow."""
     two_sided_percentile_95: float
     """95 % of the random directions are at most this far from 0.5 (0..0.5)."""
     two_sided_p: float
     """Chance that a random direction is at least as far from 0.5 as the study's: (1 + those as far) / (1 + all)."""
+    separation: SeparationBaseline | None
+    """None where a direction's projections have no spread, as with one text a side."""
 
 
-def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: int, seed: int) -> RandomBaseline:
-    """Compare the direction's AUROC with those of random directions on the same test texts.
+@dataclass(frozen=True)
+class SeparationBaseline:
+    """Separation of the classes in standard deviations, of the study's direction and of the random ones.
+
+    It still tells directions apart where their AUROCs are all 1. The numbers of random directions are absolute, since
+    their sign is arbitrary.
+    """
+
+    direction: float
+    """Negative when the direction points the wrong way."""
+    random_percentile_95: float
+    """95 % of the random directions separate by at most this much."""
+    random_best: float
+    """The random direction that separates best."""
+    p: float
+    """Chance that a random direction separates at least as well: (1 + those that do) / (1 + all)."""
+
+
+def random_baseline(
+    test: PairReadouts, direction_auroc: float, direction_separation: float, *, directions: int, seed: int
+) -> RandomBaseline:
+    """Compare the direction with random directions on the same test texts.
 
     Args:
         test: (N, D) per side, finite.
         direction_auroc: AUROC of the study's direction on `test`.
+        direction_separation: its separation there in standard deviations.
         directions: number of Gaussian unit vectors to draw (paper: 100).
         seed: the same seed and D draw the same vectors.
 
@@ -55,11 +82,17 @@ def random_baseline(test: PairReadouts, direction_auroc: float, *, directions: i
     vectors_KD /= np.linalg.norm(vectors_KD, axis=1, keepdims=True)
     positive_NK = test.positive_ND.astype(np.float64) @ vectors_KD.T
     negative_NK = test.negative_ND.astype(np.float64) @ vectors_KD.T
-    return summarise_random_aurocs(auroc(positive_NK, negative_NK).tolist(), direction_auroc)
+    return summarise_random_aurocs(
+        auroc(positive_NK, negative_NK).tolist(),
+        direction_auroc,
+        separation=_summarise_separations(separation_in_stds(positive_NK, negative_NK), direction_separation),
+    )
 
 
-def summarise_random_aurocs(aurocs: Sequence[float], direction_auroc: float) -> RandomBaseline:
-    """Summarise the AUROCs of random directions.
+def summarise_random_aurocs(
+    aurocs: Sequence[float], direction_auroc: float, *, separation: SeparationBaseline | None = None
+) -> RandomBaseline:
+    """Summarise the AUROCs of random directions; `separation` becomes a field of the summary.
 
     Raises:
         ValidationError: fewer than 2 AUROCs.
@@ -77,6 +110,21 @@ def summarise_random_aurocs(aurocs: Sequence[float], direction_auroc: float) -> 
         std=std,
         percentile_95=float(np.percentile(values, 95)),
         z=(direction_auroc - mean) / std if std > 0.0 else None,
+        z_max=(1.0 - mean) / std if std > 0.0 else None,
         two_sided_percentile_95=float(np.percentile(distances, 95)),
         two_sided_p=(1 + int(as_far)) / (1 + len(values)),
+        separation=separation,
+    )
+
+
+def _summarise_separations(random_K: npt.NDArray[np.float64], direction: float) -> SeparationBaseline | None:
+    sizes_K = np.abs(random_K)
+    if not (np.isfinite(sizes_K).all() and np.isfinite(direction)):
+        return None
+    as_good = int(np.count_nonzero(sizes_K >= abs(direction)))
+    return SeparationBaseline(
+        direction=direction,
+        random_percentile_95=float(np.percentile(sizes_K, 95)),
+        random_best=float(sizes_K.max()),
+        p=(1 + as_good) / (1 + len(sizes_K)),
     )

@@ -8,8 +8,9 @@ from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.extract import read_study_texts
 from batch_jobs.directions.methods import METHODS, make_directions
 from batch_jobs.directions.readout_file import StudyReadouts, write_readouts
+from batch_jobs.directions.stored_validation import current_validation
 from batch_jobs.directions.validate_directions import validate_study
-from batch_jobs.directions.validation_file import Validation, read_validation, write_validation
+from batch_jobs.directions.validation_file import Validation, write_validation
 from batch_jobs.engine.progress import Progress
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.run.run_directory import RunDirectory
@@ -41,14 +42,14 @@ def have_probes(run: RunDirectory) -> bool:
     return run.readouts.exists() and run.directions.exists() and run.validation.exists()
 
 
-def load_probes(study: Study, run: RunDirectory) -> Probes:
-    """Read the files that `make_probes` writes.
+def load_probes(study: Study, split: Split, run: RunDirectory) -> Probes:
+    """Read the files that `make_probes` writes. A validation file of another version is made anew.
 
     Raises:
         StudyError: the files do not cover the study's layers.
         SteerError: a file cannot be read.
     """
-    validation = read_validation(run.validation)
+    validation = current_validation(study, split, run)
     directions = {(direction.name, direction.layer): direction for direction in load_directions(run.directions)}
     layers = set(study.extract.layers)
     if set(validation.layers) != layers or set(directions) != {
@@ -74,14 +75,14 @@ def make_probes(
     """
     readouts = read_study_texts(engine, study, split, num_layers=num_layers, progress=progress)
     write_readouts(run.readouts, readouts)
-    write_probes(study, readouts, run)
+    write_probes(study, split, readouts, run)
 
 
-def write_probes(study: Study, readouts: StudyReadouts, run: RunDirectory) -> None:
+def write_probes(study: Study, split: Split, readouts: StudyReadouts, run: RunDirectory) -> None:
     """Write the directions and their validation.
 
     Needs no engine: stored readouts, `read_readouts(run.readouts)`, are enough. Raises as `make_directions` and
     `validate_study`.
     """
     save_directions(run.directions, list(make_directions(study, readouts).values()))
-    write_validation(run.validation, validate_study(study, readouts))
+    write_validation(run.validation, validate_study(study, readouts, split))

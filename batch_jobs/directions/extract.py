@@ -5,7 +5,6 @@ Shape suffixes: N texts, D hidden size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.lexical_ablation import AblatedText, ablate_text
-from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet
+from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet, text_digest
 from batch_jobs.engine.progress import Progress, Work
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.texts.contrastive import Pair, Split
@@ -104,7 +103,7 @@ def read_study_texts(
         StudyError: the model lacks a layer of the study, or as for `extract_readouts`.
         SteerError: a layer is not hooked.
     """
-    sets = _study_texts(study, split)
+    sets = study_texts(study, split)
     layers = study.hooked_layers(num_layers)
     poolings = (0, study.skip_first or 1)
     everything = [ablated for members in sets.values() for _, ablated in members]
@@ -125,7 +124,7 @@ def read_study_texts(
         texts[text_set] = tuple(
             ReadText(
                 pair_id=pair.pair_id,
-                sha256=hashlib.sha256(ablated.text.encode()).hexdigest(),
+                sha256=text_digest(ablated.text),
                 num_tokens=num_tokens,
                 replacements=ablated.replacements,
             )
@@ -137,7 +136,7 @@ def read_study_texts(
     return StudyReadouts(texts, arrays)
 
 
-def _study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
+def study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
     """Text set -> its texts, each with its pair. Only the texts of the ablated set are changed."""
     sets: dict[TextSet, list[tuple[Pair, AblatedText]]] = {
         "train_positive": [(pair, AblatedText(pair.positive, 0)) for pair in split.train],

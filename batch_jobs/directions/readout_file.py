@@ -5,6 +5,7 @@ Shape suffixes: N texts, D hidden size.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -46,6 +47,11 @@ class PairReadouts:
     """(N, D)."""
 
 
+def rows_of(pairs: PairReadouts, rows: npt.NDArray[np.intp]) -> PairReadouts:
+    """The pairs at `rows`."""
+    return PairReadouts(pairs.positive_ND[rows], pairs.negative_ND[rows])
+
+
 @dataclass(frozen=True)
 class ReadText:
     """One text that was read: its identity, without its words."""
@@ -58,6 +64,11 @@ class ReadText:
     """Tokens of the text that were read. The mean of a pooling that skips k is over k fewer."""
     replacements: int = 0
     """Empathy words replaced in the text; 0 outside `test_positive_ablated`."""
+
+
+def text_digest(text: str) -> str:
+    """`ReadText.sha256` of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ReadoutKey(NamedTuple):
@@ -109,6 +120,17 @@ class StudyReadouts:
             ReadoutFileError: there are no readouts at `block` with `skip_first`.
         """
         return self._pairs("test_positive", "test_negative", skip_first, block)
+
+    def all_pairs(self, skip_first: int, block: int) -> PairReadouts:
+        """The pairs of both, the train pairs first.
+
+        Raises:
+            ReadoutFileError: there are no readouts at `block` with `skip_first`.
+        """
+        train, test = self.train(skip_first, block), self.test(skip_first, block)
+        return PairReadouts(
+            np.concatenate([train.positive_ND, test.positive_ND]), np.concatenate([train.negative_ND, test.negative_ND])
+        )
 
     def ablated_test(self, skip_first: int, block: int) -> PairReadouts:
         """The held-out pairs, with the empathy words of the positive side replaced.

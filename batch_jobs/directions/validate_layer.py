@@ -6,13 +6,13 @@ Shape suffixes: N texts, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
-from batch_jobs.directions.auroc import auroc, auroc_interval
+from batch_jobs.directions.auroc import estimate_auroc
 from batch_jobs.directions.readout_file import Floats, PairReadouts
 from vllm_steer.errors import SteerError
 
@@ -38,15 +38,21 @@ class LayerValidation:
     auroc: float
     """Chance that a random positive text projects higher than a random negative one; ties count one half."""
     auroc_low: float
-    """Lower end of the AUROC's 95 % bootstrap interval over the test texts."""
+    """Lower end of the AUROC's 95 % score interval (`auroc_interval`)."""
     auroc_high: float
     accuracy: float
     """Share of test texts on the right side of `threshold` (at or above it reads as positive)."""
+    accuracy_low: float
+    """Lower end of the accuracy's 95 % Wilson interval."""
+    accuracy_high: float
     threshold: float
     """Midpoint of the two class means below, as in the paper. It is fitted on the test texts, so `accuracy` is slightly
     optimistic."""
     accuracy_train_threshold: float
     """Share of test texts on the right side of `threshold_train`: the probe's accuracy on unseen texts."""
+    accuracy_train_threshold_low: float
+    """Lower end of its 95 % Wilson interval."""
+    accuracy_train_threshold_high: float
     threshold_train: float
     """Midpoint of the two class means of the *train* texts."""
     mean_positive: float
@@ -76,13 +82,11 @@ def validate_layer(
     *,
     train: PairReadouts,
     test: PairReadouts,
-    bootstrap: int,
-    seed: int,
 ) -> LayerValidation:
     """Project readouts on a unit direction and measure how well it separates the test classes.
 
     Everything is computed in float64. The AUROC, the threshold halfway between the test means and the population
-    standard deviations follow the paper's section on probe validation. The interval and the train threshold are
+    standard deviations follow the paper's section on probe validation. The intervals and the train threshold are
     additions.
 
     Args:
@@ -90,8 +94,6 @@ def validate_layer(
         direction_D: (D,), norm 1.
         train: (N, D) per side, any float dtype, one pooled readout per row. The sides may differ in N, each >= 1.
         test: held-out readouts in the same form.
-        bootstrap: number of resamples of the test texts for the AUROC's interval.
-        seed: draws the resamples.
 
     Raises:
         ValidationError: a wrong shape, an empty class, a value that is not finite, or a direction whose norm is not 1.
@@ -113,15 +115,21 @@ def validate_layer(
     mean_positive, mean_negative = float(positive_N.mean()), float(negative_N.mean())
     threshold = (mean_positive + mean_negative) / 2
     threshold_train = float(train_positive_N.mean() + train_negative_N.mean()) / 2
-    low, high = auroc_interval(positive_N, negative_N, resamples=bootstrap, seed=seed)
+    estimate = estimate_auroc(positive_N, negative_N)
+    accuracy, accuracy_low, accuracy_high = _accuracy(positive_N, negative_N, threshold)
+    by_train, by_train_low, by_train_high = _accuracy(positive_N, negative_N, threshold_train)
     return LayerValidation(
         layer=layer,
-        auroc=float(auroc(positive_N, negative_N)),
-        auroc_low=low,
-        auroc_high=high,
-        accuracy=_accuracy(positive_N, negative_N, threshold),
+        auroc=estimate.auroc,
+        auroc_low=estimate.low,
+        auroc_high=estimate.high,
+        accuracy=accuracy,
+        accuracy_low=accuracy_low,
+        accuracy_high=accuracy_high,
         threshold=threshold,
-        accuracy_train_threshold=_accuracy(positive_N, negative_N, threshold_train),
+        accuracy_train_threshold=by_train,
+        accuracy_train_threshold_low=by_train_low,
+        accuracy_train_threshold_high=by_train_high,
         threshold_train=threshold_train,
         mean_positive=mean_positive,
         mean_negative=mean_negative,
@@ -129,20 +137,6 @@ def validate_layer(
         std_positive=float(positive_N.std()),
         std_negative=float(negative_N.std()),
     )
-
-
-def best_layer(results: Mapping[int, LayerValidation]) -> int:
-    """The layer with the highest AUROC.
-
-    With few test texts many layers tie at 1.0. Ties go to the larger separation in standard deviations, then to the
-    lower layer.
-
-    Raises:
-        ValidationError: `results` is empty.
-    """
-    if not results:
-        raise ValidationError("There are no validation results; validate at least one layer.")
-    return max(results, key=lambda layer: (results[layer].auroc, results[layer].separation_in_stds, -layer))
 
 
 def _project(layer: int, name: str, readouts_ND: Floats, direction_D: Floats) -> npt.NDArray[np.float64]:
@@ -159,6 +153,11 @@ def _project(layer: int, name: str, readouts_ND: Floats, direction_D: Floats) ->
     return projections
 
 
-def _accuracy(positive_N: npt.NDArray[np.float64], negative_N: npt.NDArray[np.float64], threshold: float) -> float:
-    right = np.count_nonzero(positive_N >= threshold) + np.count_nonzero(negative_N < threshold)
-    return float(right) / (len(positive_N) + len(negative_N))
+def _accuracy(
+    positive_N: npt.NDArray[np.float64], negative_N: npt.NDArray[np.float64], threshold: float
+) -> tuple[float, float, float]:
+    """Share of texts on the right side, with the ends of its Wilson interval."""
+    right = int(np.count_nonzero(positive_N >= threshold) + np.count_nonzero(negative_N < threshold))
+    texts = len(positive_N) + len(negative_N)
+    interval = binomtest(right, texts).proportion_ci(method="wilson")
+    return right / texts, float(interval.low), float(interval.high)

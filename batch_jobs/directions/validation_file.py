@@ -11,7 +11,10 @@ import pydantic
 
 from batch_jobs.config.study import DirectionMethod
 from batch_jobs.directions.baselines import RandomBaseline
+from batch_jobs.directions.layer_choice import LayerChoice
+from batch_jobs.directions.left_out import LeftOutGroup
 from batch_jobs.directions.validate_layer import LayerValidation, ValidationError
+from batch_jobs.directions.word_baselines import BeyondWords, WordBaselines
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import read_json
 
@@ -22,7 +25,7 @@ class MethodValidation:
 
     auroc: float
     auroc_low: float
-    """Lower end of the AUROC's 95 % bootstrap interval."""
+    """Lower end of the AUROC's 95 % score interval."""
     auroc_high: float
     accuracy: float
     """With the threshold at the midpoint of the test class means, as in the paper."""
@@ -65,7 +68,11 @@ class AblatedLayer:
 
 @dataclass(frozen=True)
 class LexicalAblation:
-    """Tests whether the direction reads more than empathy words: they are replaced in the positive test texts."""
+    """The directions and the word baselines on test texts whose positive side has its empathy words replaced.
+
+    It shows what the replaced words contribute, not that a direction detects more than words: the words that are left
+    often tell the sides apart as well, as `words` shows.
+    """
 
     keywords: int
     """Size of the word list; each keyword counts once, regardless of its number of forms."""
@@ -73,19 +80,31 @@ class LexicalAblation:
     """Words replaced in each positive test text, in the order of the test pairs."""
     layers: dict[int, AblatedLayer]
     """Layer -> its mean-difference direction before and after."""
+    words: WordBaselines | None
+    """The baselines of `Validation.words` after the replacement; the bag of words is still that of the unchanged train
+    texts. None where an earlier word list made the texts that were read."""
 
 
 @dataclass(frozen=True)
 class Validation:
     """Content of `validation.json`.
 
-    `layers`, `methods`, `random_baseline` and `ablation` are keyed by the direction's layer and use the study's own
-    pooling.
+    What is keyed by a layer is about the direction of that layer under the study's own pooling.
     """
 
     layers: dict[int, LayerValidation]
     """Layer -> validation of its mean-difference direction."""
     best_layer: int
+    """The layer chosen by `layer_choice`, on train texts alone."""
+    layer_choice: LayerChoice
+    words: WordBaselines
+    """Bag of words and length on the test texts."""
+    beyond_words: dict[int, BeyondWords]
+    """Layer -> its mean-difference direction against the bag of words."""
+    left_out_scenarios: dict[str, LeftOutGroup]
+    """Scenario -> its pairs, tested on directions of all other scenarios; empty with a single scenario."""
+    left_out_writers: dict[str, LeftOutGroup]
+    """The same by the model that wrote the pairs; empty unless the pairs name two or more."""
     mean_residual_norms: dict[int, float]
     """Layer -> mean residual norm at the output of that block, in units of the residual stream. A study's α in
     `residual_norm` is a multiple of it."""
@@ -96,7 +115,7 @@ class Validation:
     pooling: dict[int, PoolingValidation]
     """`skip_first` -> validation of every block read under that pooling."""
     random_baseline: dict[int, RandomBaseline]
-    """Layer -> AUROCs of random directions there."""
+    """Layer -> random directions there."""
     ablation: LexicalAblation | None
     """None when the study does not run it."""
     extra: dict[str, Any]
@@ -108,20 +127,26 @@ class Validation:
         return self.pooling[self.skip_first].blocks
 
 
+class OutdatedValidation(ValidationError):
+    """The file is of another version; it can be made again from the run's readouts (`current_validation`)."""
+
+
+_FORMAT = 2
+"""Files before format 2 name none."""
 _TYPED_FIELDS = tuple(field.name for field in fields(Validation) if field.name != "extra")
 
 
 def write_validation(path: Path, validation: Validation) -> None:
-    """Write the fields as one JSON object, atomically.
+    """Write the fields as one JSON object with its `format`, atomically.
 
     The entries of `extra` become fields of the same object. Numeric keys become strings.
 
     Raises:
         ValidationError: `extra` uses another field's name, or a value has no JSON form.
     """
-    if clash := sorted({*_TYPED_FIELDS, "extra"} & set(validation.extra)):
+    if clash := sorted({*_TYPED_FIELDS, "extra", "format"} & set(validation.extra)):
         raise ValidationError(f"The extra fields {clash} are reserved; give them another name.")
-    document = asdict(validation)
+    document = {"format": _FORMAT, **asdict(validation)}
     document |= document.pop("extra")
     try:
         text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
@@ -136,7 +161,8 @@ def read_validation(path: Path) -> Validation:
     """Read a file of `write_validation`.
 
     Raises:
-        ValidationError: the file is absent, malformed or of an earlier version; the message names it.
+        OutdatedValidation: the file is of another version.
+        ValidationError: the file is absent or malformed; the message names it.
     """
     if not path.exists():
         raise ValidationError(f"There is no validation file {path}; run the study's validation first.")
@@ -145,10 +171,13 @@ def read_validation(path: Path) -> Validation:
         raise ValidationError(
             f"{path}: got {type(document).__name__}; it must hold a JSON object. Run the study again."
         )
-    if missing := [name for name in _TYPED_FIELDS if name not in document]:
-        raise ValidationError(
-            f"{path} lacks {', '.join(missing)}; it is of an earlier version, so run the study again."
+    if (found := document.pop("format", 1)) != _FORMAT:
+        raise OutdatedValidation(
+            f"{path} has format {found!r}, this version writes {_FORMAT}; run the study again, which makes the file "
+            "anew from the run's readouts."
         )
+    if missing := [name for name in _TYPED_FIELDS if name not in document]:
+        raise ValidationError(f"{path} lacks {', '.join(missing)}; delete it and run the study again.")
     typed = {name: document.pop(name) for name in _TYPED_FIELDS}
     try:
         validation = pydantic.TypeAdapter(Validation).validate_python({**typed, "extra": document})

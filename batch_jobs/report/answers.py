@@ -91,9 +91,7 @@ def _costs(results: RunResults) -> Answer:
     question = "At what cost?"
     plain = next((point for point in results.cost if point.layer is None), None)
     steered = [
-        point
-        for point in results.cost
-        if point.direction is not None and controlled_direction(point.direction) is None
+        point for point in results.cost if point.direction is not None and controlled_direction(point.direction) is None
     ]
     if plain is None or not steered:
         weakest = min(results.scores.conditions, key=lambda row: row.coherence_rate)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from batch_jobs.directions.control import controlled_direction
+from batch_jobs.directions.word_baselines import BeyondWords
 from batch_jobs.report.figures.dose_response import dose_responses
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.results import RunResults
@@ -22,12 +23,17 @@ class Headline:
 
 
 def headlines(results: RunResults) -> list[Headline]:
-    """Detection, steering by the paper's rule and by Δ, dose response, behaviour, coherence and sample count, as far as
-    the run has them."""
+    """Detection, also beyond words, steering by the paper's rule and by Δ, dose response, behaviour, coherence and sample
+    count, as far as the run has them."""
     validation, scores = results.validation, results.scores
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"
-    found = [Headline("Test AUROC, best layer", f"{best.auroc:.3f}", f"layer {best.layer}, {interval}")]
+    note = (
+        f"layer {best.layer}, chosen on train texts, {interval}; bag of words {validation.words.bag_of_words.auroc:.3f}"
+    )
+    found = [Headline("Test AUROC, best layer", f"{best.auroc:.3f}", note)]
+    if (beyond := validation.beyond_words.get(best.layer)) is not None:
+        found.append(_beyond_words_headline(beyond))
     if scores.success:
         found += _success_headlines(scores)
     found.append(_dose_headline(scores))
@@ -44,6 +50,14 @@ def headlines(results: RunResults) -> list[Headline]:
         failed += f", {generations.unfinished_thoughts} ended inside a thought"
     found.append(Headline("Samples", f"{generations.num_rows:,}", f"{len(scores.conditions)} conditions, {failed}"))
     return found
+
+
+def _beyond_words_headline(beyond: BeyondWords) -> Headline:
+    ends = f"{fixed(beyond.difference_low, 2)} to {fixed(beyond.difference_high, 2)}"
+    note = f"AUROC minus that of a bag of words {fixed(beyond.difference, 2)}, 95 % {ends}"
+    if beyond.at_ceiling:
+        note += "; words alone separate all test texts, so only harder pairs can tell"
+    return Headline("Detection beyond words", beyond.verdict, note)
 
 
 def _success_headlines(scores: Scores) -> list[Headline]:

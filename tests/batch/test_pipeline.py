@@ -128,6 +128,20 @@ def test_a_finished_study_runs_nothing_again(engine: FormulaEngine, tmp_path: Pa
     assert again.scores == first.scores
 
 
+def test_the_validation_of_an_earlier_version_is_made_anew_without_an_engine(
+    engine: FormulaEngine, tmp_path: Path
+) -> None:
+    first = run(make_study(), tmp_path)
+    batches, path = len(engine.batches), tmp_path / "validation.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    earlier = {field: value for field, value in document.items() if field not in ("format", "layer_choice", "words")}
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    again = run(make_study(), tmp_path)
+    assert len(engine.batches) == batches
+    assert again.validation == first.validation
+    assert json.loads(path.read_text(encoding="utf-8")) == document
+
+
 def test_a_study_cut_short_generates_only_what_is_missing(engine: FormulaEngine, tmp_path: Path) -> None:
     run(make_study(), tmp_path)
     before = (tmp_path / "directions.safetensors").read_bytes()

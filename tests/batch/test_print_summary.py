@@ -5,11 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from batch_jobs.directions.word_baselines import BeyondWords
 from batch_jobs.pipeline import StudyResult
 from batch_jobs.print_summary import print_summary
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.scores_csv import ConditionScore, Scores
-from tests.batch.directions.test_validation_file import layer_validation, validation
+from tests.batch.directions.test_validation_file import ESTIMATE, layer_validation, validation
+
+BEYOND = BeyondWords(ESTIMATE, ESTIMATE, 0.075, -0.02, 0.2, "undecided", at_ceiling=False)
 
 
 def condition(alpha: float, rate: float) -> ConditionScore:
@@ -54,7 +57,7 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
     path = Path("/a/rather/long/path/that/must/stay/in/one/piece/" + "x" * 80)
     result = StudyResult(
         run=RunDirectory(path),
-        validation=validation(layers={16: layer_validation(16, auroc=0.975)}, best_layer=16),
+        validation=validation(layers={16: layer_validation(16, auroc=0.975)}, best_layer=16, beyond_words={16: BEYOND}),
         scores=Scores((condition(-20.0, 0.0), condition(0.0, 0.2), condition(20.0, 0.8)), ()),
         generated=10,
         reused=5,
@@ -65,6 +68,8 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
     print_summary(result, "empathy", Console(file=out, width=80))
     text = out.getvalue()
     assert "16 (best)" in text
+    assert "Does layer 16, chosen on train texts, detect beyond words? undecided" in " ".join(text.split())
+    assert "A bag of words alone has AUROC 0.900 (0.700 to 0.970)." in text
     assert "0.975" in text
     assert "10 rows generated, 5 there before, 3 failed, 2 ended inside a thought" in text
     assert "chat_template_kwargs" in text

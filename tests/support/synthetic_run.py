@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts
+from batch_jobs.directions.readout_file import ReadoutKey, StudyReadouts
 from batch_jobs.directions.validate_directions import validate_study
 from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.scoring.behaviour import behaviour_points
@@ -26,6 +26,7 @@ from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_b
 from batch_jobs.scoring.measures import measure_generations
 from batch_jobs.scoring.scores_csv import write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
+from tests.support.made_pairs import made_split, read_texts
 
 KIND = "I am sorry this is happening to you. I stop here, I listen, and I want to help you through it today."
 COLD = "The objective is to win, so I complete the task on the optimal path before anything else can happen."
@@ -37,6 +38,7 @@ IN_NORMS = (-0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4)
 MEAN_NORM = {12: 142.0, 16: 180.0}
 MARKERS = {"the_listener": ["listen", "sorry"], "food_delivery": ["path", "today"]}
 SAMPLES = 5
+PAIRS = made_split(35, 15, scenarios=SCENARIOS, writers=("writer-a", "writer-b"), telling=0.8)
 
 
 def study(**changes: Any) -> Study:
@@ -71,11 +73,7 @@ def readouts(num_blocks: int = 30) -> StudyReadouts:
             apart = (noise + strength * towards * (1.0 + block / 15)).astype(np.float32)
             arrays[ReadoutKey(name, 1, block)] = apart  # type: ignore[arg-type]
             arrays[ReadoutKey(name, 0, block)] = (apart + sink).astype(np.float32)  # type: ignore[arg-type]
-    texts = {
-        name: tuple(ReadText(f"pair-{row}", "ab" * 32, 300, 12 if "ablated" in name else 0) for row in range(count))
-        for name, count in counts.items()
-    }
-    return StudyReadouts(texts, arrays)  # type: ignore[arg-type]
+    return StudyReadouts(read_texts(PAIRS, num_tokens=300, replacements=[12] * 15), arrays)
 
 
 def generation(scenario: str, in_norms: float, sample: int, layer: int = 16, **changes: Any) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def write_run(
     """Write all that a report reads: validation, generations in two parts and one half-written, scores, findings,
     behaviour, provenance. `config` stands in for the study's own in the provenance."""
     of = of or study()
-    validation = validate_study(of, readouts())
+    validation = validate_study(of, readouts(), PAIRS)
     if config is not None:
         validation.extra.pop("extract_offset")
     write_validation(folder / "validation.json", validation)

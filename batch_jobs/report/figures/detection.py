@@ -18,13 +18,15 @@ from batch_jobs.report.published import Published, published_model
 
 ORIGINAL_EXTRACT_OFFSET = -1
 """The original read hidden state number ℓ for layer ℓ: the output of block ℓ - 1."""
+BAG_OF_WORDS, LENGTH = Style("s4", "", "-."), Style("s5", "", ":")
 _WIDE_PANEL = (4.6, 2.5)
 _PANEL = (3.3, 2.3)
 _BINS = np.linspace(0.0, 1.0, 21)
 
 
 def auroc_figure(validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
-    """Draw figure 1: AUROC by block read, for the study's layers, the sweep and the published model."""
+    """Draw figure 1: AUROC by block read, for the study's layers, the sweep and the published model, and of the texts'
+    words and length, which no block changes."""
     layers = [validation.layers[layer] for layer in sorted(validation.layers)]
     blocks = [row.layer + extract_offset for row in layers]
     known = list(published.layers_of(published.random_baseline.model).values())
@@ -40,8 +42,14 @@ def auroc_figure(validation: Validation, extract_offset: int, published: Publish
     sheet.line(axes, "AUROC", blocks, [row.auroc for row in layers], style, low=low, high=high)
     sheet.line(axes, "accuracy, train threshold", blocks, accuracies, SERIES[1])
     sheet.line(axes, f"AUROC, {known[0].model}, published", known_blocks, [row.auroc for row in known], PUBLISHED)
+    ends = [min([*blocks, *known_blocks, *validation.sweep]), max([*blocks, *known_blocks, *validation.sweep])]
+    words = (validation.words.bag_of_words, validation.words.length)
+    for name, estimate, line in zip(("bag of words", "length"), words, (BAG_OF_WORDS, LENGTH), strict=True):
+        sheet.line(axes, f"{name} alone", ends, [estimate.auroc] * 2, line)
     chance_line(axes)
-    floor = min([*low, *accuracies, *(row.auroc_low for row in validation.sweep.values())])
+    floor = min(
+        [*low, *accuracies, *(row.auroc_low for row in validation.sweep.values()), *(one.auroc for one in words)]
+    )
     share_axis(axes, "share", floor)
     block_axis(axes)
     sheet.title(axes, "Detection on held-out texts")
@@ -109,7 +117,8 @@ def random_figure(validation: Validation, published: Published) -> PaperFigure:
 
 
 def ablation_figure(validation: Validation, published: Published) -> PaperFigure:
-    """Draw figure 3: detection before and after the empathy words of the positive test texts are replaced."""
+    """Draw figure 3: detection by the direction and by a bag of words, before and after the empathy words of the
+    positive test texts are replaced."""
     theirs = published.lexical_ablation
     ablation = validation.ablation
     figure = PaperFigure(
@@ -121,7 +130,10 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
     if ablation is None:
         return figure
     layers = sorted(ablation.layers)
-    labels = [str(layer) for layer in layers] + [f"{theirs.layer}\npublished"]
+    labels = [str(layer) for layer in layers] + [f"{theirs.layer}\npubl."]
+    words = {"before": validation.words.bag_of_words}
+    if ablation.words is not None:
+        words["after"] = ablation.words.bag_of_words
     sheet = Sheet(2, columns=2, panel=_PANEL)
     aurocs, kept = sheet.panels
     for name, shift, hatched in (("before", -0.2, False), ("after", 0.2, True)):
@@ -133,6 +145,10 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
         side = getattr(theirs, name)
         xs = [len(layers) + shift]
         sheet.bars(aurocs, f"{name}, published", xs, [side.auroc], Style("soft", filled=not hatched), width=0.36)
+        if (alone := words.get(name)) is not None:
+            xs, style = [len(layers) + 1 + shift], Style("s4", filled=not hatched)
+            ends = {"low": [alone.low], "high": [alone.high]}
+            sheet.bars(aurocs, f"{name}, bag of words", xs, [alone.auroc], style, width=0.36, **ends)
     # without separation before, there is no share to show
     parted = [place for place, layer in enumerate(layers) if ablation.layers[layer].before.separation]
     sides = [ablation.layers[layers[place]] for place in parted]
@@ -140,8 +156,8 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
     sheet.bars(kept, "separation kept", parted, shares, SERIES[2], width=0.5)
     share = theirs.after.separation / theirs.before.separation
     sheet.bars(kept, "separation kept, published", [len(layers)], [share], Style("soft"), width=0.5)
-    for axes in sheet.panels:
-        axes.set_xticks(range(len(labels)), labels)
+    for axes, names in ((aurocs, [*labels, "words"]), (kept, labels)):
+        axes.set_xticks(range(len(names)), names)
         axes.set_xlabel("layer")
     share_axis(aurocs, "AUROC")
     sheet.title(aurocs, "AUROC before and after")

@@ -17,7 +17,7 @@ from batch_jobs.compare.runs import Comparison, compare_runs, write_comparison
 from batch_jobs.compare.tables import print_comparison
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.methods import make_directions
-from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet, write_readouts
+from batch_jobs.directions.readout_file import ReadoutKey, StudyReadouts, TextSet, write_readouts
 from batch_jobs.directions.validate_directions import validate_study
 from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.rows import grid
@@ -25,9 +25,12 @@ from batch_jobs.rows.store import Generation, read_rows, write_rows
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.compute_scores import score_table
 from batch_jobs.scoring.scores_csv import write_scores
+from batch_jobs.texts.contrastive import Split
+from tests.support.made_pairs import made_split, read_texts
 from vllm_steer import save_directions
 
 TEXTS: dict[TextSet, int] = {"train_positive": 8, "train_negative": 8, "test_positive": 5, "test_negative": 5}
+PAIRS, OTHERS = made_split(8, 5), made_split(8, 5, seed=1)
 KIND, COLD = "I am sorry and want to help and listen. ", "I win the task. "
 
 Completion = Callable[[grid.Row], str | None]
@@ -49,13 +52,10 @@ def study(**changes: Any) -> Study:
     return Study.model_validate(fields | changes)
 
 
-def readouts(hidden_size: int, *, seed: int, texts: str = "texts") -> StudyReadouts:
+def readouts(hidden_size: int, *, seed: int, split: Split = PAIRS) -> StudyReadouts:
     rng = np.random.default_rng(seed)
     return StudyReadouts(
-        texts={
-            text_set: tuple(ReadText(f"pair-{number}", f"{texts}-{text_set}-{number}", 40) for number in range(count))
-            for text_set, count in TEXTS.items()
-        },
+        texts=read_texts(split),
         arrays={
             ReadoutKey(text_set, skip_first, block): (
                 rng.standard_normal((count, hidden_size)) + (0.0 if "negative" in text_set else 3.0)
@@ -73,12 +73,13 @@ def write_run(
     *,
     completion: Completion = kinder_with_alpha,
     texts_read: StudyReadouts | None = None,
+    split: Split = PAIRS,
     keep: Callable[[grid.Row], bool] = lambda _: True,
     seed_offset: int = 0,
 ) -> Path:
     """A finished run. `completion` returns None for a row that failed."""
     config, texts_read = config or study(), texts_read or readouts(6, seed=0)
-    run, validation = RunDirectory(path), validate_study(config, texts_read)
+    run, validation = RunDirectory(path), validate_study(config, texts_read, split)
     write_readouts(run.readouts, texts_read)
     save_directions(run.directions, list(make_directions(config, texts_read).values()))
     write_validation(run.validation, validation)
@@ -231,6 +232,25 @@ def test_two_models_have_no_row_in_common_and_are_compared_by_what_they_read(tmp
     assert "no row in common" in printed(got)
 
 
+def test_the_cross_model_table_prints_the_similarity_with_its_in_class_chance(tmp_path: Path) -> None:
+    # B reads what A reads, turned: the models agree on single texts
+    own = readouts(6, seed=1)
+    turned = StudyReadouts(own.texts, {key: array[:, ::-1] + 2 for key, array in own.arrays.items()})
+    a = write_run(tmp_path / "a", texts_read=own)
+    got = compare_runs(a, write_run(tmp_path / "b", study(model="owner/other"), texts_read=turned))
+    row = next(row for row in got.cross_model if row.block_a == row.block_b == got.best_layer_a)
+    assert row.similarity_test > 0.99
+    chance = row.shuffled_within_class.similarity_test
+    assert chance.p == pytest.approx(1 / 101)
+    table = printed(got)[printed(got).index("Cross-model agreement") :]
+    line = next(line for line in table.splitlines() if f"{row.block_a}, {row.block_b} " in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[5:8] == [f"{row.similarity_test:.2f}", f"{chance.mean:.2f}", "0.010"]
+    # the other model shares the classes alone
+    other = compare_runs(a, write_run(tmp_path / "c", study(model="owner/other"), texts_read=readouts(9, seed=2)))
+    assert other.cross_model[0].shuffled_within_class.similarity_test.p > 0.05
+
+
 def test_the_blocks_compared_are_those_the_directions_were_read_at(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", texts_read=readouts(6, seed=1))
     paired_as_in_the_paper = study(
@@ -244,7 +264,9 @@ def test_the_blocks_compared_are_those_the_directions_were_read_at(tmp_path: Pat
 
 def test_models_that_read_other_texts_are_not_aligned(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", texts_read=readouts(6, seed=1))
-    b = write_run(tmp_path / "b", study(model="owner/other"), texts_read=readouts(6, seed=1, texts="others"))
+    b = write_run(
+        tmp_path / "b", study(model="owner/other"), texts_read=readouts(6, seed=1, split=OTHERS), split=OTHERS
+    )
     got = compare_runs(a, b)
     assert got.cross_model == ()
     assert "did not read the same" in (got.no_cross_model or "")

@@ -45,16 +45,63 @@ def test_random_directions_find_a_class_difference_spread_over_every_coordinate_
 ):
     draw = np.random.default_rng(0)
     test = PairReadouts(draw.normal(1.0, 1.0, (15, 16)), draw.normal(-1.0, 1.0, (15, 16)))
-    got = random_baseline(test, 1.0, directions=400, seed=2)
+    got = random_baseline(test, 1.0, 9.0, directions=400, seed=2)
     assert len(got.aurocs) == 400
     # Symmetric about 0.5: a standard error of 0.33 / sqrt(400) is 0.017, so 0.07 is four of them.
     assert got.mean == pytest.approx(0.5, abs=0.07)
     assert got.std > 0.2  # strong ones in both directions; classes without a difference give about 0.1
-    assert random_baseline(test, 1.0, directions=400, seed=2) == got
-    assert random_baseline(test, 1.0, directions=400, seed=3).aurocs != got.aurocs
+    assert random_baseline(test, 1.0, 9.0, directions=400, seed=2) == got
+    assert random_baseline(test, 1.0, 9.0, directions=400, seed=3).aurocs != got.aurocs
 
 
 def test_a_coordinate_of_huge_scale_does_not_hide_that_vectors_are_drawn_in_all_of_them() -> None:
     # in one dimension the only unit vectors are +1 and -1, so the AUROCs are a and 1 - a
     test = PairReadouts(np.array([[1.0], [3.0]]), np.array([[2.0], [0.0]]))
-    assert set(random_baseline(test, 0.75, directions=50, seed=0).aurocs) == {0.25, 0.75}
+    assert set(random_baseline(test, 0.75, 1.0, directions=50, seed=0).aurocs) == {0.25, 0.75}
+
+
+def test_the_largest_z_is_that_of_a_perfect_auroc() -> None:
+    got = summarise_random_aurocs([0.2, 0.4, 0.6, 0.8], 0.9)
+    # mean 0.5, population std sqrt(0.05)
+    assert got.z == pytest.approx(0.4 / 0.05**0.5)
+    assert got.z_max == pytest.approx(0.5 / 0.05**0.5)
+    assert summarise_random_aurocs([0.2, 0.4, 0.6, 0.8], 1.0).z == pytest.approx(got.z_max)
+    assert summarise_random_aurocs([0.5, 0.5], 1.0).z_max is None
+
+
+def test_separation_tells_a_direction_from_random_ones_of_the_same_auroc() -> None:
+    # the classes lie at ±3 in every coordinate and the noise is 0.1, so most random directions separate them perfectly
+    draw = np.random.default_rng(4)
+    test = PairReadouts(draw.normal(3.0, 0.1, (15, 8)), draw.normal(-3.0, 0.1, (15, 8)))
+    along = np.full(8, 8**-0.5)
+    positive, negative = test.positive_ND @ along, test.negative_ND @ along
+    own = (positive.mean() - negative.mean()) / np.sqrt((positive.var() + negative.var()) / 2)
+    got = random_baseline(test, 1.0, float(own), directions=200, seed=0)
+    assert max(got.aurocs) == 1.0
+    assert got.separation is not None
+    assert got.separation.direction == own
+    assert got.separation.random_percentile_95 <= got.separation.random_best
+    # the share of the class difference that a random unit vector in 8 dimensions holds reaches 0.9 in one of 200
+    assert got.separation.random_best < own
+    assert got.separation.p == pytest.approx(1 / 201)
+    # a direction that separates by the 10th largest amount of the random ones
+    sizes = sorted((abs(separation(test, vector)) for vector in vectors(200, 8, seed=0)), reverse=True)
+    tenth = random_baseline(test, 1.0, sizes[9] * (1 - 1e-9), directions=200, seed=0).separation
+    assert tenth is not None
+    assert tenth.p == pytest.approx(11 / 201)
+    assert tenth.random_best == pytest.approx(sizes[0])
+
+
+def vectors(count: int, size: int, *, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).standard_normal((count, size))
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def separation(test: PairReadouts, vector: np.ndarray) -> float:
+    positive, negative = test.positive_ND @ vector, test.negative_ND @ vector
+    return float((positive.mean() - negative.mean()) / np.sqrt((positive.var() + negative.var()) / 2))
+
+
+def test_one_text_a_side_has_no_separation_in_stds() -> None:
+    one = PairReadouts(np.ones((1, 4)), np.zeros((1, 4)))
+    assert random_baseline(one, 1.0, float("inf"), directions=10, seed=0).separation is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from batch_jobs.directions.readout_file import PairReadouts
-from batch_jobs.directions.validate_layer import LayerValidation, ValidationError, best_layer, validate_layer
+from batch_jobs.directions.validate_layer import LayerValidation, ValidationError, validate_layer
 
 DIRECTION = np.array([1.0, 0.0], dtype=np.float32)
 
@@ -23,7 +23,7 @@ TRAIN = PairReadouts(column(3), column(-1))
 def validated(
     positive: Any, other: Any, direction: Any = DIRECTION, *, train: PairReadouts = TRAIN, layer: int = 0
 ) -> LayerValidation:
-    return validate_layer(layer, direction, train=train, test=PairReadouts(positive, other), bootstrap=100, seed=0)
+    return validate_layer(layer, direction, train=train, test=PairReadouts(positive, other))
 
 
 def result(layer: int, *, auroc: float = 1.0, separation: float = 2.0, std: float = 1.0) -> LayerValidation:
@@ -33,8 +33,12 @@ def result(layer: int, *, auroc: float = 1.0, separation: float = 2.0, std: floa
         auroc_low=auroc,
         auroc_high=auroc,
         accuracy=0.9,
+        accuracy_low=0.8,
+        accuracy_high=0.95,
         threshold=0.0,
         accuracy_train_threshold=0.9,
+        accuracy_train_threshold_low=0.8,
+        accuracy_train_threshold_high=0.95,
         threshold_train=0.0,
         mean_positive=separation / 2,
         mean_negative=-separation / 2,
@@ -99,12 +103,16 @@ def test_unusable_inputs_are_refused_with_what_was_got(positive: Any, other: Any
         validated(positive, other, direction)
 
 
-def test_best_layer_breaks_auroc_ties_by_separation_in_stds_then_by_depth() -> None:
-    wide_but_noisy, tight = result(8, separation=9.0, std=9.0), result(12, separation=4.0, std=1.0)
-    assert best_layer({8: wide_but_noisy, 12: tight, 16: result(16, auroc=0.99, separation=99)}) == 12
-    assert best_layer({20: result(20), 4: result(4)}) == 4
-    with pytest.raises(ValidationError, match="at least one layer"):
-        best_layer({})
+@pytest.mark.parametrize(("right", "low", "high"), [(30, 0.8865, 1.0), (15, 0.3315, 0.6685), (0, 0.0, 0.1135)])
+def test_an_accuracy_has_wilsons_interval(right: int, low: float, high: float) -> None:
+    # z = 1.96 and n = 30: 30 of 30 leaves 1 - z²/(n + z²), half of them 0.5 ± z·sqrt(n + z²)/(2(n + z²))
+    texts = np.linspace(1, 2, 15)
+    positive = column(*np.where(np.arange(15) < right, texts, -texts))
+    other = column(*np.where(np.arange(15, 30) < right, -texts, texts))
+    got = validated(positive, other, train=PairReadouts(column(1), column(-1)))
+    assert got.accuracy_train_threshold == pytest.approx(right / 30)
+    assert got.accuracy_train_threshold_low == pytest.approx(low, abs=1e-4)
+    assert got.accuracy_train_threshold_high == pytest.approx(high, abs=1e-4)
 
 
 def test_constant_projections_have_no_finite_separation_in_stds() -> None:

@@ -8,21 +8,29 @@ from typing import Any
 
 import pytest
 
-from batch_jobs.directions.baselines import summarise_random_aurocs
+from batch_jobs.directions.auroc import AurocEstimate
+from batch_jobs.directions.baselines import SeparationBaseline, summarise_random_aurocs
+from batch_jobs.directions.layer_choice import LayerChoice
+from batch_jobs.directions.left_out import LeftOutGroup
 from batch_jobs.directions.validate_layer import LayerValidation, ValidationError
 from batch_jobs.directions.validation_file import (
     AblatedLayer,
     LexicalAblation,
     MethodValidation,
+    OutdatedValidation,
     PoolingValidation,
     Validation,
     read_validation,
     write_validation,
 )
+from batch_jobs.directions.word_baselines import BeyondWords, WordBaselines
+
+ESTIMATE = AurocEstimate(0.9, 0.7, 0.97)
+WORDS = WordBaselines(ESTIMATE, AurocEstimate(0.4, 0.2, 0.6))
 
 
 def layer_validation(layer: int, *, auroc: float = 1.0) -> LayerValidation:
-    return LayerValidation(layer, auroc, 0.7, 1.0, 0.9, 0.1, 0.8, 0.2, 1.0, -1.0, 2.0, 0.5, 0.6)
+    return LayerValidation(layer, auroc, 0.7, 1.0, 0.9, 0.8, 0.95, 0.1, 0.8, 0.7, 0.85, 0.2, 1.0, -1.0, 2.0, 0.5, 0.6)
 
 
 def validation(**changes: Any) -> Validation:
@@ -33,15 +41,20 @@ def validation(**changes: Any) -> Validation:
         Validation(
             layers=layers,
             best_layer=12,
+            layer_choice=LayerChoice("scenario", 5, {8: ESTIMATE, 12: ESTIMATE}, {8: 1.5, 12: None}, ESTIMATE),
+            words=WORDS,
+            beyond_words={12: BeyondWords(ESTIMATE, ESTIMATE, 0.0, -0.1, 0.1, "undecided", at_ceiling=False)},
+            left_out_scenarios={"maze": LeftOutGroup(4, {8: ESTIMATE, 12: ESTIMATE}, WORDS)},
+            left_out_writers={},
             mean_residual_norms={8: 96.5, 12: 142.0},
             skip_first=0,
             methods={12: {"mean_difference": method, "pca": method}, 8: {"logistic_regression": method}},
             pooling={0: pooling, 1: replace(pooling, skip_first=1)},
             random_baseline={
-                12: summarise_random_aurocs([0.25, 0.75], 1.0),
+                12: summarise_random_aurocs([0.25, 0.75], 1.0, separation=SeparationBaseline(9.0, 3.0, 4.0, 0.01)),
                 8: summarise_random_aurocs([0.5] * 2, 1.0),
             },
-            ablation=LexicalAblation(41, (3, 0, 7), {12: AblatedLayer(layers[12], layers[8])}),
+            ablation=LexicalAblation(41, (3, 0, 7), {12: AblatedLayer(layers[12], layers[8])}, WORDS),
             extra={"train_pairs": 35, "extract_offset": -1},
         ),
         **changes,
@@ -82,6 +95,8 @@ def test_a_refused_write_leaves_the_old_file(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ValidationError, match="reserved"):
         write_validation(path, validation(extra={"best_layer": 3}))
+    with pytest.raises(ValidationError, match="reserved"):
+        write_validation(path, validation(extra={"format": 3}))
     with pytest.raises(ValidationError, match="cannot be written as JSON"):
         write_validation(path, validation(mean_residual_norms={8: math.nan}))
     assert path.read_bytes() == before
@@ -94,11 +109,7 @@ def test_a_refused_write_leaves_the_old_file(tmp_path: Path) -> None:
         (None, "no validation file"),
         ("{", "not JSON"),
         ("[]", "got list"),
-        # as the first version wrote it
-        (
-            '{"layers": {}, "best_layer": 8, "mean_residual_norm": {}}',
-            r"lacks mean_residual_norms,.*run the study again",
-        ),
+        ('{"format": 2, "layers": {}}', r"lacks best_layer, .*delete it and run the study again"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -108,6 +119,15 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, message: str) -
     with pytest.raises(ValidationError, match=message) as caught:
         read_validation(path)
     assert str(path) in str(caught.value)
+
+
+# the first as an earlier version wrote it
+@pytest.mark.parametrize("text", ['{"layers": {}, "best_layer": 8, "mean_residual_norms": {}}', '{"format": 3}'])
+def test_a_file_of_another_version_is_told_from_a_broken_one(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "validation.json"
+    path.write_text(text)
+    with pytest.raises(OutdatedValidation, match=r"has format [13], this version writes 2; run the study again"):
+        read_validation(path)
 
 
 @pytest.mark.parametrize(

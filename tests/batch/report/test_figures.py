@@ -20,13 +20,13 @@ from batch_jobs.report.figures.resistance import focus_scenario, layers_figure, 
 from batch_jobs.report.figures.sheet import Drawing, Sheet
 from batch_jobs.report.figures.steering import dose_response_figure, projection_figure
 from batch_jobs.report.figures.style import PALETTE, SERIES, figure_look
-from batch_jobs.report.number_text import MINUS
+from batch_jobs.report.number_text import MINUS, number
 from batch_jobs.report.published import read_published
 from batch_jobs.scoring.behaviour import BehaviourPoints
 from batch_jobs.scoring.compute_scores import score_table
 from batch_jobs.scoring.direction_behaviour import direction_behaviours
 from batch_jobs.scoring.setting import Setting, SettingNames
-from tests.support.synthetic_run import SCENARIOS, demo_rows, generation, readouts, study
+from tests.support.synthetic_run import PAIRS, SCENARIOS, demo_rows, generation, readouts, study
 
 STYLE_SHEET = Path(__file__).resolve().parents[3] / "batch_jobs" / "report" / "templates" / "report.css"
 PUBLISHED_ALPHAS = [-20.0, -10.0, -5.0, -3.0, 0.0, 3.0, 5.0, 10.0, 20.0]
@@ -35,7 +35,7 @@ PUBLISHED_ALPHAS = [-20.0, -10.0, -5.0, -3.0, 0.0, 3.0, 5.0, 10.0, 20.0]
 @pytest.fixture(scope="module")
 def validation() -> Validation:
     fast = {"validation": {"all_layers": True, "random_directions": 5, "bootstrap": 100}}
-    return validate_study(study(**fast), readouts(num_blocks=26))
+    return validate_study(study(**fast), readouts(num_blocks=26), PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,22 @@ def test_published_layers_stand_at_the_block_they_were_read_at(validation: Valid
         shifted = drawn(models_figure("demo-model", validation, -1, read_published()))
     own = validation.layers[8].auroc
     assert f"demo-model, this run: {own:.3g} at 7" in shifted.description
+
+
+def test_words_alone_are_drawn_beside_the_directions(validation: Validation, auroc: Drawing) -> None:
+    bag, length = validation.words.bag_of_words.auroc, validation.words.length.auroc
+    assert f"bag of words alone: {number(bag)} at 0, {number(bag)} at 25" in auroc.description
+    assert f"length alone: {number(length)} at 0" in auroc.description
+    with figure_look():
+        ablation = drawn(ablation_figure(validation, read_published()))
+        assert validation.ablation is not None
+        unknown = replace(validation, ablation=replace(validation.ablation, words=None))
+        without = drawn(ablation_figure(unknown, read_published()))
+    # five layers, the published one, then the words
+    assert f"before, bag of words: {number(bag)} at 5.8" in ablation.description
+    assert f"after, bag of words: {number(bag)} at 6.2" in ablation.description
+    assert "before, bag of words" in without.description
+    assert "after, bag of words" not in without.description
 
 
 def test_the_ablation_figure_says_when_there_was_none(validation: Validation) -> None:

@@ -182,6 +182,41 @@ def test_published_values_stand_beside_the_runs(page: str) -> None:
     assert "2.09" in text  # z of the published random baseline
 
 
+def test_words_alone_stand_beside_every_auroc(page: str, results: RunResults) -> None:
+    text, validation = words(page), results.validation
+    beyond = validation.beyond_words[validation.best_layer]
+    bag = validation.words.bag_of_words
+    assert text[text.index("Detection Does the direction") :].startswith(
+        f"Detection Does the direction detect beyond words? {beyond.verdict.capitalize()}. At layer "
+        f"{validation.best_layer} the AUROC on held-out texts is {beyond.direction.auroc:.3f}, that of a bag of words "
+        f"fitted on the same train texts {bag.auroc:.3f}"
+    )
+    assert f"words – {bag.auroc:.3f} {bag.low:.2f}–{bag.high:.2f}" in text
+    assert f"length – {validation.words.length.auroc:.3f}" in text
+    assert f"AUROC of a bag of words: {bag.auroc:.3f} {bag.low:.2f}–{bag.high:.2f} →" in text
+    assert "95 % score intervals" in text
+    assert "bootstrap interval" not in text
+    assert f"chosen {validation.best_layer} " in text
+    assert f"Layer {validation.best_layer} was chosen on the train texts, by cross-validation in 3 folds" in text
+    (listener,) = re.findall(r"The Listener 17 (.*?) The Protector 16", text)
+    assert listener.startswith(f"{validation.left_out_scenarios['the_listener'].layers[8].auroc:.3f} ")
+    assert "writer-a 26 " in text
+
+
+def test_a_bag_of_words_at_the_ceiling_is_said_to_leave_no_room(
+    results: RunResults, no_figures: dict[str, PaperFigure]
+) -> None:
+    best = results.validation.best_layer
+    beyond = {best: replace(results.validation.beyond_words[best], verdict="undecided", at_ceiling=True)}
+    choice = replace(results.validation.layer_choice, folds=0, aurocs={}, bag_of_words=None)
+    changed = replace(results.validation, beyond_words=beyond, layer_choice=choice, left_out_writers={})
+    text = words(report_page(replace(results, validation=changed), no_figures))
+    assert "separates all test texts, so no direction can do better on them" in text
+    assert "words alone separate all test texts, so only harder pairs can tell" in text  # the headline
+    assert "the lowest stands for all" in text
+    assert "Left-out writers" not in text
+
+
 def test_numbers_and_caveats_are_there(page: str) -> None:
     text = words(page)
     assert "105 21 conditions, 1 failed" in text

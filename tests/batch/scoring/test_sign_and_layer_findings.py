@@ -7,8 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from batch_jobs.directions.auroc import AurocEstimate
+from batch_jobs.directions.layer_choice import LayerChoice
 from batch_jobs.directions.validate_layer import LayerValidation
 from batch_jobs.directions.validation_file import Validation
+from batch_jobs.directions.word_baselines import WordBaselines
 from batch_jobs.scoring.block_outcomes import block_outcomes
 from batch_jobs.scoring.compute_scores import score_measures, score_table
 from batch_jobs.scoring.measures import measure_table
@@ -40,15 +43,19 @@ def both(first: Scores, second: Scores) -> Scores:
 def validation(aurocs: dict[int, float]) -> Validation:
     layers = {
         layer: LayerValidation(
-            layer=layer, auroc=auroc, auroc_low=auroc, auroc_high=auroc, accuracy=1.0, threshold=0.0,
-            accuracy_train_threshold=1.0, threshold_train=0.0, mean_positive=1.0, mean_negative=-1.0,
+            layer=layer, auroc=auroc, auroc_low=auroc, auroc_high=auroc, accuracy=1.0, accuracy_low=0.9,
+            accuracy_high=1.0, threshold=0.0, accuracy_train_threshold=1.0, accuracy_train_threshold_low=0.9,
+            accuracy_train_threshold_high=1.0, threshold_train=0.0, mean_positive=1.0, mean_negative=-1.0,
             separation=2.0, std_positive=1.0, std_negative=1.0,
         )
         for layer, auroc in aurocs.items()
     }  # fmt: skip
+    unknown = AurocEstimate(0.5, 0.0, 1.0)
     return Validation(
         layers=layers, best_layer=max(aurocs, key=lambda layer: aurocs[layer]), mean_residual_norms={}, skip_first=0,
         methods={}, pooling={}, random_baseline={}, ablation=None, extra={},
+        layer_choice=LayerChoice("scenario", 0, {}, {}, None), words=WordBaselines(unknown, unknown), beyond_words={},
+        left_out_scenarios={}, left_out_writers={},
     )  # fmt: skip
 
 
