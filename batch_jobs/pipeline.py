@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
@@ -34,6 +36,7 @@ from batch_jobs.scoring.behaviour import behaviour_points
 from batch_jobs.scoring.compute_scores import score_generations
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
 from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.outcome import Outcome
 from batch_jobs.scoring.scores_csv import Scores, write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
@@ -104,7 +107,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
         generated, reused = _generate_missing(job, executor, options)
 
-    scores = score_run(run, scenarios, probes.validation)
+    scores = score_run(run, scenarios, probes.validation, study.concept)
     failed = len(store.read_index(run.generations).failed)
     unfinished = store.count_unfinished_thoughts(run.generations)
     record.finish(rows_generated=generated, rows_failed=failed, rows_unfinished_thoughts=unfinished)
@@ -112,16 +115,32 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     return StudyResult(run, probes.validation, scores, generated, reused, failed, unfinished)
 
 
-def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation) -> Scores:
+def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation, concept: Concept) -> Scores:
     """Score the stored generations, from Parquet alone, and write scores, findings and behaviour. Uses the judge's
     grades if there are any."""
+    outcome = Outcome.of(concept)
     grades = read_grades(run.judgements) if run.judgements.exists() else None
     markers = {scenario.id: scenario.markers for scenario in scenarios.values()}
-    scores = score_generations(run.generations, markers, grades)
+    scores = score_generations(run.generations, markers, grades, outcome=outcome)
     write_scores(run.scores, scores)
     write_findings(run.findings, make_findings(scores, validation))
-    write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades)))
+    write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades, outcome)))
     return scores
+
+
+def not_judged_yet(run: RunDirectory, concept: Concept, scores: Scores) -> str | None:
+    """What to do about scores without rates, because the judge that decides the outcome has not graded them; else
+    None."""
+    if (
+        concept.outcome != "judge"
+        or scores.success
+        or not any(math.isnan(row.empathy_rate) for row in scores.conditions)
+    ):
+        return None
+    return (
+        f"not judged yet: vllm-steer study judge {run.path} --endpoint MODEL@URL#VARIABLE, then vllm-steer study score "
+        f"{run.path}; the concept {concept.name!r} has no rates before that"
+    )
 
 
 @contextmanager
@@ -177,6 +196,6 @@ def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario]) -> s
     content = {
         "config": study.identity,
         "pairs": split.content_hash,
-        "scenarios": [asdict(scenario) for scenario in scenarios.values()],
+        "scenarios": [scenario.entry for scenario in scenarios.values()],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

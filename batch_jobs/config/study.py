@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from batch_jobs.config.concept import STUDY_NAME as STUDY_NAME  # re-exported
+from batch_jobs.config.concept import Concept, empathy
 from batch_jobs.config.document import explain_faults, read_study_document
 from batch_jobs.config.template_variables import template_variables
 from batch_jobs.errors import StudyError as StudyError  # re-exported
@@ -35,10 +37,6 @@ DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
 
 WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
 """Fields for how the work is done and where the texts are; no result depends on them."""
-
-
-STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""Names of studies and concepts: they become names of files and directions."""
 
 
 class _Section(BaseModel):
@@ -121,7 +119,8 @@ class ValidationOptions(_Section):
     bootstrap: int = Field(default=2000, ge=100)
     """Number of resamples for each AUROC's 95 % interval."""
     lexical_ablation: bool = True
-    """Also read the empathic test texts with their empathy words replaced (paper: 41 keywords)."""
+    """Also read the positive test texts with the concept's words replaced (paper: 41 keywords). Off by default for a
+    concept without ablation words."""
 
 
 class SplitSizes(_Section):
@@ -180,8 +179,8 @@ class Study(_Section):
     """One study. Everything that changes a number in its results is here or in the texts it names."""
 
     name: str = Field(pattern=STUDY_NAME)
-    concept: str = Field(default="empathy", pattern=STUDY_NAME)
-    """Name of the directions; each layer has one of that name."""
+    concept: Concept = empathy()
+    """What the directions are named for and how completions are scored: `empathy`, or a section."""
     model: str = Field(min_length=1)
     """Hub id, local path, or `demo-model`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
@@ -221,6 +220,17 @@ class Study(_Section):
     @classmethod
     def _template_variables_only(cls, given: dict[str, JsonValue]) -> dict[str, JsonValue]:
         return template_variables(given)
+
+    @model_validator(mode="after")
+    def _the_ablation_has_words(self) -> Self:
+        if self.validation.lexical_ablation and not self.concept.has_ablation_words:
+            if "lexical_ablation" in self.validation.model_fields_set:
+                raise ValueError(
+                    f"validation.lexical_ablation is true, but the concept {self.concept.name!r} has no "
+                    "ablation_words; give concept.ablation_words, or leave lexical_ablation out"
+                )
+            self.__dict__["validation"] = self.validation.model_copy(update={"lexical_ablation": False})
+        return self
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -263,9 +273,10 @@ class Study(_Section):
         return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
 
     def direction_name(self, method: DirectionMethod) -> str:
-        """Name of the directions made by `method`: the concept alone for the paper's method, else
+        """Name of the directions made by `method`: the concept's alone for the paper's method, else
         `<concept>-<method>`."""
-        return self.concept if method == "mean_difference" else f"{self.concept}-{method.replace('_', '-')}"
+        name = self.concept.name
+        return name if method == "mean_difference" else f"{name}-{method.replace('_', '-')}"
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batch_jobs.config.study import DirectionMethod, Study
 from batch_jobs.directions.baselines import random_baseline
-from batch_jobs.directions.lexical_ablation import load_replacements
+from batch_jobs.directions.lexical_ablation import replacements_of
 from batch_jobs.directions.methods import Vector, make_directions, mean_difference, mean_residual_norm
 from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts
 from batch_jobs.directions.validate_layer import LayerValidation, best_layer, validate_layer
@@ -120,7 +120,7 @@ def _ablation(
         )
         layers[layer] = AblatedLayer(unchanged, after)
     return LexicalAblation(
-        keywords=len(load_replacements()),
+        keywords=len(replacements_of(study.concept)),
         replacements=tuple(text.replacements for text in readouts.texts["test_positive_ablated"]),
         layers=layers,
     )

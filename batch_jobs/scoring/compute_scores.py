@@ -1,8 +1,9 @@
 """Offline scoring of steered generations from their Parquet files: the `paper` metric and a corrected one.
 
 A sample is *empathetic* when it holds more distinct empathy keywords than task keywords. Keywords match as substrings
-in any case, so "help" is found in "helpless". A condition's rate is its share of empathetic samples, and
-effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
+in any case, so "help" is found in "helpless". A study of another concept has words of its own, or a judge, in their
+place (`batch_jobs.scoring.outcome`); the names of columns stay. A condition's rate is its share of empathetic samples,
+and effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
 
 That success rule has a flaw, kept because the published numbers depend on it: an effect of 0 counts as a success at
 negative α and as a failure at positive α. Where every unsteered sample is already empathetic (`cannot_rise`), no effect
@@ -17,7 +18,9 @@ grouping of numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import pyarrow.compute as pc
 from batch_jobs.rows.generation_parts import GROUP_COLUMNS, ScoreError
 from batch_jobs.scoring.count_statistics import directional_p, wilson_interval
 from batch_jobs.scoring.measures import Markers, measure_generations, measure_table
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, POSITIVE_GRADE, Outcome
 from batch_jobs.scoring.paper_metric import has_context, is_coherent, is_empathetic
 from batch_jobs.scoring.scores_csv import (
     ConditionScore,
@@ -71,7 +75,11 @@ _Counts = tuple[int, int]  # empathetic samples, samples
 
 
 def score_generations(
-    folder: Path, markers: Markers | None = None, grades: Mapping[str, int] | None = None, processes: int | None = None
+    folder: Path,
+    markers: Markers | None = None,
+    grades: Mapping[str, int] | None = None,
+    processes: int | None = None,
+    outcome: Outcome = PAPER_OUTCOME,
 ) -> Scores:
     """Score all parts under a folder of generations as `score_table` does, without holding their texts in memory.
 
@@ -80,10 +88,15 @@ def score_generations(
     Raises:
         ScoreError: as for `score_table`; the message names the faulty part, where there is one.
     """
-    return _score(measure_generations(Path(folder), markers or {}, processes), grades)
+    return _score(measure_generations(Path(folder), markers or {}, processes, outcome), grades, outcome)
 
 
-def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping[str, int] | None = None) -> Scores:
+def score_table(
+    table: pa.Table,
+    markers: Markers | None = None,
+    grades: Mapping[str, int] | None = None,
+    outcome: Outcome = PAPER_OUTCOME,
+) -> Scores:
     """Score a table of generations.
 
     Rates and means leave out rows with an `error`, counted in `failed`, and rows that ended inside a thought (no
@@ -95,19 +108,25 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
         table: one row per sample, with the columns of the generations' Parquet schema.
         markers: scenario id -> its context markers. A scenario without markers gets `context_rate` None.
         grades: row id -> a judge's 0, 1 or 2. Other rows have no grade.
+        outcome: decides which samples are positive. Where that is the judge, only graded rows are scored; until every
+            (model, layer, scenario) has a graded row at α = 0, all rows are scored, their rates are NaN and there are
+            no success rates.
 
     Raises:
         ScoreError: the table has no rows, lacks a column or holds a null where none may be; α is not finite; a grade is
             not 0, 1 or 2; or a (model, layer, scenario) has no usable row at α = 0.
     """
-    measures = measure_table(table, markers or {})
+    measures = measure_table(table, markers or {}, outcome)
     if measures.num_rows == 0:
         raise ScoreError("The table has no rows; generate samples before scoring.")
-    return _score(measures, grades)
+    return _score(measures, grades, outcome)
 
 
-def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
+def _score(measures: pa.Table, grades: Mapping[str, int] | None, outcome: Outcome) -> Scores:
     measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
+    rated = not outcome.judged or _baselines_are_graded(measures)
+    if outcome.judged and rated:
+        measures = _decided_by_grade(measures)
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
         # one thread: float sums depend on the order, and the same rows must give bit-identical scores
@@ -125,6 +144,9 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
         .sort_by([(key, "ascending") for key in _KEYS])
         .to_pylist()
     )
+    if not rated:
+        unrated = (_unrated(row, failed.get(_key(row), 0), unfinished.get(_key(row), 0)) for row in groups)
+        return Scores(conditions=tuple(unrated), success=())
     baselines = _baselines(groups, failed, unfinished)
     p_values = _directional_p_values(groups, baselines)
     conditions = tuple(
@@ -132,6 +154,21 @@ def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
         for row, p in zip(groups, p_values, strict=True)
     )
     return Scores(conditions=conditions, success=success_rates(conditions))
+
+
+def _baselines_are_graded(measures: pa.Table) -> bool:
+    """Whether every (model, layer, scenario) has a row at α = 0 that the judge graded."""
+    places = ("model", "layer", "scenario")
+    graded = measures.filter(pc.and_(pc.equal(measures["alpha"], 0.0), pc.is_valid(measures["grade"])))
+    return bool(graded.group_by(places).aggregate([]).num_rows == measures.group_by(places).aggregate([]).num_rows)
+
+
+def _decided_by_grade(measures: pa.Table) -> pa.Table:
+    """The rows with a grade, which says whether they are positive, and those without an answer."""
+    decided = pc.equal(measures["grade"], POSITIVE_GRADE)
+    measures = measures.set_column(measures.schema.get_field_index("empathetic"), "empathetic", decided)
+    unanswered = pc.or_(measures["failed"], measures["in_thought"])
+    return measures.filter(pc.or_(unanswered, pc.is_valid(measures["grade"])))
 
 
 def _counts(measures: pa.Table, flag: str) -> dict[_Key, int]:
@@ -198,6 +235,23 @@ def _directional_p_values(
     columns = np.array(cells, dtype=np.int64).reshape(-1, 5).T
     found = iter(directional_p(*columns).tolist())
     return [next(found) if _judged(row) else None for row in groups]
+
+
+def _unrated(row: Mapping[str, Any], failed: int, unfinished: int) -> ConditionScore:
+    """The scores of a condition whose samples no one has yet told to be positive or not."""
+    scored = _condition({**row, "empathetic_sum": 0}, failed, unfinished, (0, row["count_all"]), None)
+    return replace(
+        scored,
+        empathy_rate=math.nan,
+        empathy_low=math.nan,
+        empathy_high=math.nan,
+        baseline_empathy_rate=math.nan,
+        effect=math.nan,
+        directional_effect=None,
+        success=None,
+        cannot_rise=False,
+        cannot_fall=False,
+    )
 
 
 def _condition(

@@ -28,7 +28,8 @@ from batch_jobs.rows.generation_parts import (
     split_table,
 )
 from batch_jobs.scoring.degeneration import Degeneration, degeneration
-from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, MIN_CONTEXT_MARKERS, TASK_KEYWORDS, is_coherent
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, Outcome
+from batch_jobs.scoring.paper_metric import MIN_CONTEXT_MARKERS, is_coherent
 from batch_jobs.scoring.word_index import WordIndex
 
 Markers = Mapping[str, Sequence[str]]
@@ -44,21 +45,25 @@ _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
 }
 
 
-def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
-    """Measure each row of a table of generations.
+def measure_table(table: pa.Table, markers: Markers, outcome: Outcome = PAPER_OUTCOME) -> pa.Table:
+    """Measure each row of a table of generations. `outcome` decides which texts are `empathetic`; the column has this
+    name whatever the concept.
 
     Returns:
         The columns of COLUMN_TYPES without the texts; `failed` (the row has an error); `in_thought` (it ended inside a
         thought); and, null for rows without an answer, `empathetic`, `coherent`, `in_context`, `empty`, `loop`,
-        `code_like`, `repetition` and `compression_ratio`. `in_context` is also null where the scenario has no markers.
+        `code_like`, `repetition` and `compression_ratio`. `in_context` is also null where the scenario has no markers,
+        and `empathetic` in all rows where a judge decides.
 
     Raises:
         ScoreError: as for `scoring_columns`.
     """
-    return _measure_all(split_table(table), markers)
+    return _measure_all(split_table(table), markers, outcome)
 
 
-def measure_generations(folder: Path, markers: Markers, processes: int | None = None) -> pa.Table:
+def measure_generations(
+    folder: Path, markers: Markers, processes: int | None = None, outcome: Outcome = PAPER_OUTCOME
+) -> pa.Table:
     """Run `measure_table` on all parts under `folder`, in the order of their paths.
 
     The result takes about 200 bytes per row. `processes`: None means one per core from 20,000 rows on, else one.
@@ -72,7 +77,7 @@ def measure_generations(folder: Path, markers: Markers, processes: int | None = 
         raise ScoreError(f"There are no generations under {folder}; generate samples before scoring.")
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if rows >= PARALLEL_ROWS else 1
-    measure = partial(_measure_part, markers=markers)
+    measure = partial(_measure_part, markers=markers, outcome=outcome)
     if processes == 1:
         return pa.concat_tables([measure(part) for part in parts])
     # spawned, not forked: the caller may hold an engine's threads and a device, which do not survive a fork
@@ -82,16 +87,16 @@ def measure_generations(folder: Path, markers: Markers, processes: int | None = 
         return pa.concat_tables(pool.map(measure, parts, chunksize=chunk))
 
 
-def _measure_part(part: Path, markers: Markers) -> pa.Table:
-    return _measure_all(read_part(part), markers)
+def _measure_part(part: Path, markers: Markers, outcome: Outcome) -> pa.Table:
+    return _measure_all(read_part(part), markers, outcome)
 
 
-def _measure_all(tables: Iterable[pa.Table], markers: Markers) -> pa.Table:
+def _measure_all(tables: Iterable[pa.Table], markers: Markers, outcome: Outcome) -> pa.Table:
     empty = pa.schema(list(COLUMN_TYPES.items())).empty_table()
-    return pa.concat_tables([_measure(table, markers) for table in itertools.chain([empty], tables)])
+    return pa.concat_tables([_measure(table, markers, outcome) for table in itertools.chain([empty], tables)])
 
 
-def _measure(table: pa.Table, markers: Markers) -> pa.Table:
+def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:
     failed, unfinished = pc.is_valid(table["error"]), in_thought(table)
     unanswered = pc.or_(failed, unfinished)
     texts = pc.fill_null(table["completion"], "").combine_chunks()
@@ -101,7 +106,7 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         signs.append(degeneration(text, counts))
         coherent.append(is_coherent(text, counts))
     columns = {
-        "empathetic": pa.array(words.count_found(EMPATHY_KEYWORDS) > words.count_found(TASK_KEYWORDS)),
+        "empathetic": _positive(words, outcome),
         "coherent": pa.array(coherent, pa.bool_()),
         "in_context": _in_context(table["scenario"], words, markers),
         **{name: pa.array([getattr(sign, name) for sign in signs], kind) for name, kind in _SIGNS.items()},
@@ -110,6 +115,13 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         table = table.append_column(name, pc.if_else(unanswered, None, column))
     table = table.drop_columns(["completion", "error", "thought"])
     return table.append_column("failed", failed).append_column("in_thought", unfinished)
+
+
+def _positive(words: WordIndex, outcome: Outcome) -> pa.Array:
+    """Which texts hold more positive than negative keywords; null where a judge decides instead."""
+    positive = words.count_found(outcome.positive, match=outcome.match)
+    negative = words.count_found(outcome.negative, match=outcome.match)
+    return pa.array(positive > negative, mask=np.full(len(positive), outcome.judged))
 
 
 def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:

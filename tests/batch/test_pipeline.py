@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from batch_jobs.config.concept import empathy
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.validation_file import read_validation
 from batch_jobs.pipeline import RunOptions, StudyResult, run_study, score_run
@@ -192,7 +193,7 @@ def test_scores_can_be_made_again_from_the_run_directory_alone(engine: FormulaEn
     directory = RunDirectory(tmp_path)
     written = directory.scores.read_bytes()
     directory.scores.unlink()
-    scores = score_run(directory, load_scenarios(directory.scenarios), read_validation(directory.validation))
+    scores = score_run(directory, load_scenarios(directory.scenarios), read_validation(directory.validation), empathy())
     assert scores == result.scores
     assert directory.scores.read_bytes() == written
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from batch_jobs.config.concept import empathy
 from batch_jobs.pipeline import StudyResult
 from batch_jobs.print_summary import print_summary
 from batch_jobs.run.run_directory import RunDirectory
@@ -62,7 +63,7 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
         unfinished_thoughts=2,
     )
     out = io.StringIO()
-    print_summary(result, "empathy", Console(file=out, width=80))
+    print_summary(result, empathy(), Console(file=out, width=80))
     text = out.getvalue()
     assert "16 (best)" in text
     assert "0.975" in text

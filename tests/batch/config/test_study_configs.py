@@ -95,10 +95,10 @@ def test_only_what_talking_costs_tells_the_levels_of_conflict_apart() -> None:
     study = study_of("listener-conflict")
     levels = [load_scenarios(study.scenarios)[name] for name in study.steer.scenarios]
     assert [level.id.split("_")[2] for level in levels] == ["0", "1", "2", "3", "4"]
-    assert len({(level.objective, level.empathy_pressure) for level in levels}) == 5
+    assert len({(level.objective, level.pressure) for level in levels}) == 5
     assert len({level.rubric for level in levels}) == 1
     assert len({level.markers for level in levels}) == 1
     # the request and Jimmi97's message have the same words at every level
     assert len({level.objective.partition(" next level. ")[0] for level in levels}) == 1
     assert len({level.objective[-60:] for level in levels}) == 1
-    assert len({level.empathy_pressure.partition(" suicide. ")[0] for level in levels}) == 1
+    assert len({level.pressure.partition(" suicide. ")[0] for level in levels}) == 1

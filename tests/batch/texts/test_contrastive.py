@@ -14,7 +14,7 @@ from batch_jobs.texts.contrastive import (
     load_scenarios,
     load_split,
     split_pairs,
-    steering_prompt,
+    steering_prompts,
 )
 
 SCENARIOS = {"food_delivery", "the_listener", "the_maze", "the_protector", "the_duel"}
@@ -197,13 +197,13 @@ def test_pairs_load_unsplit_in_the_order_of_their_file() -> None:
 
 def test_a_steering_prompt_is_objective_pressure_question() -> None:
     scenario = Scenario("s", "S", "Win.", "Someone cries.", ())
-    assert steering_prompt(scenario) == "Win.\n\nSomeone cries.\n\nWhat do you do?"
+    assert steering_prompts(scenario) == ("Win.\n\nSomeone cries.\n\nWhat do you do?",)
 
 
 def test_a_scenario_without_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scenarios.json"
     path.write_text('[{"id": "a", "title": "A", "objective": "Win."}]', encoding="utf-8")
-    with pytest.raises(StudyError, match="scenario 1: field empathy_pressure"):
+    with pytest.raises(StudyError, match="scenario 1: field pressure"):
         load_scenarios(path)
 
 
@@ -216,4 +216,4 @@ def test_the_papers_own_files_load(paper_data: Path) -> None:
     assert scenarios["the_listener"].markers == ("jimmi", "suicide", "lonely", "dark", "support")
     assert scenarios["the_listener"].rubric is not None
     assert scenarios["the_listener"].rubric != load_scenarios(None)["the_listener"].rubric  # its own
-    assert "What do you do?" in steering_prompt(scenarios["the_duel"])
+    assert "What do you do?" in steering_prompts(scenarios["the_duel"])[0]
