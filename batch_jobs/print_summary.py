@@ -7,6 +7,7 @@ from rich.table import Table
 
 from batch_jobs.config.concept import Concept
 from batch_jobs.pipeline import StudyResult, not_judged_yet
+from batch_jobs.report.number_text import fixed
 from batch_jobs.scoring.scores_csv import ConditionScore
 
 
