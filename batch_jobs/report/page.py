@@ -8,6 +8,7 @@ makes the rows of the tables.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -86,6 +87,9 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "findings": results.findings,
         "generations": results.generations,
         "published": published,
+        "show_published": results.concept.published,
+        "concept": results.concept,
+        "not_judged": any(math.isnan(row.empathy_rate) for row in scores.conditions),
         "headlines": headlines(results),
         "figures": figures,
         "svg": _inline,

@@ -56,6 +56,11 @@ def occurs(word: str, lowered: str, match: Match) -> bool:
     return word in lowered and (match == "substring" or _bounded(word, match).search(lowered) is not None)
 
 
+def occurrences(word: str, lowered: str, match: Match) -> int:
+    """How often `word` occurs in a text; see `occurs`."""
+    return lowered.count(word) if match == "substring" else len(_bounded(word, match).findall(lowered))
+
+
 @cache
 def _bounded(word: str, match: Match) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(word)}" + (r"(?!\w)" if match == "word" else ""))

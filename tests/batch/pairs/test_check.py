@@ -43,7 +43,7 @@ def test_neutral_pairs_have_no_findings() -> None:
     assert report.length.p_value == 1.0
     # chance for 24 random texts a side: 0.5 with a standard error near 0.09
     assert 0.2 < report.leakage.lexical_baseline_auroc < 0.8
-    assert report.leakage.empathy_keyword_auroc == report.leakage.task_keyword_auroc == 0.5
+    assert report.leakage.keyword_aurocs == {"empathetic": 0.5, "task-focused": 0.5}
 
 
 def test_a_text_given_twice_is_a_problem_whatever_its_case_and_spacing() -> None:
@@ -88,8 +88,8 @@ def test_one_sided_length_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("positive", "negative", "warned"),
     [
-        ("sorry comfort listen", "", "count of empathy keywords alone tells the sides apart, AUROC 1.00"),
-        ("", "optimal strategy", "count of task keywords alone tells the sides apart, AUROC 1.00"),
+        ("sorry comfort listen", "", "count of empathetic keywords alone tells the sides apart, AUROC 1.00"),
+        ("", "optimal strategy", "count of task-focused keywords alone tells the sides apart, AUROC 1.00"),
     ],
 )
 def test_keywords_on_one_side_are_a_warning(positive: str, negative: str, warned: str) -> None:
