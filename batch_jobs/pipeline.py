@@ -188,7 +188,15 @@ def _chosen_scenarios(study: Study) -> dict[str, Scenario]:
     known = load_scenarios(study.scenarios)
     if unknown := [scenario for scenario in study.steer.scenarios if scenario not in known]:
         raise StudyError(f"steer.scenarios {unknown} are unknown; allowed: {', '.join(known)}.")
-    return {scenario: known[scenario] for scenario in study.steer.scenarios}
+    chosen = {scenario: known[scenario] for scenario in study.steer.scenarios}
+    needs_rubric = study.concept.judge_frame is None or "{none}" in study.concept.judge_frame
+    lacking = [scenario.id for scenario in chosen.values() if scenario.rubric is None]
+    if study.concept.outcome == "judge" and needs_rubric and lacking:
+        raise StudyError(
+            f"The judge decides the outcome of {study.concept.name!r}, but the scenarios {lacking} have no rubric; give "
+            "each a rubric of three texts, or state the criteria in concept.judge."
+        )
+    return chosen
 
 
 def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario]) -> str:

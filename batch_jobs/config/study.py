@@ -244,6 +244,11 @@ class Study(_Section):
                 f"steer.layers {missing} have no direction: extract.layers are {list(self.extract.layers)}; "
                 "steer only at extracted layers, or extract these too"
             )
+        focus = self.concept.focus_scenario
+        if focus is not None and focus not in self.steer.scenarios:
+            raise ValueError(
+                f"concept.focus_scenario is {focus!r}; allowed: one of steer.scenarios, {list(self.steer.scenarios)}"
+            )
         if self.extract.max_tokens >= self.max_model_len:
             raise ValueError(
                 f"extract.max_tokens is {self.extract.max_tokens}; allowed: less than max_model_len, "
