@@ -193,8 +193,8 @@ def _chosen_scenarios(study: Study) -> dict[str, Scenario]:
     lacking = [scenario.id for scenario in chosen.values() if scenario.rubric is None]
     if study.concept.outcome == "judge" and needs_rubric and lacking:
         raise StudyError(
-            f"The judge decides the outcome of {study.concept.name!r}, but the scenarios {lacking} have no rubric; give "
-            "each a rubric of three texts, or state the criteria in concept.judge."
+            f"The judge decides the outcome of {study.concept.name!r}, but the scenarios {lacking} have no rubric; "
+            "give each a rubric of three texts, or state the criteria in concept.judge."
         )
     return chosen
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import StudyError
 from batch_jobs.pairs.check import check_pairs
 from batch_jobs.pairs.summary import print_pair_report
@@ -148,3 +149,18 @@ def test_the_papers_pairs_are_clean_and_lexically_separable(paper_data: Path) ->
     assert report.problems == ()
     assert set(report.pairs_by_scenario.values()) == {10}
     assert any(warning.startswith("Lexical baseline") for warning in report.warnings)
+
+
+def test_the_keywords_of_another_concept_are_looked_for() -> None:
+    keywords = {"positive": ["dear"], "negative": ["hey"], "match": "word"}
+    concept = Concept.model_validate(
+        {"name": "f", "poles": {"positive": "formal", "negative": "informal"}, "keywords": keywords}
+    )
+    report = check_pairs(random_pairs(12, positive="dear sorry", negative="they endear"), concept)
+    # "they" and "endear" hold the keywords, but not as words
+    assert report.leakage.keyword_aurocs == {"formal": 1.0, "informal": 0.5}
+    assert [one for one in report.warnings if one.startswith("Keywords")] == [
+        "Keywords: the count of formal keywords alone tells the sides apart, AUROC 1.00."
+    ]
+    judged = Concept.model_validate({"name": "f", "outcome": "judge"})
+    assert check_pairs(random_pairs(12), judged).leakage.keyword_aurocs == {}
