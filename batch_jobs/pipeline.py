@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
@@ -32,10 +34,11 @@ from batch_jobs.run.provenance import StudyRecord
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.behaviour import behaviour_points
 from batch_jobs.scoring.block_outcomes import block_outcomes
-from batch_jobs.scoring.compute_scores import score_measures
+from batch_jobs.scoring.compute_scores import decide, score_decided
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
 from batch_jobs.scoring.judge import read_grades
 from batch_jobs.scoring.measures import measure_generations
+from batch_jobs.scoring.outcome import Outcome
 from batch_jobs.scoring.scores_csv import Scores, write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
@@ -106,7 +109,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
         generated, reused = _generate_missing(job, executor, options)
 
-    scores = score_run(run, scenarios, probes.validation)
+    scores = score_run(run, scenarios, probes.validation, study.concept)
     failed = len(store.read_index(run.generations).failed)
     unfinished = store.count_unfinished_thoughts(run.generations)
     record.finish(rows_generated=generated, rows_failed=failed, rows_unfinished_thoughts=unfinished)
@@ -114,17 +117,35 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     return StudyResult(run, probes.validation, scores, generated, reused, failed, unfinished)
 
 
-def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation) -> Scores:
+def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation, concept: Concept) -> Scores:
     """Score the stored generations, from Parquet alone, and write scores, findings and behaviour. Uses the judge's
     grades if there are any."""
+    outcome = Outcome.of(concept)
     grades = read_grades(run.judgements) if run.judgements.exists() else None
     markers = {scenario.id: scenario.markers for scenario in scenarios.values()}
-    measures = measure_generations(run.generations, markers)
-    scores = score_measures(measures, grades)
+    measures = decide(measure_generations(run.generations, markers, outcome=outcome), grades, outcome)
+    scores = score_decided(measures)
     write_scores(run.scores, scores)
-    write_findings(run.findings, make_findings(scores, validation, block_outcomes(measures)))
-    write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades)))
+    # without a judge's grades there is no outcome to count
+    blocks = block_outcomes(measures) if scores.success else None
+    write_findings(run.findings, make_findings(scores, validation, blocks))
+    write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades, outcome)))
     return scores
+
+
+def not_judged_yet(run: RunDirectory, concept: Concept, scores: Scores) -> str | None:
+    """What to do about scores without rates, because the judge that decides the outcome has not graded them; else
+    None."""
+    if (
+        concept.outcome != "judge"
+        or scores.success
+        or not any(math.isnan(row.empathy_rate) for row in scores.conditions)
+    ):
+        return None
+    return (
+        f"not judged yet: vllm-steer study judge {run.path} --endpoint MODEL@URL#VARIABLE, then vllm-steer study score "
+        f"{run.path}; the concept {concept.name!r} has no rates before that"
+    )
 
 
 @contextmanager
@@ -172,7 +193,15 @@ def _chosen_scenarios(study: Study) -> dict[str, Scenario]:
     known = load_scenarios(study.scenarios)
     if unknown := [scenario for scenario in study.steer.scenarios if scenario not in known]:
         raise StudyError(f"steer.scenarios {unknown} are unknown; allowed: {', '.join(known)}.")
-    return {scenario: known[scenario] for scenario in study.steer.scenarios}
+    chosen = {scenario: known[scenario] for scenario in study.steer.scenarios}
+    needs_rubric = study.concept.judge_frame is None or "{none}" in study.concept.judge_frame
+    lacking = [scenario.id for scenario in chosen.values() if scenario.rubric is None]
+    if study.concept.outcome == "judge" and needs_rubric and lacking:
+        raise StudyError(
+            f"The judge decides the outcome of {study.concept.name!r}, but the scenarios {lacking} have no rubric; "
+            "give each a rubric of three texts, or state the criteria in concept.judge."
+        )
+    return chosen
 
 
 def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario]) -> str:
@@ -180,6 +209,6 @@ def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario]) -> s
     content = {
         "config": study.identity,
         "pairs": split.content_hash,
-        "scenarios": [asdict(scenario) for scenario in scenarios.values()],
+        "scenarios": [scenario.entry for scenario in scenarios.values()],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,18 +1,20 @@
-"""Prints the summary of a finished study: validation by layer, empathetic rate by α, and the paths of all results."""
+"""Prints the summary of a finished study: validation by layer, rate of the outcome by α, paths of all results."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
+from batch_jobs.config.concept import Concept
 from batch_jobs.directions.validation_file import Validation
-from batch_jobs.pipeline import StudyResult
+from batch_jobs.pipeline import StudyResult, not_judged_yet
+from batch_jobs.report.number_text import fixed
 from batch_jobs.scoring.scores_csv import ConditionScore
 
 
-def print_summary(result: StudyResult, concept: str, console: Console) -> None:
+def print_summary(result: StudyResult, concept: Concept, console: Console) -> None:
     """Print the summary to `console`. Paths are never wrapped, so that they can be copied."""
-    console.print(f"\nValidation of '{concept}' on held-out pairs", highlight=False)
+    console.print(f"\nValidation of '{concept.name}' on held-out pairs", highlight=False)
     console.print(_validation_table(result))
     console.print(_words_line(result.validation), highlight=False)
     conditions = result.scores.conditions
@@ -20,10 +22,13 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
         # the unsteered rows are the baseline of every direction
         cells = [row for row in conditions if row.layer == layer and (row.direction == direction or row.alpha == 0)]
         console.print(
-            f"\nEmpathetic rate along '{direction}' at layer {layer} by α (raw, below it in residual norms)",
+            f"\n{concept.poles.positive.capitalize()} rate along '{direction}' at layer {layer} by α (raw, below it in "
+            "residual norms)",
             highlight=False,
         )
         console.print(_rate_table(cells))
+    if note := not_judged_yet(result.run, concept, result.scores):
+        console.print(f"\n{note}", highlight=False, markup=False, soft_wrap=True)
     rows = f"{result.generated} rows generated, {result.reused} there before, {result.failed} failed"
     if result.unfinished_thoughts:
         rows += f", {result.unfinished_thoughts} ended inside a thought"
@@ -82,7 +87,7 @@ def _rate_table(cells: list[ConditionScore]) -> Table:
     by_cell = {(row.scenario, row.alpha): row for row in cells}
     for scenario in dict.fromkeys(row.scenario for row in cells):
         found = [by_cell.get((scenario, raw)) for raw, _ in alphas]
-        table.add_row(scenario, *("–" if row is None else f"{row.empathy_rate:.1f}" for row in found))
+        table.add_row(scenario, *(fixed(row.empathy_rate if row else None, 1) for row in found))
     return table
 
 

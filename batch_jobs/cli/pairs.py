@@ -83,17 +83,25 @@ def check(
     pairs: Annotated[
         Path | None,
         typer.Argument(
-            help="A .jsonl file, or a folder with train_pairs.jsonl and test_pairs.jsonl.", show_default="bundled"
+            help="A .jsonl file, or a folder with train_pairs.jsonl and test_pairs.jsonl.",
+            show_default="those of --config, else bundled",
         ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A study's YAML, for its pairs and its concept's keywords.", show_default="empathy"),
     ] = None,
 ) -> None:
     """Look for duplicates, uneven lengths and words that give the class away. Exit code 1 when there are problems."""
     from rich.console import Console
 
+    from batch_jobs.config.study import load_study
     from batch_jobs.pairs.check import check_pairs
     from batch_jobs.pairs.summary import print_pair_report
     from batch_jobs.texts.contrastive import load_pairs
 
-    report = check_pairs(load_pairs(pairs))
+    study = load_study(config) if config else None
+    source = study.pairs if study and pairs is None else pairs
+    report = check_pairs(load_pairs(source), study.concept if study else None)
     print_pair_report(report, Console())
     raise typer.Exit(report.exit_code)

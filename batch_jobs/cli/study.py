@@ -89,14 +89,18 @@ def score(
     run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
 ) -> None:
     """Score a run again from its Parquet files, judge's grades included, and write its report anew. No engine."""
+    from batch_jobs.config.concept import concept_of_run
     from batch_jobs.directions.stored_validation import recorded_validation
-    from batch_jobs.pipeline import score_run
+    from batch_jobs.pipeline import not_judged_yet, score_run
     from batch_jobs.report.page import write_report
     from batch_jobs.run.run_directory import RunDirectory
     from batch_jobs.texts.contrastive import load_scenarios
 
     run = RunDirectory(run_directory)
-    score_run(run, load_scenarios(run.scenarios), recorded_validation(run))
+    concept = concept_of_run(run.read_provenance())
+    scores = score_run(run, load_scenarios(run.scenarios), recorded_validation(run), concept)
+    if note := not_judged_yet(run, concept, scores):
+        print(note)
     print(write_report(run.path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,7 +19,8 @@ _WHOLE_FIELDS = ("chat_template_kwargs",)
 def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
     """The YAML's mapping, merged over that of its `base`, section by section.
 
-    Relative `pairs` and `scenarios` are resolved against the folder of the file that gives them.
+    Relative `pairs`, `scenarios` and `concept.ablation_words` are resolved against the folder of the file that gives
+    them.
 
     Args:
         path: the YAML file.
@@ -45,6 +46,9 @@ def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
     for field in _PATH_FIELDS:
         if isinstance(document.get(field), str):
             document[field] = path.parent / document[field]
+    concept = document.get("concept")
+    if isinstance(concept, dict) and isinstance(concept.get("ablation_words"), str):
+        concept["ablation_words"] = path.parent / concept["ablation_words"]
     base = document.pop("base", None)
     if base is None:
         return document
@@ -75,7 +79,7 @@ def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
             faults.append(f"field {field}: missing; it has no default, so give it")
         elif fault["type"] == "value_error":
             place = f"field {field}: " if field else ""
-            faults.append(place + str(fault["ctx"]["error"]))
+            faults.append(place + str(fault["ctx"]["error"]).rstrip("."))
         else:
             allowed = fault["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
             faults.append(f"field {field}: got {_shortened(fault['input'])}; allowed: {allowed}")
@@ -85,9 +89,12 @@ def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
 def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     for part in location[:-1]:
         annotation = schema.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        # a section may be optional: `Keywords | None`
+        sections = [one for one in get_args(annotation) or (annotation,) if isinstance(one, type)]
+        below = next((one for one in sections if issubclass(one, BaseModel)), None)
+        if below is None:
             break
-        schema = annotation
+        schema = below
     return list(schema.model_fields)
 
 

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from batch_jobs.config.concept import STUDY_NAME as STUDY_NAME  # re-exported
+from batch_jobs.config.concept import Concept, empathy
 from batch_jobs.config.document import explain_faults, read_study_document
 from batch_jobs.config.template_variables import template_variables
 from batch_jobs.errors import StudyError as StudyError  # re-exported
@@ -35,10 +37,6 @@ DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
 
 WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
 """Fields for how the work is done and where the texts are; no result depends on them."""
-
-
-STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""Names of studies and concepts: they become names of files and directions."""
 
 
 class _Section(BaseModel):
@@ -122,7 +120,8 @@ class ValidationOptions(_Section):
     """Number of resamples of the test pairs that tell how far the AUROCs of a direction and of a bag of words vary
     together, for the interval of their difference. AUROCs themselves have score intervals, which draw nothing."""
     lexical_ablation: bool = True
-    """Also read the empathic test texts with their empathy words replaced (paper: 41 keywords)."""
+    """Also read the positive test texts with the concept's words replaced (paper: 41 keywords). Off by default for a
+    concept without ablation words."""
 
 
 class SplitSizes(_Section):
@@ -181,8 +180,8 @@ class Study(_Section):
     """One study. Everything that changes a number in its results is here or in the texts it names."""
 
     name: str = Field(pattern=STUDY_NAME)
-    concept: str = Field(default="empathy", pattern=STUDY_NAME)
-    """Name of the directions; each layer has one of that name."""
+    concept: Concept = empathy()
+    """What the directions are named for and how completions are scored: `empathy`, or a section."""
     model: str = Field(min_length=1)
     """Hub id, local path, or `demo-model`."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
@@ -224,6 +223,17 @@ class Study(_Section):
         return template_variables(given)
 
     @model_validator(mode="after")
+    def _the_ablation_has_words(self) -> Self:
+        if self.validation.lexical_ablation and not self.concept.has_ablation_words:
+            if "lexical_ablation" in self.validation.model_fields_set:
+                raise ValueError(
+                    f"validation.lexical_ablation is true, but the concept {self.concept.name!r} has no "
+                    "ablation_words; give concept.ablation_words, or leave lexical_ablation out"
+                )
+            self.__dict__["validation"] = self.validation.model_copy(update={"lexical_ablation": False})
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.chat_template_kwargs and self.prompt_format == "raw":
             raise ValueError(
@@ -234,6 +244,11 @@ class Study(_Section):
             raise ValueError(
                 f"steer.layers {missing} have no direction: extract.layers are {list(self.extract.layers)}; "
                 "steer only at extracted layers, or extract these too"
+            )
+        focus = self.concept.focus_scenario
+        if focus is not None and focus not in self.steer.scenarios:
+            raise ValueError(
+                f"concept.focus_scenario is {focus!r}; allowed: one of steer.scenarios, {list(self.steer.scenarios)}"
             )
         if self.extract.max_tokens >= self.max_model_len:
             raise ValueError(
@@ -264,9 +279,10 @@ class Study(_Section):
         return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
 
     def direction_name(self, method: DirectionMethod) -> str:
-        """Name of the directions made by `method`: the concept alone for the paper's method, else
+        """Name of the directions made by `method`: the concept's alone for the paper's method, else
         `<concept>-<method>`."""
-        return self.concept if method == "mean_difference" else f"{self.concept}-{method.replace('_', '-')}"
+        name = self.concept.name
+        return name if method == "mean_difference" else f"{name}-{method.replace('_', '-')}"
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.lexical_ablation import AblatedText, ablate_text
+from batch_jobs.directions.lexical_ablation import AblatedText, ablate_text, replacements_of
 from batch_jobs.directions.readout_file import ReadoutKey, ReadText, StudyReadouts, TextSet, text_digest
 from batch_jobs.engine.progress import Progress, Work
 from batch_jobs.engine.start_engine import Engine
@@ -145,9 +145,11 @@ def study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[P
         "test_negative": [(pair, AblatedText(pair.negative, 0)) for pair in split.test],
     }
     if study.validation.lexical_ablation:
-        # only the positive side, as in the paper: the other side has almost no empathy words
+        # only the positive side, as in the paper: the other side has almost none of the words
+        words = replacements_of(study.concept)
         sets["test_positive_ablated"] = [
-            (pair, ablate_text(pair.positive, seed=study.seed, text_id=pair.pair_id)) for pair in split.test
+            (pair, ablate_text(pair.positive, seed=study.seed, text_id=pair.pair_id, words=words))
+            for pair in split.test
         ]
     return sets
 

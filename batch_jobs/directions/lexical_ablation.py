@@ -1,4 +1,4 @@
-"""Lexical ablation: replace a text's empathy words by others, to test whether a probe only counts words."""
+"""Lexical ablation: replace a text's words about the concept by others, to test whether a probe only counts words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from functools import cache
 from importlib import resources
 from types import MappingProxyType
 
+from batch_jobs.config.concept import Concept
+from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import read_json
 
 Replacements = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -44,14 +46,31 @@ def load_replacements() -> Replacements:
     )
 
 
-def ablate_text(text: str, *, seed: int, text_id: str) -> AblatedText:
-    """Replace every word of the bundled list in `text` by one of its replacements.
+def replacements_of(concept: Concept) -> Replacements:
+    """The concept's own words, or the bundled ones of empathy.
+
+    Raises:
+        StudyError: the concept has none.
+    """
+    if concept.ablation_words is not None:
+        return concept.ablation_words
+    if not concept.has_ablation_words:
+        raise StudyError(
+            f"The concept {concept.name!r} has no ablation_words; give concept.ablation_words in the study's config, "
+            "or set validation.lexical_ablation: false."
+        )
+    return load_replacements()
+
+
+def ablate_text(text: str, *, seed: int, text_id: str, words: Replacements | None = None) -> AblatedText:
+    """Replace every word of `words` (None: the bundled list) in `text` by one of its replacements.
 
     Matches whole words in any case. The replacement keeps the case (lower case, Capital or CAPITALS), and an a/an
     before it is corrected. `seed` and `text_id` draw the replacements, so the result is reproducible and independent
     of other texts.
     """
-    forms = {form: stand_ins for forms in load_replacements().values() for form, stand_ins in forms.items()}
+    keywords = load_replacements() if words is None else words
+    forms = {form: stand_ins for inflected in keywords.values() for form, stand_ins in inflected.items()}
     draw = random.Random(f"{seed}/{text_id}")
 
     def replaced(match: re.Match[str]) -> str:
@@ -62,13 +81,12 @@ def ablate_text(text: str, *, seed: int, text_id: str) -> AblatedText:
             article = _cased(right, article) + article[-1]
         return article + _cased(stand_in, match["form"])
 
-    ablated, count = _pattern().subn(replaced, text)
+    ablated, count = _pattern(frozenset(forms)).subn(replaced, text)
     return AblatedText(ablated, count)
 
 
 @cache
-def _pattern() -> re.Pattern[str]:
-    forms = {form for forms in load_replacements().values() for form in forms}
+def _pattern(forms: frozenset[str]) -> re.Pattern[str]:
     # longest first, so that a shorter form does not match the start of a phrase or a hyphenated word
     alternatives = "|".join(
         r"\s+".join(map(re.escape, form.split())) for form in sorted(forms, key=lambda form: (-len(form), form))

@@ -12,7 +12,7 @@ from batch_jobs.directions.baselines import random_baseline
 from batch_jobs.directions.extract import study_texts
 from batch_jobs.directions.layer_choice import choose_layer
 from batch_jobs.directions.left_out import leave_groups_out
-from batch_jobs.directions.lexical_ablation import load_replacements
+from batch_jobs.directions.lexical_ablation import replacements_of
 from batch_jobs.directions.methods import Vector, make_directions, mean_difference, mean_residual_norm
 from batch_jobs.directions.readout_file import PairReadouts, StudyReadouts, TextSet, text_digest
 from batch_jobs.directions.validate_layer import LayerValidation, ValidationError, validate_layer
@@ -182,7 +182,7 @@ def _ablation(
         )
         layers[layer] = AblatedLayer(unchanged, after)
     return LexicalAblation(
-        keywords=len(load_replacements()),
+        keywords=len(replacements_of(study.concept)),
         replacements=tuple(text.replacements for text in readouts.texts["test_positive_ablated"]),
         layers=layers,
         words=_ablated_words(study, readouts, split),

@@ -14,7 +14,7 @@ from batch_jobs.files.documents import has_utf8_form
 from batch_jobs.generate.reread import FinishedRow, Reread, reread
 from batch_jobs.rows.grid import Row
 from batch_jobs.rows.store import Generation
-from batch_jobs.texts.contrastive import Scenario, steering_prompt
+from batch_jobs.texts.contrastive import Scenario, steering_prompts
 from batch_jobs.texts.prompts import Prompt, steering_prompt_ids
 from batch_jobs.texts.thought import OPENING, split_thought
 from vllm_steer.errors import ReadoutUnavailable
@@ -24,10 +24,20 @@ from vllm_steer.errors import ReadoutUnavailable
 class SteeringPrompts:
     """The steering prompts of a grid, and their unsteered projections onto each layer's direction."""
 
-    prompts: dict[str, Prompt]
-    """Scenario id -> prompt."""
-    projections: dict[str, dict[tuple[str, int], float]]
-    """Scenario id -> (direction, steered layer) -> projection of the unsteered prompt's readout."""
+    prompts: dict[str, tuple[Prompt, ...]]
+    """Scenario id -> its prompts, in the scenario's order."""
+    projections: dict[str, tuple[dict[tuple[str, int], float], ...]]
+    """Scenario id -> for each prompt (direction, steered layer) -> projection of the unsteered prompt's readout."""
+
+    def of(self, row: Row) -> Prompt:
+        """The prompt of a row: its scenario's prompts take turns over the samples."""
+        prompts = self.prompts[row.condition.scenario_id]
+        return prompts[row.sample % len(prompts)]
+
+    def projection(self, row: Row) -> float:
+        """The unsteered projection of the row's prompt onto its direction."""
+        projections = self.projections[row.condition.scenario_id]
+        return projections[row.sample % len(projections)][row.condition.direction, row.condition.layer]
 
 
 @dataclass(frozen=True)
@@ -54,23 +64,21 @@ def prepare_prompts(
 
     tokenizer = engine.get_tokenizer()
     prompts = {
-        scenario: steering_prompt_ids(
-            tokenizer,
-            steering_prompt(scenarios[scenario]),
-            study.prompt_format,
-            study.chat_template_kwargs,
-            model=study.model,
+        scenario: tuple(
+            steering_prompt_ids(tokenizer, text, study.prompt_format, study.chat_template_kwargs, model=study.model)
+            for text in steering_prompts(scenarios[scenario], study.concept.question)
         )
         for scenario in study.steer.scenarios
     }
-    for scenario, prompt in prompts.items():
+    everything = [(scenario, prompt) for scenario, several in prompts.items() for prompt in several]
+    for scenario, prompt in everything:
         if len(prompt.token_ids) + study.sampling.max_tokens > study.max_model_len:
             raise StudyError(
                 f"Scenario {scenario}: a prompt of {len(prompt.token_ids)} tokens and "
                 f"{study.sampling.max_tokens} new ones exceed max_model_len {study.max_model_len}; "
                 "raise it or lower sampling.max_tokens."
             )
-    if any(prompt.opens_thought for prompt in prompts.values()):
+    if any(prompt.opens_thought for _, prompt in everything):
         progress.warn(
             f"The chat template of {study.model} opens a thought ({OPENING}) that every completion has to close within "
             f"sampling.max_tokens, {study.sampling.max_tokens}; a row that does not has no answer and enters no rate. "
@@ -80,18 +88,17 @@ def prepare_prompts(
     names = tuple(study.direction_name(method) for method in study.steer.directions)
     readout = Readout(layers=study.steer.layers, project=names, vectors=False, skip_first=study.skip_first)
     params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout=readout)
-    work = Work(len(prompts), sum(len(prompt.token_ids) for prompt in prompts.values()), max_new_tokens=1)
+    work = Work(len(everything), sum(len(prompt.token_ids) for _, prompt in everything), max_new_tokens=1)
     with progress.watch(engine, "Reading prompts", work):
         outputs = engine.generate(
-            [prompt.request for prompt in prompts.values()], [params] * len(prompts), use_tqdm=False
+            [prompt.request for _, prompt in everything], [params] * len(everything), use_tqdm=False
         )
-    projections: dict[str, dict[tuple[str, int], float]] = {}
-    for scenario, samples in zip(prompts, collect_readouts(engine, outputs), strict=True):
+    projections: dict[str, tuple[dict[tuple[str, int], float], ...]] = dict.fromkeys(prompts, ())
+    for (scenario, _), samples in zip(everything, collect_readouts(engine, outputs), strict=True):
         if samples[0] is None:
             raise StudyError(f"The engine returned no readout for the prompt of {scenario}; run the study again.")
-        projections[scenario] = {
-            (name, layer): value for name in names for layer, value in samples[0].projections[name].items()
-        }
+        read = {(name, layer): value for name in names for layer, value in samples[0].projections[name].items()}
+        projections[scenario] = (*projections[scenario], read)
     return SteeringPrompts(prompts, projections)
 
 
@@ -115,7 +122,7 @@ def generate_rows(
     from vllm_steer import abandon_requests, collect_readouts
 
     began = datetime.now(UTC)
-    requests = [prompts.prompts[row.condition.scenario_id].request for row in rows]
+    requests = [prompts.of(row).request for row in rows]
     work = Work(len(rows), sum(len(request["prompt_token_ids"]) for request in requests), study.sampling.max_tokens)
     try:
         with progress.watch(engine, "Generating", work):
@@ -187,7 +194,7 @@ def _generation(
         # vLLM detokenises with the Rust tokenizers, whose strings are UTF-8; a tokenizer written in Python may not
         error = "the tokenizer made text without a UTF-8 form (half of a surrogate pair)"
         return _record(row, prompts, origin, attempts, started_at=started_at, error=error)
-    parts = split_thought(completion.text, opened=prompts.prompts[cell.scenario_id].opens_thought)
+    parts = split_thought(completion.text, opened=prompts.of(row).opens_thought)
     projection = None
     # the token of a one-token completion is never fed back, so its generated span is empty
     if readout is not None and readout.num_tokens > 0:
@@ -227,7 +234,7 @@ def _record(
     error: str | None = None,
 ) -> Generation:
     cell = row.condition
-    prompt = prompts.prompts[cell.scenario_id]
+    prompt = prompts.of(row)
     return Generation(
         row_id=row.row_id,
         model=cell.model,
@@ -248,7 +255,7 @@ def _record(
         finish_reason=finish_reason,
         prompt_tokens=len(prompt.token_ids),
         completion_tokens=completion_tokens,
-        projection_prompt=prompts.projections[cell.scenario_id][cell.direction, cell.layer],
+        projection_prompt=prompts.projection(row),
         projection_generated=projection_generated,
         projection_unsteered=projection_unsteered,
         log_likelihood=log_likelihood,

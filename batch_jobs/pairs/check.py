@@ -18,8 +18,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
+from batch_jobs.config.concept import Concept, Keywords, empathy
 from batch_jobs.config.study import StudyError
-from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, TASK_KEYWORDS
+from batch_jobs.scoring.outcome import occurrences
 from batch_jobs.texts.contrastive import Pair
 from batch_jobs.texts.words_alone import bag_of_words, lengths
 
@@ -76,10 +77,9 @@ class LengthBalance:
 class LexicalLeakage:
     """How well words alone separate the sides, as AUROC with the positive side as the positive class."""
 
-    empathy_keyword_auroc: float
-    """Score: the number of the `paper` metric's empathy keywords in a text."""
-    task_keyword_auroc: float
-    """Score: minus the number of task keywords."""
+    keyword_aurocs: dict[str, float]
+    """Words of a pole -> how well their number in a text separates the sides, those of the negative pole counted as
+    minus. Empty for a concept without keywords."""
     lexical_baseline_auroc: float
     """Score: a bag-of-words logistic regression, cross-validated with both texts of a pair in the same fold. The
     baseline for a direction: its AUROC means little where words do equally well."""
@@ -123,7 +123,7 @@ class PairReport:
                 f"Length: positive texts have {length.ratio:.2f} times the words of the others (p = "
                 f"{length.p_value:.2g}); length alone tells the sides apart with AUROC {length.auroc:.2f}."
             )
-        for words, auroc in (("empathy", leakage.empathy_keyword_auroc), ("task", leakage.task_keyword_auroc)):
+        for words, auroc in leakage.keyword_aurocs.items():
             if _tells(auroc):
                 found.append(f"Keywords: the count of {words} keywords alone tells the sides apart, AUROC {auroc:.2f}.")
         if _tells(leakage.lexical_baseline_auroc):
@@ -144,8 +144,8 @@ class PairReport:
         return int(bool(self.problems))
 
 
-def check_pairs(pairs: Sequence[Pair]) -> PairReport:
-    """Check the texts of at least two pairs.
+def check_pairs(pairs: Sequence[Pair], concept: Concept | None = None) -> PairReport:
+    """Check the texts of at least two pairs. `concept` gives the keywords; None is the paper's.
 
     Deterministic. Time and memory grow with the square of the number of pairs (1000 pairs: seconds).
 
@@ -162,7 +162,7 @@ def check_pairs(pairs: Sequence[Pair]) -> PairReport:
         duplicates=duplicates,
         weak_contrasts=weak_contrasts,
         length=_length_balance(texts, labels),
-        leakage=_lexical_leakage(texts, labels),
+        leakage=_lexical_leakage(texts, labels, concept or empathy()),
     )
 
 
@@ -195,10 +195,7 @@ def _length_balance(texts: Sequence[str], labels: Labels) -> LengthBalance:
     return LengthBalance(float(positive.mean()), float(negative.mean()), p_value, float(roc_auc_score(labels, words)))
 
 
-def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
-    def keywords(words: Sequence[str]) -> list[int]:
-        return [sum(text.lower().count(word) for word in words) for text in texts]
-
+def _lexical_leakage(texts: Sequence[str], labels: Labels, concept: Concept) -> LexicalLeakage:
     classifier = bag_of_words()
     pair_of_text = np.arange(len(texts)) // 2
     folds = GroupKFold(n_splits=min(CROSS_VALIDATION_FOLDS, len(texts) // 2))
@@ -208,12 +205,27 @@ def _lexical_leakage(texts: Sequence[str], labels: Labels) -> LexicalLeakage:
     vocabulary = classifier["words"].get_feature_names_out()
     ascending = np.lexsort((vocabulary, weights))
     return LexicalLeakage(
-        empathy_keyword_auroc=float(roc_auc_score(labels, keywords(EMPATHY_KEYWORDS))),
-        task_keyword_auroc=1.0 - float(roc_auc_score(labels, keywords(TASK_KEYWORDS))),
+        keyword_aurocs=_keyword_aurocs(texts, labels, concept),
         lexical_baseline_auroc=float(roc_auc_score(labels, held_out)),
         positive_words=tuple(str(word) for word in vocabulary[ascending[::-1][:TELLING_WORDS]]),
         negative_words=tuple(str(word) for word in vocabulary[ascending[:TELLING_WORDS]]),
     )
+
+
+def _keyword_aurocs(texts: Sequence[str], labels: Labels, concept: Concept) -> dict[str, float]:
+    if concept.keywords is None:
+        return {}
+    words, poles = concept.keywords, concept.poles
+    positive, negative = (_counts(texts, side, words) for side in (words.positive, words.negative))
+    return {
+        poles.positive: float(roc_auc_score(labels, positive)),
+        poles.negative: 1.0 - float(roc_auc_score(labels, negative)),
+    }
+
+
+def _counts(texts: Sequence[str], side: Sequence[str], keywords: Keywords) -> list[int]:
+    """How often words of one side occur in each text, repetitions included."""
+    return [sum(occurrences(word.lower(), text.lower(), keywords.match) for word in side) for text in texts]
 
 
 def _tells(auroc: float) -> bool:

@@ -21,7 +21,7 @@ from batch_jobs.config.study import StudyError
 from batch_jobs.files.documents import read_json
 from batch_jobs.files.json_lines import RecordWriter, read_records
 from batch_jobs.pairs.writer import Draft, TextRequest, TextWriter
-from batch_jobs.texts.contrastive import SIDES, Scenario, steering_prompt
+from batch_jobs.texts.contrastive import SIDES, Scenario, steering_prompts
 from batch_jobs.texts.thought import OPEN_THOUGHT
 
 MIN_WORDS = 40
@@ -168,7 +168,8 @@ def _draw(
         asked: dict[TextRequest, tuple[_Job, int]] = {}
         for job in jobs:
             if job.writer is writer:
-                user, request_seed = steering_prompt(job.scenario), _request_seed(seed, job, attempt)
+                prompts_of = steering_prompts(job.scenario)
+                user, request_seed = prompts_of[(job.run - 1) % len(prompts_of)], _request_seed(seed, job, attempt)
                 for side, system in enumerate((prompts.positive, prompts.negative)):
                     asked[TextRequest(system, user, request_seed)] = (job, side)
         halves: dict[str, dict[int, Draft]] = {}

@@ -36,7 +36,7 @@ def headlines(results: RunResults) -> list[Headline]:
         found.append(_beyond_words_headline(beyond))
     if scores.success:
         found += _success_headlines(scores)
-    found.append(_dose_headline(scores))
+    found.append(_dose_headline(scores, results.concept.poles.positive))
     if results.behaviours:
         first = results.behaviours[0]
         within = first.within_conditions
@@ -86,14 +86,14 @@ def _success_headlines(scores: Scores) -> list[Headline]:
     ]
 
 
-def _dose_headline(scores: Scores) -> Headline:
-    curves = dose_responses(scores.conditions)
+def _dose_headline(scores: Scores, positive: str) -> Headline:
+    curves = dose_responses(scores.conditions, positive)
     lowest = fmean(curve.rows[0].empathy_rate for curve in curves)
     baseline = fmean(curve.rows[0].baseline_empathy_rate for curve in curves)
     highest = fmean(curve.rows[-1].empathy_rate for curve in curves)
     return Headline(
-        "Empathetic rate",
-        f"{lowest:.2f} \u2192 {baseline:.2f} \u2192 {highest:.2f}",
+        f"{positive.capitalize()} rate",
+        " \u2192 ".join(fixed(rate, 2) for rate in (lowest, baseline, highest)),
         "lowest \u03b1 \u2192 unsteered \u2192 highest \u03b1, mean over scenarios",
     )
 

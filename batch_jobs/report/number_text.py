@@ -1,6 +1,8 @@
-"""Format numbers for readers: few digits, a true minus sign, an en dash for unknown values."""
+"""Format numbers for readers: few digits, a true minus sign, an en dash for unknown values (None, NaN)."""
 
 from __future__ import annotations
+
+import math
 
 MINUS = "\u2212"
 UNKNOWN = "\u2013"
@@ -8,7 +10,7 @@ UNKNOWN = "\u2013"
 
 def number(value: float | None, digits: int = 3) -> str:
     """Format with `digits` significant digits; only tiny numbers and those from a million on get an exponent."""
-    if value is None:
+    if value is None or math.isnan(value):
         return UNKNOWN
     if abs(value) >= 1000:
         text = f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2e}"
@@ -23,7 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def fixed(value: float | None, places: int) -> str:
     """Format with `places` decimal places, so that a column lines up."""
-    return UNKNOWN if value is None else f"{value:.{places}f}".replace("-", MINUS)
+    return UNKNOWN if value is None or math.isnan(value) else f"{value:.{places}f}".replace("-", MINUS)
 
 
 def p_value(value: float | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -93,6 +94,9 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "generations": results.generations,
         "published": published,
         "claims": read_claims(),
+        "show_published": results.concept.published,
+        "concept": results.concept,
+        "not_judged": any(math.isnan(row.empathy_rate) for row in scores.conditions),
         "headlines": headlines(results),
         "figures": figures,
         "table_1_model": table_1_model,

@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from batch_jobs.config.concept import Concept, concept_of_run
 from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.documents import read_json
 from batch_jobs.report.samples import Generations, read_generations
 from batch_jobs.scoring.direction_behaviour import DirectionBehaviour, read_behaviour
+from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.outcome import Outcome
 from batch_jobs.scoring.scores_csv import Scores, read_scores
 from batch_jobs.scoring.setting import Setting, SettingNames
 from batch_jobs.scoring.sign_and_layer_findings import Findings, read_findings
@@ -34,6 +37,7 @@ class RunResults:
     behaviours: tuple[DirectionBehaviour, ...]
     """Entries with completions that were read again; empty where there is no `behaviour.json`."""
     generations: Generations
+    concept: Concept
     provenance: dict[str, Any]
 
     @cached_property
@@ -84,13 +88,23 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
         raise ReportError(f"{run_dir / 'scores.csv'} has no condition; score the generations again.")
     findings, behaviour = run_dir / "findings.json", run_dir / "behaviour.json"
     provenance = _read_provenance(run_dir / "provenance.json")
+    concept = concept_of_run(provenance)
+    judgements = run_dir / "judgements.jsonl"
+    grades = read_grades(judgements) if concept.outcome == "judge" and judgements.exists() else {}
     return RunResults(
         name=str(_find(provenance, "name") or run_dir.name),
         validation=validation,
         scores=scores,
         findings=read_findings(findings) if findings.exists() else None,
         behaviours=tuple(row for row in read_behaviour(behaviour) if row.points) if behaviour.exists() else (),
-        generations=read_generations(run_dir / "generations", per_condition=per_condition, max_samples=max_samples),
+        generations=read_generations(
+            run_dir / "generations",
+            per_condition=per_condition,
+            max_samples=max_samples,
+            outcome=Outcome.of(concept),
+            grades=grades,
+        ),
+        concept=concept,
         provenance=provenance,
     )
 

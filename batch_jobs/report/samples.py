@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from batch_jobs.scoring.degeneration import degeneration
-from batch_jobs.scoring.paper_metric import is_coherent, is_empathetic
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, POSITIVE_GRADE, Outcome
+from batch_jobs.scoring.paper_metric import is_coherent
 from batch_jobs.scoring.scores_csv import ScoreError
 from batch_jobs.scoring.setting import Setting
 
@@ -32,7 +35,7 @@ _COLUMNS = (
     "projection_generated",
     "error",
 )
-_OPTIONAL_COLUMNS = ("projection_unsteered", "log_likelihood", "thought")
+_OPTIONAL_COLUMNS = ("row_id", "projection_unsteered", "log_likelihood", "thought")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Sample:
     seed: int
     text: str
     """The answer, without its thought."""
-    empathetic: bool
+    positive: bool | None
+    """By the outcome of the run's concept; None where a judge decides and gave no grade."""
     coherent: bool
     signatures: tuple[Signature, ...]
     """Ways in which the text fails as text; empty for most."""
@@ -102,12 +106,20 @@ class Generations:
         return sum(len(group.samples) for group in self.groups)
 
 
-def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> Generations:
+def read_generations(
+    folder: Path,
+    *,
+    per_condition: int,
+    max_samples: int,
+    outcome: Outcome = PAPER_OUTCOME,
+    grades: Mapping[str, int] | None = None,
+) -> Generations:
     """Read every `*.parquet` under `folder`, and keep the texts whose sample number is below `per_condition`.
 
     Fewer are kept where that would exceed `max_samples` in total. The other rows are only counted, so memory depends on
-    the kept texts, not on the size of the grid. Folder names are not used: the files hold every column. The columns
-    `projection_unsteered`, `log_likelihood` and `thought` may be missing.
+    the kept texts, not on the size of the grid. `outcome` says which are positive, by the judge's `grades` (row id ->
+    0, 1 or 2) where it needs them. Folder names are not used: the files hold every column. The columns
+    `row_id`, `projection_unsteered`, `log_likelihood` and `thought` may be missing.
 
     Raises:
         ScoreError: the folder has no Parquet files, or they lack another column; the message names the folder.
@@ -123,6 +135,7 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
         )
     failed = dataset.to_table(columns=["error"], filter=pc.is_valid(pc.field("error")))["error"].to_pylist()
     kept = _kept_rows(dataset, per_condition, max_samples)
+    positive = partial(_is_positive, outcome=outcome, grades=grades or {})
     return Generations(
         num_rows=dataset.count_rows(),
         errors=dict(Counter(failed).most_common()),
@@ -130,7 +143,8 @@ def read_generations(folder: Path, *, per_condition: int, max_samples: int) -> G
             filter=pc.is_null(pc.field("error")) & pc.is_null(pc.field("completion"))
         ),
         groups=tuple(
-            _group(list(rows)) for _, rows in groupby(kept, key=lambda row: [row[name] for name in _CONDITION])
+            _group(list(rows), positive)
+            for _, rows in groupby(kept, key=lambda row: [row[name] for name in _CONDITION])
         ),
         prompts={row["scenario"]: row["prompt"] for row in kept},
     )
@@ -152,16 +166,23 @@ def _kept_rows(dataset: ds.Dataset, per_condition: int, max_samples: int) -> lis
     return rows
 
 
-def _group(rows: list[dict[str, Any]]) -> SampleGroup:
+def _is_positive(row: dict[str, Any], outcome: Outcome, grades: Mapping[str, int]) -> bool | None:
+    if not outcome.judged:
+        return outcome.grade(row["completion"]) == POSITIVE_GRADE
+    grade = grades.get(row.get("row_id", ""))
+    return None if grade is None else grade == POSITIVE_GRADE
+
+
+def _group(rows: list[dict[str, Any]], positive: Callable[[dict[str, Any]], bool | None]) -> SampleGroup:
     first = rows[0]
     return SampleGroup(
         **{name: first[name] for name in _CONDITION},
         alpha_residual_norm=first["alpha_residual_norm"],
-        samples=tuple(_sample(row) for row in rows),
+        samples=tuple(_sample(row, positive(row)) for row in rows),
     )
 
 
-def _sample(row: dict[str, Any]) -> Sample:
+def _sample(row: dict[str, Any], positive: bool | None) -> Sample:
     text = row["completion"]
     broken = degeneration(text)
     found: tuple[tuple[Signature, bool], ...] = (
@@ -173,7 +194,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         sample=row["sample"],
         seed=row["seed"],
         text=text,
-        empathetic=is_empathetic(text),
+        positive=positive,
         coherent=is_coherent(text),
         signatures=tuple(name for name, is_found in found if is_found),
         completion_tokens=row["completion_tokens"],

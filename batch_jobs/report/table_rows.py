@@ -131,12 +131,14 @@ def metric_rows(detections: Sequence[Detection], published: PublishedBinary) -> 
 def examples(results: RunResults) -> list[Example]:
     """Choose texts at -α, 0 and +α of one scenario, at the best steering layer where one is known.
 
-    The scenario is The Protector, as in the paper, else the first. α is the largest strength at which both signs have a
-    coherence rate of at least MIN_EXAMPLE_COHERENCE, so that the texts show the direction and not a collapse; if there
-    is none, the smallest strength with both signs. Each condition gives its first coherent text, else its first text.
+    The scenario is the concept's, else The Protector, as in the paper, else the first. α is the largest strength at
+    which both signs have a coherence rate of at least MIN_EXAMPLE_COHERENCE, so that the texts show the direction and
+    not a collapse; if there is none, the smallest strength with both signs. Each condition gives its first coherent
+    text, else its first text.
     """
     scenarios = [group.scenario for group in results.generations.groups]
-    scenario = EXAMPLE_SCENARIO if EXAMPLE_SCENARIO in scenarios else scenarios[0] if scenarios else ""
+    wanted = (results.concept.focus_scenario, EXAMPLE_SCENARIO, *scenarios[:1])
+    scenario = next((one for one in wanted if one in scenarios), "") or ""
     rates = [row for row in results.scores.conditions if row.scenario == scenario]
     layers = {row.layer for row in rates}
     layer = results.best_steering_layer

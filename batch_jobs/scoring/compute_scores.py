@@ -1,8 +1,9 @@
 """Offline scoring of steered generations from their Parquet files: the `paper` metric, and effects with intervals.
 
 A sample is *empathetic* when it holds more distinct empathy keywords than task keywords. Keywords match as substrings
-in any case, so "help" is found in "helpless". A condition's rate is its share of empathetic samples, and
-effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
+in any case, so "help" is found in "helpless". A study of another concept has words of its own, or a judge, in their
+place (`batch_jobs.scoring.outcome`); the names of columns stay. A condition's rate is its share of empathetic samples,
+and effect(α) = rate(α) - rate(0). A nonzero α *succeeds* when (α > 0) == (effect > 0).
 
 That success rule has a flaw, kept because the published numbers depend on it: an effect of 0 counts as a success at
 negative α and as a failure at positive α. Where every unsteered sample is already empathetic (`cannot_rise`), no effect
@@ -21,7 +22,9 @@ grouping of numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ import pyarrow.compute as pc
 
 from batch_jobs.rows.generation_parts import GROUP_COLUMNS, ScoreError
 from batch_jobs.scoring.measures import Markers, measure_generations, measure_table
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, POSITIVE_GRADE, Outcome
 from batch_jobs.scoring.paper_metric import has_context, is_coherent, is_empathetic
 from batch_jobs.scoring.scores_csv import (
     ConditionScore,
@@ -54,7 +58,8 @@ __all__ = [
     "is_empathetic",
     "read_scores",
     "score_generations",
-    "score_measures",
+    "decide",
+    "score_decided",
     "score_table",
     "wilson_interval",
     "write_scores",
@@ -91,7 +96,11 @@ _Counts = tuple[int, int]  # empathetic samples, samples
 
 
 def score_generations(
-    folder: Path, markers: Markers | None = None, grades: Mapping[str, int] | None = None, processes: int | None = None
+    folder: Path,
+    markers: Markers | None = None,
+    grades: Mapping[str, int] | None = None,
+    processes: int | None = None,
+    outcome: Outcome = PAPER_OUTCOME,
 ) -> Scores:
     """Score all parts under a folder of generations as `score_table` does, without holding their texts in memory.
 
@@ -100,10 +109,16 @@ def score_generations(
     Raises:
         ScoreError: as for `score_table`; the message names the faulty part, where there is one.
     """
-    return score_measures(measure_generations(Path(folder), markers or {}, processes), grades)
+    measures = measure_generations(Path(folder), markers or {}, processes, outcome)
+    return score_decided(decide(measures, grades, outcome))
 
 
-def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping[str, int] | None = None) -> Scores:
+def score_table(
+    table: pa.Table,
+    markers: Markers | None = None,
+    grades: Mapping[str, int] | None = None,
+    outcome: Outcome = PAPER_OUTCOME,
+) -> Scores:
     """Score a table of generations.
 
     Rates and means leave out rows with an `error`, counted in `failed`, and rows that ended inside a thought (no
@@ -115,30 +130,48 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
         table: one row per sample, with the columns of the generations' Parquet schema.
         markers: scenario id -> its context markers. A scenario without markers gets `context_rate` None.
         grades: row id -> a judge's 0, 1 or 2. Other rows have no grade.
+        outcome: decides which samples are positive. Where that is the judge, only graded rows are scored; until every
+            (model, layer, scenario) has a graded row at α = 0, all rows are scored, their rates are NaN and there are
+            no success rates.
 
     Raises:
         ScoreError: the table has no rows, lacks a column or holds a null where none may be; α is not finite; a grade is
             not 0, 1 or 2; or a (model, layer, scenario) has no usable row at α = 0.
     """
-    measures = measure_table(table, markers or {})
+    measures = measure_table(table, markers or {}, outcome)
     if measures.num_rows == 0:
         raise ScoreError("The table has no rows; generate samples before scoring.")
-    return score_measures(measures, grades)
+    return score_decided(decide(measures, grades, outcome))
 
 
-def score_measures(measures: pa.Table, grades: Mapping[str, int] | None = None) -> Scores:
-    """Score the rows that `measure_table` or `measure_generations` returned, as `score_table` does.
+def decide(measures: pa.Table, grades: Mapping[str, int] | None = None, outcome: Outcome = PAPER_OUTCOME) -> pa.Table:
+    """The rows of `measure_table` or `measure_generations` with what the outcome makes of them.
+
+    Returns:
+        The table with `grade` (null without one), `empathetic` as the outcome decides it, `sound` (empathetic, coherent
+        and, where there are markers, in context) and `word_start_change` (the verdict is another with keywords at word
+        starts only). Where the judge decides, rows with an answer and no grade are left out; until every (model, layer,
+        scenario) has a graded row at α = 0, none are, and `empathetic` is null in all rows.
+
+    Raises:
+        ScoreError: a grade is not 0, 1 or 2, or there are grades and no row ids.
+    """
+    measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
+    if outcome.judged and _baselines_are_graded(measures):
+        measures = _decided_by_grade(measures)
+    sound = pc.and_(pc.and_(measures["empathetic"], measures["coherent"]), pc.fill_null(measures["in_context"], True))
+    changed = pc.xor(measures["empathetic"], measures["empathetic_word_start"])
+    return measures.append_column("sound", sound).append_column("word_start_change", changed)
+
+
+def score_decided(measures: pa.Table) -> Scores:
+    """Score the rows of `decide`, as `score_table` does.
 
     Raises:
         ScoreError: as for `score_table`.
     """
-    sound = pc.and_(pc.and_(measures["empathetic"], measures["coherent"]), pc.fill_null(measures["in_context"], True))
-    changed = pc.xor(measures["empathetic"], measures["empathetic_word_start"])
-    measures = (
-        measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
-        .append_column("sound", sound)
-        .append_column("word_start_change", changed)
-    )
+    answers = pc.invert(pc.or_(measures["failed"], measures["in_thought"]))
+    rated = measures["empathetic"].null_count < len(measures) or not pc.any(answers).as_py()
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
         # one thread: float sums depend on the order, and the same rows must give bit-identical scores
@@ -156,6 +189,9 @@ def score_measures(measures: pa.Table, grades: Mapping[str, int] | None = None) 
         .sort_by([(key, "ascending") for key in _KEYS])
         .to_pylist()
     )
+    if not rated:
+        unrated = (_unrated(row, failed.get(_key(row), 0), unfinished.get(_key(row), 0)) for row in groups)
+        return Scores(conditions=tuple(unrated), success=())
     baselines = _baselines(groups, failed, unfinished)
     p_values = _directional_p_values(groups, baselines)
     q_values = among_alike([row["direction"] for row in groups], p_values, false_discovery_q)
@@ -172,6 +208,21 @@ def score_measures(measures: pa.Table, grades: Mapping[str, int] | None = None) 
         for row, p, q in zip(groups, p_values, q_values, strict=True)
     )
     return Scores(conditions=conditions, success=success_rates(conditions))
+
+
+def _baselines_are_graded(measures: pa.Table) -> bool:
+    """Whether every (model, layer, scenario) has a row at α = 0 that the judge graded."""
+    places = ("model", "layer", "scenario")
+    graded = measures.filter(pc.and_(pc.equal(measures["alpha"], 0.0), pc.is_valid(measures["grade"])))
+    return bool(graded.group_by(places).aggregate([]).num_rows == measures.group_by(places).aggregate([]).num_rows)
+
+
+def _decided_by_grade(measures: pa.Table) -> pa.Table:
+    """The rows with a grade, which says whether they are positive, and those without an answer."""
+    decided = pc.equal(measures["grade"], POSITIVE_GRADE)
+    measures = measures.set_column(measures.schema.get_field_index("empathetic"), "empathetic", decided)
+    unanswered = pc.or_(measures["failed"], measures["in_thought"])
+    return measures.filter(pc.or_(unanswered, pc.is_valid(measures["grade"])))
 
 
 def _counts(measures: pa.Table, flag: str) -> dict[_Key, int]:
@@ -247,6 +298,25 @@ def _unsteered_log_likelihoods(measures: pa.Table) -> dict[_Setting, float]:
     return {_setting(group): float(np.median(group["log_likelihood_list"])) for group in groups}
 
 
+def _unrated(row: Mapping[str, Any], failed: int, unfinished: int) -> ConditionScore:
+    """The scores of a condition whose samples no one has yet told to be positive or not."""
+    scored = _condition(
+        {**row, "empathetic_sum": 0}, failed, unfinished, (0, row["count_all"]), (None, None), usual_log_likelihood=None
+    )
+    return replace(
+        scored,
+        empathy_rate=math.nan,
+        empathy_low=math.nan,
+        empathy_high=math.nan,
+        baseline_empathy_rate=math.nan,
+        effect=math.nan,
+        directional_effect=None,
+        success=None,
+        cannot_rise=False,
+        cannot_fall=False,
+    )
+
+
 def _condition(
     row: Mapping[str, Any],
     failed: int,
@@ -260,7 +330,12 @@ def _condition(
     low, high = wilson_interval(empathetic, samples)
     effect = rate - baseline_rate
     judged = _judged(row)
-    in_context, likelihood = row["in_context_sum"], row["log_likelihood_mean"]
+    likelihood = row["log_likelihood_mean"]
+
+    def share(name: str) -> float | None:
+        found = row[f"{name}_sum"]
+        return None if found is None else found / samples
+
     apart = None if likelihood is None or usual_log_likelihood is None else abs(likelihood - usual_log_likelihood)
     return ConditionScore(
         **{name: row[name] for name in GROUP_COLUMNS},
@@ -280,7 +355,7 @@ def _condition(
         cannot_rise=baseline[0] == baseline[1],
         cannot_fall=baseline[0] == 0,
         coherence_rate=row["coherent_sum"] / samples,
-        context_rate=None if in_context is None else in_context / samples,
+        context_rate=share("in_context"),
         empty_rate=row["empty_sum"] / samples,
         loop_rate=row["loop_sum"] / samples,
         code_like_rate=row["code_like_sum"] / samples,
@@ -293,11 +368,11 @@ def _condition(
         mean_grade=row["grade_mean"],
         unfinished_thoughts=unfinished,
         effect_q=p_and_q[1],
-        sound_rate=row["sound_sum"] / samples,
+        sound_rate=share("sound"),
         refusal_rate=row["refusal_sum"] / samples,
         short_rate=row["short_sum"] / samples,
         soft_loop_rate=row["soft_loop_sum"] / samples,
         log_likelihood_distance=apart,
-        empathy_rate_word_start=row["empathetic_word_start_sum"] / samples,
-        word_start_changes=row["word_start_change_sum"] / samples,
+        empathy_rate_word_start=share("empathetic_word_start"),
+        word_start_changes=share("word_start_change"),
     )

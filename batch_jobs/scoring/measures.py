@@ -11,11 +11,11 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,7 +29,8 @@ from batch_jobs.rows.generation_parts import (
     split_table,
 )
 from batch_jobs.scoring.degeneration import Degeneration, degeneration
-from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, MIN_CONTEXT_MARKERS, TASK_KEYWORDS, is_coherent
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, Outcome
+from batch_jobs.scoring.paper_metric import MIN_CONTEXT_MARKERS, is_coherent
 from batch_jobs.scoring.word_index import WordIndex
 
 Markers = Mapping[str, Sequence[str]]
@@ -45,22 +46,26 @@ _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
 }
 
 
-def measure_table(table: pa.Table, markers: Markers) -> pa.Table:
-    """Measure each row of a table of generations.
+def measure_table(table: pa.Table, markers: Markers, outcome: Outcome = PAPER_OUTCOME) -> pa.Table:
+    """Measure each row of a table of generations. `outcome` decides which texts are `empathetic`; the column has this
+    name whatever the concept.
 
     Returns:
         The columns of COLUMN_TYPES without the texts; `failed` (the row has an error); `in_thought` (it ended inside a
         thought); and, null for rows without an answer, `empathetic`, `empathetic_word_start` (the same with keywords at
         word starts only), `coherent`, `in_context` and the fields of `Degeneration`. `in_context` is also null where
-        the scenario has no markers.
+        the scenario has no markers, and `empathetic` in all rows where a judge decides. `empathetic_word_start` is null
+        in all rows unless keywords are found as substrings.
 
     Raises:
         ScoreError: as for `scoring_columns`.
     """
-    return _measure_all(split_table(table), markers)
+    return _measure_all(split_table(table), markers, outcome)
 
 
-def measure_generations(folder: Path, markers: Markers, processes: int | None = None) -> pa.Table:
+def measure_generations(
+    folder: Path, markers: Markers, processes: int | None = None, outcome: Outcome = PAPER_OUTCOME
+) -> pa.Table:
     """Run `measure_table` on all parts under `folder`, in the order of their paths.
 
     The result takes about 200 bytes per row. `processes`: None means one per core from 20,000 rows on, else one.
@@ -74,7 +79,7 @@ def measure_generations(folder: Path, markers: Markers, processes: int | None = 
         raise ScoreError(f"There are no generations under {folder}; generate samples before scoring.")
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if rows >= PARALLEL_ROWS else 1
-    measure = partial(_measure_part, markers=markers)
+    measure = partial(_measure_part, markers=markers, outcome=outcome)
     if processes == 1:
         return pa.concat_tables([measure(part) for part in parts])
     # spawned, not forked: the caller may hold an engine's threads and a device, which do not survive a fork
@@ -84,16 +89,16 @@ def measure_generations(folder: Path, markers: Markers, processes: int | None = 
         return pa.concat_tables(pool.map(measure, parts, chunksize=chunk))
 
 
-def _measure_part(part: Path, markers: Markers) -> pa.Table:
-    return _measure_all(read_part(part), markers)
+def _measure_part(part: Path, markers: Markers, outcome: Outcome) -> pa.Table:
+    return _measure_all(read_part(part), markers, outcome)
 
 
-def _measure_all(tables: Iterable[pa.Table], markers: Markers) -> pa.Table:
+def _measure_all(tables: Iterable[pa.Table], markers: Markers, outcome: Outcome) -> pa.Table:
     empty = pa.schema(list(COLUMN_TYPES.items())).empty_table()
-    return pa.concat_tables([_measure(table, markers) for table in itertools.chain([empty], tables)])
+    return pa.concat_tables([_measure(table, markers, outcome) for table in itertools.chain([empty], tables)])
 
 
-def _measure(table: pa.Table, markers: Markers) -> pa.Table:
+def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:
     failed, unfinished = pc.is_valid(table["error"]), in_thought(table)
     unanswered = pc.or_(failed, unfinished)
     texts = pc.fill_null(table["completion"], "").combine_chunks()
@@ -103,8 +108,8 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
         signs.append(degeneration(text, counts))
         coherent.append(is_coherent(text, counts))
     columns = {
-        "empathetic": pa.array(words.count_found(EMPATHY_KEYWORDS) > words.count_found(TASK_KEYWORDS)),
-        "empathetic_word_start": pa.array(more_at_word_starts(words, EMPATHY_KEYWORDS, TASK_KEYWORDS)),
+        "empathetic": _positive(words, outcome),
+        "empathetic_word_start": _positive_at_word_starts(words, outcome),
         "coherent": pa.array(coherent, pa.bool_()),
         "in_context": _in_context(table["scenario"], words, markers),
         **{name: pa.array([getattr(sign, name) for sign in signs], kind) for name, kind in _SIGNS.items()},
@@ -115,12 +120,19 @@ def _measure(table: pa.Table, markers: Markers) -> pa.Table:
     return table.append_column("failed", failed).append_column("in_thought", unfinished)
 
 
-def more_at_word_starts(words: WordIndex, keywords: Sequence[str], opposite: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """(N,) bool: whether a text holds more distinct `keywords` than `opposite` ones, both counted at word starts only.
+def _positive(words: WordIndex, outcome: Outcome) -> pa.Array:
+    """Which texts hold more positive than negative keywords; null where a judge decides instead."""
+    positive = words.count_found(outcome.positive, match=outcome.match)
+    negative = words.count_found(outcome.negative, match=outcome.match)
+    return pa.array(positive > negative, mask=np.full(len(positive), outcome.judged))
 
-    It tells how far a verdict rests on matches inside other words: "win" in "following", "care" in "scared".
-    """
-    return words.count_found(keywords, word_start=True) > words.count_found(opposite, word_start=True)
+
+def _positive_at_word_starts(words: WordIndex, outcome: Outcome) -> pa.Array:
+    """`_positive` with keywords at word starts only: how far a verdict rests on matches inside other words, such as
+    "win" in "following". Null where keywords are not found as substrings."""
+    if outcome.judged or outcome.match != "substring":
+        return pa.nulls(len(words), pa.bool_())
+    return _positive(words, replace(outcome, match="word_start"))
 
 
 def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:

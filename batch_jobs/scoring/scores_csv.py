@@ -42,6 +42,8 @@ class ConditionScore:
     failed: int
     """Rows with an error."""
     empathy_rate: float
+    """Share of positive samples, whatever the concept. NaN, like every number made from it, where a judge decides and
+    has not graded yet."""
     empathy_low: float
     """Lower end of the 95 % Wilson interval of `empathy_rate`. Show the interval: with 5 samples it is wide."""
     empathy_high: float

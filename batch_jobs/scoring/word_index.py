@@ -6,7 +6,6 @@ exact: words are numbered, not hashed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -14,6 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_jobs.config.concept import Match
+from batch_jobs.scoring.outcome import occurs
 from batch_jobs.scoring.word_counts import WordCounts
 
 _Numbers = npt.NDArray[np.int64]
@@ -36,6 +37,10 @@ class WordIndex:
         # str.lower, since Arrow's lowering differs for letters such as "İ" and a final "Σ"
         self._vocabulary = pa.array([word.lower() for word in encoded.dictionary.to_pylist()], pa.string())
 
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self._texts)
+
     def counts(self) -> Iterator[WordCounts]:
         """The counts of each text, in order."""
         size = len(self._texts)
@@ -51,50 +56,56 @@ class WordIndex:
         return map(WordCounts, *(column.tolist() for column in (words, distinct, counts, repeated)))
 
     def count_found(
-        self, keywords: Collection[str], within: npt.NDArray[np.bool_] | None = None, *, word_start: bool = False
+        self,
+        keywords: Collection[str],
+        within: npt.NDArray[np.bool_] | None = None,
+        match: Match = "substring",
     ) -> _Numbers:
-        """(N,) int64: how many distinct `keywords` occur in each text, as substrings in any case.
+        """(N,) int64: how many distinct `keywords` occur in each text, in any case.
 
         Args:
             keywords: words or phrases.
             within: (N,) bool; texts outside it count 0.
-            word_start: an occurrence must not follow a letter, digit or underscore, so that "win" is found in "winner"
-                but not in "following".
+            match: where a keyword may be found; see `batch_jobs.scoring.outcome.occurs`.
         """
         lowered = {keyword.lower() for keyword in keywords}
-        holding = self._texts_holding({part for keyword in lowered for part in keyword.split()}, word_start)
+        parts_of = {keyword: keyword.split() for keyword in lowered}
+        whole = {keyword for keyword in lowered if parts_of[keyword] == [keyword]}
+        # the parts of a phrase are only looked for as substrings: its place in the text is checked below
+        holding = self._texts_holding({part for keyword in lowered - whole for part in parts_of[keyword]}, "substring")
+        exact = self._texts_holding(whole, match)
         found = np.zeros(len(self._texts), dtype=np.int64)
         for keyword in lowered:
-            parts = keyword.split()
             holds = np.ones(len(self._texts), dtype=np.bool_) if within is None else within.copy()
-            for part in parts:
-                holds &= holding[part]
-            if parts != [keyword]:  # the keyword spans words, whose order in the text must be checked
-                phrase = re.compile((r"(?<!\w)" if word_start else "") + re.escape(keyword))
+            if keyword in whole:
+                holds &= exact[keyword]
+            else:  # the keyword spans words, whose order in the text must be checked
+                for part in parts_of[keyword]:
+                    holds &= holding[part]
                 for row in np.flatnonzero(holds):
-                    holds[row] = phrase.search(self._texts[row].as_py().lower()) is not None
+                    holds[row] = occurs(keyword, self._texts[row].as_py().lower(), match)
             found += holds
         return found
 
-    def _texts_holding(self, parts: Collection[str], word_start: bool) -> dict[str, npt.NDArray[np.bool_]]:
-        """Lower-case part of a word -> (N,) bool: which texts have a word that contains it."""
-        matches = {part: self._words_holding(part, word_start).to_numpy(zero_copy_only=False) for part in parts}
+    def _texts_holding(self, parts: Collection[str], match: Match) -> dict[str, npt.NDArray[np.bool_]]:
+        """Lower-case part of a word -> (N,) bool: which texts have a word that contains it, where `match` says."""
+        matches = {part: self._words_holding(part, match) for part in parts}
         anything = np.zeros(len(self._vocabulary), dtype=np.bool_)
-        for match in matches.values():
-            anything |= match
+        for found in matches.values():
+            anything |= found
         places = np.flatnonzero(anything[self._numbers])  # few, so the rest is cheap
         rows, numbers = self._rows[places], self._numbers[places]
         return {
-            part: np.bincount(rows[match[numbers]], minlength=len(self._texts)) > 0 for part, match in matches.items()
+            part: np.bincount(rows[found[numbers]], minlength=len(self._texts)) > 0 for part, found in matches.items()
         }
 
-    def _words_holding(self, part: str, word_start: bool) -> pa.Array:
-        """Boolean for each word of the vocabulary: whether it contains the part."""
-        if not word_start:
-            return pc.match_substring(self._vocabulary, part)
-        # RE2 has no lookbehind; its \w is ASCII only, so letters and digits are named by Unicode class
-        escaped = "".join(f"\\x{{{ord(character):x}}}" for character in part)
-        return pc.match_substring_regex(self._vocabulary, rf"(?:^|[^\pL\pN_]){escaped}")
+    def _words_holding(self, part: str, match: Match) -> npt.NDArray[np.bool_]:
+        """(V,) bool over the vocabulary. A word's ends are white space, so looking at the word alone is enough."""
+        holds: npt.NDArray[np.bool_] = pc.match_substring(self._vocabulary, part).to_numpy(zero_copy_only=False).copy()
+        if match != "substring":
+            for place in np.flatnonzero(holds):
+                holds[place] = occurs(part, self._vocabulary[place].as_py(), match)
+        return holds
 
     def _distinct(self, rows: _Numbers, keys: _Numbers) -> _Numbers:
         """Number of distinct keys of each text. `rows` ascend, and keys of a later row are greater."""

@@ -10,22 +10,22 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from batch_jobs.config.concept import QUESTION
 from batch_jobs.config.study import SplitSizes, StudyError
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import Place, read_json, read_json_lines
-
-QUESTION = "What do you do?"
 
 SIDES = ("positive", "negative")
 """Fields of a pair's two texts in a file of pairs."""
 PAPER_SIDES = ("empathic_text", "non_empathic_text")
 """The same fields in the paper's files."""
+_SITUATION_FIELDS = ("objective", "pressure", "empathy_pressure", "prompt", "prompts")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,34 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A situation in which an objective conflicts with somebody's distress."""
+    """A situation that the model is prompted with: an objective and a pressure against it, or whole prompts."""
 
     id: str
     title: str
     objective: str
-    empathy_pressure: str
+    """What the model is to do; empty where `prompts` are given."""
+    pressure: str
+    """What speaks against the objective, e.g. somebody's distress; empty where `prompts` are given."""
     markers: tuple[str, ...]
     """Lower-case words that show that a completion is about this scenario; empty if none are known."""
     rubric: tuple[str, str, str] | None = None
-    """Criteria for grades 0, 1 and 2 (no, some, full empathy in the actions); None if none are known."""
+    """Criteria for grades 0, 1 and 2 (the concept absent, in part, in full); None if none are known."""
+    prompts: tuple[str, ...] = ()
+    """Whole prompts, used in turn by the samples; empty where objective and pressure make the prompt."""
+
+    def situation(self, sample: int = 0) -> str:
+        """What the scenario says, without the question: objective and pressure, or the prompt of this sample."""
+        if self.prompts:
+            return self.prompts[sample % len(self.prompts)]
+        return f"{self.objective}\n\n{self.pressure}"
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The scenario as an object of a scenarios file. A run is bound to it, so the paper's field name stays."""
+        texts: dict[str, Any] = {"objective": self.objective, "empathy_pressure": self.pressure}
+        if self.prompts:
+            texts = {"prompts": self.prompts}
+        return {"id": self.id, "title": self.title, **texts, "markers": self.markers, "rubric": self.rubric}
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,16 @@ class Split:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def steering_prompt(scenario: Scenario) -> str:
-    """The paper's prompt: objective, pressure and question, separated by blank lines."""
-    return f"{scenario.objective}\n\n{scenario.empathy_pressure}\n\n{QUESTION}"
+def steering_prompts(scenario: Scenario, question: str | None = QUESTION) -> tuple[str, ...]:
+    """The scenario's prompts; sample k uses number k modulo their count.
+
+    One prompt of objective, pressure and `question` (None: no question), separated by blank lines, as in the paper; or
+    the scenario's own prompts, unchanged.
+    """
+    if scenario.prompts:
+        return scenario.prompts
+    situation = scenario.situation()
+    return (situation if question is None else f"{situation}\n\n{question}",)
 
 
 def split_pairs(pairs: Sequence[Pair], *, train: int, seed: int) -> Split:
@@ -163,7 +188,8 @@ def load_pairs(source: Path | None) -> tuple[Pair, ...]:
 def load_scenarios(source: Path | None) -> dict[str, Scenario]:
     """Scenarios by id, from a JSON list of objects; None means the bundled ones.
 
-    Fields other than those of Scenario are ignored (the paper's file has more). A scenario without `markers` or
+    A scenario has `objective` and `pressure` (or the paper's `empathy_pressure`), or `prompt`, or a list of `prompts`.
+    Other fields than those of Scenario are ignored (the paper's file has more). A scenario without `markers` or
     without a `rubric` takes that of the bundled scenario of the same id, or none. A rubric is a list of three texts,
     or an object with the keys "0", "1" and "2".
 
@@ -178,9 +204,7 @@ def load_scenarios(source: Path | None) -> dict[str, Scenario]:
 
 def write_scenarios(path: Path, scenarios: Iterable[Scenario]) -> None:
     """Write scenarios as a file that `load_scenarios` reads, atomically."""
-    entries = [
-        {field: value for field, value in asdict(scenario).items() if value is not None} for scenario in scenarios
-    ]
+    entries = [{field: value for field, value in scenario.entry.items() if value is not None} for scenario in scenarios]
     write_atomically(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -191,18 +215,42 @@ def _read_scenarios(place: Place, known: Mapping[str, Scenario]) -> dict[str, Sc
     scenarios = []
     for number, entry in enumerate(entries, start=1):
         where = f"{place}: scenario {number}"
-        name, title, objective, pressure = (
-            _text(entry, field, where) for field in ("id", "title", "objective", "empathy_pressure")
-        )
+        name, title = (_text(entry, field, where) for field in ("id", "title"))
+        objective, pressure, prompts = _situation(entry, where)
         namesake = known.get(name)
         markers = entry.get("markers", namesake.markers if namesake else ())
         if not isinstance(markers, list | tuple) or not all(isinstance(marker, str) for marker in markers):
             raise StudyError(f"{where}: markers must be a list of strings; got {markers!r}.")
         lowered = tuple(marker.lower() for marker in markers)
         rubric = _rubric(entry["rubric"], where) if "rubric" in entry else namesake.rubric if namesake else None
-        scenarios.append(Scenario(name, title, objective, pressure, lowered, rubric))
+        scenarios.append(Scenario(name, title, objective, pressure, lowered, rubric, prompts))
     _refuse_repeated([scenario.id for scenario in scenarios], "id", place)
     return {scenario.id: scenario for scenario in scenarios}
+
+
+def _situation(entry: Mapping[str, Any], where: str) -> tuple[str, str, tuple[str, ...]]:
+    """Objective, pressure and prompts; either the first two or the last are empty."""
+    given = [field for field in _SITUATION_FIELDS if field in entry]
+    match given:
+        case ["prompt"]:
+            return "", "", (_text(entry, "prompt", where),)
+        case ["prompts"]:
+            prompts = entry["prompts"]
+            if (
+                not isinstance(prompts, list)
+                or not prompts
+                or not all(isinstance(p, str) and p.strip() for p in prompts)
+            ):
+                raise StudyError(f"{where}: prompts must be a non-empty list of texts; got {prompts!r}.")
+            return "", "", tuple(prompts)
+        case ["objective", "empathy_pressure"] | ["empathy_pressure"]:
+            return _text(entry, "objective", where), _text(entry, "empathy_pressure", where), ()
+        case ["objective", "pressure"] | ["objective"] | ["pressure"]:
+            return _text(entry, "objective", where), _text(entry, "pressure", where), ()
+    raise StudyError(
+        f"{where}: got {' and '.join(given) or 'none of the fields of a situation'}; allowed: objective and pressure, "
+        "or prompt, or prompts."
+    )
 
 
 def _rubric(given: Any, where: str) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from transformers import AutoConfig, AutoTokenizer
 
 from batch_jobs.config.study import SplitSizes
-from batch_jobs.texts.contrastive import Pair, load_scenarios, load_split, steering_prompt
+from batch_jobs.texts.contrastive import Pair, load_scenarios, load_split, steering_prompts
 from batch_jobs.texts.prompts import text_prompt
 
 SCENARIOS = ("food_delivery", "the_listener", "the_protector")
@@ -71,7 +71,7 @@ def paper_work(model: str) -> PaperWork:
 def _tokenised(model: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     scenarios = load_scenarios(None)
-    prompts = [text_prompt(tokenizer, steering_prompt(scenarios[name])).token_ids for name in SCENARIOS]
+    prompts = [text_prompt(tokenizer, steering_prompts(scenarios[name])[0]).token_ids for name in SCENARIOS]
     split = load_split(None, SplitSizes())
     pairs: Sequence[Pair] = (*split.train, *split.test)
     texts = []

@@ -231,7 +231,7 @@ def a_study(model: str, rows: int, *, rows_per_part: int, tokens: int = 200) -> 
     return Study.model_validate(
         {
             "name": "scale",
-            "concept": CONCEPT,
+            "concept": {"name": CONCEPT, "outcome": "judge"},
             "model": model,
             "max_model_len": 1024,
             "prompt_format": "raw",

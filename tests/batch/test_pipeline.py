@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from batch_jobs.config.concept import Concept, concept_of_run, empathy
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.validation_file import read_validation
-from batch_jobs.pipeline import RunOptions, StudyResult, run_study, score_run
+from batch_jobs.pipeline import RunOptions, StudyResult, not_judged_yet, run_study, score_run
 from batch_jobs.rows.store import read_rows
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import load_scenarios
@@ -206,9 +207,62 @@ def test_scores_can_be_made_again_from_the_run_directory_alone(engine: FormulaEn
     directory = RunDirectory(tmp_path)
     written = directory.scores.read_bytes()
     directory.scores.unlink()
-    scores = score_run(directory, load_scenarios(directory.scenarios), read_validation(directory.validation))
+    scores = score_run(directory, load_scenarios(directory.scenarios), read_validation(directory.validation), empathy())
     assert scores == result.scores
     assert directory.scores.read_bytes() == written
+
+
+OWN = {"name": "calm", "question": None, "keywords": {"positive": ["sorry"], "negative": ["win"], "match": "word"}}
+
+
+def own_texts(folder: Path, **rubric: Any) -> dict[str, Any]:
+    """A study's fields: a concept of its own and a scenario of three prompts."""
+    place = folder / "own.json"
+    scenario = {"id": "duel", "title": "D", "prompts": ["Write.", "Tell her.", "Say hush."], "markers": ["a"], **rubric}
+    place.write_text(json.dumps([scenario]), encoding="utf-8")
+    steer = {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["duel"], "samples": 5}
+    return {"scenarios": place, "steer": steer, "concept": OWN}
+
+
+def test_a_concept_of_ones_own_names_the_directions_and_scores_the_rows(engine: FormulaEngine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(make_study(**own_texts(tmp_path)), out)
+    assert {direction.name for direction in load_directions(out / "directions.safetensors")} >= {"calm", "calm-pca"}
+    assert {row.alpha: row.empathy_rate for row in result.scores.conditions} == {-1.0: 0.0, 0.0: 0.0, 1.0: 1.0}
+    concept = concept_of_run(RunDirectory(out).read_provenance())
+    assert concept == Concept.model_validate(OWN)
+    scores = score_run(RunDirectory(out), load_scenarios(out / "scenarios.json"), result.validation, concept)
+    assert scores == result.scores
+
+
+def test_the_prompts_of_a_scenario_take_turns_over_its_samples(engine: FormulaEngine, tmp_path: Path) -> None:
+    run(make_study(**own_texts(tmp_path)), tmp_path / "out")
+    rows = read_rows(tmp_path / "out" / "generations").to_pylist()
+    order = ["Write.", "Tell her.", "Say hush.", "Write.", "Tell her."]
+    assert {(row["sample"], row["prompt"]) for row in rows} == {
+        (sample, f"<user>{text}<assistant>") for sample, text in enumerate(order)
+    }
+    # each prompt is read by itself: the formula gives other texts other projections
+    assert len({row["projection_prompt"] for row in rows}) == 3
+    assert all(row["prompt_tokens"] == len(row["prompt"]) for row in rows)
+
+
+def test_a_judged_concept_has_no_rates_before_its_grades(engine: FormulaEngine, tmp_path: Path) -> None:
+    out, judged = RunDirectory(tmp_path / "out"), {"name": "calm", "outcome": "judge"}
+    with pytest.raises(StudyError, match=r"\['duel'\] have no rubric"):
+        run(make_study(**own_texts(tmp_path) | {"concept": judged}), out.path)
+    study = make_study(**own_texts(tmp_path, rubric=["no", "some", "full"]) | {"concept": judged})
+    result = run(study, out.path)
+    assert result.scores.success == ()
+    note = not_judged_yet(out, study.concept, result.scores)
+    assert note is not None
+    assert f"vllm-steer study judge {out.path}" in note
+    ids = read_rows(out.generations).select(["row_id", "alpha"]).to_pylist()
+    grades = [{"row_id": row["row_id"], "grade": 2 if row["alpha"] > 0 else 0, "model": "m"} for row in ids]
+    out.judgements.write_text("".join(json.dumps(grade) + "\n" for grade in grades), encoding="utf-8")
+    scores = score_run(out, load_scenarios(out.scenarios), result.validation, study.concept)
+    assert {row.alpha: row.empathy_rate for row in scores.conditions} == {-1.0: 0.0, 0.0: 0.0, 1.0: 1.0}
+    assert not_judged_yet(out, study.concept, scores) is None
 
 
 def test_an_unknown_scenario_and_a_prompt_too_long_are_refused(engine: FormulaEngine, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from batch_jobs.config.concept import empathy
 from batch_jobs.directions.word_baselines import BeyondWords
 from batch_jobs.pipeline import StudyResult
 from batch_jobs.print_summary import print_summary
@@ -65,7 +66,7 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
         unfinished_thoughts=2,
     )
     out = io.StringIO()
-    print_summary(result, "empathy", Console(file=out, width=80))
+    print_summary(result, empathy(), Console(file=out, width=80))
     text = out.getvalue()
     assert "16 (best)" in text
     assert "Does layer 16, chosen on train texts, detect beyond words? undecided" in " ".join(text.split())

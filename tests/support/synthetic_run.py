@@ -21,7 +21,7 @@ from batch_jobs.directions.validate_directions import validate_study
 from batch_jobs.directions.validation_file import write_validation
 from batch_jobs.scoring.behaviour import behaviour_points
 from batch_jobs.scoring.block_outcomes import block_outcomes
-from batch_jobs.scoring.compute_scores import score_measures
+from batch_jobs.scoring.compute_scores import decide, score_decided
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
 from batch_jobs.scoring.measures import measure_generations
 from batch_jobs.scoring.scores_csv import write_scores
@@ -128,8 +128,8 @@ def write_run(
     for index, part in enumerate((rows[:half], rows[half:])):
         pq.write_table(pa.Table.from_pylist(part, schema=schema), place / f"part-{index}.parquet")
     (place / ".part-2.parquet").write_bytes(b"half a file")
-    measures = measure_generations(folder / "generations", MARKERS, processes=1)
-    scores = score_measures(measures)
+    measures = decide(measure_generations(folder / "generations", MARKERS, processes=1))
+    scores = score_decided(measures)
     write_scores(folder / "scores.csv", scores)
     write_findings(folder / "findings.json", make_findings(scores, validation, block_outcomes(measures)))
     write_behaviour(folder / "behaviour.json", direction_behaviours(behaviour_points(folder / "generations")))

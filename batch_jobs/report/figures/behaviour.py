@@ -21,7 +21,7 @@ _GRADED_BY = {"judge": "the judge", "keywords": "the keyword metric", "both": "j
 _STEERED, _UNSTEERED = Style("s1", "o", filled=False), Style("s2", "s")
 
 
-def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Published) -> PaperFigure:
+def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Published | None) -> PaperFigure:
     """Draw projection against grade: one panel per layer and direction, and one of the published points."""
     shown = behaviours[:MAX_PANELS]
     figure = PaperFigure(
@@ -32,7 +32,7 @@ def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Publis
     )
     if not shown:
         return figure
-    sheet = Sheet(len(shown) + 1, panel=(2.35, 2.1))
+    sheet = Sheet(len(shown) + bool(published), panel=(2.35, 2.1))
     several = len({row.direction for row in shown}) > 1
     for axes, row in zip(sheet.panels, shown, strict=False):
         for name, style, unsteered in (("steered", _STEERED, False), ("unsteered (α = 0)", _UNSTEERED, True)):
@@ -42,6 +42,8 @@ def behaviour_figure(behaviours: Sequence[DirectionBehaviour], published: Publis
         name = f", {row.direction}" if several else ""
         correlation = row.samples.correlation
         _label(sheet, axes, f"Layer {row.layer}{name}", correlation.pearson_r, correlation.spearman_rho, correlation.n)
+    if published is None:
+        return figure.drawn(sheet.render())
     theirs = published.correlation
     axes = sheet.panels[-1]
     grades, projections = [p.grade for p in theirs.points], [p.projection for p in theirs.points]

@@ -33,9 +33,10 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
 
     A figure without data has no drawing, and says why in `missing`. The same results give the same bytes.
     """
-    published = read_published()
+    concept = results.concept
+    published = read_published() if concept.published else None
     validation, names = results.validation, results.setting_names
-    curves = dose_responses(results.scores.conditions)
+    curves = dose_responses(results.scores.conditions, concept.poles.positive)
     offset = results.extract_offset or 0
     with figure_look():
         figures = (
@@ -49,8 +50,8 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
             projection_figure(curves, names),
             published_curves_figure(published),
             baseline_figure(curves, published),
-            resistance_figure(curves, results.best_steering_layer, names, published),
-            layers_figure(curves, names, published),
+            resistance_figure(curves, results.best_steering_layer, names, published, concept.focus_scenario),
+            layers_figure(curves, names, published, concept.focus_scenario),
         )
     return {figure.label: figure for figure in figures}
 

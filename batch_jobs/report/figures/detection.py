@@ -24,12 +24,12 @@ _PANEL = (3.3, 2.3)
 _BINS = np.linspace(0.0, 1.0, 21)
 
 
-def auroc_figure(validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
+def auroc_figure(validation: Validation, extract_offset: int, published: Published | None) -> PaperFigure:
     """Draw figure 1: AUROC by block read, for the study's layers, the sweep and the published model, and of the texts'
     words and length, which no block changes."""
     layers = [validation.layers[layer] for layer in sorted(validation.layers)]
     blocks = [row.layer + extract_offset for row in layers]
-    known = list(published.layers_of(published.random_baseline.model).values())
+    known = list(published.layers_of(published.random_baseline.model).values()) if published else []
     known_blocks = [row.layer + ORIGINAL_EXTRACT_OFFSET for row in known]
     sheet = Sheet(1, panel=_WIDE_PANEL)
     (axes,) = sheet.panels
@@ -41,7 +41,8 @@ def auroc_figure(validation: Validation, extract_offset: int, published: Publish
     style = Style("s1", "o", "" if swept else "-")
     sheet.line(axes, "AUROC", blocks, [row.auroc for row in layers], style, low=low, high=high)
     sheet.line(axes, "accuracy, train threshold", blocks, accuracies, SERIES[1])
-    sheet.line(axes, f"AUROC, {known[0].model}, published", known_blocks, [row.auroc for row in known], PUBLISHED)
+    if known:
+        sheet.line(axes, f"AUROC, {known[0].model}, published", known_blocks, [row.auroc for row in known], PUBLISHED)
     ends = [min([*blocks, *known_blocks, *validation.sweep]), max([*blocks, *known_blocks, *validation.sweep])]
     words = (validation.words.bag_of_words, validation.words.length)
     for name, estimate, line in zip(("bag of words", "length"), words, (BAG_OF_WORDS, LENGTH), strict=True):
@@ -93,7 +94,7 @@ def pooling_figure(validation: Validation) -> PaperFigure:
     return figure.drawn(sheet.render())
 
 
-def random_figure(validation: Validation, published: Published) -> PaperFigure:
+def random_figure(validation: Validation, published: Published | None) -> PaperFigure:
     """Draw figure 2: AUROCs of random unit vectors and of the direction."""
     layer = validation.best_layer
     baseline = validation.random_baseline.get(layer)
@@ -105,21 +106,22 @@ def random_figure(validation: Validation, published: Published) -> PaperFigure:
     )
     if baseline is None:
         return figure
-    theirs = published.random_baseline
-    sheet = Sheet(2, columns=2, panel=_PANEL)
+    sheet = Sheet(2 if published else 1, columns=2, panel=_PANEL)
     auroc = validation.layers[layer].auroc
     _draw_random(sheet, sheet.panels[0], baseline.aurocs, auroc, baseline.percentile_95, SERIES[0])
     sheet.title(sheet.panels[0], f"This run, layer {layer}")
-    soft = Style("soft")
+    if published is None:
+        return figure.drawn(sheet.render())
+    theirs, soft = published.random_baseline, Style("soft")
     _draw_random(sheet, sheet.panels[1], theirs.aurocs, theirs.probe_auroc, theirs.percentile_95, soft)
     sheet.title(sheet.panels[1], f"Published, layer {theirs.layer}")
     return figure.drawn(sheet.render())
 
 
-def ablation_figure(validation: Validation, published: Published) -> PaperFigure:
-    """Draw figure 3: detection by the direction and by a bag of words, before and after the empathy words of the
+def ablation_figure(validation: Validation, published: Published | None) -> PaperFigure:
+    """Draw figure 3: detection by the direction and by a bag of words, before and after the concept's words in the
     positive test texts are replaced."""
-    theirs = published.lexical_ablation
+    theirs = published.lexical_ablation if published else None
     ablation = validation.ablation
     figure = PaperFigure(
         label="3",
@@ -130,7 +132,7 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
     if ablation is None:
         return figure
     layers = sorted(ablation.layers)
-    labels = [str(layer) for layer in layers] + [f"{theirs.layer}\npubl."]
+    labels = [str(layer) for layer in layers] + ([f"{theirs.layer}\npubl."] if theirs else [])
     words = {"before": validation.words.bag_of_words}
     if ablation.words is not None:
         words["after"] = ablation.words.bag_of_words
@@ -142,6 +144,8 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
         low, high = [row.auroc_low for row in rows], [row.auroc_high for row in rows]
         style = Style("s1", filled=not hatched)
         sheet.bars(aurocs, name, xs, [row.auroc for row in rows], style, width=0.36, low=low, high=high)
+        if theirs is None:
+            continue
         side = getattr(theirs, name)
         xs = [len(layers) + shift]
         sheet.bars(aurocs, f"{name}, published", xs, [side.auroc], Style("soft", filled=not hatched), width=0.36)
@@ -154,8 +158,9 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
     sides = [ablation.layers[layers[place]] for place in parted]
     shares = [side.after.separation / side.before.separation for side in sides]
     sheet.bars(kept, "separation kept", parted, shares, SERIES[2], width=0.5)
-    share = theirs.after.separation / theirs.before.separation
-    sheet.bars(kept, "separation kept, published", [len(layers)], [share], Style("soft"), width=0.5)
+    if theirs is not None:
+        share = theirs.after.separation / theirs.before.separation
+        sheet.bars(kept, "separation kept, published", [len(layers)], [share], Style("soft"), width=0.5)
     for axes, names in ((aurocs, [*labels, "words"]), (kept, labels)):
         axes.set_xticks(range(len(names)), names)
         axes.set_xlabel("layer")
@@ -166,8 +171,15 @@ def ablation_figure(validation: Validation, published: Published) -> PaperFigure
     return figure.drawn(sheet.render())
 
 
-def models_figure(model: str, validation: Validation, extract_offset: int, published: Published) -> PaperFigure:
+def models_figure(model: str, validation: Validation, extract_offset: int, published: Published | None) -> PaperFigure:
     """Draw figure 4: AUROC by block read, of this run and of the paper's models."""
+    if published is None:
+        return PaperFigure(
+            label="4",
+            name="models",
+            title="Layers across models",
+            missing="The published models are about empathy; this run's concept is another. Figure 1 has its layers.",
+        )
     sheet = Sheet(1, panel=_WIDE_PANEL)
     (axes,) = sheet.panels
     shown = {layer + extract_offset: validation.layers[layer] for layer in validation.layers}

@@ -17,6 +17,8 @@ class DoseResponse:
     setting: Setting
     scenario: str
     rows: tuple[ConditionScore, ...]
+    positive: str = "empathetic"
+    """What a sample is that the outcome calls positive: the concept's positive pole."""
 
     @property
     def alphas(self) -> list[float]:
@@ -30,7 +32,7 @@ class DoseResponse:
 
     @property
     def empathy_rates(self) -> list[float]:
-        """Empathetic share of each condition."""
+        """Positive share of each condition."""
         return [row.empathy_rate for row in self.rows]
 
     @property
@@ -50,8 +52,8 @@ class DoseResponse:
         return [low for low, _ in ends], [high for _, high in ends]
 
 
-def dose_responses(conditions: Sequence[ConditionScore]) -> tuple[DoseResponse, ...]:
-    """Make the curves of all settings and scenarios, in the order of the conditions.
+def dose_responses(conditions: Sequence[ConditionScore], positive: str = "empathetic") -> tuple[DoseResponse, ...]:
+    """Make the curves of all settings and scenarios, in the order of the conditions. `positive`: the concept's pole.
 
     The grid runs α = 0 only once per layer and scenario, under its first direction, since nothing is added then. All
     settings of that model and layer share that row.
@@ -65,5 +67,5 @@ def dose_responses(conditions: Sequence[ConditionScore]) -> tuple[DoseResponse, 
         if not any(row.alpha == 0.0 for row in rows):
             shared = unsteered.get((setting.model, setting.layer, scenario))
             rows = [*rows, shared] if shared is not None else rows
-        curves.append(DoseResponse(setting, scenario, tuple(sorted(rows, key=lambda row: row.alpha))))
+        curves.append(DoseResponse(setting, scenario, tuple(sorted(rows, key=lambda row: row.alpha)), positive))
     return tuple(curves)

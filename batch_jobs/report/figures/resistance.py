@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -12,8 +13,8 @@ from batch_jobs.report.figures.paper_figure import PaperFigure
 from batch_jobs.report.figures.sheet import Sheet
 from batch_jobs.report.figures.steering import draw_rates, main_direction_first
 from batch_jobs.report.figures.style import PALETTE, PUBLISHED, SERIES, Style
-from batch_jobs.report.number_text import scenario_title
-from batch_jobs.report.published import REFERENCE_LAYER, Published
+from batch_jobs.report.number_text import fixed, scenario_title
+from batch_jobs.report.published import REFERENCE_LAYER, Published, PublishedCurve
 from batch_jobs.scoring.setting import SettingNames
 
 FOCUS_SCENARIO = "the_listener"
@@ -23,25 +24,37 @@ _DODGE = 0.012
 """Horizontal offset between neighbouring series at one strength, as a share of the axis."""
 
 
-def focus_scenario(curves: Sequence[DoseResponse]) -> str:
-    """The scenario that the resistance figures show."""
+def focus_scenario(curves: Sequence[DoseResponse], wanted: str | None = None) -> str:
+    """The scenario that the resistance figures show: the one `wanted` by the concept, the paper's, or the one with the
+    highest unsteered rate."""
     scenarios = {curve.scenario for curve in curves}
-    if FOCUS_SCENARIO in scenarios:
-        return FOCUS_SCENARIO
-    return max(curves, key=lambda curve: curve.rows[0].baseline_empathy_rate).scenario
+    for scenario in (wanted, FOCUS_SCENARIO):
+        if scenario in scenarios:
+            return scenario
+    return max(curves, key=_unsteered_rate).scenario
+
+
+def _unsteered_rate(curve: DoseResponse) -> float:
+    rate = curve.rows[0].baseline_empathy_rate
+    return -1.0 if math.isnan(rate) else rate
 
 
 def resistance_figure(
-    curves: Sequence[DoseResponse], layer: int | None, names: SettingNames, published: Published
+    curves: Sequence[DoseResponse],
+    layer: int | None,
+    names: SettingNames,
+    published: Published | None,
+    wanted: str | None = None,
 ) -> PaperFigure:
     """Draw figure 8: one scenario's curve against the ideal linear response.
 
-    `layer`: the best steering layer. If it is None or has no curve, the first setting is shown.
+    `layer`: the best steering layer. If it is None or has no curve, the first setting is shown. `wanted`: see
+    `focus_scenario`.
     """
-    scenario = focus_scenario(curves)
+    scenario = focus_scenario(curves, wanted)
     of_scenario = [curve for curve in curves if curve.scenario == scenario]
     curve = next((curve for curve in of_scenario if curve.setting.layer == layer), of_scenario[0])
-    theirs = [known for known in published.dose_response.curves if known.scenario == scenario]
+    theirs = [known for known in _published_curves(published) if known.scenario == scenario]
     sheet = Sheet(2 if theirs else 1, columns=2, panel=_PANEL)
     axes = sheet.panels[0]
     draw_rates(sheet, axes, curve)
@@ -52,7 +65,7 @@ def resistance_figure(
     if theirs:
         known = next((known for known in theirs if known.layer == REFERENCE_LAYER), theirs[0])
         axes = sheet.panels[1]
-        sheet.line(axes, "empathetic, published", known.alphas, known.empathy_rates, PUBLISHED)
+        sheet.line(axes, f"{curve.positive}, published", known.alphas, known.empathy_rates, PUBLISHED)
         _ideal(sheet, axes, known.alphas)
         alpha_axis(axes, known.alphas)
         share_axis(axes, "share of samples")
@@ -64,13 +77,15 @@ def resistance_figure(
         name="resistance",
         title=f"Resistance: {scenario_title(scenario)}",
         drawing=sheet.render(),
-        note=f"The unsteered rate of this run is {baseline:.2f}.{ceiling}",
+        note=f"The unsteered rate of this run is {fixed(baseline, 2)}.{ceiling}",
     )
 
 
-def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published: Published) -> PaperFigure:
+def layers_figure(
+    curves: Sequence[DoseResponse], names: SettingNames, published: Published | None, wanted: str | None = None
+) -> PaperFigure:
     """Draw figure 9: the layers compared on one scenario."""
-    scenario = focus_scenario(curves)
+    scenario = focus_scenario(curves, wanted)
     of_scenario = [curve for curve in main_direction_first(curves) if curve.scenario == scenario]
     chosen = of_scenario[: len(SERIES)]
     left_out = len(of_scenario) - len(chosen)
@@ -84,7 +99,7 @@ def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published
     )
     if len({curve.setting for curve in chosen}) < 2:
         return figure
-    theirs = [known for known in published.dose_response.curves if known.scenario == scenario]
+    theirs = [known for known in _published_curves(published) if known.scenario == scenario]
     sheet = Sheet(2 if theirs else 1, columns=2, panel=_PANEL)
     axes = sheet.panels[0]
     in_norms = len({tuple(curve.alphas) for curve in chosen}) > 1 and all(
@@ -101,7 +116,7 @@ def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published
     alpha_axis(axes, strengths)
     if in_norms:
         axes.set_xlabel("\u03b1 / mean residual norm")
-    share_axis(axes, "share empathetic")
+    share_axis(axes, f"share {curves[0].positive}")
     sheet.title(axes, f"This run, {title}")
     if theirs:
         axes = sheet.panels[1]
@@ -110,9 +125,13 @@ def layers_figure(curves: Sequence[DoseResponse], names: SettingNames, published
             line = Style("soft", style.marker, style.line, style.filled)
             sheet.line(axes, f"published, layer {known.layer}", known.alphas, known.empathy_rates, line)
         alpha_axis(axes, theirs[0].alphas)
-        share_axis(axes, "share empathetic")
+        share_axis(axes, f"share {curves[0].positive}")
         sheet.title(axes, theirs[0].model)
     return figure.drawn(sheet.render())
+
+
+def _published_curves(published: Published | None) -> tuple[PublishedCurve, ...]:
+    return published.dose_response.curves if published else ()
 
 
 def _ideal(sheet: Sheet, axes: Axes, alphas: Sequence[float]) -> None:

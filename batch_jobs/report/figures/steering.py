@@ -27,8 +27,10 @@ def main_direction_first(curves: Sequence[DoseResponse]) -> list[DoseResponse]:
     return sorted(curves, key=lambda curve: curve.setting.direction != first)
 
 
-def dose_response_figure(curves: Sequence[DoseResponse], names: SettingNames, published: Published) -> PaperFigure:
-    """Draw figure 6: empathetic and coherent share by α, one panel per setting and scenario."""
+def dose_response_figure(
+    curves: Sequence[DoseResponse], names: SettingNames, published: Published | None
+) -> PaperFigure:
+    """Draw figure 6: positive and coherent share by α, one panel per setting and scenario."""
     chosen = _first_settings(curves)
     several = len({curve.setting for curve in chosen}) > 1
     sheet = Sheet(len(chosen), panel=_PANEL)
@@ -36,7 +38,7 @@ def dose_response_figure(curves: Sequence[DoseResponse], names: SettingNames, pu
         draw_rates(sheet, axes, curve)
         known = _published_curve(published, curve)
         if known is not None:
-            sheet.line(axes, "empathetic, published", known.alphas, known.empathy_rates, PUBLISHED)
+            sheet.line(axes, f"{curve.positive}, published", known.alphas, known.empathy_rates, PUBLISHED)
         alpha_axis(axes, sorted({*curve.alphas, *(known.alphas if known else ())}), curve.in_norms)
         share_axis(axes, "share of samples")
         title = scenario_title(curve.scenario)
@@ -94,8 +96,15 @@ def projection_figure(curves: Sequence[DoseResponse], names: SettingNames) -> Pa
     return figure.drawn(sheet.render())
 
 
-def published_curves_figure(published: Published) -> PaperFigure:
+def published_curves_figure(published: Published | None) -> PaperFigure:
     """Draw figure 6, third part: the published model's curves."""
+    if published is None:
+        return PaperFigure(
+            label="6c",
+            name="published-dose-response",
+            title="Published",
+            missing="The published curves are about empathy; this run's concept is another.",
+        )
     curves = published.dose_response.curves
     scenarios = list(dict.fromkeys(curve.scenario for curve in curves))
     layers = sorted({curve.layer for curve in curves})
@@ -117,7 +126,7 @@ def published_curves_figure(published: Published) -> PaperFigure:
     )
 
 
-def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> PaperFigure:
+def baseline_figure(curves: Sequence[DoseResponse], published: Published | None) -> PaperFigure:
     """Draw figure 7: rates at α = 0 by scenario."""
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
     for curve in curves:
@@ -128,13 +137,13 @@ def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> Pap
     figure = PaperFigure(
         label="7",
         name="baseline",
-        title="Unsteered empathy by scenario",
+        title=f"Unsteered share {curves[0].positive} by scenario",
         missing="This run has no unsteered condition.",
     )
     if not groups:
         return figure
     paper: dict[str, list[float]] = {}
-    for known in published.steering:
+    for known in published.steering if published else ():
         if known.baseline_empathy_rate is not None:
             paper.setdefault(known.scenario, []).append(known.baseline_empathy_rate)
     scenarios = list(dict.fromkeys([curve.scenario for curve in curves]))
@@ -147,7 +156,7 @@ def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> Pap
         low, high = [bar[1] for bar in bars.values()], [bar[2] for bar in bars.values()]
         rates = [bar[0] for bar in bars.values()]
         sheet.bars(axes, model, xs, rates, SERIES[place % len(SERIES)], width=width * 0.9, low=low, high=high)
-    if shown_published:
+    if published and shown_published:
         means = [sum(paper[scenario]) / len(paper[scenario]) for scenario in shown_published]
         xs = [scenarios.index(scenario) + len(groups) * width for scenario in shown_published]
         style = Style(PUBLISHED.colour, filled=False)
@@ -156,18 +165,18 @@ def baseline_figure(curves: Sequence[DoseResponse], published: Published) -> Pap
     axes.set_xticks(
         [place + width * (bars_each - 1) / 2 for place in range(len(scenarios))], [scenario_title(s) for s in scenarios]
     )
-    share_axis(axes, "share empathetic")
+    share_axis(axes, f"share {curves[0].positive}")
     axes.set_xlabel("scenario")
     sheet.title(axes, "\u03b1 = 0")
     return figure.drawn(sheet.render())
 
 
 def draw_rates(sheet: Sheet, axes: Axes, curve: DoseResponse) -> None:
-    """Draw a curve's empathetic share with a band, and its coherent share with error bars."""
+    """Draw a curve's positive share with a band, and its coherent share with error bars."""
     low, high = curve.coherence_intervals
     sheet.line(axes, "coherent", curve.alphas, curve.coherence_rates, SERIES[1], low=low, high=high)
     low, high = curve.empathy_intervals
-    sheet.line(axes, "empathetic", curve.alphas, curve.empathy_rates, SERIES[0], low=low, high=high, band=True)
+    sheet.line(axes, curve.positive, curve.alphas, curve.empathy_rates, SERIES[0], low=low, high=high, band=True)
 
 
 def _unsteered_plus_alpha(sheet: Sheet, axes: Axes, setting: Setting, curves: Sequence[DoseResponse]) -> None:
@@ -186,7 +195,9 @@ def _unsteered_plus_alpha(sheet: Sheet, axes: Axes, setting: Setting, curves: Se
     axes.plot(ends, values, color=PALETTE["soft"], linestyle="--", linewidth=1.0, label="unsteered + \u03b1")
 
 
-def _published_curve(published: Published, curve: DoseResponse) -> PublishedCurve | None:
+def _published_curve(published: Published | None, curve: DoseResponse) -> PublishedCurve | None:
+    if published is None:
+        return None
     model = published_model(curve.setting.model)
     return next(
         (

@@ -87,3 +87,11 @@ def test_the_pairs_check_says_what_gives_the_bundled_pairs_away() -> None:
     done = vllm_steer("pairs", "check")
     assert done.returncode == 0, done.stderr
     assert "Lexical baseline" in done.stdout
+
+
+def test_the_pairs_of_a_study_are_checked_with_its_concepts_keywords() -> None:
+    done = vllm_steer("pairs", "check", "--config", "configs/studies/formality.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "AUROC of informal keywords alone" in done.stdout
+    assert "empath" not in done.stdout
+    assert "No problems found." in done.stdout

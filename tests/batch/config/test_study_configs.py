@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from batch_jobs.config.study import Study, load_study
-from batch_jobs.texts.contrastive import load_scenarios
+from batch_jobs.pairs.check import check_pairs
+from batch_jobs.texts.contrastive import load_pairs, load_scenarios, load_split
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "studies"
 PAPER_SCENARIOS = ("food_delivery", "the_listener", "the_protector")
@@ -24,6 +25,7 @@ GRID_SIZES = {
     "paper-dolphin-75": 75,
     "listener-conflict": 1 * 7 * 5 * 5,
     "template": 1 * 3 * 2 * 3,
+    "formality": 2 * 7 * 3 * 5,
 }
 
 
@@ -95,10 +97,34 @@ def test_only_what_talking_costs_tells_the_levels_of_conflict_apart() -> None:
     study = study_of("listener-conflict")
     levels = [load_scenarios(study.scenarios)[name] for name in study.steer.scenarios]
     assert [level.id.split("_")[2] for level in levels] == ["0", "1", "2", "3", "4"]
-    assert len({(level.objective, level.empathy_pressure) for level in levels}) == 5
+    assert len({(level.objective, level.pressure) for level in levels}) == 5
     assert len({level.rubric for level in levels}) == 1
     assert len({level.markers for level in levels}) == 1
     # the request and Jimmi97's message have the same words at every level
     assert len({level.objective.partition(" next level. ")[0] for level in levels}) == 1
     assert len({level.objective[-60:] for level in levels}) == 1
-    assert len({level.empathy_pressure.partition(" suicide. ")[0] for level in levels}) == 1
+    assert len({level.pressure.partition(" suicide. ")[0] for level in levels}) == 1
+
+
+def test_words_do_not_tell_formal_from_informal_pairs() -> None:
+    study = study_of("formality")
+    pairs = load_pairs(study.pairs)
+    assert len(pairs) == 40
+    assert len(load_split(study.pairs, study.split).test) == 12
+    report = check_pairs(pairs, study.concept)
+    assert not report.problems
+    assert not report.warnings
+    # neither way: at 0.2 the words would tell the sides apart as well as at 0.8
+    assert 0.2 < report.leakage.lexical_baseline_auroc < 0.8
+    assert set(report.leakage.keyword_aurocs) == {"formal", "informal"}
+
+
+def test_the_prompts_of_formality_leave_the_register_open() -> None:
+    study = study_of("formality")
+    keywords = study.concept.keywords
+    assert keywords is not None
+    assert study.concept.question is None
+    for scenario in load_scenarios(study.scenarios).values():
+        for prompt in scenario.prompts:
+            words = set(prompt.lower().replace(".", " ").replace(",", " ").split())
+            assert not words & {*keywords.positive, *keywords.negative, "formal", "informal", "polite", "friend"}

@@ -21,7 +21,7 @@ def study(layers: list[int]) -> Study:
         {
             "name": "s",
             "model": "m",
-            "concept": "calm",
+            "concept": {"name": "calm", "outcome": "judge"},
             "extract": {"layers": layers},
             "validation": {"bootstrap": 100, "random_directions": 5, "lexical_ablation": False},
             "steer": {"layers": layers[:1], "alphas": [0], "scenarios": ["s"]},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import StudyError
 from batch_jobs.pairs.check import check_pairs
 from batch_jobs.pairs.summary import print_pair_report
@@ -43,7 +44,7 @@ def test_neutral_pairs_have_no_findings() -> None:
     assert report.length.p_value == 1.0
     # chance for 24 random texts a side: 0.5 with a standard error near 0.09
     assert 0.2 < report.leakage.lexical_baseline_auroc < 0.8
-    assert report.leakage.empathy_keyword_auroc == report.leakage.task_keyword_auroc == 0.5
+    assert report.leakage.keyword_aurocs == {"empathetic": 0.5, "task-focused": 0.5}
 
 
 def test_a_text_given_twice_is_a_problem_whatever_its_case_and_spacing() -> None:
@@ -88,8 +89,8 @@ def test_one_sided_length_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("positive", "negative", "warned"),
     [
-        ("sorry comfort listen", "", "count of empathy keywords alone tells the sides apart, AUROC 1.00"),
-        ("", "optimal strategy", "count of task keywords alone tells the sides apart, AUROC 1.00"),
+        ("sorry comfort listen", "", "count of empathetic keywords alone tells the sides apart, AUROC 1.00"),
+        ("", "optimal strategy", "count of task-focused keywords alone tells the sides apart, AUROC 1.00"),
     ],
 )
 def test_keywords_on_one_side_are_a_warning(positive: str, negative: str, warned: str) -> None:
@@ -148,3 +149,18 @@ def test_the_papers_pairs_are_clean_and_lexically_separable(paper_data: Path) ->
     assert report.problems == ()
     assert set(report.pairs_by_scenario.values()) == {10}
     assert any(warning.startswith("Lexical baseline") for warning in report.warnings)
+
+
+def test_the_keywords_of_another_concept_are_looked_for() -> None:
+    keywords = {"positive": ["dear"], "negative": ["hey"], "match": "word"}
+    concept = Concept.model_validate(
+        {"name": "f", "poles": {"positive": "formal", "negative": "informal"}, "keywords": keywords}
+    )
+    report = check_pairs(random_pairs(12, positive="dear sorry", negative="they endear"), concept)
+    # "they" and "endear" hold the keywords, but not as words
+    assert report.leakage.keyword_aurocs == {"formal": 1.0, "informal": 0.5}
+    assert [one for one in report.warnings if one.startswith("Keywords")] == [
+        "Keywords: the count of formal keywords alone tells the sides apart, AUROC 1.00."
+    ]
+    judged = Concept.model_validate({"name": "f", "outcome": "judge"})
+    assert check_pairs(random_pairs(12), judged).leakage.keyword_aurocs == {}

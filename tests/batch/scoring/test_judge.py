@@ -191,3 +191,12 @@ def test_a_file_of_something_else_has_no_grades(tmp_path: Path, line: str) -> No
         read_grades(path)
     with pytest.raises(StudyError, match="no judgements at"):
         read_grades(tmp_path / "none.jsonl")
+
+
+def test_the_judge_reads_the_prompt_that_the_sample_had(tmp_path: Path) -> None:
+    scenario = Scenario("duel", "Duel", "", "", (), RUBRIC, prompts=("Write now.", "Tell now."))
+    generations, out = write_completions(tmp_path, {"r1": "I run."}), tmp_path / "judgements.jsonl"
+    with fake_endpoint(graded_by_length) as fake:
+        judge(fake, generations, out, scenarios={"duel": scenario})
+    (request,) = fake.requests
+    assert "<situation>\nWrite now.\n</situation>" in request["messages"][0]["content"]

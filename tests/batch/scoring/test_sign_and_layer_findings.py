@@ -13,7 +13,7 @@ from batch_jobs.directions.validate_layer import LayerValidation
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.directions.word_baselines import WordBaselines
 from batch_jobs.scoring.block_outcomes import block_outcomes
-from batch_jobs.scoring.compute_scores import score_measures, score_table
+from batch_jobs.scoring.compute_scores import decide, score_decided, score_table
 from batch_jobs.scoring.measures import measure_table
 from batch_jobs.scoring.scores_csv import ScoreError, Scores
 from batch_jobs.scoring.sign_and_layer_findings import Findings, make_findings, read_findings, write_findings
@@ -130,8 +130,8 @@ def grid_rows(direction: str, hits: dict[float, int], *, layer: int = 8) -> list
 
 
 def found_in(rows: list[dict[str, Any]]) -> Findings:
-    measures = measure_table(pa.Table.from_pylist(rows), {})
-    return make_findings(score_measures(measures), None, block_outcomes(measures))
+    measures = decide(measure_table(pa.Table.from_pylist(rows), {}))
+    return make_findings(score_decided(measures), None, block_outcomes(measures))
 
 
 STEERED = [

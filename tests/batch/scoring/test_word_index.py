@@ -60,13 +60,13 @@ def test_keywords_at_word_starts_are_found_as_in_each_text_on_its_own(seed: int)
     for keyword in ("help", "user d", "Reach Out", "d", "ος", "i", "a", "traße", "ness", "o", "é", "c++"):
         pattern = re.compile(r"(?<!\w)" + re.escape(keyword.lower()))
         expected = [int(pattern.search(text.lower()) is not None) for text in texts]
-        assert index.count_found([keyword], word_start=True).tolist() == expected, keyword
+        assert index.count_found([keyword], match="word_start").tolist() == expected, keyword
 
 
 def test_a_keyword_inside_a_word_is_found_only_as_a_substring() -> None:
     index = WordIndex(pa.array(["following", "winner", "(win)", "scared", "a care", "un-care"]))
     assert index.count_found(["win", "care"]).tolist() == [1, 1, 1, 0 + 1, 1, 1]
-    assert index.count_found(["win", "care"], word_start=True).tolist() == [0, 1, 1, 0, 1, 1]
+    assert index.count_found(["win", "care"], match="word_start").tolist() == [0, 1, 1, 0, 1, 1]
 
 
 def test_keywords_are_counted_only_within_the_texts_asked_for() -> None:

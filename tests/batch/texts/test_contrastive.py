@@ -14,7 +14,8 @@ from batch_jobs.texts.contrastive import (
     load_scenarios,
     load_split,
     split_pairs,
-    steering_prompt,
+    steering_prompts,
+    write_scenarios,
 )
 
 SCENARIOS = {"food_delivery", "the_listener", "the_maze", "the_protector", "the_duel"}
@@ -197,13 +198,58 @@ def test_pairs_load_unsplit_in_the_order_of_their_file() -> None:
 
 def test_a_steering_prompt_is_objective_pressure_question() -> None:
     scenario = Scenario("s", "S", "Win.", "Someone cries.", ())
-    assert steering_prompt(scenario) == "Win.\n\nSomeone cries.\n\nWhat do you do?"
+    assert steering_prompts(scenario) == ("Win.\n\nSomeone cries.\n\nWhat do you do?",)
+
+
+def test_the_last_line_of_the_prompt_may_be_another_or_none() -> None:
+    scenario = Scenario("s", "S", "Win.", "Someone cries.", ())
+    assert steering_prompts(scenario, "And now?") == ("Win.\n\nSomeone cries.\n\nAnd now?",)
+    assert steering_prompts(scenario, None) == ("Win.\n\nSomeone cries.",)
+
+
+@pytest.mark.parametrize("field", ["pressure", "empathy_pressure"])
+def test_the_pressure_has_a_neutral_name_too(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "scenarios.json"
+    path.write_text(json.dumps([{"id": "a", "title": "A", "objective": "Win.", field: "Cry."}]), encoding="utf-8")
+    assert load_scenarios(path)["a"].situation() == "Win.\n\nCry."
+
+
+@pytest.mark.parametrize("texts", [{"prompt": "Write."}, {"prompts": ["Write.", "Tell.", "Say."]}])
+def test_whole_prompts_take_turns_and_get_no_question(tmp_path: Path, texts: dict[str, object]) -> None:
+    path = tmp_path / "scenarios.json"
+    path.write_text(json.dumps([{"id": "a", "title": "A", **texts}]), encoding="utf-8")
+    scenario = load_scenarios(path)["a"]
+    expected = texts.get("prompts", [texts.get("prompt")])
+    assert list(steering_prompts(scenario)) == expected
+    assert isinstance(expected, list)
+    assert [scenario.situation(sample) for sample in range(4)] == [expected[k % len(expected)] for k in range(4)]
+    write_scenarios(path, [scenario])
+    assert load_scenarios(path) == {"a": scenario}
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({}, "got none of the fields of a situation; allowed: objective and pressure, or prompt, or prompts"),
+        ({"prompt": "Go.", "objective": "Win."}, "got objective and prompt; allowed"),
+        ({"objective": "Win.", "pressure": "Cry.", "empathy_pressure": "Cry."}, "pressure and empathy_pressure"),
+        ({"prompt": " "}, "field prompt must be a non-empty string"),
+        ({"prompts": []}, "prompts must be a non-empty list of texts"),
+        ({"prompts": ["Go.", ""]}, "prompts must be a non-empty list of texts"),
+        ({"prompts": "Go."}, "prompts must be a non-empty list of texts"),
+    ],
+)
+def test_another_form_of_situation_is_refused(tmp_path: Path, texts: dict[str, object], said: str) -> None:
+    path = tmp_path / "scenarios.json"
+    path.write_text(json.dumps([{"id": "a", "title": "A", **texts}]), encoding="utf-8")
+    with pytest.raises(StudyError, match=rf"scenario 1: .*{said}"):
+        load_scenarios(path)
 
 
 def test_a_scenario_without_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scenarios.json"
     path.write_text('[{"id": "a", "title": "A", "objective": "Win."}]', encoding="utf-8")
-    with pytest.raises(StudyError, match="scenario 1: field empathy_pressure"):
+    with pytest.raises(StudyError, match="scenario 1: field pressure"):
         load_scenarios(path)
 
 
@@ -216,4 +262,4 @@ def test_the_papers_own_files_load(paper_data: Path) -> None:
     assert scenarios["the_listener"].markers == ("jimmi", "suicide", "lonely", "dark", "support")
     assert scenarios["the_listener"].rubric is not None
     assert scenarios["the_listener"].rubric != load_scenarios(None)["the_listener"].rubric  # its own
-    assert "What do you do?" in steering_prompt(scenarios["the_duel"])
+    assert "What do you do?" in steering_prompts(scenarios["the_duel"])[0]
