@@ -99,8 +99,8 @@ def _costs(results: RunResults) -> Answer:
             question,
             "not measured",
             "Neither perplexity nor questions were measured (section cost). The least coherent condition, "
-            f"α {number(weakest.alpha)} at layer {weakest.layer}, is coherent in {fixed(weakest.coherence_rate, 2)} of its "
-            "samples.",
+            f"α {number(weakest.alpha)} at layer {weakest.layer}, is coherent in {fixed(weakest.coherence_rate, 2)} of "
+            "its samples.",
         )
     worst = max(steered, key=lambda point: point.perplexity)
     best = min(steered, key=lambda point: (abs(point.alpha_residual_norm or point.alpha), point.perplexity))

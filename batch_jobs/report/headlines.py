@@ -23,8 +23,8 @@ class Headline:
 
 
 def headlines(results: RunResults) -> list[Headline]:
-    """Detection, also beyond words, steering by the paper's rule and by Δ, dose response, behaviour, coherence and sample
-    count, as far as the run has them."""
+    """Detection, also beyond words, steering by the paper's rule and by Δ, dose response, behaviour, coherence and the
+    number of samples, as far as the run has them."""
     validation, scores = results.validation, results.scores
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"
