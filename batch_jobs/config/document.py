@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from batch_jobs.config.steering import resolve_direction_files
 from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import read_yaml
 
@@ -19,7 +20,7 @@ _WHOLE_FIELDS = ("chat_template_kwargs",)
 def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
     """The YAML's mapping, merged over that of its `base`, section by section.
 
-    Relative `pairs` and `scenarios` are resolved against the folder of the file that gives them.
+    Relative `pairs`, `scenarios` and direction files are resolved against the folder of the file that gives them.
 
     Args:
         path: the YAML file.
@@ -45,6 +46,7 @@ def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
     for field in _PATH_FIELDS:
         if isinstance(document.get(field), str):
             document[field] = path.parent / document[field]
+    resolve_direction_files(document, path.parent)
     base = document.pop("base", None)
     if base is None:
         return document
@@ -84,11 +86,17 @@ def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
 
 def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     for part in location[:-1]:
-        annotation = schema.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        schema = annotation
+        # the number of a list's entry and the name of a kind of entry are no fields
+        if str(part) in schema.model_fields:
+            schema = _section_of(schema.model_fields[str(part)].annotation) or schema
     return list(schema.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The schema in a field's type: the type itself, or the first one inside it, such as that of a list's entries."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_of(inner))), None)
 
 
 def _shortened(value: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from batch_jobs.config.study import Study, StudyError, load_study
-from batch_jobs.pipeline import _chosen_scenarios as chosen_scenarios
+from batch_jobs.pipeline import chosen_scenarios
 from batch_jobs.pipeline import _run_key as run_key
 from batch_jobs.texts.contrastive import load_split
 from vllm_steer.errors import SteerError
