@@ -104,7 +104,7 @@ def read_study_texts(
         StudyError: the model lacks a layer of the study, or as for `extract_readouts`.
         SteerError: a layer is not hooked.
     """
-    sets = _study_texts(study, split)
+    sets = study_texts(study, split)
     layers = study.hooked_layers(num_layers)
     poolings = (0, study.skip_first or 1)
     everything = [ablated for members in sets.values() for _, ablated in members]
@@ -137,7 +137,7 @@ def read_study_texts(
     return StudyReadouts(texts, arrays)
 
 
-def _study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
+def study_texts(study: Study, split: Split) -> Mapping[TextSet, Sequence[tuple[Pair, AblatedText]]]:
     """Text set -> its texts, each with its pair. Only the texts of the ablated set are changed."""
     sets: dict[TextSet, list[tuple[Pair, AblatedText]]] = {
         "train_positive": [(pair, AblatedText(pair.positive, 0)) for pair in split.train],

@@ -74,7 +74,7 @@ def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
     """
     if (location.startswith(("/", ".", "~")) or location.count("/") > 1) and not Path(location).is_dir():
         raise StudyError(f"There is no model folder {location}; give a folder, a hub id (owner/name) or {DEMO_MODEL}.")
-    blocks = getattr(_text_config(location, trust_remote_code), "num_hidden_layers", None)
+    blocks = getattr(text_config(location, trust_remote_code=trust_remote_code), "num_hidden_layers", None)
     if not isinstance(blocks, int):
         raise StudyError(f"The config of {location} has no num_hidden_layers; give a decoder-only language model.")
     return blocks
@@ -86,13 +86,18 @@ def hidden_size(location: str, *, trust_remote_code: bool = False) -> int:
     Raises:
         StudyError: there is no such model, or its config does not give the number.
     """
-    width = getattr(_text_config(location, trust_remote_code), "hidden_size", None)
+    width = getattr(text_config(location, trust_remote_code=trust_remote_code), "hidden_size", None)
     if not isinstance(width, int):
         raise StudyError(f"The config of {location} has no hidden_size; give a decoder-only language model.")
     return width
 
 
-def _text_config(location: str, trust_remote_code: bool) -> Any:
+def text_config(location: str, *, trust_remote_code: bool = False) -> Any:
+    """The part of a model's Hugging Face config that describes its language model.
+
+    Raises:
+        StudyError: the config cannot be read.
+    """
     from transformers import AutoConfig
 
     try:

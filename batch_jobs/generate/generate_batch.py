@@ -173,7 +173,7 @@ def projected_on(row: Row) -> str:
 
 def is_read_again(row: Row, study: Study) -> bool:
     """Whether the unsteered model reads the row's completion once more."""
-    if controlled_direction(row.condition.direction) is None:
+    if not row.condition.is_control:
         return study.likelihood
     return study.likelihood and study.steer.controls is not None and study.steer.controls.likelihood
 

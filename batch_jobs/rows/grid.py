@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from batch_jobs.config.steering import control_name
+from batch_jobs.config.steering import control_name, controlled_direction
 from batch_jobs.config.study import AlphaUnit, Study
 
 
@@ -38,6 +38,11 @@ class Condition:
     def steered(self) -> bool:
         """False at α = 0: the baseline runs without any steering entry, whatever the op."""
         return self.alpha != 0.0
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the direction is a random control."""
+        return controlled_direction(self.direction) is not None
 
     @property
     def canonical_json(self) -> str:

@@ -48,7 +48,7 @@ def test_the_papers_pairing_hooks_the_layer_below_as_well(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steer__alpha_unit": "norms"}, ["steer.alpha_unit", "'norms'", "'raw' or 'residual_norm'"]),
+        ({"steer__alpha_unit": "norms"}, ["steer.alpha_unit", "'norms'", "'raw', 'residual_norm' or 'separation'"]),
         ({"steer__alphas": [1.0, 2.0]}, ["steer", "lack 0"]),
         ({"steer__alphas": [0.0, float("nan")]}, ["steer.alphas.1", "nan", "finite"]),
         ({"steer__alphas": [0, 1, 1]}, ["steer.alphas", "[1.0]", "once"]),
