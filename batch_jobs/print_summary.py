@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.pipeline import StudyResult
 from batch_jobs.scoring.scores_csv import ConditionScore
 
@@ -14,14 +15,18 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
     console.print(f"\nValidation of '{concept}' on held-out pairs", highlight=False)
     console.print(_validation_table(result))
     conditions = result.scores.conditions
-    for layer, direction in sorted({(row.layer, row.direction) for row in conditions}):
+    steered = {(row.layer, row.direction) for row in conditions}
+    for layer, direction in sorted(key for key in steered if controlled_direction(key[1]) is None):
         # the unsteered rows are the baseline of every direction
         cells = [row for row in conditions if row.layer == layer and (row.direction == direction or row.alpha == 0)]
         console.print(
             f"\nEmpathetic rate along '{direction}' at layer {layer} by α (raw, below it in residual norms)",
             highlight=False,
         )
-        console.print(_rate_table(cells))
+        controls = [
+            row for row in conditions if row.layer == layer and controlled_direction(row.direction) == direction
+        ]
+        console.print(_rate_table(cells, controls))
     rows = f"{result.generated} rows generated, {result.reused} there before, {result.failed} failed"
     if result.unfinished_thoughts:
         rows += f", {result.unfinished_thoughts} ended inside a thought"
@@ -35,6 +40,7 @@ def print_summary(result: StudyResult, concept: str, console: Console) -> None:
     run = result.run
     for what, path in (
         ("directions", run.directions),
+        *([("controls", run.controls)] if run.controls.exists() else []),
         ("validation", run.validation),
         ("generations", run.generations),
         ("scores", run.scores),
@@ -62,14 +68,25 @@ def _validation_table(result: StudyResult) -> Table:
     return table
 
 
-def _rate_table(cells: list[ConditionScore]) -> Table:
+def _rate_table(cells: list[ConditionScore], controls: list[ConditionScore]) -> Table:
+    """Rates by scenario and α, and below them the mean over all scenarios of the direction and of its controls."""
     alphas = sorted({(row.alpha, row.alpha_residual_norm or 0.0) for row in cells})
     table = _table("scenario", *(f"{raw:+.1f}\n{norms:+.2f}" for raw, norms in alphas))
     by_cell = {(row.scenario, row.alpha): row for row in cells}
     for scenario in dict.fromkeys(row.scenario for row in cells):
         found = [by_cell.get((scenario, raw)) for raw, _ in alphas]
         table.add_row(scenario, *("–" if row is None else f"{row.empathy_rate:.1f}" for row in found))
+    if controls:
+        number = len({row.direction for row in controls})
+        table.add_section()
+        table.add_row("mean", *(_mean_rate(cells, raw) for raw, _ in alphas))
+        table.add_row(f"mean of {number} random controls", *(_mean_rate(controls, raw) for raw, _ in alphas))
     return table
+
+
+def _mean_rate(cells: list[ConditionScore], alpha: float) -> str:
+    rates = [row.empathy_rate for row in cells if row.alpha == alpha]
+    return f"{sum(rates) / len(rates):.2f}" if rates else "–"
 
 
 def _table(first: str, *numeric: str) -> Table:

@@ -40,7 +40,7 @@ def print_check(check: StudyCheck, console: Console) -> None:
     for problem in check.problems:
         console.print(f"problem  {problem}", style="red", markup=False, soft_wrap=True)
     if not check.problems:
-        _line(console, "No problems found.")
+        _line(console, "Nothing stands in the way of a run.")
 
 
 def print_power(power: Power, console: Console) -> None:
@@ -78,7 +78,8 @@ def _grid_lines(check: StudyCheck) -> Iterator[str]:
         controls = f", {grid.controls.random} random controls of each" if grid.controls else ""
         yield f"layer {layer}: {', '.join(names)}{controls}"
     for direction in check.files:
-        yield f"{direction.key} from a file, made a unit vector; its length there is {direction.metadata['stored_norm']:.4g}"
+        length = direction.metadata["stored_norm"]
+        yield f"{direction.key} from a file, made a unit vector; its length there is {length:.4g}"
     yield f"α {', '.join(f'{alpha:g}' for alpha in sorted(grid.alphas))} ({grid.alpha_unit}), {grid.samples} samples"
     if study.primary is not None:
         stated = study.primary

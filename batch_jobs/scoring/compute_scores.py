@@ -80,7 +80,7 @@ def score_generations(
     Raises:
         ScoreError: as for `score_table`; the message names the faulty part, where there is one.
     """
-    return _score(measure_generations(Path(folder), markers or {}, processes), grades)
+    return score_measures(measure_generations(Path(folder), markers or {}, processes), grades)
 
 
 def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping[str, int] | None = None) -> Scores:
@@ -103,10 +103,11 @@ def score_table(table: pa.Table, markers: Markers | None = None, grades: Mapping
     measures = measure_table(table, markers or {})
     if measures.num_rows == 0:
         raise ScoreError("The table has no rows; generate samples before scoring.")
-    return _score(measures, grades)
+    return score_measures(measures, grades)
 
 
-def _score(measures: pa.Table, grades: Mapping[str, int] | None) -> Scores:
+def score_measures(measures: pa.Table, grades: Mapping[str, int] | None = None) -> Scores:
+    """Score the rows of `batch_jobs.scoring.measures.measure_table`; see `score_table`."""
     measures = measures.append_column("grade", _grade_column(measures["row_id"], grades or {}))
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
     groups = (
