@@ -9,26 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import Study, StudyError
+from batch_jobs.directions.direction_files import read_direction_files
 from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.engine.progress import ConsoleProgress
-from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks, model_location
+from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks, hidden_size, model_location
 from batch_jobs.generate.local_executor import LocalExecutor
 from batch_jobs.generate.ray_options import Pool
-from batch_jobs.generate.shard_runner import ShardJob
+from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome
 from batch_jobs.report.page import write_report
-from batch_jobs.rows import grid, store
+from batch_jobs.rows import store
 from batch_jobs.rows.shards import make_shards
 from batch_jobs.run.provenance import StudyRecord
 from batch_jobs.run.run_directory import RunDirectory
@@ -42,6 +43,7 @@ from batch_jobs.scoring.outcome import Outcome
 from batch_jobs.scoring.scores_csv import Scores, write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
+from vllm_steer import Direction
 
 if TYPE_CHECKING:
     from batch_jobs.generate.ray_executor import RayExecutor
@@ -89,32 +91,38 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         SteerError: the engine refuses something.
     """
     split = load_split(study.pairs, study.split)
-    scenarios = _chosen_scenarios(study)
+    scenarios = chosen_scenarios(study)
     location = model_location(study.model)
     # a layer that the model lacks is refused here, before an engine loads its weights
     study.hooked_layers(decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code))
-    run_key = _run_key(study, split, scenarios)
+    files = study_direction_files(study, location)
+    run_key = _run_key(study, split, scenarios, files)
     run.claim(run_key, study.identity, overwrite=options.overwrite)
     record = StudyRecord(run, study, split, run_key)
     write_scenarios(run.scenarios, scenarios.values())
 
     with _executor(study, location, options, console) as executor:
-        if not have_probes(run) and run.readouts.exists():
-            write_probes(study, split, read_readouts(run.readouts), run)  # cut short after the texts were read
-        elif not have_probes(run):
-            executor().make_probes(study, split, run)
+        if not run.readouts.exists():
+            executor().read_texts(study, split, run)
+        if not have_probes(run):
+            write_probes(study, split, read_readouts(run.readouts), run, files)
         probes = load_probes(study, split, run)
         hashes = {f"{name}@{layer}": digest for (name, layer), digest in probes.hashes.items()}
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
-        generated, reused = _generate_missing(job, executor, options)
+        done, reused = _generate_missing(job, executor, options)
 
     scores = score_run(run, scenarios, probes.validation, study.concept)
     failed = len(store.read_index(run.generations).failed)
     unfinished = store.count_unfinished_thoughts(run.generations)
-    record.finish(rows_generated=generated, rows_failed=failed, rows_unfinished_thoughts=unfinished)
+    record.finish(
+        rows_generated=done.rows,
+        rows_failed=failed,
+        rows_unfinished_thoughts=unfinished,
+        **({"tokens_generated": done.tokens, "generation_seconds": done.seconds} if done.tokens else {}),
+    )
     write_report(run.path)
-    return StudyResult(run, probes.validation, scores, generated, reused, failed, unfinished)
+    return StudyResult(run, probes.validation, scores, done.rows, reused, failed, unfinished)
 
 
 def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation, concept: Concept) -> Scores:
@@ -171,8 +179,8 @@ def _executor(
 
 def _generate_missing(
     job: ShardJob, executor: Callable[[], LocalExecutor | RayExecutor], options: RunOptions
-) -> tuple[int, int]:
-    """Generate and store the missing rows; returns the numbers of rows generated and already stored."""
+) -> tuple[ShardOutcome, int]:
+    """Generate and store the missing rows; returns what was done, and the number of rows already stored."""
     study, generations = job.study, job.run.generations
     if options.retry_failed:
         store.drop_failed_rows(generations)
@@ -182,14 +190,31 @@ def _generate_missing(
             f"{generations} holds rows steered with {len(strangers)} directions that are not in "
             f"{job.run.directions}; use --overwrite to generate them again."
         )
-    rows = grid.study_rows(study, job.probes.mean_residual_norms)
+    rows = job.rows
     workers = options.pool.workers if options.pool else 1
     shards = make_shards(rows, index.done | index.failed, rows_per_part=study.rows_per_part, workers=workers)
-    generated = executor().run(job, shards).rows if shards else 0
-    return generated, len(rows) - sum(len(shard.rows) for shard in shards)
+    done = executor().run(job, shards) if shards else ShardOutcome(0, 0, 0, 0.0)
+    return done, len(rows) - sum(len(shard.rows) for shard in shards)
 
 
-def _chosen_scenarios(study: Study) -> dict[str, Scenario]:
+def study_direction_files(study: Study, location: str) -> list[Direction]:
+    """The directions of the files that a study steers with, checked against the width of the model at `location`.
+
+    Raises:
+        StudyError: as `read_direction_files`, or the model's config does not give its width.
+    """
+    if not study.steer.direction_files:
+        return []
+    width = hidden_size(location, trust_remote_code=study.engine.trust_remote_code)
+    return read_direction_files(study, hidden_size=width)
+
+
+def chosen_scenarios(study: Study) -> dict[str, Scenario]:
+    """Scenario id -> scenario, for those that the study steers.
+
+    Raises:
+        StudyError: the scenarios cannot be read, or one is unknown.
+    """
     known = load_scenarios(study.scenarios)
     if unknown := [scenario for scenario in study.steer.scenarios if scenario not in known]:
         raise StudyError(f"steer.scenarios {unknown} are unknown; allowed: {', '.join(known)}.")
@@ -204,11 +229,14 @@ def _chosen_scenarios(study: Study) -> dict[str, Scenario]:
     return chosen
 
 
-def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario]) -> str:
-    """Digest of what a run directory is bound to: the config, and the content (not the location) of its texts."""
-    content = {
+def _run_key(study: Study, split: Split, scenarios: Mapping[str, Scenario], files: Sequence[Direction] = ()) -> str:
+    """Digest of what a run directory is bound to: the config, and the content (not the location) of its texts and
+    direction files."""
+    content: dict[str, Any] = {
         "config": study.identity,
         "pairs": split.content_hash,
         "scenarios": [scenario.entry for scenario in scenarios.values()],
     }
+    if files:  # absent without any, so that earlier run directories are found again
+        content["direction_files"] = {direction.key: direction.content_hash for direction in files}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

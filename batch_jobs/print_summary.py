@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batch_jobs.config.concept import Concept
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.pipeline import StudyResult, not_judged_yet
 from batch_jobs.report.number_text import fixed
@@ -18,7 +19,8 @@ def print_summary(result: StudyResult, concept: Concept, console: Console) -> No
     console.print(_validation_table(result))
     console.print(_words_line(result.validation), highlight=False)
     conditions = result.scores.conditions
-    for layer, direction in sorted({(row.layer, row.direction) for row in conditions}):
+    steered = {(row.layer, row.direction) for row in conditions}
+    for layer, direction in sorted(key for key in steered if controlled_direction(key[1]) is None):
         # the unsteered rows are the baseline of every direction
         cells = [row for row in conditions if row.layer == layer and (row.direction == direction or row.alpha == 0)]
         console.print(
@@ -26,7 +28,10 @@ def print_summary(result: StudyResult, concept: Concept, console: Console) -> No
             "residual norms)",
             highlight=False,
         )
-        console.print(_rate_table(cells))
+        controls = [
+            row for row in conditions if row.layer == layer and controlled_direction(row.direction) == direction
+        ]
+        console.print(_rate_table(cells, controls))
     if note := not_judged_yet(result.run, concept, result.scores):
         console.print(f"\n{note}", highlight=False, markup=False, soft_wrap=True)
     rows = f"{result.generated} rows generated, {result.reused} there before, {result.failed} failed"
@@ -42,6 +47,7 @@ def print_summary(result: StudyResult, concept: Concept, console: Console) -> No
     run = result.run
     for what, path in (
         ("directions", run.directions),
+        *([("controls", run.controls)] if run.controls.exists() else []),
         ("validation", run.validation),
         ("generations", run.generations),
         ("scores", run.scores),
@@ -81,14 +87,25 @@ def _words_line(validation: Validation) -> str:
     )
 
 
-def _rate_table(cells: list[ConditionScore]) -> Table:
+def _rate_table(cells: list[ConditionScore], controls: list[ConditionScore]) -> Table:
+    """Rates by scenario and α, and below them the mean over all scenarios of the direction and of its controls."""
     alphas = sorted({(row.alpha, row.alpha_residual_norm or 0.0) for row in cells})
     table = _table("scenario", *(f"{raw:+.1f}\n{norms:+.2f}" for raw, norms in alphas))
     by_cell = {(row.scenario, row.alpha): row for row in cells}
     for scenario in dict.fromkeys(row.scenario for row in cells):
         found = [by_cell.get((scenario, raw)) for raw, _ in alphas]
         table.add_row(scenario, *(fixed(row.empathy_rate if row else None, 1) for row in found))
+    if controls:
+        number = len({row.direction for row in controls})
+        table.add_section()
+        table.add_row("mean", *(_mean_rate(cells, raw) for raw, _ in alphas))
+        table.add_row(f"mean of {number} random controls", *(_mean_rate(controls, raw) for raw, _ in alphas))
     return table
+
+
+def _mean_rate(cells: list[ConditionScore], alpha: float) -> str:
+    rates = [row.empathy_rate for row in cells if row.alpha == alpha]
+    return f"{sum(rates) / len(rates):.2f}" if rates else "–"
 
 
 def _table(first: str, *numeric: str) -> Table:

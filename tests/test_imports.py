@@ -177,7 +177,7 @@ LAYERS = (
     {"generate", "scoring"},
     {"capture", "harnesses", "pairs", "report"},
     {"compare", "pipeline"},
-    {"print_summary"},
+    {"print_summary", "design"},
     {"cli"},
 )
 

@@ -38,15 +38,29 @@ app.command(
 
 @app.command("score")
 def score(
-    raw: Annotated[
-        Path, typer.Option(help="Steered generations as the paper's authors publish them: layer, scenario, α, samples.")
-    ],
     out: Annotated[Path, typer.Option(help="CSV to write, a row a model, layer and scenario.")],
+    raw: Annotated[
+        Path | None,
+        typer.Option(help="Steered generations as the paper's authors publish them: layer, scenario, α, samples."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Generations of your own: a .parquet or .csv file with the columns alpha and completion."),
+    ] = None,
 ) -> None:
-    """Score published generations by the paper's metric, and by the corrected one beside it."""
-    from batch_jobs.scoring.published_generations import score_raw
+    """Score generations by the paper's metric, and by the corrected one beside it."""
+    from batch_jobs.errors import StudyError
 
-    print(score_raw(raw, out))
+    if raw is not None and table is None:
+        from batch_jobs.scoring.published_generations import score_raw
+
+        print(score_raw(raw, out))
+    elif table is not None and raw is None:
+        from batch_jobs.scoring.own_table import score_own_table
+
+        print(score_own_table(table, out))
+    else:
+        raise StudyError("give the generations, either --raw FILE (the paper's form) or --table FILE (your own).")
 
 
 @app.command("convert")

@@ -1,4 +1,4 @@
-"""`vllm-steer study`: run a study, score it anew, have it judged, compare two runs."""
+"""`vllm-steer study`: check a study, run it, score it anew, have it judged, compare two runs."""
 
 from __future__ import annotations
 
@@ -71,6 +71,79 @@ def run_config(config: Path, out: Path | None, overrides: Mapping[str, Any], **o
     directory = RunDirectory.for_config(config, out)
     result = run_study(study, directory, RunOptions(**options), console=Console(stderr=True))
     print_summary(result, study.concept, Console())
+
+
+@app.command("check")
+def check(
+    config: Annotated[Path, typer.Argument(help="The study's YAML.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; runs beside it tell the speed.", show_default="runs/<config>")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="As for `study run`.")] = None,
+    scenarios: Annotated[Path | None, typer.Option(help="As for `study run`.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for `study run`.")] = None,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Generation speed to reckon with.", show_default="an earlier run's, or a guess"),
+    ] = None,
+) -> None:
+    """Look at a study before it runs, without an engine: texts, prompts, grid, time and power.
+
+    Exit code 1 when there are problems.
+    """
+    from rich.console import Console
+
+    from batch_jobs.config.study import load_study
+    from batch_jobs.run.run_directory import RunDirectory
+
+    given = {"pairs": pairs, "scenarios": scenarios, "model": model}
+    study = load_study(config, overrides={field: value for field, value in given.items() if value is not None})
+    from batch_jobs.design.print_check import print_check
+    from batch_jobs.design.study_check import check_study
+
+    runs = RunDirectory.for_config(config, out).path.parent
+    found = check_study(study, runs=runs, tokens_per_second=tokens_per_second)
+    print_check(found, Console())
+    raise typer.Exit(found.exit_code)
+
+
+@app.command("power")
+def power(
+    config: Annotated[Path | None, typer.Argument(help="The study's YAML; options replace its numbers.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each condition.")] = None,
+    alphas: Annotated[
+        int | None, typer.Option(min=1, help="α besides 0; half of them below 0, if there is no config.")
+    ] = None,
+    scenarios: Annotated[
+        int | None, typer.Option(min=1, help="Trends: scenarios, times layers, times directions.")
+    ] = None,
+    low: Annotated[float, typer.Option("--from", min=0, max=1, help="Rate at the lower end of the rise.")] = 0.3,
+    high: Annotated[float, typer.Option("--to", min=0, max=1, help="Rate at the upper end.")] = 0.7,
+    level: Annotated[float, typer.Option(min=0, max=1, help="Significance level, one-sided.")] = 0.05,
+) -> None:
+    """Say how likely a grid is to show a given rise of the rate, in one condition and in the trend over α."""
+    from rich.console import Console
+
+    from batch_jobs.config.study import StudyError, load_study
+    from batch_jobs.design.power import design_power
+    from batch_jobs.design.print_check import print_power
+    from batch_jobs.design.study_check import grid_of
+
+    if config is None and (samples is None or alphas is None):
+        raise StudyError("there is no config and --samples or --alphas is missing; give CONFIG, or both numbers.")
+    shape = grid_of(load_study(config)) if config is not None else None
+    print_power(
+        design_power(
+            samples or (shape.samples if shape else 1),
+            alphas + 1 if alphas else shape.alphas if shape else 2,
+            scenarios or (shape.groups if shape else 1),
+            below_zero=shape.below_zero if shape and not alphas else None,
+            low=low,
+            high=high,
+            level=level,
+        ),
+        Console(),
+    )
 
 
 @app.command("init")

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from batch_jobs.config.study import AlphaUnit
 from batch_jobs.rows.store import read_rows
 
-AlphaUnit = Literal["raw", "residual_norm"]
-
-_COLUMNS = ["row_id", "alpha", "alpha_residual_norm", "seed", "thought", "completion", "error"]
+_COLUMNS = ["row_id", "alpha", "alpha_residual_norm", "alpha_separation", "seed", "thought", "completion", "error"]
 _BATCH_ROWS = 8192
 
 
@@ -76,7 +75,7 @@ def compare_completions(
     failed = other_seed = 0
     everything = _Tally()
     tallies: dict[float, _Tally] = {}
-    alpha_column = "alpha" if alpha_unit == "raw" else "alpha_residual_norm"
+    alpha_column = "alpha" if alpha_unit == "raw" else f"alpha_{alpha_unit}"
     for row in _in_batches(shared):
         if row["error"] is not None or row["error_b"] is not None:
             failed += 1

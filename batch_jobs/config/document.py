@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from batch_jobs.config.steering import resolve_direction_files
 from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import read_yaml
 
@@ -19,8 +20,8 @@ _WHOLE_FIELDS = ("chat_template_kwargs",)
 def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
     """The YAML's mapping, merged over that of its `base`, section by section.
 
-    Relative `pairs`, `scenarios` and `concept.ablation_words` are resolved against the folder of the file that gives
-    them.
+    Relative `pairs`, `scenarios`, `concept.ablation_words` and direction files are resolved against the folder of the
+    file that gives them.
 
     Args:
         path: the YAML file.
@@ -49,6 +50,7 @@ def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
     concept = document.get("concept")
     if isinstance(concept, dict) and isinstance(concept.get("ablation_words"), str):
         concept["ablation_words"] = path.parent / concept["ablation_words"]
+    resolve_direction_files(document, path.parent)
     base = document.pop("base", None)
     if base is None:
         return document
@@ -88,14 +90,17 @@ def explain_faults(error: ValidationError, schema: type[BaseModel]) -> str:
 
 def _siblings(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     for part in location[:-1]:
-        annotation = schema.model_fields[str(part)].annotation
-        # a section may be optional: `Keywords | None`
-        sections = [one for one in get_args(annotation) or (annotation,) if isinstance(one, type)]
-        below = next((one for one in sections if issubclass(one, BaseModel)), None)
-        if below is None:
-            break
-        schema = below
+        # the number of a list's entry and the name of a kind of entry are no fields
+        if str(part) in schema.model_fields:
+            schema = _section_of(schema.model_fields[str(part)].annotation) or schema
     return list(schema.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The schema in a field's type: the type itself, or the first one inside it, such as that of a list's entries."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_of(inner))), None)
 
 
 def _shortened(value: object) -> str:

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
     JsonValue,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -22,6 +24,8 @@ from pydantic import (
 from batch_jobs.config.concept import STUDY_NAME as STUDY_NAME  # re-exported
 from batch_jobs.config.concept import Concept, empathy
 from batch_jobs.config.document import explain_faults, read_study_document
+from batch_jobs.config.primary import Primary
+from batch_jobs.config.steering import Controls, DirectionFile, without_file_paths
 from batch_jobs.config.template_variables import template_variables
 from batch_jobs.errors import StudyError as StudyError  # re-exported
 from batch_jobs.files.documents import refuse_half_pairs
@@ -33,6 +37,11 @@ DEMO_MODEL = "demo-model"
 Layer = Annotated[int, Field(ge=0)]
 DirectionMethod = Literal["mean_difference", "logistic_regression", "pca"]
 """How a direction is made from the train readouts. The first is the paper's and is always made."""
+SteeringDirection = Annotated[
+    Annotated[DirectionMethod, Tag("method")] | Annotated[DirectionFile, Tag("entry")],
+    Discriminator(lambda given: "method" if isinstance(given, str) else "entry"),
+]
+AlphaUnit = Literal["raw", "residual_norm", "separation"]
 
 
 WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
@@ -44,7 +53,7 @@ class _Section(BaseModel):
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if repeated := sorted({value for value in values if values.count(value) > 1}):
+    if repeated := [value for place, value in enumerate(values) if value in values[:place]]:
         raise ValueError(f"{repeated} given more than once; give each value once")
     return values
 
@@ -138,12 +147,15 @@ class SteeringGrid(_Section):
     layers: tuple[Layer, ...] = Field(min_length=1)
     alphas: tuple[FiniteFloat, ...] = Field(min_length=1)
     """Must hold 0, the unsteered baseline that effects are measured against."""
-    alpha_unit: Literal["raw", "residual_norm"] = "raw"
+    alpha_unit: AlphaUnit = "raw"
     """`residual_norm`: α in multiples of the layer's mean residual norm, so that one grid fits all layers and
-    models."""
+    models. `separation`: α in multiples of what separates the sides of the train texts along the direction there."""
     scenarios: tuple[str, ...] = Field(min_length=1)
-    directions: tuple[DirectionMethod, ...] = Field(default=("mean_difference",), min_length=1)
-    """Which of the study's directions steer; several are compared side by side."""
+    directions: tuple[SteeringDirection, ...] = Field(default=("mean_difference",), min_length=1)
+    """Which of the study's directions steer, and directions of files; several are compared side by side."""
+    # left out of every dump when absent, so that a config without it keeps its hash and its run directory
+    controls: Controls | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Random directions that go through the same grid."""
     samples: int = Field(default=5, ge=1)
     op: Literal["add", "ablate", "set"] = "add"
     span: str = "all"
@@ -162,7 +174,26 @@ class SteeringGrid(_Section):
             raise ValueError("alphas lack 0, the unsteered baseline that effects are measured against; add 0")
         if self.op == "ablate" and (set(self.alphas) - {0.0, 1.0} or self.alpha_unit != "raw"):
             raise ValueError("op ablate has no strength: use alphas [0, 1] (off, on) with alpha_unit raw")
+        for entry in self.direction_files:
+            if entry.layer not in (None, *self.layers):
+                raise ValueError(
+                    f"direction file {entry.name!r} is for layer {entry.layer}; steer.layers are {list(self.layers)}; "
+                    "steer there too, or leave the entry out"
+                )
+        if idle := [layer for layer in self.layers if not self.directions_at(layer)]:
+            raise ValueError(f"layers {idle} have no direction: every entry of directions is for another layer")
         return self
+
+    @property
+    def direction_files(self) -> tuple[DirectionFile, ...]:
+        """The entries of `directions` that are files."""
+        return tuple(entry for entry in self.directions if isinstance(entry, DirectionFile))
+
+    def directions_at(self, layer: int) -> tuple[DirectionMethod | DirectionFile, ...]:
+        """The entries of `directions` that steer at a layer."""
+        return tuple(
+            entry for entry in self.directions if not isinstance(entry, DirectionFile) or entry.layer in (None, layer)
+        )
 
 
 class Sampling(_Section):
@@ -208,6 +239,8 @@ class Study(_Section):
     validation: ValidationOptions = ValidationOptions()
     steer: SteeringGrid
     sampling: Sampling = Sampling()
+    primary: Primary | None = Field(default=None, exclude_if=lambda given: given is None)
+    """The hypothesis that is stated before anything is generated, and written to provenance.json."""
     likelihood: bool = True
     """Read every completion once more without steering, for its log-likelihood under the unsteered model and its
     projection onto the direction. Costs one prefill per row."""
@@ -259,7 +292,37 @@ class Study(_Section):
             raise ValueError(
                 f"skip_first is {self.skip_first}; allowed: less than extract.max_tokens, {self.extract.max_tokens}"
             )
+        self._check_direction_names()
+        if self.primary is not None:
+            self._check_primary(self.primary)
         return self
+
+    def _check_direction_names(self) -> None:
+        own = [self.direction_name(method) for method in get_args(DirectionMethod)]
+        for place, entry in enumerate(self.steer.direction_files):
+            taken = [*own, *(other.name for other in self.steer.direction_files[:place])]
+            if entry.name in taken:
+                raise ValueError(
+                    f"steer.directions names a file's direction {entry.name!r}, which is taken; the names {taken} are "
+                    "in use, so give it another one"
+                )
+
+    def _check_primary(self, primary: Primary) -> None:
+        grid = self.steer
+        if primary.layer not in grid.layers:
+            raise ValueError(f"primary.layer is {primary.layer}; allowed: one of steer.layers, {list(grid.layers)}")
+        names = [self.direction_name(entry) for entry in grid.directions_at(primary.layer)]
+        if primary.direction not in names:
+            raise ValueError(
+                f"primary.direction is {primary.direction!r}; allowed: what steers at layer {primary.layer}, {names}"
+            )
+        if strangers := [name for name in primary.scenarios or () if name not in grid.scenarios]:
+            raise ValueError(f"primary.scenarios {strangers} are not steered; allowed: {list(grid.scenarios)}")
+        if grid.op != "add" or not any(alpha > 0 and -alpha in grid.alphas for alpha in grid.alphas):
+            raise ValueError(
+                "primary.outcome delta compares +α with -α: it needs steer.op add and an α in steer.alphas with both "
+                "signs"
+            )
 
     def hooked_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers that need a hook in a model of `num_layers` blocks: all labelled layers, for norms and steering, and
@@ -278,17 +341,25 @@ class Study(_Section):
             return tuple(range(num_layers))
         return tuple(sorted(labelled | {self.extract.readout_layer(layer) for layer in labelled}))
 
-    def direction_name(self, method: DirectionMethod) -> str:
+    def direction_name(self, method: DirectionMethod | DirectionFile) -> str:
         """Name of the directions made by `method`: the concept's alone for the paper's method, else
-        `<concept>-<method>`."""
+        `<concept>-<method>`. A direction file has its own."""
+        if isinstance(method, DirectionFile):
+            return method.name
         name = self.concept.name
         return name if method == "mean_difference" else f"{name}-{method.replace('_', '-')}"
 
     @property
+    def num_steering_directions(self) -> int:
+        """Directions, controls included, that an engine holds at a time, one for each name and layer."""
+        controls = self.steer.controls.random if self.steer.controls else 0
+        return sum(len(self.steer.directions_at(layer)) for layer in self.steer.layers) * (1 + controls)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The fields that a run's results depend on: all but WORKING_FIELDS. `pipeline` adds the content of the
-        texts."""
-        return self.model_dump(mode="json", exclude=set(WORKING_FIELDS))
+        texts and of the direction files."""
+        return without_file_paths(self.model_dump(mode="json", exclude=set(WORKING_FIELDS)))
 
     def canonical_json(self) -> str:
         """The config as JSON with defaults filled in and keys sorted: equal studies give equal text."""

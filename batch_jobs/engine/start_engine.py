@@ -74,6 +74,30 @@ def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
     """
     if (location.startswith(("/", ".", "~")) or location.count("/") > 1) and not Path(location).is_dir():
         raise StudyError(f"There is no model folder {location}; give a folder, a hub id (owner/name) or {DEMO_MODEL}.")
+    blocks = getattr(text_config(location, trust_remote_code=trust_remote_code), "num_hidden_layers", None)
+    if not isinstance(blocks, int):
+        raise StudyError(f"The config of {location} has no num_hidden_layers; give a decoder-only language model.")
+    return blocks
+
+
+def hidden_size(location: str, *, trust_remote_code: bool = False) -> int:
+    """Width of a model's residual stream, from its config alone.
+
+    Raises:
+        StudyError: there is no such model, or its config does not give the number.
+    """
+    width = getattr(text_config(location, trust_remote_code=trust_remote_code), "hidden_size", None)
+    if not isinstance(width, int):
+        raise StudyError(f"The config of {location} has no hidden_size; give a decoder-only language model.")
+    return width
+
+
+def text_config(location: str, *, trust_remote_code: bool = False) -> Any:
+    """The part of a model's Hugging Face config that describes its language model.
+
+    Raises:
+        StudyError: the config cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -85,10 +109,7 @@ def decoder_blocks(location: str, *, trust_remote_code: bool = False) -> int:
             f"The config of {location} cannot be read ({first_line}); give a model folder, a hub id that this machine "
             f"can reach, or {DEMO_MODEL}."
         ) from error
-    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if not isinstance(blocks, int):
-        raise StudyError(f"The config of {location} has no num_hidden_layers; give a decoder-only language model.")
-    return blocks
+    return config.get_text_config()
 
 
 def set_engine_environment() -> None:
@@ -117,7 +138,11 @@ def start_engine(study: Study, location: str) -> Engine:
     set_engine_environment()
     layers = study.hooked_layers(decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code))
     from vllm_steer import load_llm
+    from vllm_steer.settings import SteerSettings
 
+    steer = study.engine.steer_settings()
+    if study.num_steering_directions > SteerSettings.model_fields["max_directions"].default:
+        steer["max_directions"] = study.num_steering_directions
     engine: Engine = load_llm(
         location,
         layers=layers,
@@ -125,7 +150,7 @@ def start_engine(study: Study, location: str) -> Engine:
         seed=study.seed,
         max_model_len=study.max_model_len,
         disable_log_stats=False,
-        steer=study.engine.steer_settings(),
+        steer=steer,
         **study.engine.engine_args(),
     )
     return engine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.engine.progress import Progress, Work
 from batch_jobs.engine.start_engine import Engine
@@ -14,8 +15,9 @@ from batch_jobs.files.documents import has_utf8_form
 from batch_jobs.generate.reread import FinishedRow, Reread, reread
 from batch_jobs.rows.grid import Row
 from batch_jobs.rows.store import Generation
-from batch_jobs.texts.contrastive import Scenario, steering_prompts
-from batch_jobs.texts.prompts import Prompt, steering_prompt_ids
+from batch_jobs.texts.contrastive import Scenario
+from batch_jobs.texts.prompts import Prompt
+from batch_jobs.texts.study_prompts import study_prompts, too_long
 from batch_jobs.texts.thought import OPENING, split_thought
 from vllm_steer.errors import ReadoutUnavailable
 
@@ -35,9 +37,9 @@ class SteeringPrompts:
         return prompts[row.sample % len(prompts)]
 
     def projection(self, row: Row) -> float:
-        """The unsteered projection of the row's prompt onto its direction."""
+        """The unsteered projection of the row's prompt; see `projected_on`."""
         projections = self.projections[row.condition.scenario_id]
-        return projections[row.sample % len(projections)][row.condition.direction, row.condition.layer]
+        return projections[row.sample % len(projections)][projected_on(row), row.condition.layer]
 
 
 @dataclass(frozen=True)
@@ -60,46 +62,53 @@ def prepare_prompts(
         StudyError: the chat template is absent or refuses the study's variables, a prompt and its completion do not
             fit max_model_len, or the engine returned no readout for a prompt.
     """
-    from vllm_steer import Readout, collect_readouts, steered
+    from vllm_steer import collect_readouts, steered
 
-    tokenizer = engine.get_tokenizer()
-    prompts = {
-        scenario: tuple(
-            steering_prompt_ids(tokenizer, text, study.prompt_format, study.chat_template_kwargs, model=study.model)
-            for text in steering_prompts(scenarios[scenario], study.concept.question)
-        )
-        for scenario in study.steer.scenarios
-    }
-    everything = [(scenario, prompt) for scenario, several in prompts.items() for prompt in several]
-    for scenario, prompt in everything:
-        if len(prompt.token_ids) + study.sampling.max_tokens > study.max_model_len:
-            raise StudyError(
-                f"Scenario {scenario}: a prompt of {len(prompt.token_ids)} tokens and "
-                f"{study.sampling.max_tokens} new ones exceed max_model_len {study.max_model_len}; "
-                "raise it or lower sampling.max_tokens."
-            )
-    if any(prompt.opens_thought for _, prompt in everything):
+    prompts = study_prompts(study, scenarios, engine.get_tokenizer())
+    if complaints := too_long(study, prompts):
+        raise StudyError(complaints[0])
+    if any(prompt.opens_thought for several in prompts.values() for prompt in several):
         progress.warn(
             f"The chat template of {study.model} opens a thought ({OPENING}) that every completion has to close within "
             f"sampling.max_tokens, {study.sampling.max_tokens}; a row that does not has no answer and enters no rate. "
             "If the template can switch thinking off, set chat_template_kwargs (often {enable_thinking: false}); else "
             "raise sampling.max_tokens."
         )
-    names = tuple(study.direction_name(method) for method in study.steer.directions)
-    readout = Readout(layers=study.steer.layers, project=names, vectors=False, skip_first=study.skip_first)
-    params = steered({"max_tokens": 1, "temperature": 0.0}, [], readout=readout)
-    work = Work(len(everything), sum(len(prompt.token_ids) for _, prompt in everything), max_new_tokens=1)
+    # a direction of a file may be there at some of the layers only, so layers of unlike directions are read apart
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for layer in study.steer.layers:
+        names = tuple(study.direction_name(entry) for entry in study.steer.directions_at(layer))
+        layers.setdefault(names, []).append(layer)
+    readings = [
+        (scenario, place, steered({"max_tokens": 1, "temperature": 0.0}, [], readout=_unsteered(study, names, members)))
+        for names, members in layers.items()
+        for scenario, several in prompts.items()
+        for place in range(len(several))
+    ]
+    requests = [prompts[scenario][place].request for scenario, place, _ in readings]
+    work = Work(len(requests), sum(len(one["prompt_token_ids"]) for one in requests), max_new_tokens=1)
     with progress.watch(engine, "Reading prompts", work):
-        outputs = engine.generate(
-            [prompt.request for _, prompt in everything], [params] * len(everything), use_tqdm=False
-        )
-    projections: dict[str, tuple[dict[tuple[str, int], float], ...]] = dict.fromkeys(prompts, ())
-    for (scenario, _), samples in zip(everything, collect_readouts(engine, outputs), strict=True):
+        outputs = engine.generate(requests, [params for *_, params in readings], use_tqdm=False)
+    projections: dict[str, tuple[dict[tuple[str, int], float], ...]] = {
+        scenario: tuple({} for _ in several) for scenario, several in prompts.items()
+    }
+    for (scenario, place, _), samples in zip(readings, collect_readouts(engine, outputs), strict=True):
         if samples[0] is None:
             raise StudyError(f"The engine returned no readout for the prompt of {scenario}; run the study again.")
-        read = {(name, layer): value for name in names for layer, value in samples[0].projections[name].items()}
-        projections[scenario] = (*projections[scenario], read)
+        projections[scenario][place].update(
+            {
+                (name, layer): value
+                for name, by_layer in samples[0].projections.items()
+                for layer, value in by_layer.items()
+            }
+        )
     return SteeringPrompts(prompts, projections)
+
+
+def _unsteered(study: Study, names: tuple[str, ...], layers: Sequence[int]) -> Any:
+    from vllm_steer import Readout
+
+    return Readout(layers=tuple(layers), project=names, vectors=False, skip_first=study.skip_first)
 
 
 def generate_rows(
@@ -114,10 +123,11 @@ def generate_rows(
 ) -> list[Generation]:
     """Generate all rows as one batch, whatever their layers and strengths, and return them in the same order.
 
-    Every row asks for a readout of its generated span at its own layer, projected onto its direction; only that
-    scalar leaves the device. With `study.likelihood` the unsteered model then reads all completions once more. A row
-    that the engine failed on is returned with its `error`; the others are unaffected. If a step of the engine raises,
-    the exception propagates and no unfinished request stays in the engine.
+    Every row asks for a readout of its generated span at its own layer, projected onto its direction, a control's onto
+    the direction it controls; only that scalar leaves the device. With `study.likelihood` the unsteered model then
+    reads all completions once more, those of controls only with `steer.controls.likelihood`. A row that the engine
+    failed on is returned with its `error`; the others are unaffected. If a step of the engine raises, the exception
+    propagates and no unfinished request stays in the engine.
     """
     from vllm_steer import abandon_requests, collect_readouts
 
@@ -136,9 +146,9 @@ def generate_rows(
         finished = [
             FinishedRow(
                 requests[index]["prompt_token_ids"],
-                tuple(output.outputs[0].token_ids) if study.likelihood else (),
+                tuple(output.outputs[0].token_ids) if is_read_again(row, study) else (),
                 row.condition.layer,
-                row.condition.direction,
+                projected_on(row),
             )
             for index, (row, output) in enumerate(zip(rows, outputs, strict=True))
         ]
@@ -164,8 +174,23 @@ def row_params(row: Row, study: Study) -> Any:
     # A prompt whose KV comes from the cache differs in its last bits from one that is computed, and so may the text: a
     # row that is run again must not depend on what ran before it.
     sampling = {**study.sampling.model_dump(), "seed": row.seed, "skip_reading_prefix_cache": True}
-    readout = Readout(layers=(cell.layer,), span="generated", project=(cell.direction,), vectors=False)
+    readout = Readout(layers=(cell.layer,), span="generated", project=(projected_on(row),), vectors=False)
     return steered(sampling, entries, readout=readout)
+
+
+def projected_on(row: Row) -> str:
+    """The direction that a row's projections are onto: its own, or the one that it is a control of.
+
+    A control's projection onto itself would say how far it was pushed, which is α.
+    """
+    return controlled_direction(row.condition.direction) or row.condition.direction
+
+
+def is_read_again(row: Row, study: Study) -> bool:
+    """Whether the unsteered model reads the row's completion once more."""
+    if not row.condition.is_control:
+        return study.likelihood
+    return study.likelihood and study.steer.controls is not None and study.steer.controls.likelihood
 
 
 def failed_generation(row: Row, prompts: SteeringPrompts, origin: Origin, attempts: int, error: str) -> Generation:
@@ -198,7 +223,7 @@ def _generation(
     projection = None
     # the token of a one-token completion is never fed back, so its generated span is empty
     if readout is not None and readout.num_tokens > 0:
-        projection = float(readout.projections[cell.direction][cell.layer])
+        projection = float(readout.projections[projected_on(row)][cell.layer])
     return _record(
         row,
         prompts,
@@ -246,6 +271,7 @@ def _record(
         span=cell.span,
         alpha=cell.alpha,
         alpha_residual_norm=cell.alpha_residual_norm,
+        alpha_separation=cell.alpha_separation,
         scenario=cell.scenario_id,
         sample=row.sample,
         seed=row.seed,

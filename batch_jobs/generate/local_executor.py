@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.directions_and_norms import make_probes
+from batch_jobs.directions.directions_and_norms import read_texts
 from batch_jobs.engine.progress import Progress
 from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
@@ -21,10 +21,10 @@ class LocalExecutor:
         self._engine = engine
         self._progress = progress
 
-    def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
-        """Extract and validate the directions; see `probes.make_probes`."""
+    def read_texts(self, study: Study, split: Split, run: RunDirectory) -> None:
+        """Read the contrastive texts; see `directions_and_norms.read_texts`."""
         blocks = decoder_blocks(self._engine.location, trust_remote_code=study.engine.trust_remote_code)
-        make_probes(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
+        read_texts(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
         """Run all shards, one after another; returns the sum of their outcomes."""

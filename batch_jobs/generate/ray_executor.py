@@ -18,13 +18,12 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.directions_and_norms import make_probes
+from batch_jobs.directions.directions_and_norms import read_texts
 from batch_jobs.engine.cpu_set import claim_cores
 from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
-from batch_jobs.rows import grid
 from batch_jobs.rows.shards import Shard
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
@@ -42,7 +41,7 @@ class ShardWorker:
     def __init__(self, job: ShardJob, location: str, cores: int | None, board: Any) -> None:
         progress = _on_own_cores(cores, board)
         engine = start_engine(job.study, location)
-        self._rows = {row.row_id: row for row in grid.study_rows(job.study, job.probes.mean_residual_norms)}
+        self._rows = {row.row_id: row for row in job.rows}
         self._runner = ShardRunner(engine, job, model_revision=model_revision(location, engine), progress=progress)
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
@@ -73,15 +72,15 @@ class RayExecutor:
         self._cores = None if self._resources["num_gpus"] else int(self._resources["num_cpus"])
         self._board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
-    def make_probes(self, study: Study, split: Split, run: RunDirectory) -> None:
-        """Extract and validate the directions in a separate process, which then ends and frees its memory.
+    def read_texts(self, study: Study, split: Split, run: RunDirectory) -> None:
+        """Read the contrastive texts in a separate process, which then ends and frees its memory.
 
         Raises:
             StudyError: the extraction fails, or Ray itself does.
         """
-        task = ray.remote(max_calls=1, **self._resources)(_make_probes)
+        task = ray.remote(max_calls=1, **self._resources)(_read_texts)
         if not self._quiet:
-            self._console.print("Extracting directions on a Ray worker", highlight=False)
+            self._console.print("Reading the texts on a Ray worker", highlight=False)
         with ray_errors("The extraction"):
             ray.get(task.remote(study, split, run, self._location, self._cores, self._board))
 
@@ -179,11 +178,11 @@ def ray_connection(pool: Pool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _make_probes(study: Study, split: Split, run: RunDirectory, location: str, cores: int | None, board: Any) -> None:
+def _read_texts(study: Study, split: Split, run: RunDirectory, location: str, cores: int | None, board: Any) -> None:
     progress = _on_own_cores(cores, board)
     engine = start_engine(study, location)
     blocks = decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code)
-    make_probes(engine, study, split, run, num_layers=blocks, progress=progress)
+    read_texts(engine, study, split, run, num_layers=blocks, progress=progress)
 
 
 def _on_own_cores(cores: int | None, board: Any) -> BoardProgress:

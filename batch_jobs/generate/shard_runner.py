@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.directions_and_norms import Probes
+from batch_jobs.directions.directions_and_norms import Probes, steering_keys
 from batch_jobs.engine.progress import Progress
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.generate.generate_batch import (
@@ -22,6 +22,7 @@ from batch_jobs.generate.generate_batch import (
     generate_rows,
     prepare_prompts,
 )
+from batch_jobs.rows.grid import Row, study_rows
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import Generation, has_rows, write_rows
 from batch_jobs.run.attempts import AttemptLog
@@ -64,12 +65,17 @@ class ShardJob:
     run: RunDirectory
     file_metadata: Mapping[str, str]
 
+    @property
+    def rows(self) -> list[Row]:
+        """The whole grid of the study."""
+        return study_rows(self.study, self.probes.mean_residual_norms, self.probes.separations)
+
 
 class ShardRunner:
     """Runs shards of a study in one engine."""
 
     def __init__(self, engine: Engine, job: ShardJob, *, model_revision: str | None, progress: Progress) -> None:
-        """Register the directions that steer and read every scenario's prompt once.
+        """Register the directions that steer, and their controls, and read every scenario's prompt once.
 
         Raises:
             SteerError: the engine refuses a direction.
@@ -78,12 +84,8 @@ class ShardRunner:
         from vllm_steer import register_directions
 
         study = job.study
-        names = {study.direction_name(method) for method in study.steer.directions}
-        steering = [
-            direction
-            for (name, layer), direction in job.probes.directions.items()
-            if name in names and layer in study.steer.layers
-        ]
+        steering = [job.probes.directions[key] for key in steering_keys(study)]
+        steering += job.probes.controls.values()
         register_directions(engine, steering)
         self._engine = engine
         self._job = job

@@ -1,5 +1,5 @@
-"""The grid of a study: conditions (scenario × layer × α) and their rows (one per sample), with stable ids and
-seeds."""
+"""The grid of a study: conditions (scenario × layer × direction × α) and their rows (one per sample), with stable ids
+and seeds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from batch_jobs.config.study import Study
+from batch_jobs.config.steering import control_name, controlled_direction
+from batch_jobs.config.study import AlphaUnit, Study
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Condition:
     """Raw multiplier of the unit direction, in the units of the residual stream."""
     alpha_residual_norm: float
     """The same strength in multiples of the layer's mean residual norm."""
-    alpha_unit: Literal["raw", "residual_norm"]
-    """Which of the two the study states; the other one is computed from the measured norm."""
+    alpha_unit: AlphaUnit
+    """Which of the units the study states; the others are computed from what was measured."""
     scenario_id: str
     op: Literal["add", "ablate", "set"]
     span: str
+    alpha_separation: float | None = None
+    """The same strength in multiples of what separates the two sides of the train texts along the direction; a control
+    has its direction's. None where that is unknown or not above 0."""
 
     @property
     def steered(self) -> bool:
@@ -36,16 +40,25 @@ class Condition:
         return self.alpha != 0.0
 
     @property
+    def is_control(self) -> bool:
+        """Whether the direction is a random control."""
+        return controlled_direction(self.direction) is not None
+
+    @property
     def canonical_json(self) -> str:
         """The fields that identify the condition, as JSON. α enters as stated: the derived one changes with the last
         bits of a measured norm."""
-        stated = self.alpha if self.alpha_unit == "raw" else self.alpha_residual_norm
+        in_units = {
+            "raw": self.alpha,
+            "residual_norm": self.alpha_residual_norm,
+            "separation": self.alpha_separation,
+        }
         return json.dumps(
             {
                 "model": self.model,
                 "layer": self.layer,
                 "direction": self.direction,
-                "alpha": stated,
+                "alpha": in_units[self.alpha_unit],
                 "alpha_unit": self.alpha_unit,
                 "scenario": self.scenario_id,
                 "op": self.op,
@@ -82,8 +95,11 @@ def sample_seed(study_seed: int, scenario_id: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def conditions(study: Study, mean_residual_norms: Mapping[int, float]) -> Iterator[Condition]:
-    """Yield all conditions in nested order: layers, scenarios, α ascending, directions.
+def conditions(
+    study: Study, mean_residual_norms: Mapping[int, float], separations: Mapping[tuple[str, int], float] | None = None
+) -> Iterator[Condition]:
+    """Yield all conditions in nested order: layers, scenarios, α ascending, directions, each with its controls behind
+    it.
 
     α = 0 appears once per layer and scenario, under the first direction: the unsteered baseline of all directions is
     the same.
@@ -91,27 +107,46 @@ def conditions(study: Study, mean_residual_norms: Mapping[int, float]) -> Iterat
     Args:
         study: gives the grid.
         mean_residual_norms: layer -> mean residual norm, > 0, for every steered layer.
+        separations: (direction, layer) -> class separation of the train texts along it, in units of the residual
+            stream; needed, > 0, for every direction that steers where the study's α are multiples of it.
     """
     grid = study.steer
+    number = grid.controls.random if grid.controls else 0
     for layer in grid.layers:
-        norm = mean_residual_norms[layer]
+        names = [study.direction_name(entry) for entry in grid.directions_at(layer)]
         for scenario_id in grid.scenarios:
             for stated in sorted(grid.alphas):
                 # + 0.0 turns a -0.0 of the config into 0.0, so that the baseline has one spelling
                 alpha = stated + 0.0
-                raw = alpha if grid.alpha_unit == "raw" else alpha * norm
-                for method in grid.directions if alpha else grid.directions[:1]:
-                    yield Condition(
-                        model=study.model,
-                        layer=layer,
-                        direction=study.direction_name(method),
-                        alpha=raw,
-                        alpha_residual_norm=alpha / norm if grid.alpha_unit == "raw" else alpha,
-                        alpha_unit=grid.alpha_unit,
-                        scenario_id=scenario_id,
-                        op=grid.op,
-                        span=grid.span,
-                    )
+                for name in names if alpha else names[:1]:
+                    separation = separations.get((name, layer)) if separations else None
+                    strength = _strength(study, alpha, mean_residual_norms[layer], separation)
+                    controls = [control_name(name, index) for index in range(number)] if alpha else []
+                    for direction in (name, *controls):
+                        yield Condition(
+                            model=study.model,
+                            layer=layer,
+                            direction=direction,
+                            alpha_unit=grid.alpha_unit,
+                            scenario_id=scenario_id,
+                            op=grid.op,
+                            span=grid.span,
+                            **strength,
+                        )
+
+
+def _strength(study: Study, alpha: float, norm: float, separation: float | None) -> dict[str, Any]:
+    """A stated α in every unit, as fields of Condition. The stated one is exact."""
+    unit = study.steer.alpha_unit
+    usable = separation if separation is not None and separation > 0.0 else None
+    if unit == "separation" and usable is None:
+        raise ValueError(f"the separation is {separation} where α counts in separations; give one above 0")
+    raw = alpha * {"raw": 1.0, "residual_norm": norm, "separation": usable or 1.0}[unit]
+    return {
+        "alpha": raw,
+        "alpha_residual_norm": alpha if unit == "residual_norm" else raw / norm,
+        "alpha_separation": alpha if unit == "separation" else raw / usable if usable else None,
+    }
 
 
 def rows(study: Study, cells: Iterable[Condition]) -> list[Row]:
@@ -123,6 +158,8 @@ def rows(study: Study, cells: Iterable[Condition]) -> list[Row]:
     ]
 
 
-def study_rows(study: Study, mean_residual_norms: Mapping[int, float]) -> list[Row]:
-    """All rows of a study's grid; see `conditions` for their order."""
-    return rows(study, conditions(study, mean_residual_norms))
+def study_rows(
+    study: Study, mean_residual_norms: Mapping[int, float], separations: Mapping[tuple[str, int], float] | None = None
+) -> list[Row]:
+    """All rows of a study's grid; see `conditions` for their order and the arguments."""
+    return rows(study, conditions(study, mean_residual_norms, separations))

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from batch_jobs.errors import StudyError
 
-_LATER_COLUMNS = ("thought",)
+_LATER_COLUMNS = ("thought", "alpha_separation")
 """Columns that parts of earlier versions lack."""
 
 
@@ -49,6 +49,9 @@ class Generation:
     span: str
     alpha: float
     alpha_residual_norm: float
+    alpha_separation: float | None = None
+    """α in multiples of what separates the two sides of the train texts along the direction, a control's being its
+    direction's; None where that is not above 0, and in rows of earlier versions."""
     scenario: str
     sample: int
     seed: Annotated[int, pa.int64()]
@@ -66,7 +69,8 @@ class Generation:
     """Tokens of the whole generation, thought included."""
     projection_prompt: float | None
     """Projection of the prompt's readout at `layer` in an *unsteered* pass: where the scenario lies before
-    steering. The same in all rows of a scenario, layer and direction."""
+    steering. The same in all rows of a scenario, layer and direction. This and the other projections of a control's row
+    are onto the direction that it controls."""
     projection_generated: float | None
     """Projection of the generated span's readout at `layer`, taken *after* this row's steering at that layer:
     with op add and a steered span that covers it, it contains α itself. The span is the whole generation, thought

@@ -7,11 +7,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from batch_jobs.config.primary import RECORD_FIELD
 from batch_jobs.config.study import Study
 from batch_jobs.files.documents import printable
 from batch_jobs.run.run_directory import RunDirectory
@@ -57,8 +59,9 @@ def utc_now() -> str:
 class StudyRecord:
     """provenance.json of a run, kept up to date during the run.
 
-    The top level holds the run's config, hashes and pairs, and the latest versions and commit. `sessions` holds one
-    entry for each start of the study on this directory, since a resumed run may span versions and machines.
+    The top level holds the run's config, hashes and pairs, its primary hypothesis with the time when it was stated, and
+    the latest versions and commit. `sessions` holds one entry for each start of the study on this directory, since a
+    resumed run may span versions and machines.
     """
 
     def __init__(self, run: RunDirectory, study: Study, split: Split, run_key: str) -> None:
@@ -78,6 +81,7 @@ class StudyRecord:
             "study": study.name,
             "config_hash": study.config_hash,
             "config": study.model_dump(mode="json"),
+            **_stated(study, earlier if same_run else {}),
             "pairs_hash": split.content_hash,
             "pairs_train": [pair.pair_id for pair in split.train],
             "pairs_test": [pair.pair_id for pair in split.test],
@@ -107,6 +111,15 @@ class StudyRecord:
         facts = {**facts, "finished_at": utc_now()}
         self._session |= facts
         self.add(**facts)
+
+
+def _stated(study: Study, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The primary hypothesis with the time when it was first written down, which no later session changes."""
+    if study.primary is None:
+        return {}
+    return {
+        RECORD_FIELD: earlier.get(RECORD_FIELD) or {**study.primary.model_dump(mode="json"), "stated_at": utc_now()}
+    }
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.config.difference import config_difference
+from batch_jobs.config.steering import without_file_paths
 from batch_jobs.config.study import WORKING_FIELDS, StudyError
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import read_json
@@ -30,6 +31,11 @@ class RunDirectory:
     def directions(self) -> Path:
         """The directions."""
         return self.path / "directions.safetensors"
+
+    @property
+    def controls(self) -> Path:
+        """The random control directions."""
+        return self.path / "controls.safetensors"
 
     @property
     def validation(self) -> Path:
@@ -101,6 +107,7 @@ class RunDirectory:
         return (
             self.scenarios,
             self.directions,
+            self.controls,
             self.readouts,
             self.validation,
             self.generations,
@@ -166,7 +173,7 @@ def _what_differs(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> st
     config = earlier.get("config")
     if not isinstance(config, Mapping):
         return "its provenance.json is gone or records no config"
-    recorded = {field: value for field, value in config.items() if field not in WORKING_FIELDS}
+    recorded = without_file_paths({field: value for field, value in config.items() if field not in WORKING_FIELDS})
     if changes := config_difference(recorded, identity):
         return "; ".join(str(change) for change in changes)
-    return "the config is the same, but the pairs or the scenarios it names have another content"
+    return "the config is the same, but the pairs or the scenarios, or a direction file, it names have another content"

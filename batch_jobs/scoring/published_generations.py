@@ -6,7 +6,7 @@ with several models have this object one level deeper, under `models`: as a list
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final
@@ -111,9 +111,13 @@ def score_raw(raw: Path, out: Path) -> Path:
     places = dict.fromkeys(zip(*(table[name].to_pylist() for name in ("model", "layer", "scenario")), strict=True))
     order = {place: index for index, place in enumerate(places)}
     rates = sorted(scores.success, key=lambda rate: order[rate.model, rate.layer, rate.scenario])
+    return write_rates(Path(out), scores, rates)
+
+
+def write_rates(out: Path, scores: Scores, rates: Sequence[SuccessRate], last: Sequence[str] = ()) -> Path:
+    """Write success rates as a CSV with the columns of `score_raw`, and behind them the fields named by `last`."""
     rows = [{**asdict(rate), **_failure_rates(scores, rate)} for rate in rates]
-    out = Path(out)
-    write_atomically(out, csv_text((*PUBLISHED_COLUMNS, *_OWN_RATES, *_FAILURES), rows))
+    write_atomically(out, csv_text((*PUBLISHED_COLUMNS, *_OWN_RATES, *_FAILURES, *last), rows))
     return out
 
 

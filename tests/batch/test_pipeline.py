@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from batch_jobs.config.concept import Concept, concept_of_run, empathy
+from batch_jobs.config.primary import recorded_primary
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.directions.validation_file import read_validation
 from batch_jobs.pipeline import RunOptions, StudyResult, not_judged_yet, run_study, score_run
 from batch_jobs.rows.store import read_rows
 from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.scoring.primary_rows import primary_rows
 from batch_jobs.texts.contrastive import load_scenarios
-from tests.support.formula_engine import FormulaEngine, install
-from vllm_steer import Readout, Steering, load_directions
+from tests.support.formula_engine import HIDDEN, FormulaEngine, install
+from vllm_steer import Direction, Readout, Steering, load_directions, save_directions
 
 BLOCKS = 6
 
@@ -303,3 +306,76 @@ def test_raw_prompts_are_the_text_alone(engine: FormulaEngine, tmp_path: Path) -
     engine.chat_template = ""
     with pytest.raises(StudyError, match="no chat template"):
         run(make_study(), tmp_path, overwrite=True)
+
+
+def test_a_direction_of_a_file_and_random_controls_run_with_the_studys_own(
+    engine: FormulaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch_jobs.pipeline.hidden_size", lambda *_, **__: HIDDEN)
+    path, out = tmp_path / "mine.safetensors", tmp_path / "out"
+    save_directions(path, [Direction("kind", 3, 2 * np.eye(HIDDEN)[2])])
+    entries = ["mean_difference", {"file": str(path), "name": "mine"}]
+    steer = {**make_study().steer.model_dump(), "directions": entries, "controls": {"random": 2}}
+    study = make_study(steer=steer)
+    # two scenarios and two samples, each unsteered once and at two α along two directions with two controls
+    assert run(study, out).generated == 2 * 2 * (1 + 2 * 2 * 3)
+    rows = read_rows(out / "generations").to_pylist()
+    names = {f"{name}{ending}" for name in ("empathy", "mine") for ending in ("", ".control0", ".control1")}
+    assert {row["direction"] for row in rows} == names
+    hashes = RunDirectory(out).read_provenance()["direction_hashes"]
+    assert {f"{name}@3" for name in names} <= set(hashes)
+    assert all(row["direction_hash"] == hashes[f"{row['direction']}@3"] for row in rows)
+    success = {rate.direction for rate in run(study, out).scores.success}
+    assert success == names
+
+    moved = tmp_path / "moved.safetensors"
+    path.rename(moved)
+    entries[1] = {"file": str(moved), "name": "mine"}
+    assert run(make_study(steer={**steer, "directions": entries}), out).generated == 0
+    save_directions(moved, [Direction("kind", 3, np.eye(HIDDEN)[3])])
+    with pytest.raises(StudyError, match="or a direction file, it names have another content"):
+        run(make_study(steer={**steer, "directions": entries}), out)
+
+
+def test_a_direction_of_another_models_width_is_refused_before_anything_runs(
+    engine: FormulaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch_jobs.pipeline.hidden_size", lambda *_, **__: 64)
+    save_directions(tmp_path / "mine.safetensors", [Direction("kind", 3, np.eye(HIDDEN)[2])])
+    entry = {"file": str(tmp_path / "mine.safetensors"), "name": "mine"}
+    with pytest.raises(StudyError, match="8 numbers wide and the model's residual stream 64"):
+        run(make_study(steer={**make_study().steer.model_dump(), "directions": [entry]}), tmp_path / "out")
+    assert not engine.batches
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_primary_hypothesis_is_on_record_before_the_first_row_and_never_changes(
+    engine: FormulaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary = {"direction": "empathy", "layer": 3, "minimum": 0.5}
+    original, seen = engine.answer, []
+
+    def answer(prompt: Any, wanted: Any) -> Any:
+        seen.append(recorded_primary(RunDirectory(tmp_path).read_provenance()))
+        return original(prompt, wanted)
+
+    engine.answer = answer  # type: ignore[method-assign]
+    result = run(make_study(primary=primary), tmp_path)
+    assert seen[0] is not None
+    assert set(seen) == {seen[0]}
+    stated, when = seen[0]
+    assert stated == make_study(primary=primary).primary
+    found = primary_rows(stated, result.scores.success, make_study().steer.scenarios)
+    assert [(rate.scenario, rate.direction, rate.layer) for rate in found] == [
+        ("the_duel", "empathy", 3), ("the_maze", "empathy", 3),
+    ]  # fmt: skip
+
+    monkeypatch.setattr("batch_jobs.run.provenance.utc_now", lambda: "2099-01-01T00:00:00+00:00")
+    run(make_study(primary=primary), tmp_path)
+    record = RunDirectory(tmp_path).read_provenance()
+    assert recorded_primary(record) == (stated, when)
+    assert record["started_at"].startswith("2099")
+    with pytest.raises(StudyError, match=r"primary\.minimum: 0\.5 -> 0\.2"):
+        run(make_study(primary=primary | {"minimum": 0.2}), tmp_path)
+    with pytest.raises(StudyError, match=r"primary\.direction: 'empathy' -> '\(absent\)'"):
+        run(make_study(), tmp_path)

@@ -16,12 +16,12 @@ from tests.batch.directions.test_validation_file import ESTIMATE, layer_validati
 BEYOND = BeyondWords(ESTIMATE, ESTIMATE, 0.075, -0.02, 0.2, "undecided", at_ceiling=False)
 
 
-def condition(alpha: float, rate: float) -> ConditionScore:
+def condition(alpha: float, rate: float, direction: str = "empathy") -> ConditionScore:
     return ConditionScore(
         model="m",
         layer=16,
         scenario="the_duel",
-        direction="empathy",
+        direction=direction,
         op="add",
         span="all",
         alpha=alpha,
@@ -77,3 +77,22 @@ def test_the_summary_says_where_how_well_and_what_steering_did() -> None:
     assert f"report       {path}/report.html\n" in text  # not shortened, on its own line
     for cell in ("-20.0", "+0.20", "0.8", "the_duel"):
         assert cell in text
+
+
+def test_controls_are_one_line_below_their_direction() -> None:
+    rows = [condition(-20.0, 0.0), condition(0.0, 0.2), condition(20.0, 0.8)]
+    rows += [condition(20.0, rate, f"empathy.control{number}") for number, rate in enumerate((0.1, 0.2, 0.4))]
+    result = StudyResult(
+        run=RunDirectory(Path("run")),
+        validation=validation(layers={16: layer_validation(16, auroc=0.975)}, best_layer=16),
+        scores=Scores(tuple(rows), ()),
+        generated=10,
+        reused=0,
+        failed=0,
+        unfinished_thoughts=0,
+    )
+    out = io.StringIO()
+    print_summary(result, "empathy", Console(file=out, width=100))
+    assert out.getvalue().count("Empathetic rate along") == 1
+    (line,) = [line for line in out.getvalue().splitlines() if "mean of 3 random controls" in line]
+    assert [cell.strip() for cell in line.split("│")[2:-1]] == ["–", "–", "0.23"]

@@ -40,7 +40,9 @@ def test_a_study_runs_from_texts_to_report_and_goes_on_where_it_stopped(tmp_path
     study = yaml.safe_load((PROJECT_ROOT / "configs/studies/demo.yaml").read_text(encoding="utf-8"))
     study["dtype"] = "float32"  # bfloat16 takes minutes on a CPU that has no instructions for it
     study["extract"]["layers"] = [8, 16]
-    study["steer"] |= {"alphas": ALPHAS, "scenarios": ["the_listener"], "samples": SAMPLES}
+    study["steer"] |= {"layers": [16], "alphas": ALPHAS, "scenarios": ["the_listener"], "samples": SAMPLES}
+    study["steer"]["controls"] = {"random": 1}
+    study["primary"] = {"direction": "empathy", "layer": 16}
     study["sampling"]["max_tokens"] = 24
     study["split"] = {"train": 10, "test": 5, "seed": 0}
     study["validation"] = {"random_directions": 20, "bootstrap": 200}
@@ -61,11 +63,36 @@ def test_a_study_runs_from_texts_to_report_and_goes_on_where_it_stopped(tmp_path
     names = ("empathy", "empathy-logistic-regression", "empathy-pca")
     assert {(one.name, one.layer) for one in directions} == {(name, layer) for name in names for layer in (8, 16)}
     rows = ds.dataset(out / "generations", format="parquet").to_table().to_pylist()
+    controls = [row for row in rows if row["direction"] == "empathy.control0"]
+    rows = [row for row in rows if row["direction"] == "empathy"]
     assert len(rows) == len(ALPHAS) * SAMPLES
+    assert len(controls) == (len(ALPHAS) - 1) * SAMPLES
     assert all(
         row["alpha"] == pytest.approx(row["alpha_residual_norm"] * validation["mean_residual_norms"]["16"])
-        for row in rows
+        for row in [*rows, *controls]
     )
+    # A control pushes as far in another direction: the projection onto the concept's hardly moves, the texts differ.
+    steered = {(row["alpha_residual_norm"], row["sample"]): row for row in rows}
+    for row in controls:
+        twin = steered[row["alpha_residual_norm"], row["sample"]]
+        assert (row["seed"], row["prompt"], row["alpha_separation"]) == (
+            twin["seed"], twin["prompt"], twin["alpha_separation"],
+        )  # fmt: skip
+        assert row["completion"] != twin["completion"]
+        assert row["projection_prompt"] == twin["projection_prompt"]
+        assert (row["log_likelihood"], row["projection_unsteered"]) == (None, None)
+    top = max(ALPHAS)
+    moved = {
+        name: sum(row["projection_generated"] for row in which if row["alpha_residual_norm"] == top)
+        - sum(row["projection_generated"] for row in which if row["alpha_residual_norm"] == -top)
+        for name, which in (("direction", rows), ("control", controls))
+    }
+    # α itself, twice, is part of the direction's own projection alone; both carry what the texts say
+    assert moved["direction"] / SAMPLES > 2 * top * validation["mean_residual_norms"]["16"] * 0.75
+    assert abs(moved["control"]) < moved["direction"] / 2
+    record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    assert record["primary"]["stated_at"] <= record["finished_at"]
+    assert record["sessions"][0]["tokens_generated"] == sum(row["completion_tokens"] for row in [*rows, *controls])
     # The readout is taken after steering, so the stream's projection carries α itself.
     by_alpha = [
         sum(row["projection_generated"] for row in rows if row["alpha_residual_norm"] == alpha) for alpha in ALPHAS

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import vllm_steer
-from batch_jobs.config import concept, evaluation, study
+from batch_jobs.config import concept, evaluation, primary, steering, study
 from batch_jobs.rows import store
 from batch_jobs.run import run_directory
 from tests.docs.blocks import ROOT
@@ -34,6 +34,9 @@ SECTIONS = {
     "split": study.SplitSizes,
     "validation": study.ValidationOptions,
     "steer": study.SteeringGrid,
+    "A direction of a file": steering.DirectionFile,
+    "controls": steering.Controls,
+    "primary": primary.Primary,
     "sampling": study.Sampling,
 }
 _OWN_VARIABLE = re.compile(r"VLLM_STEER_[A-Z_]*[A-Z]")
@@ -56,7 +59,8 @@ def code(cell: str) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    return re.split(rf"^## {heading}$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
+    """The text under a heading of the second or third level, up to the next heading of either."""
+    return re.split(r"^###? ", re.split(rf"^###? {heading}$", text, flags=re.MULTILINE)[1], flags=re.MULTILINE)[0]
 
 
 def defaults_of(schema: type[BaseModel]) -> dict[str, str]:

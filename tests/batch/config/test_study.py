@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from batch_jobs.config.study import Study, StudyError, load_study
-from batch_jobs.pipeline import _chosen_scenarios as chosen_scenarios
 from batch_jobs.pipeline import _run_key as run_key
+from batch_jobs.pipeline import chosen_scenarios
 from batch_jobs.texts.contrastive import load_split
 from vllm_steer.errors import SteerError
 
@@ -36,7 +36,9 @@ def test_the_demo_config_says_what_it_reads_and_steers() -> None:
     assert set(study.steer.layers) <= set(study.extract.layers)
     assert study.steer.alpha_unit == "residual_norm"
     assert study.hooked_layers(30) == (8, 12, 16, 20, 24)
-    assert len(study.steer.scenarios) * len(study.steer.alphas) * study.steer.samples >= 75
+    assert study.steer.controls is not None
+    grid = study.steer
+    assert len(grid.layers) * len(grid.scenarios) * len(grid.alphas) * grid.samples >= 75
 
 
 def test_the_papers_pairing_hooks_the_layer_below_as_well(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_the_papers_pairing_hooks_the_layer_below_as_well(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steer__alpha_unit": "norms"}, ["steer.alpha_unit", "'norms'", "'raw' or 'residual_norm'"]),
+        ({"steer__alpha_unit": "norms"}, ["steer.alpha_unit", "'norms'", "'raw', 'residual_norm' or 'separation'"]),
         ({"steer__alphas": [1.0, 2.0]}, ["steer", "lack 0"]),
         ({"steer__alphas": [0.0, float("nan")]}, ["steer.alphas.1", "nan", "finite"]),
         ({"steer__alphas": [0, 1, 1]}, ["steer.alphas", "[1.0]", "once"]),
@@ -152,13 +154,20 @@ def test_a_study_may_be_laid_over_another_section_by_section(tmp_path: Path) -> 
 DEMO_IDENTITY, DEMO_RUN_KEY, DEMO_CONFIG_HASH = "cc2bf5dc25895504", "91aa35954d199262", "314e4363737e6522"
 
 
-def test_a_config_without_later_fields_keeps_its_run_directory() -> None:
-    study = load_study(DEMO, overrides={"dtype": "bfloat16"})  # as the demo was when these were written down
+def test_a_config_without_later_fields_keeps_its_run_directory(tmp_path: Path) -> None:
+    # as the demo was when these were written down
+    alphas = [-0.4, -0.2, -0.1, 0, 0.1, 0.2, 0.4]
+    then = write_config(tmp_path, dtype="bfloat16", steer__layers=[16], steer__alphas=alphas, sampling__max_tokens=200)
+    document = yaml.safe_load(then.read_text(encoding="utf-8"))
+    del document["steer"]["controls"]
+    then.write_text(yaml.safe_dump(document), encoding="utf-8")
+    study = load_study(then)
     identity = hashlib.sha256(json.dumps(study.identity, sort_keys=True).encode()).hexdigest()[:16]
     assert (identity, study.config_hash) == (DEMO_IDENTITY, DEMO_CONFIG_HASH)
     assert run_key(study, load_split(None, study.split), chosen_scenarios(study)) == DEMO_RUN_KEY
     assert "chat_template_kwargs" not in study.model_dump(mode="json")
     assert "unproven_model" not in study.model_dump(mode="json")["engine"]
+    assert "controls" not in study.model_dump(mode="json")["steer"]
 
 
 def test_leave_for_an_unproven_model_reaches_the_engine_and_is_part_of_the_config(tmp_path: Path) -> None:

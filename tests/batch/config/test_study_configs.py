@@ -14,9 +14,9 @@ from batch_jobs.texts.contrastive import load_pairs, load_scenarios, load_split
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "studies"
 PAPER_SCENARIOS = ("food_delivery", "the_listener", "the_protector")
-# layers × α × scenarios × samples, as in the paper
+# layers × α × scenarios × samples, as in the paper, without controls
 GRID_SIZES = {
-    "demo": 1 * 7 * 3 * 5,
+    "demo": 2 * 3 * 3 * 5,
     "paper-phi3": 4 * 11 * 3 * 5,
     "paper-qwen2.5-7b": 3 * 9 * 3 * 5,
     "paper-dolphin": 3 * 7 * 3 * 5,

@@ -23,6 +23,14 @@ def test_a_control_is_as_long_as_its_direction_and_orthogonal_to_it(number: int)
     assert control.metadata == {"control_of": "kind@3", "control_seed": 2, "control_number": number}
 
 
+def test_a_control_that_need_not_be_orthogonal_is_as_it_was_drawn() -> None:
+    free = control_direction(KIND, seed=2, orthogonal=False)
+    assert free.norm == pytest.approx(KIND.norm, rel=1e-6)
+    cosine = float(free.vector.astype(float) @ KIND.vector.astype(float)) / (free.norm * KIND.norm)
+    assert 1e-4 < abs(cosine) < 0.3  # about 1/√576
+    assert free.metadata["control_orthogonal"] is False
+
+
 def test_the_control_of_a_unit_direction_is_one() -> None:
     assert control_direction(KIND.normalised(), seed=0).is_unit
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.directions_and_norms import Probes
+from batch_jobs.directions.directions_and_norms import Probes, make_controls
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.grid import study_rows
 from batch_jobs.rows.shards import Shard
@@ -178,3 +179,44 @@ def test_a_fault_that_is_no_rows_ends_the_worker(engine: FormulaEngine, job: Sha
         runner(engine, job).run(shard)
     assert engine.unfinished == 0
     assert not job.run.generations.exists()
+
+
+def test_controls_are_steered_with_and_read_along_the_direction_they_control(
+    engine: FormulaEngine, job: ShardJob
+) -> None:
+    steer = {**job.study.steer.model_dump(), "controls": {"random": 2}}
+    study = Study.model_validate({**job.study.model_dump(), "steer": steer})
+    probes = replace(
+        job.probes,
+        controls={(one.name, one.layer): one for one in make_controls(study, job.probes.directions)},
+        separations={("empathy", 3): 2.0},
+    )
+    controlled = replace(job, study=study, probes=probes)
+    shard = Shard(tuple(controlled.rows))
+    assert len(shard.rows) == 4 * (1 + 2 * 3)
+    assert runner(engine, controlled).run(shard).failed == 0
+    (batch,) = engine.generated
+    by_name: dict[str, int] = {}
+    for wanted in batch:
+        assert wanted.readout.project == ("empathy",)
+        for entry in wanted.steering:
+            by_name[entry.direction] = by_name.get(entry.direction, 0) + 1
+    assert by_name == {"empathy": 8, "empathy.control0": 8, "empathy.control1": 8}
+    stored = read_rows(job.run.generations).to_pylist()
+    controls = [row for row in stored if row["direction"].startswith("empathy.control")]
+    assert len(controls) == 16
+    assert {row["direction_hash"] for row in controls} == {one.content_hash for one in probes.controls.values()}
+    # neither is read again unless the study asks for it
+    assert {(row["log_likelihood"], row["projection_unsteered"]) for row in controls} == {(None, None)}
+    assert {row["log_likelihood"] for row in stored if row not in controls} == {LOG_LIKELIHOOD}
+    assert {row["alpha_separation"] for row in controls} == {-0.5, 0.5}
+
+
+def test_controls_are_read_again_where_the_study_asks_for_it(engine: FormulaEngine, job: ShardJob) -> None:
+    steer = {**job.study.steer.model_dump(), "controls": {"random": 1, "likelihood": True}}
+    study = Study.model_validate({**job.study.model_dump(), "steer": steer})
+    controls = {(one.name, one.layer): one for one in make_controls(study, job.probes.directions)}
+    controlled = replace(job, study=study, probes=replace(job.probes, controls=controls))
+    runner(engine, controlled).run(Shard(tuple(controlled.rows)))
+    assert set(read_rows(job.run.generations)["log_likelihood"].to_pylist()) == {LOG_LIKELIHOOD}
+    assert {wanted.readout.project for batch in engine.batches for wanted in batch} == {("empathy",)}

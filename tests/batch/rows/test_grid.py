@@ -81,6 +81,55 @@ def test_each_layer_and_scenario_has_one_unsteered_baseline() -> None:
     assert sorted((cell.layer, cell.scenario_id) for cell in baselines) == [(12, "s"), (12, "t"), (16, "s"), (16, "t")]
 
 
+def test_controls_go_through_the_same_grid_and_leave_the_other_rows_as_they_were() -> None:
+    norms = {12: 5.0, 16: 10.0}
+    plain = make_study(layers=[12, 16])
+    controlled = make_study(layers=[12, 16], controls={"random": 2})
+    without = rows(plain, conditions(plain, norms))
+    found = rows(controlled, conditions(controlled, norms))
+    assert [row for row in found if not row.condition.is_control] == without
+    for name in ("empathy.control0", "empathy.control1"):
+        twins = [row for row in found if row.condition.direction == name]
+        steered = [row for row in without if row.condition.steered]
+        assert [(replace(row.condition, direction="empathy"), row.sample, row.seed) for row in twins] == [
+            (row.condition, row.sample, row.seed) for row in steered
+        ]
+    assert len({row.row_id for row in found}) == len(found)
+
+
+def test_a_direction_file_steers_at_its_own_layer_and_the_baseline_is_still_there() -> None:
+    entries = [{"file": "a.npy", "name": "mine", "layer": 16}, "mean_difference"]
+    cells = list(conditions(make_study(layers=[12, 16], directions=entries), {12: 1.0, 16: 1.0}))
+    assert {cell.direction for cell in cells if cell.layer == 12} == {"empathy"}
+    assert {cell.direction for cell in cells if cell.layer == 16} == {"mine", "empathy"}
+    baselines = [(cell.layer, cell.scenario_id) for cell in cells if not cell.steered]
+    assert sorted(baselines) == [(12, "s"), (12, "t"), (16, "s"), (16, "t")]
+
+
+def test_alpha_in_separations_is_that_of_each_direction_and_a_controls_that_of_its_own() -> None:
+    study = make_study(alpha_unit="separation", directions=["mean_difference", "pca"], controls={"random": 1})
+    separations = {("empathy", 16): 4.0, ("empathy-pca", 16): 3.0}
+    cells = list(conditions(study, {16: 10.0}, separations))
+    top = {cell.direction: cell for cell in cells if cell.scenario_id == "s" and cell.alpha > 0}
+    assert {name: cell.alpha for name, cell in top.items()} == {
+        "empathy": 8.0, "empathy.control0": 8.0, "empathy-pca": 6.0, "empathy-pca.control0": 6.0,
+    }  # fmt: skip
+    assert {(cell.alpha_separation, cell.alpha_residual_norm) for cell in top.values()} == {(2.0, 0.8), (2.0, 0.6)}
+    again = conditions(study, {16: 10.0}, {key: value * (1 + 1e-9) for key, value in separations.items()})
+    assert [row_id(cell, 0) for cell in cells] == [row_id(cell, 0) for cell in again]
+    with pytest.raises(ValueError, match="the separation is None"):
+        list(conditions(study, {16: 10.0}))
+
+
+def test_alpha_in_separations_is_told_beside_the_other_units_and_changes_no_id() -> None:
+    study = make_study()
+    cells = list(conditions(study, {16: 10.0}, {("empathy", 16): 4.0}))
+    assert [cell.alpha_separation for cell in cells[:3]] == [-0.5, 0.0, 0.5]
+    assert [row_id(cell, 0) for cell in cells] == [row_id(cell, 0) for cell in conditions(study, {16: 10.0})]
+    reversed_one = list(conditions(study, {16: 10.0}, {("empathy", 16): -4.0}))
+    assert {cell.alpha_separation for cell in reversed_one} == {None}
+
+
 def test_minus_zero_is_the_baseline_too() -> None:
     study = make_study(alphas=[-0.0, 1.0])
     baseline = next(iter(conditions(study, {16: 1.0})))
