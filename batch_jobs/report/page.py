@@ -20,10 +20,12 @@ from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures.catalogue import draw_figures, write_figures
 from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
 from batch_jobs.report.headlines import headlines
-from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
+from batch_jobs.report.number_text import MINUS, UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.published import read_published
 from batch_jobs.report.results import RunResults, read_run
 from batch_jobs.report.table_rows import examples, layer_rows, metric_rows, success_rows
+from batch_jobs.scoring.agreement import Estimate
+from batch_jobs.scoring.rater_agreement import estimate_text
 from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting
 
@@ -70,7 +72,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text)
+    environment.filters.update(
+        fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text, estimate=_estimate
+    )
     return environment
 
 
@@ -94,6 +98,7 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "table_1": table_1,
         "table_3": metric_rows([row.samples.detection for row in behaviours], published.correlation.binary),
         "behaviours": behaviours,
+        "agreement": results.agreement,
         "table_4": success_rows(results, published),
         "examples": examples(results),
         "setting_name": results.setting_names,
@@ -134,6 +139,10 @@ def _places(values: Iterable[float | None]) -> int:
         if all(abs(round(value, places) - value) <= 0.005 * abs(value) for value in known)
     )
     return next(fits, _MAX_PLACES)
+
+
+def _estimate(estimate: Estimate) -> str:
+    return estimate_text(estimate).replace("-", MINUS)
 
 
 def _as_text(value: Any) -> str:

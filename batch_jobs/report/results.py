@@ -12,6 +12,7 @@ from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.documents import read_json
 from batch_jobs.report.samples import Generations, read_generations
 from batch_jobs.scoring.direction_behaviour import DirectionBehaviour, read_behaviour
+from batch_jobs.scoring.rater_agreement import Agreement, read_agreement
 from batch_jobs.scoring.scores_csv import Scores, read_scores
 from batch_jobs.scoring.setting import Setting, SettingNames
 from batch_jobs.scoring.sign_and_layer_findings import Findings, read_findings
@@ -35,6 +36,8 @@ class RunResults:
     """Entries with completions that were read again; empty where there is no `behaviour.json`."""
     generations: Generations
     provenance: dict[str, Any]
+    agreement: Agreement | None = None
+    """None where the run has neither judge nor labels."""
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
@@ -70,7 +73,7 @@ class RunResults:
 def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResults:
     """Read a run directory, with at most `per_condition` texts per condition and `max_samples` in total.
 
-    `findings.json` and `behaviour.json` may be absent.
+    `findings.json`, `behaviour.json` and `agreement.json` may be absent.
 
     Raises:
         ReportError: the directory, `provenance.json` or the scores are unusable.
@@ -83,6 +86,7 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
     if not scores.conditions:
         raise ReportError(f"{run_dir / 'scores.csv'} has no condition; score the generations again.")
     findings, behaviour = run_dir / "findings.json", run_dir / "behaviour.json"
+    agreement = run_dir / "agreement.json"
     provenance = _read_provenance(run_dir / "provenance.json")
     return RunResults(
         name=str(_find(provenance, "name") or run_dir.name),
@@ -92,6 +96,7 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
         behaviours=tuple(row for row in read_behaviour(behaviour) if row.points) if behaviour.exists() else (),
         generations=read_generations(run_dir / "generations", per_condition=per_condition, max_samples=max_samples),
         provenance=provenance,
+        agreement=read_agreement(agreement) if agreement.exists() else None,
     )
 
 
