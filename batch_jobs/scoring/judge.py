@@ -203,6 +203,12 @@ def _put_in_force(stored: _Records, questions: list[_Question], model: str) -> l
             records.append(_record(question, model, known))
         elif known is None and last is not None and last[1] is not None:
             records.append(_record(question, model, None) | {"reason": NOT_ASKED, "reply": ""})
+    # rows that the present frame cannot ask about, for want of a rubric
+    judged = {question.row_id for question in questions}
+    for row_id, (_, grade) in stored.last.items():
+        if row_id not in judged and grade is not None:
+            blank = {"row_id": row_id, "grade": None, "model": model, "prompt_hash": None}
+            records.append(blank | {"reason": NOT_ASKED, "reply": ""})
     return records
 
 

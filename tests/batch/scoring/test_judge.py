@@ -30,12 +30,20 @@ RUBRIC = ("passes by", "nods", "stops to help")
 SCENARIOS = {"duel": Scenario("duel", "Duel", "Win the duel.", "Someone cries.", (), RUBRIC)}
 
 
-def write_completions(folder: Path, completions: Mapping[str, str | None], scenario: str = "duel") -> Path:
-    """Write one Parquet part of these rows; every other required column holds a value of its type."""
+def write_completions(
+    folder: Path,
+    completions: Mapping[str, str | None],
+    scenario: str = "duel",
+    name: str | None = None,
+    **columns: Any,
+) -> Path:
+    """Write one Parquet part of these rows; every other required column holds a value of its type, or that in
+    `columns`. `name`: of the part; None is the scenario's."""
     filler = {pa.string(): "-", pa.int32(): 0, pa.int64(): 0, pa.float64(): 0.0}
     blank = {column.name: None if column.nullable else filler.get(column.type, datetime.now(UTC)) for column in SCHEMA}
-    rows = [blank | {"row_id": name, "scenario": scenario, "completion": text} for name, text in completions.items()]
-    part = folder / "generations" / f"part-{scenario}.parquet"
+    blank |= {"scenario": scenario, **columns}
+    rows = [blank | {"row_id": row_id, "completion": text} for row_id, text in completions.items()]
+    part = folder / "generations" / f"part-{name or scenario}.parquet"
     part.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part)
     return part.parent
