@@ -29,7 +29,7 @@ from tests.batch.scoring.test_judge import SCENARIOS, answer_of, judge, write_co
 from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
 
 OTHER = {"duel": Scenario("duel", "Duel", "Win the duel.", "Someone cries.", (), ("a", "b", "c"))}
-EMPTY = {"choices": []}
+EMPTY: dict[str, list[str]] = {"choices": []}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from batch_jobs.scoring.rater_agreement import (
 )
 from batch_jobs.scoring.scores_csv import read_scores
 from batch_jobs.texts.contrastive import load_scenarios, write_scenarios
+from tests.batch.report.test_page import outline
 from tests.batch.scoring.test_judge import answer_of, write_completions
 from tests.batch.scoring.test_judgements import write_grades
 from tests.support.server.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
@@ -126,6 +127,7 @@ def test_two_judges_and_a_person_from_the_commands_to_the_report(
     ]
     page = run.report.read_text(encoding="utf-8")
     assert "by the rater kind" in page
+    assert outline(page).unbalanced == []
     table = re.sub(r"<[^>]+>", " ", page[page.index("Agreement of raters") :])
     assert f"alice, kind 30 {pairs['alice', 'kind'].equal:.2f}" in " ".join(table.split())
     means = [row.mean_grade for row in read_scores(run.scores).conditions]
