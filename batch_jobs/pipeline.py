@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -37,9 +38,10 @@ from batch_jobs.scoring.behaviour import behaviour_points
 from batch_jobs.scoring.block_outcomes import block_outcomes
 from batch_jobs.scoring.compute_scores import decide, score_decided
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
-from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.judgements import Rater, choose_outcome, external_rater, grades_in, outcome_rater, raters
 from batch_jobs.scoring.measures import measure_generations
 from batch_jobs.scoring.outcome import Outcome
+from batch_jobs.scoring.rater_agreement import rater_agreement, write_agreement
 from batch_jobs.scoring.scores_csv import Scores, write_scores
 from batch_jobs.scoring.sign_and_layer_findings import make_findings, write_findings
 from batch_jobs.texts.contrastive import Scenario, Split, load_scenarios, load_split, write_scenarios
@@ -125,11 +127,36 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     return StudyResult(run, probes.validation, scores, done.rows, reused, failed, unfinished)
 
 
-def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: Validation, concept: Concept) -> Scores:
-    """Score the stored generations, from Parquet alone, and write scores, findings and behaviour. Uses the judge's
-    grades if there are any."""
+def score_run(
+    run: RunDirectory,
+    scenarios: Mapping[str, Scenario],
+    validation: Validation,
+    concept: Concept,
+    *,
+    judge: str | None = None,
+    grades_file: Path | None = None,
+) -> Scores:
+    """Score the stored generations, from Parquet alone, and write scores, findings, behaviour and agreement.
+
+    Uses the grades of the outcome's rater if there are any; see `scoring.judgements`.
+
+    Args:
+        run: the run directory.
+        scenarios: id -> scenario, for the context markers.
+        validation: of the run's directions.
+        concept: says what makes a completion positive.
+        judge: name of the rater whose grades are the outcome, from now on.
+        grades_file: a file of grades outside the run that is the outcome, this time.
+
+    Raises:
+        StudyError: no such rater or file, or one is malformed.
+        ScoreError: the generations cannot be scored.
+    """
+    if judge is not None:
+        choose_outcome(run, judge)
+    chosen = outcome_rater(run) if grades_file is None else external_rater(run, grades_file)
+    grades = None if chosen is None else grades_in(chosen.path)
     outcome = Outcome.of(concept)
-    grades = read_grades(run.judgements) if run.judgements.exists() else None
     markers = {scenario.id: scenario.markers for scenario in scenarios.values()}
     measures = decide(measure_generations(run.generations, markers, outcome=outcome), grades, outcome)
     scores = score_decided(measures)
@@ -138,6 +165,7 @@ def score_run(run: RunDirectory, scenarios: Mapping[str, Scenario], validation: 
     blocks = block_outcomes(measures) if scores.success else None
     write_findings(run.findings, make_findings(scores, validation, blocks))
     write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades, outcome)))
+    _write_agreement(run, chosen, outcome)
     return scores
 
 
@@ -154,6 +182,18 @@ def not_judged_yet(run: RunDirectory, concept: Concept, scores: Scores) -> str |
         f"not judged yet: vllm-steer study judge {run.path} --endpoint MODEL@URL#VARIABLE, then vllm-steer study score "
         f"{run.path}; the concept {concept.name!r} has no rates before that"
     )
+
+
+def _write_agreement(run: RunDirectory, chosen: Rater | None, outcome: Outcome) -> None:
+    everybody = {rater.name: rater for rater in raters(run)}
+    if chosen is not None:
+        everybody |= {chosen.name: chosen}  # not among them if its file is outside the run
+    if not everybody:
+        run.agreement.unlink(missing_ok=True)
+        return
+    name = None if chosen is None else chosen.name
+    verdict = None if outcome.judged else outcome.grade
+    write_agreement(run.agreement, rater_agreement(run.generations, list(everybody.values()), name, verdict))
 
 
 @contextmanager

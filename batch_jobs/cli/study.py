@@ -1,4 +1,4 @@
-"""`vllm-steer study`: check a study, run it, score it anew, have it judged, compare two runs."""
+"""`vllm-steer study`: check a study, run it, compare two runs. `grades` has the commands that judge and score a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from batch_jobs.cli import grades
 from batch_jobs.cli.pool_options import Address, CpusPerWorker, Executor, ExecutorName, GpusPerWorker, Workers, pool_of
 
 app = typer.Typer(help="Studies: extract, validate, steer, score, report.", no_args_is_help=True)
@@ -157,72 +158,9 @@ def init(
     print(f"{path} written; edit it, then run: vllm-steer study run {path}")
 
 
-@app.command("score")
-def score(
-    run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
-) -> None:
-    """Score a run again from its Parquet files, judge's grades included, and write its report anew. No engine."""
-    from batch_jobs.config.concept import concept_of_run
-    from batch_jobs.directions.stored_validation import recorded_validation
-    from batch_jobs.pipeline import not_judged_yet, score_run
-    from batch_jobs.report.page import write_report
-    from batch_jobs.run.run_directory import RunDirectory
-    from batch_jobs.texts.contrastive import load_scenarios
-
-    run = RunDirectory(run_directory)
-    concept = concept_of_run(run.read_provenance())
-    scores = score_run(run, load_scenarios(run.scenarios), recorded_validation(run), concept)
-    if note := not_judged_yet(run, concept, scores):
-        print(note)
-    print(write_report(run.path))
-
-
-@app.command("judge")
-def judge(
-    run_directory: Annotated[Path, typer.Argument(help="What `study run` wrote.")],
-    endpoint: Annotated[
-        str, typer.Option(help="MODEL@URL#VARIABLE; VARIABLE names the environment variable with the API key.")
-    ],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest reply, the judge's thought before the digit included.")
-    ] = 1024,
-) -> None:
-    """Have a language model grade every completion 0, 1 or 2 by its scenario's rubric; then `study score` again.
-
-    Exit code 1 when rows are left without a grade; run again, it asks for those alone.
-    """
-    from rich.console import Console
-
-    from batch_jobs.endpoint.chat import ChatClient, Endpoint
-    from batch_jobs.run.run_directory import RunDirectory
-    from batch_jobs.scoring.judge import judge_rows
-    from batch_jobs.texts.contrastive import load_scenarios
-
-    run = RunDirectory(run_directory)
-    with ChatClient(Endpoint.parse(endpoint)) as client:
-        summary = judge_rows(
-            run.generations,
-            load_scenarios(run.scenarios),
-            client,
-            run.judgements,
-            concurrency=concurrency,
-            console=Console(stderr=True),
-            max_tokens=max_tokens,
-        )
-    counts = f"{summary.graded} graded, {summary.reused} there before, {len(summary.ungraded)} without a grade"
-    print(f"{counts}: {run.judgements}")
-    for scenario, rows in summary.without_rubric.items():
-        print(f"{scenario}: {rows} rows not judged, it has no rubric")
-    for reason, rows in summary.reasons.items():
-        row_id, first = next((row_id, one) for row_id, one in summary.ungraded.items() if one.reason == reason)
-        print(f"{rows} rows {reason}, e.g. {row_id}: {first.detail[:200]!r}")
-    if summary.ungraded:
-        print(
-            f"{len(summary.ungraded)} rows have no grade. Run the same command again to ask for these alone, with a "
-            "larger --max-tokens where the token limit cut replies off."
-        )
-        raise typer.Exit(1)
+app.command("score")(grades.score)
+app.command("judge")(grades.judge)
+app.command("labels")(grades.labels)
 
 
 @app.command("compare")

@@ -1,8 +1,8 @@
 """A client for the chat route of OpenAI-compatible servers: `POST <base url>/chat/completions`.
 
-Waits and retries where waiting can help (no connection, 408, 429, 5xx), and rewrites the request where the endpoint
-does not accept its form (`dialect`). Any other failure raises at once an EndpointError that says what to change. The
-API key is read from an environment variable when the client is made, and appears in no message, record or
+Waits and retries where waiting can help (no connection, 408, 429, most 5xx), and rewrites the request where the
+endpoint does not accept its form (`dialect`). Any other failure raises at once an EndpointError that says what to
+change. The API key is read from an environment variable when the client is made, and appears in no message, record or
 representation.
 """
 
@@ -34,7 +34,8 @@ LONGEST_WAIT_SECONDS = 120.0
 """A server that asks for a longer wait than this gets no further attempt."""
 _REQUEST_STATUSES = (400, 413, 422)
 """The request itself is at fault; another request may succeed."""
-_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
+_PASSING_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)} - {501, 505, 511})
+"""Waiting can help. The 5xx left out say that the server never takes such a request."""
 _SHOWN_CHARACTERS = 200
 NO_UTF8_FORM = "has no UTF-8 form (half of a surrogate pair)"
 """The fault of a text that can be neither stored nor sent."""
@@ -49,6 +50,10 @@ class EndpointError(SteerError):
 class RequestRefused(EndpointError):
     """The endpoint refused this request (400, 413, 422), for its length, its content or an option. Others may
     succeed."""
+
+
+class NoCompletion(EndpointError):
+    """The endpoint accepted this request and answered with something other than a chat completion."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class ChatClient:
 
         Raises:
             RequestRefused: only this request is at fault.
+            NoCompletion: the answer is no chat completion.
             EndpointError: any other failure, after `max_attempts` where waiting could have helped.
         """
         fields: dict[str, Any] = {
@@ -174,7 +180,7 @@ class ChatClient:
         while True:
             body = dialect.body(fields, max_tokens)
             response = self._post(body)
-            if response.status_code == httpx.codes.OK:
+            if _status(response) == httpx.codes.OK:
                 if dialect != known:
                     self._learn(dialect)
                 return self._reply(response)
@@ -200,13 +206,14 @@ class ChatClient:
                 response = self._http.post(url, json=body)
             except httpx.InvalidURL as error:
                 raise EndpointError(f"{self.endpoint.base_url} is not a URL ({error}); give http(s)://…/v1.") from error
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:  # also an answer that cannot be decoded
                 trouble = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code in (httpx.codes.OK, *_REQUEST_STATUSES):
+                status = _status(response)
+                if status in (httpx.codes.OK, *_REQUEST_STATUSES):
                     return response
                 trouble = self._trouble(response)
-                if response.status_code not in _PASSING_STATUSES:
+                if status not in _PASSING_STATUSES:
                     raise self._refusal(response)
                 wait = max(wait, _retry_after(response))
                 if wait > LONGEST_WAIT_SECONDS:
@@ -221,7 +228,7 @@ class ChatClient:
         )
 
     def _refusal(self, response: httpx.Response) -> EndpointError:
-        endpoint, status, trouble = self.endpoint, response.status_code, self._trouble(response)
+        endpoint, status, trouble = self.endpoint, _status(response), self._trouble(response)
         if status in (401, 403):
             source = f"the key in {endpoint.api_key_variable}" if self._key else "a request without an API key"
             return EndpointError(
@@ -240,18 +247,23 @@ class ChatClient:
     def _reply(self, response: httpx.Response) -> ChatReply:
         try:
             choice = response.json()["choices"][0]
-            message = choice["message"]
-            content, refusal = message.get("content"), message.get("refusal")
             finish_reason = choice.get("finish_reason")
+            # some servers send no message where a filter stopped it
+            message = (choice.get("message") or {}) if finish_reason == "content_filter" else choice["message"]
+            content, refusal = message.get("content"), message.get("refusal")
             # servers that split off the thought put it in one of these; the content is then the answer alone
             apart = message.get("reasoning_content") or message.get("reasoning")
+            if isinstance(content, list):
+                apart = apart or any(part["type"] == "thinking" for part in content)
+                content = "".join(part["text"] for part in content if part["type"] == "text")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise EndpointError(
+            raise NoCompletion(
                 f"{self._name} answered no chat completion but {self._excerpt(response)!r}; check the URL."
             ) from error
         if not isinstance(content, str | None):
-            raise EndpointError(f"{self._name} answered a message of type {type(content).__name__}, not a text.")
-        refusal = printable(refusal) if isinstance(refusal, str) else None
+            raise NoCompletion(f"{self._name} answered a message of type {type(content).__name__}, not a text.")
+        # an empty refusal is none
+        refusal = printable(refusal) if isinstance(refusal, str) and refusal.strip() else None
         finish_reason = printable(finish_reason) if isinstance(finish_reason, str) else None
         if not has_utf8_form(content or ""):
             return ChatReply("", finish_reason, refusal, NO_UTF8_FORM)
@@ -261,7 +273,7 @@ class ChatClient:
         return ChatReply(answer, finish_reason, refusal, OPEN_THOUGHT if never_answered else None)
 
     def _trouble(self, response: httpx.Response) -> str:
-        return f"status {response.status_code}: {self._excerpt(response)}"
+        return f"status {_status(response)}: {self._excerpt(response)}"
 
     def _excerpt(self, response: httpx.Response) -> str:
         text = " ".join(response.text.split())
@@ -272,6 +284,20 @@ class ChatClient:
     @property
     def _name(self) -> str:
         return f"{self.endpoint.model} at {self.endpoint.base_url}"
+
+
+def _status(response: httpx.Response) -> int:
+    """The status, also that of an error that comes with status 200, as gateways send it: `{"error": {"code": 429}}`."""
+    if response.status_code != httpx.codes.OK:
+        return response.status_code
+    try:
+        document = response.json()
+    except ValueError:
+        return response.status_code
+    if not isinstance(document, dict) or document.get("choices") or not isinstance(document.get("error"), dict):
+        return response.status_code
+    code = document["error"].get("code")
+    return code if isinstance(code, int) and 400 <= code < 600 else response.status_code
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -23,10 +23,12 @@ from batch_jobs.report.claims import read_claims
 from batch_jobs.report.figures.catalogue import draw_figures, write_figures
 from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
 from batch_jobs.report.headlines import headlines
-from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
+from batch_jobs.report.number_text import MINUS, UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.published import read_published
 from batch_jobs.report.results import RunResults, read_run
 from batch_jobs.report.table_rows import examples, layer_rows, metric_rows, success_rows
+from batch_jobs.scoring.agreement import Estimate
+from batch_jobs.scoring.rater_agreement import estimate_text
 from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting
 
@@ -75,7 +77,13 @@ def page_environment(figures_folder: str) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        fixed=fixed, num=number, p=p_value, title=scenario_title, text=_as_text, data_uri=_data_uri
+        fixed=fixed,
+        num=number,
+        p=p_value,
+        title=scenario_title,
+        text=_as_text,
+        data_uri=_data_uri,
+        estimate=_estimate,
     )
     environment.globals.update(svg=_inline, pixels=PIXELS_PER_POINT, figures_folder=figures_folder)
     return environment
@@ -103,6 +111,7 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "table_1": table_1,
         "table_3": metric_rows([row.samples.detection for row in behaviours], published.correlation.binary),
         "behaviours": behaviours,
+        "agreement": results.agreement,
         "table_4": success_rows(results, published),
         "examples": examples(results),
         "setting_name": results.setting_names,
@@ -147,6 +156,10 @@ def _places(values: Iterable[float | None]) -> int:
 
 def _data_uri(numbers: str) -> str:
     return f"data:text/csv;base64,{base64.b64encode(numbers.encode()).decode()}"
+
+
+def _estimate(estimate: Estimate) -> str:
+    return estimate_text(estimate).replace("-", MINUS)
 
 
 def _as_text(value: Any) -> str:

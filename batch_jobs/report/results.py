@@ -12,9 +12,11 @@ from batch_jobs.config.concept import Concept, concept_of_run
 from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.documents import read_json
 from batch_jobs.report.samples import Generations, read_generations
+from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.direction_behaviour import DirectionBehaviour, read_behaviour
-from batch_jobs.scoring.judge import read_grades
+from batch_jobs.scoring.judgements import grades_in, outcome_rater
 from batch_jobs.scoring.outcome import Outcome
+from batch_jobs.scoring.rater_agreement import Agreement, read_agreement
 from batch_jobs.scoring.scores_csv import Scores, read_scores
 from batch_jobs.scoring.setting import Setting, SettingNames
 from batch_jobs.scoring.sign_and_layer_findings import Findings, read_findings
@@ -39,6 +41,8 @@ class RunResults:
     generations: Generations
     concept: Concept
     provenance: dict[str, Any]
+    agreement: Agreement | None = None
+    """None where the run has neither judge nor labels."""
 
     @cached_property
     def settings(self) -> tuple[Setting, ...]:
@@ -74,7 +78,7 @@ class RunResults:
 def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResults:
     """Read a run directory, with at most `per_condition` texts per condition and `max_samples` in total.
 
-    `findings.json` and `behaviour.json` may be absent.
+    `findings.json`, `behaviour.json` and `agreement.json` may be absent.
 
     Raises:
         ReportError: the directory, `provenance.json` or the scores are unusable.
@@ -87,10 +91,11 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
     if not scores.conditions:
         raise ReportError(f"{run_dir / 'scores.csv'} has no condition; score the generations again.")
     findings, behaviour = run_dir / "findings.json", run_dir / "behaviour.json"
+    agreement = run_dir / "agreement.json"
     provenance = _read_provenance(run_dir / "provenance.json")
     concept = concept_of_run(provenance)
-    judgements = run_dir / "judgements.jsonl"
-    grades = read_grades(judgements) if concept.outcome == "judge" and judgements.exists() else {}
+    rater = outcome_rater(RunDirectory(run_dir)) if concept.outcome == "judge" else None
+    grades = grades_in(rater.path) if rater else {}
     return RunResults(
         name=str(_find(provenance, "name") or run_dir.name),
         validation=validation,
@@ -106,6 +111,7 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
         ),
         concept=concept,
         provenance=provenance,
+        agreement=read_agreement(agreement) if agreement.exists() else None,
     )
 
 

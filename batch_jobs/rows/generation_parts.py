@@ -15,7 +15,7 @@ from vllm_steer.errors import SteerError
 
 GROUP_COLUMNS: Final = ("model", "layer", "scenario", "direction", "op", "span")
 
-_OPTIONAL_COLUMNS = ("row_id", "sample", "seed", "projection_unsteered", "log_likelihood", "thought")
+_OPTIONAL_COLUMNS = ("row_id", "sample", "seed", "projection_unsteered", "log_likelihood", "thought", "finish_reason")
 _NEEDED_COLUMNS = ("alpha", "alpha_residual_norm", "completion", "completion_tokens", "projection_generated", "error")
 COLUMN_TYPES: Mapping[str, pa.DataType] = {
     name: SCHEMA.field(name).type for name in (*GROUP_COLUMNS, *_NEEDED_COLUMNS, *_OPTIONAL_COLUMNS)
@@ -67,8 +67,8 @@ def split_table(table: pa.Table) -> Iterator[pa.Table]:
 def scoring_columns(table: pa.Table) -> pa.Table:
     """The columns of COLUMN_TYPES, in these types: dictionary-encoded ones decoded, -0.0 made 0.0.
 
-    Columns that other tables may lack (`row_id`, `sample`, `seed`, `projection_unsteered`, `log_likelihood`, `thought`)
-    are null in the result.
+    Columns that other tables may lack (`row_id`, `sample`, `seed`, `projection_unsteered`, `log_likelihood`, `thought`,
+    `finish_reason`) are null in the result.
 
     Raises:
         ScoreError: another column is missing, a group column or α holds a null, an α is not finite, or a row has

@@ -64,8 +64,18 @@ class RunDirectory:
 
     @property
     def judgements(self) -> Path:
-        """The judge's grades."""
+        """Folder of the grades, one file a judge or person; see `scoring.judgements`."""
+        return self.path / "judgements"
+
+    @property
+    def earlier_judgements(self) -> Path:
+        """The grades of the one judge that a run of an earlier version has."""
         return self.path / "judgements.jsonl"
+
+    @property
+    def agreement(self) -> Path:
+        """Agreement of judges, people and the keywords."""
+        return self.path / "agreement.json"
 
     @property
     def findings(self) -> Path:
@@ -113,6 +123,8 @@ class RunDirectory:
             self.generations,
             self.attempts,
             self.judgements,
+            self.earlier_judgements,
+            self.agreement,
             self.scores,
             self.success,
             self.findings,

@@ -21,8 +21,8 @@ from batch_jobs.scoring.judge import (
     JudgeSummary,
     Ungraded,
     judge_rows,
-    read_grades,
 )
+from batch_jobs.scoring.judgements import grades_in
 from batch_jobs.texts.contrastive import Scenario
 from tests.support.server.fake_endpoint import Answer, FakeEndpoint, fake_endpoint, said
 
@@ -30,12 +30,20 @@ RUBRIC = ("passes by", "nods", "stops to help")
 SCENARIOS = {"duel": Scenario("duel", "Duel", "Win the duel.", "Someone cries.", (), RUBRIC)}
 
 
-def write_completions(folder: Path, completions: Mapping[str, str | None], scenario: str = "duel") -> Path:
-    """Write one Parquet part of these rows; every other required column holds a value of its type."""
+def write_completions(
+    folder: Path,
+    completions: Mapping[str, str | None],
+    scenario: str = "duel",
+    name: str | None = None,
+    **columns: Any,
+) -> Path:
+    """Write one Parquet part of these rows; every other required column holds a value of its type, or that in
+    `columns`. `name`: of the part; None is the scenario's."""
     filler = {pa.string(): "-", pa.int32(): 0, pa.int64(): 0, pa.float64(): 0.0}
     blank = {column.name: None if column.nullable else filler.get(column.type, datetime.now(UTC)) for column in SCHEMA}
-    rows = [blank | {"row_id": name, "scenario": scenario, "completion": text} for name, text in completions.items()]
-    part = folder / "generations" / f"part-{scenario}.parquet"
+    blank |= {"scenario": scenario, **columns}
+    rows = [blank | {"row_id": row_id, "completion": text} for row_id, text in completions.items()]
+    part = folder / "generations" / f"part-{name or scenario}.parquet"
     part.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part)
     return part.parent
@@ -68,7 +76,7 @@ def test_each_completion_is_graded_by_its_scenarios_rubric(tmp_path: Path) -> No
     generations, out = write_completions(tmp_path, texts), tmp_path / "judgements.jsonl"
     with fake_endpoint(graded_by_length) as fake:
         assert judge(fake, generations, out) == JudgeSummary(3, 0, {}, {})
-    assert read_grades(out) == {name: len(text) % 3 for name, text in texts.items()}
+    assert grades_in(out) == {name: len(text) % 3 for name, text in texts.items()}
     assert {answer_of(request) for request in fake.requests} == set(texts.values())
     for request in fake.requests:
         assert request["temperature"] == 0.0
@@ -88,14 +96,14 @@ def test_anything_but_a_digit_is_asked_about_once_and_then_left_without_a_grade(
     assert fake.requests[1]["messages"][2]["content"].startswith("That was not a single digit.")
     (record,) = read_records(out)
     assert (record["grade"], record["reason"], record["reply"]) == (None, NO_DIGIT, reply)
-    assert read_grades(out) == {}
+    assert grades_in(out) == {}
 
 
 def test_a_digit_after_the_reminder_counts(tmp_path: Path) -> None:
     generations, out = write_completions(tmp_path, {"r1": "I run."}), tmp_path / "judgements.jsonl"
     with fake_endpoint(lambda request: said("Two." if len(request["messages"]) == 1 else " 2\n")) as fake:
         assert judge(fake, generations, out).graded == 1
-    assert read_grades(out) == {"r1": 2}
+    assert grades_in(out) == {"r1": 2}
 
 
 def test_a_second_call_asks_only_for_what_is_missing(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_a_second_call_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     generations, out = write_completions(tmp_path, texts), tmp_path / "judgements.jsonl"
     with fake_endpoint(graded_by_length) as fake:
         judge(fake, generations, out)
-        whole = read_grades(out)
+        whole = grades_in(out)
         lines = out.read_bytes().splitlines(keepends=True)
         out.write_bytes(b"".join(lines[:3]) + lines[3][:20])
         fake.requests.clear()
@@ -111,7 +119,7 @@ def test_a_second_call_asks_only_for_what_is_missing(tmp_path: Path) -> None:
         assert len(fake.requests) == 3
         assert judge(fake, generations, out) == JudgeSummary(0, 6, {}, {})
     assert len(fake.requests) == 3
-    assert read_grades(out) == whole
+    assert grades_in(out) == whole
 
 
 def test_another_rubric_is_another_question_and_its_grade_replaces_the_old_one(tmp_path: Path) -> None:
@@ -120,7 +128,7 @@ def test_another_rubric_is_another_question_and_its_grade_replaces_the_old_one(t
     with fake_endpoint(lambda request: said("2" if "passes by" in str(request) else "1")) as fake:
         judge(fake, generations, out)
         assert judge(fake, generations, out, scenarios=other).graded == 1
-    assert read_grades(out) == {"r1": 1}
+    assert grades_in(out) == {"r1": 1}
 
 
 def test_what_was_graded_before_an_endpoint_fails_is_kept(tmp_path: Path) -> None:
@@ -132,7 +140,7 @@ def test_what_was_graded_before_an_endpoint_fails_is_kept(tmp_path: Path) -> Non
     ):
         judge(fake, generations, out)
     # rows come in the order of the file, three at a time
-    assert {"r0", "r1", "r2", "r3"} <= set(read_grades(out)) <= set(texts) - {"r6"}
+    assert {"r0", "r1", "r2", "r3"} <= set(grades_in(out)) <= set(texts) - {"r6"}
 
 
 def test_rows_without_completion_or_rubric_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -188,9 +196,9 @@ def test_a_file_of_something_else_has_no_grades(tmp_path: Path, line: str) -> No
     path = tmp_path / "judgements.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(StudyError, match="is not a judgement"):
-        read_grades(path)
+        grades_in(path)
     with pytest.raises(StudyError, match="no judgements at"):
-        read_grades(tmp_path / "none.jsonl")
+        grades_in(tmp_path / "none.jsonl")
 
 
 def test_the_judge_reads_the_prompt_that_the_sample_had(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from batch_jobs.scoring.judge import (
     OUT_OF_TOKENS,
     REFUSED,
     JudgeSummary,
-    read_grades,
 )
+from batch_jobs.scoring.judgements import grades_in
 from batch_jobs.texts.contrastive import Scenario, write_scenarios
 from tests.batch.scoring.test_judge import SCENARIOS, answer_of, judge, write_completions
 from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
@@ -50,11 +50,11 @@ def test_a_row_without_a_grade_is_counted_by_its_reason_and_asked_again_by_the_n
     with fake_endpoint(lambda request: failure() if answer_of(request) == "I run." else said("2")) as fake:
         summary = judge(fake, generations, out)
     assert (summary.graded, summary.reused, summary.reasons) == (1, 0, {reason: 1})
-    assert read_grades(out) == {"r2": 2}
+    assert grades_in(out) == {"r2": 2}
     with fake_endpoint(lambda _: said("1")) as fake:
         assert judge(fake, generations, out) == JudgeSummary(1, 1, {}, {})
     assert [answer_of(request) for request in fake.requests] == ["I run."]
-    assert read_grades(out) == {"r1": 1, "r2": 2}
+    assert grades_in(out) == {"r1": 1, "r2": 2}
 
 
 def test_rows_that_an_earlier_version_recorded_without_a_grade_are_asked_again(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_rows_that_an_earlier_version_recorded_without_a_grade_are_asked_again(t
         (record,) = read_records(out)
         out.write_text(json.dumps(record | {"grade": None, "reply": ""}) + "\n", encoding="utf-8")
         assert judge(fake, generations, out).graded == 1
-    assert read_grades(out) == {"r1": 2}
+    assert grades_in(out) == {"r1": 2}
 
 
 def test_a_grade_of_an_earlier_question_does_not_stand_for_one_that_got_none(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_grade_of_an_earlier_question_does_not_stand_for_one_that_got_none(tmp
     with fake_endpoint(lambda request: said("2") if "passes by" in str(request) else Answer({}, 400)) as fake:
         judge(fake, generations, out)
         assert judge(fake, generations, out, scenarios=other).reasons == {REFUSED: 1}
-    assert read_grades(out) == {}
+    assert grades_in(out) == {}
 
 
 @pytest.mark.parametrize("reply", ["<think>It ran: 0 or 1.</think>\n\n1", "It ran: 0 or 1.\n</think>\n\n1", " 1 "])
@@ -82,14 +82,14 @@ def test_the_grade_is_what_follows_the_thought(tmp_path: Path, reply: str) -> No
     with fake_endpoint(lambda _: said(reply)) as fake:
         assert judge(fake, generations, out).graded == 1
     assert len(fake.requests) == 1
-    assert read_grades(out) == {"r1": 1}
+    assert grades_in(out) == {"r1": 1}
 
 
 def test_a_thought_that_the_server_splits_off_is_no_part_of_the_answer(tmp_path: Path) -> None:
     generations, out = write_completions(tmp_path, {"r1": "I run."}), tmp_path / "judgements.jsonl"
     with fake_endpoint(lambda _: said("1", reasoning_content="0? No: 1.", reasoning="0? No: 1.")) as fake:
         assert judge(fake, generations, out).graded == 1
-    assert read_grades(out) == {"r1": 1}
+    assert grades_in(out) == {"r1": 1}
 
 
 def test_a_reply_has_room_for_a_thought_unless_told_otherwise(tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_a_judge_that_graded_nothing_leaves_the_file_to_another_one(tmp_path: Pa
     with fake_endpoint(lambda request: said("?" if request["model"] == "mute" else "2")) as fake:
         assert judge(fake, generations, out, model="mute").graded == 0
         assert judge(fake, generations, out, model="better").graded == 1
-    assert read_grades(out) == {"r1": 2}
+    assert grades_in(out) == {"r1": 2}

@@ -24,8 +24,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def said(text: str | None, finish_reason: str = "stop", **beside: Any) -> Answer:
-    """A chat completion. `beside`: further fields of the message."""
+def said(text: Any, finish_reason: str = "stop", **beside: Any) -> Answer:
+    """A chat completion. `text`: the content, as a rule a text or None. `beside`: further fields of the message."""
     message = {"role": "assistant", "content": text, **beside}
     return Answer({"choices": [{"message": message, "finish_reason": finish_reason}]})
 
