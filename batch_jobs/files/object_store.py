@@ -63,12 +63,11 @@ def shown_address(address: str) -> str:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         return address
-    scheme, rest = match["scheme"].lower(), match["rest"].partition("?")[0]
-    host, slash, path = rest.partition("/")
-    user, at, host_alone = host.rpartition("@")
+    scheme = match["scheme"].lower()
+    user, rest = _user_and_rest(scheme, match["rest"].partition("?")[0])
     # abfs://container@account…: there, what stands before the @ is no user
-    kept = f"{user.partition(':')[0]}@" if at and scheme in ("abfs", "abfss") else ""
-    return f"{scheme}://{kept}{host_alone}{slash}{path.rstrip('/')}"
+    kept = f"{user.partition(':')[0]}@" if user and scheme in ("abfs", "abfss") else ""
+    return f"{scheme}://{kept}{rest.rstrip('/')}"
 
 
 def without_secrets(command: str) -> str:
@@ -93,33 +92,36 @@ class StorePath:
     def parse(cls, address: str) -> StorePath:
         """The place of an address, e.g. `s3://bucket/prefix` or `s3://bucket/prefix?endpoint_override=…&scheme=http`.
 
-        Nothing is read yet.
-
         Raises:
-            StoreError: the address is malformed, of an unknown scheme, names no folder, or holds a password.
+            StoreError: the address is malformed, of an unknown scheme, names no folder, or holds a password; or the
+                store, asked for the bucket's region, does not answer.
         """
         shown = shown_address(address)
         match = _ADDRESS.fullmatch(address)
         if match is None:
             raise StoreError(f"{shown!r} is no address; give scheme://bucket/folder, e.g. s3://bucket/runs/demo.")
-        userinfo, at, _ = match["rest"].partition("?")[0].rpartition("@")
-        if at and ":" in userinfo:
+        if ":" in _user_and_rest(match["scheme"].lower(), match["rest"].partition("?")[0])[0]:
             raise StoreError(
                 f"{shown}: the address holds a password, which would land in logs and in the shell's history; set the "
                 "store's environment variables instead, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
+        bucket, _, folder = shown.partition("://")[2].partition("/")
+        if not folder:
+            example = f"{match['scheme']}://{bucket or 'bucket'}/runs/demo"
+            raise StoreError(f"{shown} names no folder; give one in the bucket, e.g. {example}.")
         try:
+            # of an S3 address without region and endpoint, pyarrow asks AWS for the region, whatever the environment says
             filesystem, path = fs.FileSystem.from_uri(address)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except OSError as error:
+            reason = _reason(error)
+            raise StoreError(f"{shown} cannot be opened: {reason}; {_advice(_is_final(error, reason))}.") from error
+        except (pa.ArrowException, ValueError) as error:
             reason = str(error).replace(address, shown)
             raise StoreError(
                 f"{shown}: not an address that pyarrow opens ({reason}); give s3://, gs://, abfs:// or hdfs:// with a "
                 "bucket and a folder."
             ) from None
-        path = path.rstrip("/")
-        if "/" not in path.strip("/") and filesystem.type_name in _PUBLISH_AT_CLOSE:
-            raise StoreError(f"{shown} names a whole bucket; give a folder in it, e.g. {shown}/runs/demo.")
-        return cls(filesystem, path, shown)
+        return cls(filesystem, path.rstrip("/"), shown)
 
     def __truediv__(self, name: str) -> StorePath:
         return StorePath(self.filesystem, f"{self.path}/{name}", f"{self.shown}/{name}")
@@ -227,8 +229,8 @@ class StorePath:
             except FileNotFoundError:
                 raise
             except (OSError, pa.ArrowException) as error:
-                reason = _REQUEST_ID.sub("", " ".join(str(error).split()))
-                final = isinstance(error, PermissionError) or _FINAL.search(reason) is not None
+                reason = _reason(error)
+                final = _is_final(error, reason)
                 if wait is None or final:
                     raise StoreError(f"{self.shown} cannot be {done}: {reason}; {_advice(final)}.") from error
                 time.sleep(wait)
@@ -245,8 +247,28 @@ def each(places: Iterable[_Item], call: Callable[[_Item], _Result]) -> list[_Res
         return list(pool.map(call, places))
 
 
+def _user_and_rest(scheme: str, rest: str) -> tuple[str, str]:
+    """What stands before the @ of an address, user and password, and the rest of it."""
+    host = rest.partition("/")[0]
+    if "@" in host:
+        end = host.rindex("@")
+        return rest[:end], rest[end + 1 :]
+    if ":" in host and "@" in rest and scheme not in ("hdfs", "viewfs"):  # a password with a slash; buckets have no port
+        user, _, rest = rest.partition("@")
+        return user, rest
+    return "", rest
+
+
 def _stored(info: fs.FileInfo) -> Stored:
     return Stored(info.size or 0, info.mtime_ns or 0)
+
+
+def _reason(error: Exception) -> str:
+    return _REQUEST_ID.sub("", " ".join(str(error).split()))
+
+
+def _is_final(error: Exception, reason: str) -> bool:
+    return isinstance(error, PermissionError) or _FINAL.search(reason) is not None
 
 
 def _advice(final: bool) -> str:
