@@ -1,8 +1,8 @@
 """Runs a study's shards on a pool of engines with Ray: one actor per engine, each with its own GPUs or CPU cores.
 
 Ray Data starts the actors, hands out the shards, restarts a dead actor, on another node if its own is gone, and gives
-it its shard again. Actors get what they need through Ray and write their parts themselves, and only counts travel to the
-driver. So all nodes must see the run directory, which is checked before work starts; an object store is seen by all.
+it its shard again. Actors get what they need through Ray and write their parts themselves, and only counts travel to
+the driver. So all nodes must see the run directory, which is checked before work starts; an object store is seen by all.
 """
 
 from __future__ import annotations
