@@ -267,8 +267,12 @@ def _s3(rest: str) -> tuple[fs.S3FileSystem, str]:
         raise ValueError(f"got {', '.join(unknown)} after the ?; allowed, each once: {', '.join(_S3_FIELDS)}")
     options = {name: values[0] for name, values in fields.items()}
     path = unquote(place.rpartition("@")[2] if "@" in place.partition("/")[0] else place)
-    environment = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-    if not options.keys() & {"region", "endpoint_override"} and not any(os.environ.get(name) for name in environment):
+    # pyarrow looks for them in `from_uri` alone
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options.setdefault("endpoint_override", endpoint)
+    has_region = "region" in options or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if not has_region and "endpoint_override" not in options:
         options["region"] = fs.resolve_s3_region(path.partition("/")[0])
     return fs.S3FileSystem(**options), path
 

@@ -2,7 +2,7 @@
 
 Ray Data starts the actors, hands out the shards, restarts a dead actor, on another node if its own is gone, and gives
 it its shard again. Actors get what they need through Ray and write their parts themselves, and only counts travel to
-the driver. So all nodes must see the run directory, which is checked before work starts; an object store is seen by all.
+the driver. So all nodes must see the run directory, which is checked before work starts. All see an object store.
 """
 
 from __future__ import annotations
