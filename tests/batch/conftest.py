@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.support.s3_server import S3Server
+from tests.support.s3_server import S3Server, s3_server
 
 
 @pytest.fixture(scope="session")
 def _s3_server() -> Iterator[S3Server]:
-    from tests.support.s3_server import s3_server
-
     with s3_server() as server:
         yield server
 

@@ -127,7 +127,7 @@ def test_a_store_that_is_lost_in_the_middle_is_one_line_and_costs_nothing_that_w
         nonlocal is_lost
         if len(engine.generated) >= generated_before + 2 and not is_lost:
             is_lost = True
-            s3.stop()
+            s3.tell("stop")
         return answer(prompt, wanted)
 
     generated_before = len(engine.generated)
@@ -137,7 +137,7 @@ def test_a_store_that_is_lost_in_the_middle_is_one_line_and_costs_nothing_that_w
     assert "\n" not in str(lost.value)
     assert str(lost.value).startswith("s3://studies/runs/demo/")
     assert str(lost.value).endswith("run the same command again when the store answers.")
-    s3.start()
+    s3.tell("start")
     monkeypatch.setattr(engine, "answer", answer)
     kept = parts_at(place)
     assert 0 < len(kept) < ROWS // 4

@@ -81,9 +81,9 @@ def test_a_driver_that_lost_its_place_finds_out_and_leaves_the_other_ones_object
 
 def test_a_store_that_is_away_for_a_moment_costs_no_driver_its_place(run: StorePath, s3: S3Server) -> None:
     with DriverLock(run) as lock:
-        s3.stop()
+        s3.tell("stop")
         time.sleep(2)
-        s3.start()
+        s3.tell("start")
         time.sleep(2)
         lock.check()
         assert len(drivers(run)) == 1
