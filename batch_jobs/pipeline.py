@@ -1,7 +1,8 @@
 """Runs a study from its texts to its report: probes, generations, scores, report.
 
 Each step leaves a file, and a run directory belongs to one study (`run_key`), so an interrupted run resumes where it
-stopped: existing directions are loaded, and existing rows are not generated again.
+stopped: existing directions are loaded, and existing rows are not generated again. A run directory in an object store
+gets each step's files when the step ends.
 """
 
 from __future__ import annotations
@@ -102,17 +103,20 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     run.claim(run_key, study.identity, overwrite=options.overwrite)
     record = StudyRecord(run, study, split, run_key)
     write_scenarios(run.scenarios, scenarios.values())
+    run.publish()
 
     with _executor(study, location, options, console) as executor:
         if not run.readouts.exists():
             executor().read_texts(study, split, run)
         if not have_probes(run):
             write_probes(study, split, read_readouts(run.readouts), run, files)
+        run.publish()
         probes = load_probes(study, split, run)
         hashes = {f"{name}@{layer}": digest for (name, layer), digest in probes.hashes.items()}
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
         done, reused = _generate_missing(job, executor, options)
+        run.fetch()
 
     scores = score_run(run, scenarios, probes.validation, study.concept)
     failed = len(store.read_index(run.generations).failed)
@@ -124,6 +128,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         **({"tokens_generated": done.tokens, "generation_seconds": done.seconds} if done.tokens else {}),
     )
     write_report(run.path)
+    run.publish()
     return StudyResult(run, probes.validation, scores, done.rows, reused, failed, unfinished)
 
 
@@ -224,6 +229,7 @@ def _generate_missing(
     study, generations = job.study, job.run.generations
     if options.retry_failed:
         store.drop_failed_rows(generations)
+        job.run.publish()
     index = store.read_index(generations)
     if strangers := index.direction_hashes - set(job.probes.hashes.values()):
         raise StudyError(

@@ -57,7 +57,7 @@ def print_summary(result: StudyResult, concept: Concept, console: Console) -> No
         ("figures", run.figures),
         ("report", run.report),
     ):
-        console.print(f"  {what:<12} {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {what:<12} {run.shown(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _validation_table(result: StudyResult) -> Table:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from batch_jobs.run.run_directory import RunDirectory
     from batch_jobs.scoring.judge import JudgeSummary
 
-RunArgument = Annotated[Path, typer.Argument(help="What `study run` wrote.")]
+RunArgument = Annotated[str, typer.Argument(help="What `study run` wrote: a folder or an address.")]
 
 
 def score(
@@ -31,21 +31,23 @@ def score(
     from batch_jobs.errors import StudyError
     from batch_jobs.pipeline import not_judged_yet, score_run
     from batch_jobs.report.page import write_report
-    from batch_jobs.run.run_directory import RunDirectory
+    from batch_jobs.run.open_run import open_run
     from batch_jobs.scoring.rater_agreement import agreement_lines, read_agreement
     from batch_jobs.texts.contrastive import load_scenarios
 
     if judge is not None and grades is not None:
         raise StudyError("--judge and --grades both name the outcome; give one of them.")
-    run = RunDirectory(run_directory)
-    concept = concept_of_run(run.read_provenance())
-    scenarios, validation = load_scenarios(run.scenarios), recorded_validation(run)
-    scores = score_run(run, scenarios, validation, concept, judge=judge, grades_file=grades)
-    if note := not_judged_yet(run, concept, scores):
-        print(note)
-    if run.agreement.exists():
-        print("\n".join(agreement_lines(read_agreement(run.agreement))))
-    print(write_report(run.path))
+    with open_run(run_directory) as run:
+        concept = concept_of_run(run.read_provenance())
+        scenarios, validation = load_scenarios(run.scenarios), recorded_validation(run)
+        scores = score_run(run, scenarios, validation, concept, judge=judge, grades_file=grades)
+        if note := not_judged_yet(run, concept, scores):
+            print(note)
+        if run.agreement.exists():
+            print("\n".join(agreement_lines(read_agreement(run.agreement))))
+        report = write_report(run.path)
+        run.publish()
+        print(run.shown(report))
 
 
 def judge(
@@ -87,20 +89,21 @@ def judge(
 
     from batch_jobs.endpoint.chat import ChatClient, Endpoint
     from batch_jobs.files.documents import read_text
-    from batch_jobs.run.run_directory import RunDirectory
+    from batch_jobs.run.open_run import open_run
     from batch_jobs.scoring.judge import judge_rows
     from batch_jobs.scoring.judge_frame import frame_of_run
     from batch_jobs.texts.contrastive import load_scenarios
 
-    run = RunDirectory(run_directory)
     endpoints = [Endpoint.parse(text) for text in endpoint]
-    files = _judge_files(run, endpoints, name or [], out)
-    scenarios = load_scenarios(run.scenarios)
-    asked = read_text(frame, advice="give a text file") if frame else frame_of_run(run.read_provenance())
     ungraded = 0
-    with ExitStack() as clients:
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(run_directory, drives=True, keep_publishing=True))
+        files = _judge_files(run, endpoints, name or [], out)
+        scenarios = load_scenarios(run.scenarios)
+        asked = read_text(frame, advice="give a text file") if frame else frame_of_run(run.read_provenance())
         # all clients before the first call, so that a key that is not set costs nothing
-        judges = [clients.enter_context(ChatClient(one)) for one in endpoints]
+        judges = [stack.enter_context(ChatClient(one)) for one in endpoints]
+        stack.callback(run.publish)  # the grades so far
         for client, file in zip(judges, files, strict=True):
             summary = judge_rows(
                 run.generations,
@@ -112,7 +115,7 @@ def judge(
                 max_tokens=max_tokens,
                 frame=asked,
             )
-            _print_summary(summary, file)
+            _print_summary(summary, file if out else run.shown(file))
             ungraded += len(summary.ungraded)
     if ungraded:
         print(
@@ -138,19 +141,20 @@ def labels(
 ) -> None:
     """Take over people's labels of completions as another judge's grades; or write a sheet for people to fill in."""
     from batch_jobs.errors import StudyError
-    from batch_jobs.run.run_directory import RunDirectory
+    from batch_jobs.run.open_run import open_run
     from batch_jobs.scoring.labels import import_labels, write_sheet
     from batch_jobs.texts.contrastive import load_scenarios
 
     if (file is None) == (template is None):
         raise StudyError("Give a CSV of labels to take over, or --template FILE to write one; one of the two.")
-    run = RunDirectory(run_directory)
-    if template is not None:
-        rows = write_sheet(template, run.generations, load_scenarios(run.scenarios), sample=sample, seed=seed)
-        print(f"{rows} completions to label: {template}")
-    elif file is not None:
-        for rater, count in import_labels(run, file, name).items():
-            print(f"{count} labels of {rater}")
+    with open_run(run_directory, drives=file is not None) as run:
+        if template is not None:
+            rows = write_sheet(template, run.generations, load_scenarios(run.scenarios), sample=sample, seed=seed)
+            print(f"{rows} completions to label: {template}")
+        elif file is not None:
+            for rater, count in import_labels(run, file, name).items():
+                print(f"{count} labels of {rater}")
+            run.publish()
 
 
 def _judge_files(run: RunDirectory, endpoints: list[Endpoint], names: list[str], out: Path | None) -> list[Path]:
@@ -169,7 +173,7 @@ def _judge_files(run: RunDirectory, endpoints: list[Endpoint], names: list[str],
     return [grades_path(run, name) for name in chosen]
 
 
-def _print_summary(summary: JudgeSummary, file: Path) -> None:
+def _print_summary(summary: JudgeSummary, file: object) -> None:
     print(f"{summary.graded} graded, {summary.reused} there before, {len(summary.ungraded)} without a grade: {file}")
     if summary.cut_off:
         print(f"{summary.cut_off} rows judged by what there is: sampling.max_tokens cut their completions off")

@@ -91,7 +91,9 @@ def convert(
 
 @app.command("demo")
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/demo")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run directory: a folder or an address.", show_default="runs/demo")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")] = False,
 ) -> None:
     """Run the demo study on the demo model, from contrastive pairs to a report: some minutes on two CPU cores."""

@@ -17,7 +17,13 @@ app = typer.Typer(help="Studies: extract, validate, steer, score, report.", no_a
 @app.command("run")
 def run(
     config: Annotated[Path, typer.Argument(help="The study's YAML, e.g. configs/studies/demo.yaml.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/<config>")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Run directory: a folder, or an address in an object store, e.g. s3://bucket/runs/demo.",
+            show_default="runs/<config>",
+        ),
+    ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(help="Pairs: a .jsonl file, or a folder with train_pairs.jsonl and test_pairs.jsonl."),
@@ -47,12 +53,12 @@ def run(
     run_config(config, out, overrides, pool=pool, overwrite=overwrite, retry_failed=retry_failed, quiet=quiet)
 
 
-def run_config(config: Path, out: Path | None, overrides: Mapping[str, Any], **options: Any) -> None:
+def run_config(config: Path, out: str | Path | None, overrides: Mapping[str, Any], **options: Any) -> None:
     """Run the study of a config file and print its summary.
 
     Args:
         config: the study's YAML.
-        out: the run directory; None is `runs/<config file's stem>`.
+        out: the run directory, a folder or an address in an object store; None is `runs/<config file's stem>`.
         overrides: fields that replace the config's.
         options: fields of `RunOptions`.
 
@@ -62,16 +68,19 @@ def run_config(config: Path, out: Path | None, overrides: Mapping[str, Any], **o
     from rich.console import Console
 
     from batch_jobs.config.study import load_study
-    from batch_jobs.run.run_directory import RunDirectory
 
     study = load_study(config, overrides=overrides)
     # after the config is known to be good: this import brings scikit-learn and pyarrow
     from batch_jobs.pipeline import RunOptions, run_study
     from batch_jobs.print_summary import print_summary
+    from batch_jobs.run.open_run import open_run
+    from batch_jobs.run.run_directory import RunDirectory
 
-    directory = RunDirectory.for_config(config, out)
-    result = run_study(study, directory, RunOptions(**options), console=Console(stderr=True))
-    print_summary(result, study.concept, Console())
+    given = RunOptions(**options)
+    place = RunDirectory.for_config(config, None).path if out is None else out
+    with open_run(place, drives=True, fetch=not given.overwrite) as directory:
+        result = run_study(study, directory, given, console=Console(stderr=True))
+        print_summary(result, study.concept, Console())
 
 
 @app.command("check")
@@ -165,17 +174,27 @@ app.command("labels")(grades.labels)
 
 @app.command("compare")
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="A run directory.")],
-    run_b: Annotated[Path, typer.Argument(help="Another one: same model or another, same texts or others.")],
+    run_a: Annotated[str, typer.Argument(help="A run directory: a folder or an address.")],
+    run_b: Annotated[str, typer.Argument(help="Another one: same model or another, same texts or others.")],
     out: Annotated[Path | None, typer.Option(help="Also write the comparison as JSON.")] = None,
 ) -> None:
     """Set two runs side by side: configs, equal completions, success rates, validation, agreement of projections."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from batch_jobs.compare.runs import compare_runs, write_comparison
     from batch_jobs.compare.tables import print_comparison
+    from batch_jobs.files.documents import printable
+    from batch_jobs.run.open_run import open_run
 
-    comparison = compare_runs(run_a, run_b)
+    with open_run(run_a) as one, open_run(run_b) as other:
+        comparison = compare_runs(one.path, other.path)
+        comparison = replace(
+            comparison,
+            a=replace(comparison.a, path=printable(one.shown(one.path))),
+            b=replace(comparison.b, path=printable(other.shown(other.path))),
+        )
     print_comparison(comparison, Console())
     if out is not None:
         write_comparison(out, comparison)

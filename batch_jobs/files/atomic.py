@@ -7,17 +7,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batch_jobs.files.object_store import StorePath
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path | StorePath, text: str) -> None:
     """Replace the content of `path` with `text` in UTF-8; makes the folder if it is absent.
 
-    The text goes to a temporary file in the same folder (a rename is only atomic within one file system), which is
-    synced and then renamed to `path`.
+    On a disk, the text goes to a temporary file in the same folder (a rename is only atomic within one file system),
+    which is synced and then renamed to `path`.
 
     Raises:
         OSError: the folder cannot be written; `path` is then unchanged.
+        StoreError: the object store refuses; `path` is then unchanged.
     """
+    if not isinstance(path, Path):
+        path.write_bytes(text.encode("utf-8"))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     part = Path(name)

@@ -27,10 +27,15 @@ class LocalExecutor:
         read_texts(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
-        """Run all shards, one after another; returns the sum of their outcomes."""
+        """Run all shards, one after another; returns the sum of their outcomes.
+
+        Raises:
+            StudyError: the run directory's store refuses, or another driver has taken the run.
+        """
         engine = self._engine.engine
         runner = ShardRunner(engine, job, model_revision=self._engine.revision, progress=self._progress)
         total = ShardOutcome(0, 0, 0, 0.0)
         for shard in shards:
+            job.run.check_held()
             total += runner.run(shard)
         return total

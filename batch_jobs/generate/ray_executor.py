@@ -1,15 +1,19 @@
 """Runs a study's shards on a pool of engines with Ray: one actor per engine, each with its own GPUs or CPU cores.
 
-Ray Data starts the actors, hands out the shards, restarts a dead actor and gives it its shard again. Actors write their
-parts themselves, so all machines must see the run directory, and only counts travel to the driver.
+Ray Data starts the actors, hands out the shards, restarts a dead actor, on another node if its own is gone, and gives
+it its shard again. Actors get what they need through Ray and write their parts themselves, and only counts travel to
+the driver. So all nodes must see the run directory, which is checked before work starts. All see an object store.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,10 +26,12 @@ from batch_jobs.directions.directions_and_norms import read_texts
 from batch_jobs.engine.cpu_set import claim_cores
 from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
+from batch_jobs.generate.ray_nodes import refuse_blind_nodes
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.shards import Shard
 from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.run.working_copy import WorkingCopy
 from batch_jobs.texts.contrastive import Split
 from vllm_steer.errors import SteerError
 
@@ -70,26 +76,32 @@ class RayExecutor:
         self._resources = resources_of(pool, study.engine.tensor_parallel_size)
         # engines on GPUs are not bound to cores: their host threads do little
         self._cores = None if self._resources["num_gpus"] else int(self._resources["num_cpus"])
+        self._nodes_are_checked = False
         self._board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
     def read_texts(self, study: Study, split: Split, run: RunDirectory) -> None:
         """Read the contrastive texts in a separate process, which then ends and frees its memory.
 
         Raises:
-            StudyError: the extraction fails, or Ray itself does.
+            StudyError: the extraction fails, a node does not see the run directory, or Ray itself fails.
         """
+        self._check_nodes(run)
         task = ray.remote(max_calls=1, **self._resources)(_read_texts)
         if not self._quiet:
             self._console.print("Reading the texts on a Ray worker", highlight=False)
         with ray_errors("The extraction"):
-            ray.get(task.remote(study, split, run, self._location, self._cores, self._board))
+            ray.get(task.remote(study, split, run.absolute(), self._location, self._cores, self._board))
+        run.fetch()
 
     def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
         """Run all shards; returns the sum of their outcomes.
 
         Raises:
-            StudyError: a worker cannot start, or Ray itself fails. Stored rows stay.
+            StudyError: a worker cannot start, a node does not see the run directory, another driver has taken the run,
+                or Ray itself fails. Stored rows stay.
         """
+        self._check_nodes(job.run)
+        job = replace(job, run=job.run.absolute())
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # no plan and bars: PoolView shows progress
         items = [{"row_ids": ",".join(row.row_id for row in shard.rows)} for shard in shards]
@@ -111,7 +123,15 @@ class RayExecutor:
                 )
                 view.stored(outcome)
                 total += outcome
+                job.run.check_held()
         return total
+
+    def _check_nodes(self, run: RunDirectory) -> None:
+        # a Ray that was started here has this machine alone, which has just written the run directory
+        if self._pool.address is not None and not self._nodes_are_checked:
+            with ray_errors("The check of the nodes"):
+                refuse_blind_nodes(run.absolute(), self._resources)
+            self._nodes_are_checked = True
 
     def _read_board(self) -> Snapshot | None:
         try:
@@ -182,7 +202,14 @@ def _read_texts(study: Study, split: Split, run: RunDirectory, location: str, co
     progress = _on_own_cores(cores, board)
     engine = start_engine(study, location)
     blocks = decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code)
-    read_texts(engine, study, split, run, num_layers=blocks, progress=progress)
+    if run.copy is None:
+        read_texts(engine, study, split, run, num_layers=blocks, progress=progress)
+        return
+    with tempfile.TemporaryDirectory(prefix="vllm-steer-run-") as folder:
+        # this node may share no disk with the driver, which fetches the files from the store
+        here = WorkingCopy(Path(folder), run.copy.store)
+        read_texts(engine, study, split, RunDirectory(here.folder, here), num_layers=blocks, progress=progress)
+        here.publish()
 
 
 def _on_own_cores(cores: int | None, board: Any) -> BoardProgress:

@@ -91,7 +91,8 @@ class ShardRunner:
         self._job = job
         self._progress = progress
         self._origin = Origin(model_revision, job.probes.hashes)
-        self._attempts = AttemptLog(job.run.attempts)
+        self._attempts = AttemptLog(job.run.stored(job.run.attempts))
+        self._generations = job.run.stored(job.run.generations)
         self._prompts: SteeringPrompts = prepare_prompts(engine, study, job.scenarios, progress=progress)
 
     def run(self, shard: Shard) -> ShardOutcome:
@@ -99,9 +100,8 @@ class ShardRunner:
         return self._run(shard, crashes_allowed=self._job.study.max_attempts, tried=0)
 
     def _run(self, shard: Shard, *, crashes_allowed: int, tried: int) -> ShardOutcome:
-        if has_rows(
-            self._job.run.generations, [(row.condition.model, row.condition.layer, row.row_id) for row in shard.rows]
-        ):
+        rows = [(row.condition.model, row.condition.layer, row.row_id) for row in shard.rows]
+        if has_rows(self._generations, rows):
             # an earlier worker stored it and died before it could report
             return ShardOutcome(len(shard.rows), 0, 0, 0.0)
         crashes = self._attempts.begin(shard.key)
@@ -158,7 +158,7 @@ class ShardRunner:
         )
 
     def _store(self, generations: list[Generation], seconds: float) -> ShardOutcome:
-        write_rows(self._job.run.generations, generations, self._job.file_metadata)
+        write_rows(self._generations, generations, self._job.file_metadata)
         return ShardOutcome(
             rows=len(generations),
             failed=sum(generation.error is not None for generation in generations),

@@ -1,4 +1,4 @@
-"""Generations on disk: one Parquet row per sample, in parts that appear whole or not at all.
+"""Generations in files: one Parquet row per sample, in parts that appear whole or not at all.
 
 Layout: `<generations>/model_key=<slug>/layer_key=<layer>/part-<digest>.parquet`. The partition keys repeat
 the columns `model` and `layer` under other names, for two reasons: a model's name holds slashes, which a
@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batch_jobs.errors import StudyError
+
+if TYPE_CHECKING:
+    from batch_jobs.files.object_store import StorePath
 
 _LATER_COLUMNS = ("thought", "alpha_separation")
 """Columns that parts of earlier versions lack."""
@@ -112,20 +115,24 @@ def model_slug(model: str) -> str:
     return plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def write_rows(folder: Path, rows: Sequence[Generation], metadata: Mapping[str, str]) -> list[Path]:
+def write_rows(
+    folder: Path | StorePath, rows: Sequence[Generation], metadata: Mapping[str, str]
+) -> list[Path | StorePath]:
     """Write the rows, one part for each (model, layer) among them, and return the parts' paths.
 
     `metadata` goes into each file's key-value metadata (versions, config hash, commit ...). A part's name is
     a digest of its row ids: writing the same rows again replaces the part instead of doubling the rows. Each
-    part is written to a hidden file in the same folder, synced, and renamed, so a crash leaves no half-written part.
+    part is written to a hidden file in the same folder, synced, and renamed, so a crash leaves no half-written part. In
+    an object store it is one object, which appears when all of it is there.
 
     Raises:
         OSError: a part cannot be written.
+        StoreError: the object store refuses a part.
     """
     groups: dict[tuple[str, int], list[Generation]] = {}
     for row in rows:
         groups.setdefault((row.model, row.layer), []).append(row)
-    written = []
+    written: list[Path | StorePath] = []
     for (model, layer), members in groups.items():
         part = part_path(folder, model, layer, [row.row_id for row in members])
         _write_part(part, to_table(members).replace_schema_metadata(dict(metadata)))
@@ -138,12 +145,12 @@ def rows_digest(row_ids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
 
 
-def part_path(folder: Path, model: str, layer: int, row_ids: Iterable[str]) -> Path:
+def part_path(folder: Path | StorePath, model: str, layer: int, row_ids: Iterable[str]) -> Path | StorePath:
     """Path of the part that holds exactly these rows of one model and layer."""
     return folder / f"model_key={model_slug(model)}" / f"layer_key={layer}" / f"part-{rows_digest(row_ids)}.parquet"
 
 
-def has_rows(folder: Path, rows: Iterable[tuple[str, int, str]]) -> bool:
+def has_rows(folder: Path | StorePath, rows: Iterable[tuple[str, int, str]]) -> bool:
     """Whether `write_rows` has stored exactly these rows, each (model, layer, row id), in parts of their own."""
     groups: dict[tuple[str, int], list[str]] = {}
     for model, layer, row_id in rows:
@@ -239,11 +246,45 @@ def drop_failed_rows(folder: Path) -> int:
         if good.num_rows == table.num_rows:
             continue
         dropped += table.num_rows - good.num_rows
-        if good.num_rows:
-            _write_part(part, good.replace_schema_metadata(pq.read_schema(part).metadata))
-        else:
-            part.unlink()
+        _replace_part(part, good)
     return dropped
+
+
+def drop_repeated_rows(folder: Path) -> int:
+    """Remove rows that another part holds too, and return their number. Of a row's copies, one with a completion stays.
+
+    Two copies of a row come from two workers that ran it under different parts: one that a cluster had taken for dead,
+    or two drivers on one object store. Parts are replaced as in `drop_failed_rows`.
+
+    Raises:
+        StudyError: a part is not a table of SCHEMA; the message names the file.
+    """
+    keeper: dict[str, tuple[bool, Path]] = {}  # row id -> (whether it failed, part), the smallest
+    repeated: set[Path] = set()
+    for part in _parts(folder):
+        _check_part(part)
+        table = pq.read_table(part, columns=["row_id", "error"], partitioning=None)
+        failed = pc.is_valid(table["error"]).to_pylist()
+        for row_id, copy in zip(table["row_id"].to_pylist(), ((one, part) for one in failed), strict=True):
+            first = keeper.setdefault(row_id, copy)
+            if first != copy:
+                keeper[row_id], loser = sorted((first, copy))
+                repeated.add(loser[1])
+    dropped = 0
+    for part in repeated:
+        table = pq.read_table(part, schema=SCHEMA, partitioning=None)
+        kept = table.filter(pa.array([keeper[row_id][1] == part for row_id in table["row_id"].to_pylist()]))
+        dropped += table.num_rows - kept.num_rows
+        _replace_part(part, kept)
+    return dropped
+
+
+def _replace_part(part: Path, table: pa.Table) -> None:
+    """Put the table in the place of the part, under the part's metadata; without a row, delete the part."""
+    if table.num_rows:
+        _write_part(part, table.replace_schema_metadata(pq.read_schema(part).metadata))
+    else:
+        part.unlink()
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -273,7 +314,12 @@ def _check_part(part: Path) -> None:
         )
 
 
-def _write_part(part: Path, table: pa.Table) -> None:
+def _write_part(part: Path | StorePath, table: pa.Table) -> None:
+    if not isinstance(part, Path):
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content, compression="zstd")
+        part.write_bytes(content.getvalue().to_pybytes())
+        return
     part.parent.mkdir(parents=True, exist_ok=True)
     # Hidden and without the .parquet suffix, so that neither a dataset scan nor a glob takes it for a part. The
     # process id keeps two writers of the same part apart.

@@ -1,15 +1,19 @@
-"""Counts how often work was begun and never ended. The counts are on disk, since the counting process itself may die.
+"""Counts how often work was begun and never ended. The counts are in files, since the counting process itself may die.
 
 Without them, a row that kills its engine (a fault in a kernel, exhausted memory) would go to one worker after another
-forever.
+forever. A worker that ends with its whole machine is counted too, as nothing tells the two apart from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batch_jobs.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from batch_jobs.files.object_store import StorePath
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class AttemptLog:
         folder: holds the files; made when needed.
     """
 
-    folder: Path
+    folder: Path | StorePath
 
     def begin(self, key: str) -> int:
         """Record that `key` begins; returns how often it began before without an `end`. `key` names a file."""

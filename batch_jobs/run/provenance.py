@@ -16,6 +16,7 @@ from typing import Any
 from batch_jobs.config.primary import RECORD_FIELD
 from batch_jobs.config.study import Study
 from batch_jobs.files.documents import printable
+from batch_jobs.files.object_store import without_secrets
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
@@ -68,7 +69,7 @@ class StudyRecord:
         """Continue the run's record, or start one, add this session, and write the file."""
         self._run = run
         self._session: dict[str, Any] = {
-            "command": printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+            "command": printable(shlex.join([Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])])),
             "versions": package_versions(),
             "git_commit": git_commit(),
             "platform": platform.platform(),

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batch_jobs.config.difference import config_difference
 from batch_jobs.config.steering import without_file_paths
@@ -15,17 +15,73 @@ from batch_jobs.config.study import WORKING_FIELDS, StudyError
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.files.documents import read_json
 
+if TYPE_CHECKING:
+    from batch_jobs.files.object_store import StorePath
+    from batch_jobs.run.working_copy import WorkingCopy
+
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run. Nothing is created until something is written."""
+    """Paths of one run. Nothing is created until something is written.
+
+    A run in an object store has a working copy; `path` is then the copy's folder. `open_run` makes both.
+    """
 
     path: Path
+    copy: WorkingCopy | None = None
 
     @classmethod
     def for_config(cls, config: Path, out: Path | None) -> RunDirectory:
         """The run at `out` if given, else at `runs/<config file's stem>` under the current folder."""
         return cls(out if out is not None else Path("runs") / config.stem)
+
+    def absolute(self) -> RunDirectory:
+        """The same run for a process with another current folder."""
+        return RunDirectory(self.path.absolute(), self.copy)
+
+    def stored(self, path: Path) -> Path | StorePath:
+        """Where the file or folder at `path` of the run lies for everybody: in the store, or on the disk itself."""
+        if self.copy is None:
+            return path
+        name = path.relative_to(self.path).as_posix()
+        return self.copy.store if name == "." else self.copy.store / name
+
+    def shown(self, path: Path) -> str:
+        """The place of a file or folder of the run, for the user."""
+        return str(self.stored(path))
+
+    def fetch(self) -> None:
+        """Bring what is new in the store into the working copy; without a store, nothing.
+
+        Rows that two workers have stored are there once afterwards.
+
+        Raises:
+            StudyError: the store refuses, or a part is unusable.
+        """
+        if self.copy is None:
+            return
+        from batch_jobs.rows.store import drop_repeated_rows
+
+        self.copy.fetch()
+        drop_repeated_rows(self.generations)
+
+    def publish(self) -> None:
+        """Bring what was changed in the working copy into the store; without a store, nothing.
+
+        Raises:
+            StudyError: the store refuses.
+        """
+        if self.copy is not None:
+            self.copy.publish()
+
+    def check_held(self) -> None:
+        """Check, between two pieces of work, that the run is still this driver's; without a store, nothing.
+
+        Raises:
+            StudyError: another driver has taken it; see `DriverLock`.
+        """
+        if self.copy is not None:
+            self.copy.check_held()
 
     @property
     def directions(self) -> Path:
@@ -149,6 +205,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{self.path} is a file; give --out a directory.")
         if overwrite:
+            if self.copy is not None:
+                self.copy.delete(path.name for path in (self.provenance, *self._results))
             self.provenance.unlink(missing_ok=True)
             for result in self._results:
                 shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)

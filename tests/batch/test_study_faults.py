@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -17,9 +18,12 @@ import pytest
 from rich.console import Console
 
 from batch_jobs.config.study import load_study
+from batch_jobs.files.object_store import StorePath
 from batch_jobs.pipeline import RunOptions, run_study
 from batch_jobs.rows.store import read_rows
+from batch_jobs.run.open_run import open_run
 from batch_jobs.run.run_directory import RunDirectory
+from tests.support.s3_server import S3Server
 from tests.support.tiny_study import COMMAND, PROJECT_ROOT, environment, run_command, write_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -33,12 +37,18 @@ def config(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The rows of the study, run in one engine without faults."""
+def undisturbed_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The study, run in one engine without faults."""
     run = RunDirectory(tmp_path_factory.mktemp("local") / "run")
     result = run_study(load_study(config), run, RunOptions(), console=Console(quiet=True))
     assert (result.generated, result.failed) == (NUM_ROWS, 0)
-    return read_rows(run.generations).to_pylist()
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run: RunDirectory) -> list[dict[str, Any]]:
+    """Its rows."""
+    return read_rows(undisturbed_run.generations).to_pylist()
 
 
 def results(rows: list[dict[str, Any]]) -> dict[str, tuple[str, int]]:
@@ -61,7 +71,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], log: Path)
 
 
 @contextmanager
-def running(config: Path, out: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def running(config: Path, out: Path | str, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Run the command in the background; all its processes are gone afterwards."""
     started: list[psutil.Process] = []
     with log.open("w", encoding="utf-8") as sink:
@@ -92,6 +102,11 @@ def actors(driver: subprocess.Popen[str]) -> list[psutil.Process]:
             if "ray::MapWorker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
+
+
+def workers_of(node: psutil.Process) -> list[psutil.Process]:
+    """The Ray workers of a node that run an engine."""
+    return [one for one in node.children(recursive=True) if "ray::MapWorker" in " ".join(one.cmdline())]
 
 
 @pytest.mark.ray
@@ -139,6 +154,76 @@ def test_kill_9_of_an_actor_the_driver_and_the_whole_session_loses_and_doubles_n
     assert results(read_rows(out / "generations").to_pylist()) == results(undisturbed)
     assert f"{NUM_ROWS - 4 * len(second)} rows generated, {4 * len(second)} there before, 0 failed" in last.stdout
     assert not list((out / "attempts").iterdir())
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray cluster of two nodes with a CPU each, on this machine: its address, and the process of the second node.
+
+    Their workers run in `folder`/head and in `folder`/second, so that /proc/self/cwd is another place for each node.
+    """
+    from ray.cluster_utils import Cluster
+
+    for name in ("head", "second"):
+        (folder / name).mkdir()
+    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster()
+    try:
+        with contextlib.chdir(folder / "head"):
+            cluster.add_node(**options, include_dashboard=False)
+        with contextlib.chdir(folder / "second"):
+            node = cluster.add_node(**options)
+        (raylet,) = node.all_processes["raylet"]
+        yield cluster.address, psutil.Process(raylet.process.pid)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.ray
+def test_nodes_without_a_shared_disk_work_in_an_object_store_and_one_of_them_may_die(
+    config: Path,
+    undisturbed_run: RunDirectory,
+    undisturbed: list[dict[str, Any]],
+    tmp_path: Path,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, out = tmp_path / "log.txt", s3.address("runs/tiny")
+    place = StorePath.parse(out)
+    # another machine has extracted the directions and stored some of the rows
+    with open_run(out) as run:
+        shutil.copytree(undisturbed_run.path, run.path, dirs_exist_ok=True)
+        for part in sorted(run.generations.rglob("part-*.parquet"))[2:]:
+            part.unlink()
+        run.publish()
+
+    def stored() -> set[str]:
+        return {name for name in place.files() if name.endswith(".parquet")}
+
+    first = stored()
+    assert len(first) == 2
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
+    with two_nodes(tmp_path) as (address, second_node):
+        pool = ("--executor", "ray", "--workers", "2", "--address", address)
+        blind = Path("/proc/self/cwd/run")
+        refused = run_command(config, blind, *pool, cwd=tmp_path / "head")
+        assert refused.returncode == 2, refused.stderr[-4000:]
+        assert f"does not see the run directory {blind}; give --out a folder that all nodes share" in refused.stderr
+        assert refused.stderr.strip().count("\n") == 0
+        with running(config, out, log, *pool) as driver:
+            wait_for(lambda: workers_of(second_node), driver, log)
+            wait_for(lambda: len(stored()) >= len(first) + 2, driver, log)
+            victims = workers_of(second_node)
+            second_node.kill()  # its workers end with it
+            _, alive = psutil.wait_procs(victims, timeout=60)
+            assert not alive
+            assert driver.wait(PATIENCE_SECONDS) == 0, log.read_text(encoding="utf-8")[-4000:]
+    assert "0 failed" in log.read_text(encoding="utf-8")
+    with open_run(out) as run:
+        assert results(read_rows(run.generations).to_pylist()) == results(undisturbed)
+    assert first < stored()
+    assert len(stored()) == NUM_ROWS // 4
+    assert not [name for name in place.files() if name.startswith(("attempts/", "drivers/"))]
 
 
 def test_a_row_that_breaks_a_step_of_the_engine_is_recorded_and_can_be_run_again(

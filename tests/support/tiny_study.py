@@ -50,11 +50,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def run_command(config: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_command(config: Path, out: Path, *options: str, cwd: Path = PROJECT_ROOT) -> subprocess.CompletedProcess[str]:
     """Run `vllm-steer study run` to its end."""
     return subprocess.run(
         [*COMMAND, str(config), "--out", str(out), *options],
-        cwd=PROJECT_ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
