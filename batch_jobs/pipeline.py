@@ -21,12 +21,15 @@ from rich.console import Console
 
 from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import Study, StudyError
+from batch_jobs.cost.cost_curve import CostCurve, read_cost, write_cost
+from batch_jobs.cost.materials import load_materials
 from batch_jobs.directions.direction_files import read_direction_files
 from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.engine.progress import ConsoleProgress
 from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks, hidden_size, model_location
+from batch_jobs.generate.cost_run import cost_cells
 from batch_jobs.generate.local_executor import LocalExecutor
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome
@@ -95,6 +98,8 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     """
     split = load_split(study.pairs, study.split)
     scenarios = chosen_scenarios(study)
+    if study.cost is not None:
+        load_materials(study.cost.texts, study.cost.choices)
     location = model_location(study.model)
     # a layer that the model lacks is refused here, before an engine loads its weights
     study.hooked_layers(decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code))
@@ -116,6 +121,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
         done, reused = _generate_missing(job, executor, options)
+        _measure_cost(job, executor)
         run.fetch()
 
     scores = score_run(run, scenarios, probes.validation, study.concept)
@@ -220,6 +226,17 @@ def _executor(
             return stack.enter_context(ray_session(options.pool, study, location, console, quiet=options.quiet))
 
         yield executor
+
+
+def _measure_cost(job: ShardJob, executor: Callable[[], LocalExecutor | RayExecutor]) -> None:
+    """Measure and store the cost of the study's steering, where that is asked for and not done yet."""
+    options, path = job.study.cost, job.run.cost
+    if options is None:
+        return
+    materials = load_materials(options.texts, options.choices)
+    if path.exists() and read_cost(path).covers(materials, cost_cells(job)):
+        return
+    write_cost(path, CostCurve(materials.content_hash, executor().measure_cost(job, materials)))
 
 
 def _generate_missing(

@@ -131,6 +131,7 @@ def write_part(folder: Path, layer: int, first: int, completions: list[str]) -> 
         "completion": completions,
     }
     part = part_path(folder, MODEL, layer, ids)
+    assert isinstance(part, Path)
     part.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns, schema=SCHEMA), part, compression="zstd")
 

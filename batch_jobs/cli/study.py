@@ -172,6 +172,24 @@ app.command("judge")(grades.judge)
 app.command("labels")(grades.labels)
 
 
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories: of one its report is written anew.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Page of several runs; its figures go to a folder beside it.", show_default="runs.html"),
+    ] = None,
+) -> None:
+    """Write the report of a run anew, or one page that sets several runs side by side. Nothing is scored again."""
+    from batch_jobs.report.page import write_report
+    from batch_jobs.report.several_runs import write_joint_report
+
+    if len(runs) == 1 and out is None:
+        print(write_report(runs[0]))
+    else:
+        print(write_joint_report(runs, out or Path("runs.html")))
+
+
 @app.command("compare")
 def compare(
     run_a: Annotated[str, typer.Argument(help="A run directory: a folder or an address.")],

@@ -13,6 +13,7 @@ from batch_jobs.errors import StudyError
 from batch_jobs.files.documents import read_yaml
 
 _PATH_FIELDS = ("pairs", "scenarios")
+_SECTION_PATH_FIELDS = {"concept": ("ablation_words",), "cost": ("texts", "choices")}
 _WHOLE_FIELDS = ("chat_template_kwargs",)
 """Mappings that are one value, not a section: a study's own value replaces the base's as a whole."""
 
@@ -20,8 +21,8 @@ _WHOLE_FIELDS = ("chat_template_kwargs",)
 def read_study_document(path: Path, allowed: str) -> dict[str, Any]:
     """The YAML's mapping, merged over that of its `base`, section by section.
 
-    Relative `pairs`, `scenarios`, `concept.ablation_words` and direction files are resolved against the folder of the
-    file that gives them.
+    Relative `pairs`, `scenarios`, direction files and paths in the sections `concept` and `cost` are resolved
+    against the folder of the file that gives them.
 
     Args:
         path: the YAML file.
@@ -47,9 +48,11 @@ def _read(path: Path, allowed: str, above: tuple[Path, ...]) -> dict[str, Any]:
     for field in _PATH_FIELDS:
         if isinstance(document.get(field), str):
             document[field] = path.parent / document[field]
-    concept = document.get("concept")
-    if isinstance(concept, dict) and isinstance(concept.get("ablation_words"), str):
-        concept["ablation_words"] = path.parent / concept["ablation_words"]
+    for name, fields in _SECTION_PATH_FIELDS.items():
+        section = document.get(name)
+        if isinstance(section, dict):
+            given = {field: section[field] for field in fields if isinstance(section.get(field), str)}
+            section |= {field: path.parent / value for field, value in given.items()}
     resolve_direction_files(document, path.parent)
     base = document.pop("base", None)
     if base is None:

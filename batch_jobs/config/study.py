@@ -23,6 +23,7 @@ from pydantic import (
 
 from batch_jobs.config.concept import STUDY_NAME as STUDY_NAME  # re-exported
 from batch_jobs.config.concept import Concept, empathy
+from batch_jobs.config.cost import CostOptions
 from batch_jobs.config.document import explain_faults, read_study_document
 from batch_jobs.config.primary import Primary
 from batch_jobs.config.steering import Controls, DirectionFile, without_file_paths
@@ -44,8 +45,8 @@ SteeringDirection = Annotated[
 AlphaUnit = Literal["raw", "residual_norm", "separation"]
 
 
-WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios")
-"""Fields for how the work is done and where the texts are; no result depends on them."""
+WORKING_FIELDS = ("engine", "rows_per_part", "max_attempts", "pairs", "scenarios", "cost")
+"""Fields for how the work is done and where the texts are, and `cost`, on which nothing but `cost.json` depends."""
 
 
 class _Section(BaseModel):
@@ -241,6 +242,8 @@ class Study(_Section):
     sampling: Sampling = Sampling()
     primary: Primary | None = Field(default=None, exclude_if=lambda given: given is None)
     """The hypothesis that is stated before anything is generated, and written to provenance.json."""
+    cost: CostOptions | None = Field(default=None, exclude_if=lambda given: given is None)
+    """What steering costs: perplexity of neutral texts and plain questions under every steering; None leaves it out."""
     likelihood: bool = True
     """Read every completion once more without steering, for its log-likelihood under the unsteered model and its
     projection onto the direction. Costs one prefill per row."""

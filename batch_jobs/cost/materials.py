@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -41,6 +43,12 @@ class CostMaterials:
     """Neutral texts, for the perplexity; at least one."""
     choices: tuple[Choice, ...]
     """At least one."""
+
+    @property
+    def content_hash(self) -> str:
+        """First 16 hex digits of the sha256 over texts and questions."""
+        content = [self.texts, [choice.model_dump() for choice in self.choices]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_materials(texts: Path | None = None, choices: Path | None = None) -> CostMaterials:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batch_jobs.config.study import Study
+from batch_jobs.cost.cost_curve import CostPoint
+from batch_jobs.cost.materials import CostMaterials
 from batch_jobs.directions.directions_and_norms import read_texts
 from batch_jobs.engine.progress import Progress
 from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks
+from batch_jobs.generate.cost_run import run_cost
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.shards import Shard
 from batch_jobs.run.run_directory import RunDirectory
@@ -39,3 +42,7 @@ class LocalExecutor:
             job.run.check_held()
             total += runner.run(shard)
         return total
+
+    def measure_cost(self, job: ShardJob, materials: CostMaterials) -> tuple[CostPoint, ...]:
+        """Measure the cost of every steering; see `cost_run.run_cost`."""
+        return run_cost(self._engine.engine, job, materials, progress=self._progress)

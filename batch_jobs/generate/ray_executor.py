@@ -22,9 +22,12 @@ from ray.exceptions import RayError
 from rich.console import Console
 
 from batch_jobs.config.study import Study, StudyError
+from batch_jobs.cost.cost_curve import CostPoint
+from batch_jobs.cost.materials import CostMaterials
 from batch_jobs.directions.directions_and_norms import read_texts
 from batch_jobs.engine.cpu_set import claim_cores
 from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
+from batch_jobs.generate.cost_run import run_cost
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
 from batch_jobs.generate.ray_nodes import refuse_blind_nodes
 from batch_jobs.generate.ray_options import Pool
@@ -126,6 +129,23 @@ class RayExecutor:
                 job.run.check_held()
         return total
 
+    def measure_cost(self, job: ShardJob, materials: CostMaterials) -> tuple[CostPoint, ...]:
+        """Measure the cost of every steering in a separate process, which then ends and frees its memory.
+
+        Raises:
+            StudyError: the measurement fails, or Ray itself does.
+        """
+        self._check_nodes(job.run)
+        task = ray.remote(max_calls=1, **self._resources)(_measure_cost)
+        if not self._quiet:
+            self._console.print("Measuring the cost on a Ray worker", highlight=False)
+        job = replace(job, run=job.run.absolute())
+        with ray_errors("Measuring the cost"):
+            points: tuple[CostPoint, ...] = ray.get(
+                task.remote(job, materials, self._location, self._cores, self._board)
+            )
+        return points
+
     def _check_nodes(self, run: RunDirectory) -> None:
         # a Ray that was started here has this machine alone, which has just written the run directory
         if self._pool.address is not None and not self._nodes_are_checked:
@@ -210,6 +230,13 @@ def _read_texts(study: Study, split: Split, run: RunDirectory, location: str, co
         here = WorkingCopy(Path(folder), run.copy.store)
         read_texts(engine, study, split, RunDirectory(here.folder, here), num_layers=blocks, progress=progress)
         here.publish()
+
+
+def _measure_cost(
+    job: ShardJob, materials: CostMaterials, location: str, cores: int | None, board: Any
+) -> tuple[CostPoint, ...]:
+    progress = _on_own_cores(cores, board)
+    return run_cost(start_engine(job.study, location), job, materials, progress=progress)
 
 
 def _on_own_cores(cores: int | None, board: Any) -> BoardProgress:

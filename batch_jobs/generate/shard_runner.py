@@ -71,6 +71,19 @@ class ShardJob:
         return study_rows(self.study, self.probes.mean_residual_norms, self.probes.separations)
 
 
+def register_steering(engine: Engine, job: ShardJob) -> None:
+    """Register the directions that steer, and their controls.
+
+    Raises:
+        SteerError: the engine refuses a direction.
+    """
+    from vllm_steer import register_directions
+
+    register_directions(
+        engine, [*(job.probes.directions[key] for key in steering_keys(job.study)), *job.probes.controls.values()]
+    )
+
+
 class ShardRunner:
     """Runs shards of a study in one engine."""
 
@@ -81,12 +94,8 @@ class ShardRunner:
             SteerError: the engine refuses a direction.
             StudyError: a prompt cannot be prepared; see `prepare_prompts`.
         """
-        from vllm_steer import register_directions
-
         study = job.study
-        steering = [job.probes.directions[key] for key in steering_keys(study)]
-        steering += job.probes.controls.values()
-        register_directions(engine, steering)
+        register_steering(engine, job)
         self._engine = engine
         self._job = job
         self._progress = progress

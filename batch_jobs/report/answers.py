@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
-from batch_jobs.directions.control import controlled_direction
-from batch_jobs.report.number_text import fixed, number, p_value
+from batch_jobs.config.primary import recorded_primary
+from batch_jobs.config.steering import controlled_direction
+from batch_jobs.report.number_text import fixed, number, p_value, scenario_title
 from batch_jobs.report.results import RunResults
+from batch_jobs.scoring.primary_rows import primary_rows
 from batch_jobs.scoring.sign_and_layer_findings import ControlEffect
 from batch_jobs.statistics.exact_tests import holm_p
 
@@ -28,6 +32,51 @@ class Answer:
 def answers(results: RunResults) -> list[Answer]:
     """The three answers, in the order of the questions."""
     return [_detects(results), _steers(results), _costs(results)]
+
+
+@dataclass(frozen=True)
+class PrimaryOutcome:
+    """What came of the hypothesis that was stated before generation."""
+
+    stated_at: str
+    """UTC, ISO 8601."""
+    hypothesis: str
+    verdict: Literal["held", "contradicted", "undecided"]
+    grounds: str
+
+
+def primary_outcome(results: RunResults) -> PrimaryOutcome | None:
+    """Evaluate the run's primary hypothesis; None without one, or while a judge has not decided the outcome.
+
+    Over several scenarios Δ is their mean. Its interval adds the distances from each Δ to its ends, squared.
+    """
+    recorded = recorded_primary(results.provenance)
+    if recorded is None or not results.scores.success:
+        return None
+    primary, stated_at = recorded
+    scenarios = results.provenance["config"]["steer"]["scenarios"]
+    rows = primary_rows(primary, results.scores.success, scenarios)
+    ends = [(row.delta, row.delta_low, row.delta_high) for row in rows]
+    least = "" if primary.minimum is None else f" of at least {primary.minimum:g}"
+    hypothesis = (
+        f"a {primary.sign} Δ{least} of {primary.direction} at layer {primary.layer} "
+        f"({', '.join(scenario_title(row.scenario) for row in rows)})."
+    )
+    if any(value is None for triple in ends for value in triple):
+        return PrimaryOutcome(stated_at, hypothesis, "undecided", "A scenario has no Δ.")
+    sign = 1.0 if primary.sign == "positive" else -1.0
+    triples = [(float(delta or 0), float(low or 0), float(high or 0)) for delta, low, high in ends]
+    delta = fmean(one for one, _, _ in triples)
+    low = delta - math.hypot(*(one - bottom for one, bottom, _ in triples)) / len(triples)
+    high = delta + math.hypot(*(top - one for one, _, top in triples)) / len(triples)
+    grounds = f"Δ is {fixed(delta, 2)} ({fixed(low, 2)} to {fixed(high, 2)})."
+    towards, against = (low, high) if sign > 0 else (-high, -low)
+    verdict: Literal["held", "contradicted", "undecided"] = "undecided"
+    if towards > 0 and sign * delta >= (primary.minimum or 0.0):
+        verdict = "held"
+    elif against < 0:
+        verdict = "contradicted"
+    return PrimaryOutcome(stated_at, hypothesis, verdict, grounds)
 
 
 def _detects(results: RunResults) -> Answer:
@@ -78,6 +127,8 @@ def _steers(results: RunResults) -> Answer:
 
 
 def _without_controls(results: RunResults) -> str:
+    if not results.scores.success:
+        return "The judge has not decided the outcome yet."
     said = "No control direction went through the grid (steer.controls), so an effect of any push cannot be told apart."
     rates = [rate for rate in results.scores.success if rate.delta is not None]
     if rates:

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from batch_jobs.files.atomic import write_atomically
+from batch_jobs.report.answers import answers, primary_outcome
 from batch_jobs.report.claims import read_claims
 from batch_jobs.report.figures.catalogue import draw_figures, write_figures
 from batch_jobs.report.figures.paper_figure import PaperFigure, inline_svg
@@ -26,7 +27,7 @@ from batch_jobs.report.headlines import headlines
 from batch_jobs.report.number_text import MINUS, UNKNOWN, fixed, number, p_value, scenario_title
 from batch_jobs.report.published import read_published
 from batch_jobs.report.results import RunResults, read_run
-from batch_jobs.report.table_rows import examples, layer_rows, metric_rows, success_rows
+from batch_jobs.report.table_rows import cost_rows, examples, layer_rows, metric_rows, success_rows
 from batch_jobs.scoring.agreement import Estimate
 from batch_jobs.scoring.rater_agreement import estimate_text
 from batch_jobs.scoring.scores_csv import ConditionScore
@@ -105,6 +106,9 @@ def _context(results: RunResults, figures: dict[str, PaperFigure]) -> dict[str, 
         "show_published": results.concept.published,
         "concept": results.concept,
         "not_judged": any(math.isnan(row.empathy_rate) for row in scores.conditions),
+        "answers": answers(results),
+        "primary": primary_outcome(results),
+        "costs": cost_rows(results),
         "headlines": headlines(results),
         "figures": figures,
         "table_1_model": table_1_model,

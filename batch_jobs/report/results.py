@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.config.concept import Concept, concept_of_run
+from batch_jobs.cost.cost_curve import CostPoint, read_cost
 from batch_jobs.directions.validation_file import Validation, read_validation
 from batch_jobs.files.documents import read_json
 from batch_jobs.report.samples import Generations, read_generations
@@ -41,6 +42,8 @@ class RunResults:
     generations: Generations
     concept: Concept
     provenance: dict[str, Any]
+    cost: tuple[CostPoint, ...] = ()
+    """Empty where the run did not measure it."""
     agreement: Agreement | None = None
     """None where the run has neither judge nor labels."""
 
@@ -91,7 +94,7 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
     if not scores.conditions:
         raise ReportError(f"{run_dir / 'scores.csv'} has no condition; score the generations again.")
     findings, behaviour = run_dir / "findings.json", run_dir / "behaviour.json"
-    agreement = run_dir / "agreement.json"
+    agreement, cost = run_dir / "agreement.json", run_dir / "cost.json"
     provenance = _read_provenance(run_dir / "provenance.json")
     concept = concept_of_run(provenance)
     rater = outcome_rater(RunDirectory(run_dir)) if concept.outcome == "judge" else None
@@ -111,6 +114,7 @@ def read_run(run_dir: Path, *, per_condition: int, max_samples: int) -> RunResul
         ),
         concept=concept,
         provenance=provenance,
+        cost=read_cost(cost).points if cost.exists() else (),
         agreement=read_agreement(agreement) if agreement.exists() else None,
     )
 

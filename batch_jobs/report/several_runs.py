@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from batch_jobs.directions.control import controlled_direction
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures import several_runs as figures
 from batch_jobs.report.figures.catalogue import write_figures
 from batch_jobs.report.figures.dose_response import DoseResponse, dose_responses
 from batch_jobs.report.figures.style import figure_look
 from batch_jobs.report.page import page_environment
-from batch_jobs.report.published import published_model, read_published
+from batch_jobs.report.published import read_published
 from batch_jobs.report.results import ReportError, RunResults, read_run
 
 
@@ -29,9 +29,7 @@ def write_joint_report(runs: Sequence[Path], out: Path) -> Path:
         raise ReportError("The same run directory is given twice; give each once.")
     results = _named([(run, read_run(run, per_condition=0, max_samples=0)) for run in runs])
     curves = {name: _steered(one) for name, one in results.items()}
-    published = (
-        read_published() if any(published_model(model) for one in results.values() for model in one.models) else None
-    )
+    published = read_published() if any(one.concept.published for one in results.values()) else None
     with figure_look():
         drawn = (
             figures.detection_figure(results, published),
@@ -63,6 +61,6 @@ def _named(runs: Sequence[tuple[Path, RunResults]]) -> dict[str, RunResults]:
 def _steered(results: RunResults) -> tuple[DoseResponse, ...]:
     return tuple(
         curve
-        for curve in dose_responses(results.scores.conditions)
+        for curve in dose_responses(results.scores.conditions, results.concept.poles.positive)
         if controlled_direction(curve.setting.direction) is None
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+from batch_jobs.cost.cost_curve import CostPoint
 from batch_jobs.directions.validate_layer import LayerValidation
 from batch_jobs.report.figures.detection import ORIGINAL_EXTRACT_OFFSET
 from batch_jobs.report.published import (
@@ -65,6 +68,21 @@ class MetricRow:
     ours: tuple[float | int | None, ...]
     published: float | int
     places: int
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One steering's cost beside what it does to the study's own texts."""
+
+    point: CostPoint
+    name: str
+    ratio: float
+    """Perplexity over the unsteered model's."""
+    rate: float | None
+    """Mean rate over scenarios at this α."""
+    delta: float | None
+    """Mean rate at |α| minus that at -|α|; None where one of them was not run."""
+    coherence_rate: float | None
 
 
 @dataclass(frozen=True)
@@ -176,3 +194,34 @@ def _example_strength(steered: Sequence[ConditionScore]) -> float | None:
         if min(by_alpha[alpha].coherence_rate, by_alpha[-alpha].coherence_rate) >= MIN_EXAMPLE_COHERENCE
     ]
     return coherent[-1] if coherent else paired[0] if paired else None
+
+
+def cost_rows(results: RunResults) -> list[CostRow]:
+    """The measured costs, the unsteered model first, then by layer, direction and α; empty where none were measured."""
+    plain = next((point for point in results.cost if point.layer is None), None)
+    if plain is None:
+        return []
+    cells: dict[tuple[int | None, str | None, float], list[ConditionScore]] = {}
+    for row in results.scores.conditions:
+        cells.setdefault((row.layer, row.direction, row.alpha) if row.alpha else (None, None, 0.0), []).append(row)
+
+    def mean(name: str, layer: int | None, direction: str | None, alpha: float) -> float | None:
+        rows = cells.get((layer, direction, alpha), [])
+        values = [getattr(row, name) for row in rows]
+        return fmean(values) if values and not any(map(math.isnan, values)) else None
+
+    found = []
+    for point in sorted(results.cost, key=lambda one: (one.layer or -1, one.direction or "", one.alpha)):
+        place = (point.layer, point.direction)
+        ends = [mean("empathy_rate", *place, sign * abs(point.alpha)) for sign in (1, -1)]
+        found.append(
+            CostRow(
+                point=point,
+                name="unsteered" if point.layer is None else f"layer {point.layer}, {point.direction}",
+                ratio=point.perplexity / plain.perplexity,
+                rate=mean("empathy_rate", *place, point.alpha),
+                delta=None if point.layer is None or None in ends else (ends[0] or 0.0) - (ends[1] or 0.0),
+                coherence_rate=mean("coherence_rate", *place, point.alpha),
+            )
+        )
+    return found

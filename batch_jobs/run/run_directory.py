@@ -144,6 +144,11 @@ class RunDirectory:
         return self.path / "behaviour.json"
 
     @property
+    def cost(self) -> Path:
+        """The cost of steering."""
+        return self.path / "cost.json"
+
+    @property
     def figures(self) -> Path:
         """Folder of the report's figures."""
         return self.path / "figures"
@@ -185,6 +190,7 @@ class RunDirectory:
             self.success,
             self.findings,
             self.behaviour,
+            self.cost,
             self.figures,
             self.report,
         )

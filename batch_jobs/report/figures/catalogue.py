@@ -1,12 +1,14 @@
-"""Draw the paper's nine figures from one run, and write their files."""
+"""Draw the paper's nine figures and that of the cost from one run, and write their files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures.behaviour import behaviour_figure
+from batch_jobs.report.figures.cost import cost_figure
 from batch_jobs.report.figures.detection import (
     ablation_figure,
     auroc_figure,
@@ -26,17 +28,20 @@ from batch_jobs.report.figures.steering import (
 from batch_jobs.report.figures.style import figure_look
 from batch_jobs.report.published import read_published
 from batch_jobs.report.results import RunResults
+from batch_jobs.report.table_rows import cost_rows
 
 
 def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
-    """Draw every figure: label (`1`, `1b`, ... `9`) -> figure, in the paper's order.
+    """Draw every figure: label (`1`, `1b`, ... `9`, `10`) -> figure.
 
     A figure without data has no drawing, and says why in `missing`. The same results give the same bytes.
     """
     concept = results.concept
     published = read_published() if concept.published else None
     validation, names = results.validation, results.setting_names
-    curves = dose_responses(results.scores.conditions, concept.poles.positive)
+    # controls have tables of their own; among the curves they would crowd out the directions
+    steered = [row for row in results.scores.conditions if controlled_direction(row.direction) is None]
+    curves = dose_responses(steered, concept.poles.positive)
     offset = results.extract_offset or 0
     with figure_look():
         figures = (
@@ -51,6 +56,7 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
             published_curves_figure(published),
             baseline_figure(curves, published),
             resistance_figure(curves, results.best_steering_layer, names, published, concept.focus_scenario),
+            cost_figure(cost_rows(results)),
             layers_figure(curves, names, published, concept.focus_scenario),
         )
     return {figure.label: figure for figure in figures}
