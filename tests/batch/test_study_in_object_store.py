@@ -21,6 +21,8 @@ from batch_jobs.run.open_run import open_run
 from batch_jobs.run.run_directory import RunDirectory
 from tests.support.formula_engine import FormulaEngine, install
 from tests.support.s3_server import S3Server
+from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
+from vllm_steer.errors import SteerError
 
 BLOCKS = 6
 ROWS = 12
@@ -52,6 +54,7 @@ def make_study(**changes: Any) -> Study:
         "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel", "the_maze"], "samples": 2},
         "skip_first": 1,
         "rows_per_part": 4,
+        "validation": {"random_directions": 10, "bootstrap": 100},
     }
     return Study.model_validate({**document, **changes})
 
@@ -246,6 +249,29 @@ def test_a_run_in_a_bucket_is_scored_and_compared_as_one_in_a_folder(
     nothing = CliRunner().invoke(app, ["study", "score", s3.address("runs/nothing")])
     assert isinstance(nothing.exception, StudyError)
     assert str(nothing.exception).startswith("s3://studies/runs/nothing/scenarios.json: cannot be read")
+
+
+def test_grades_are_kept_in_the_bucket_also_when_the_endpoint_fails(engine: FormulaEngine, s3: S3Server) -> None:
+    place = s3.address("runs/demo")
+    run(make_study(), place)
+    graded: list[int] = []
+
+    def fail_after_five(_: object) -> Answer:
+        graded.append(1)
+        return said("2") if len(graded) <= 5 else Answer({}, 401)
+
+    with fake_endpoint(fail_after_five) as fake:
+        judge = ["study", "judge", place, "--concurrency", "1", "--endpoint", f"judge@{fake.url}/v1"]
+        failed = CliRunner().invoke(app, judge)
+    assert isinstance(failed.exception, SteerError), failed.output
+    stored = StorePath.parse(place) / "judgements.jsonl"
+    assert len(stored.read_text().splitlines()) == 5
+    with fake_endpoint(lambda _: said("1")) as fake:
+        done = CliRunner().invoke(app, [*judge[:-1], f"judge@{fake.url}/v1"])
+    assert done.exit_code == 0, done.output
+    assert f"{ROWS - 5} graded, 5 there before, 0 without a grade: s3://studies/runs/demo/judgements" in done.output
+    assert len(stored.read_text().splitlines()) == ROWS
+    assert CliRunner().invoke(app, ["study", "score", place]).exit_code == 0
 
 
 def test_a_file_address_is_the_folder_itself(engine: FormulaEngine, tmp_path: Path) -> None:
