@@ -48,7 +48,7 @@ def score(
         typer.Option(help="Generations of your own: a .parquet or .csv file with the columns alpha and completion."),
     ] = None,
 ) -> None:
-    """Score generations by the paper's metric, and by the corrected one beside it."""
+    """Score generations: Δ with its interval, and the paper's success rate beside it."""
     from batch_jobs.errors import StudyError
 
     if raw is not None and table is None:

@@ -21,7 +21,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"{name}  {facts.path}  ({about})", markup=False, highlight=False, soft_wrap=True)
     _print_changes(comparison, console)
     _print_completions(comparison.completions, console)
-    _heading(console, "Steering success rate, A | B (corrected rate in brackets)")
+    _heading(console, "Δ with its 95 % interval, A | B (the paper's success rate in brackets)")
     console.print(_success_table(comparison))
     _heading(console, "Held-out AUROC with its 95 % score interval, A | B (best: chosen on train texts)")
     console.print(_validation_table(comparison))
@@ -103,7 +103,8 @@ def _success_table(comparison: Comparison) -> Table:
 def _success_cell(rate: SuccessRate | None) -> str:
     if rate is None:
         return UNKNOWN
-    return f"{fixed(rate.steering_success_rate, 2)} ({fixed(rate.corrected_success_rate, 2)})"
+    ends = "" if rate.delta is None else f" {fixed(rate.delta_low, 2)} to {fixed(rate.delta_high, 2)}"
+    return f"{fixed(rate.delta, 2)}{ends} ({fixed(rate.steering_success_rate, 2)})"
 
 
 def _validation_table(comparison: Comparison) -> Table:

@@ -248,6 +248,7 @@ def test_a_long_direction_name_and_a_series_without_points_leave_the_panels_whol
         scenario=np.array(["maze"] * 6, dtype=object),
         direction=np.array(["empathy-logistic-regression"] * 3 + ["empathy"] * 3, dtype=object),
         op=np.array(["add"] * 6, dtype=object),
+        seed=np.arange(6.0),
         span=np.array(["all"] * 6, dtype=object),
         alpha=np.array([-1.0, 1.0, 2.0, -1.0, 0.0, 1.0]),  # the first direction has no unsteered row
         projection_unsteered=np.arange(6.0),

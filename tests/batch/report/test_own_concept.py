@@ -33,7 +33,7 @@ def report_of(folder: Path, concept: dict[str, Any], grades: dict[str, int] | No
     run = RunDirectory(folder)
     if grades is not None:
         lines = [json.dumps({"row_id": row_id, "grade": grade, "model": "j"}) for row_id, grade in grades.items()]
-        run.judgements.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        run.earlier_judgements.write_text("\n".join(lines) + "\n", encoding="utf-8")
     score_run(run, {}, read_validation(run.validation), Concept.model_validate(concept))
     results = read_run(folder, per_condition=5, max_samples=1000)
     page = report_page(results, draw_figures(results))

@@ -165,11 +165,11 @@ def test_every_figure_can_be_read_without_seeing_it(page: str) -> None:
 
 def test_the_flawed_success_rule_is_shown_where_it_bites(page: str) -> None:
     text = words(page)
-    # the listener starts at 1.0: three positive α cannot succeed, the three negative ones do
-    assert "ceiling 1.00 0.500 0.500 3 of 6 0 1.000 3" in text
+    # the listener starts at 1.0: no positive α can succeed and all negative ones do, whatever happens
+    assert "ceiling 1.00 0.500 0.500 6 of 6 0 0.80 0.57…1.00" in text
     assert "every unsteered sample is empathetic already" in text
     # food delivery at -0.1 norms: the rate does not change, and the rule calls that a success
-    assert "−0.1 5 0.40 0.12–0.77 0.00 0.738 yes unmoved" in text
+    assert "−0.1 5 0.40 0.12–0.77 0.00 0.572 0.687 yes unmoved" in text
     assert "The Listener" in text
     assert "its data file has 0.0 three times" in text
 
@@ -265,7 +265,7 @@ def test_a_run_that_reads_nothing_again_says_so_instead_of_drawing(tmp_path: Pat
     run = write_run(tmp_path, rows, of=study(**options))
     results = read_run(run, per_condition=5, max_samples=100)
     figures = draw_figures(results)
-    assert {label for label, figure in figures.items() if figure.drawing is None} == {"3", "5", "6b", "9"}
+    assert {label for label, figure in figures.items() if figure.drawing is None} == {"3", "5", "6b", "9", "10"}
     text = words(report_page(results, figures))
     assert "Nothing to judge" in text
     assert "No row of this run has a readout" in text
