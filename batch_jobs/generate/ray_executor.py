@@ -149,6 +149,7 @@ class RayExecutor:
     def _check_nodes(self, run: RunDirectory) -> None:
         # a Ray that was started here has this machine alone, which has just written the run directory
         if self._pool.address is not None and not self._nodes_are_checked:
+            run.publish()  # the nodes compare what they read with what is here
             with ray_errors("The check of the nodes"):
                 refuse_blind_nodes(run.absolute(), self._resources)
             self._nodes_are_checked = True

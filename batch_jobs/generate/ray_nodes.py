@@ -60,6 +60,8 @@ def _fault(run: RunDirectory, digest: str) -> str | None:
         found = None
     if found == digest:
         return None
+    if run.copy is not None:
+        return f"finds another run at {run.shown(run.path)} than the driver; let both reach the same server"
     return (
         f"does not see the run directory {run.shown(run.path)}; give --out a folder that all nodes share, or an "
         "address in an object store, e.g. s3://bucket/runs/demo"
