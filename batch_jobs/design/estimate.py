@@ -37,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rate:
-    """Generation speed."""
+    """Generation speed of one engine."""
 
     tokens_per_second: float
     source: str

@@ -102,7 +102,7 @@ def _time_lines(check: StudyCheck) -> Iterator[str]:
         rate = check.rate
         reading = "" if rate.includes_reading else f", reading {READING_SPEEDUP:g} times as fast"
         yield (
-            f"about {_duration(check.seconds)} at most: {START_SECONDS:g} s to start, then "
+            f"about {_duration(check.seconds)} at most in one engine: {START_SECONDS:g} s to start, then "
             f"{rate.tokens_per_second:.3g} tokens a second{reading} ({rate.source})"
         )
 
