@@ -24,7 +24,8 @@ class Answer:
     """One question with a verdict and the numbers that it rests on."""
 
     question: str
-    verdict: Verdict
+    verdict: Verdict | None
+    """None where the answer is a number."""
     grounds: str
     """One or two sentences."""
 
@@ -163,7 +164,7 @@ def _costs(results: RunResults) -> Answer:
             f"{fixed(point.choice_accuracy, 2)} of {point.choices} plain questions are answered right"
         )
     grounds = f"{parts[0][0].upper()}{parts[0][1:]}; {parts[1]} (unsteered: {fixed(plain.choice_accuracy, 2)})."
-    return Answer(question, "yes" if worst.perplexity > plain.perplexity else "no", grounds)
+    return Answer(question, None, grounds)
 
 
 def _named(effect: ControlEffect) -> str:
