@@ -29,7 +29,7 @@ from batch_jobs.engine.cpu_set import claim_cores
 from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
 from batch_jobs.generate.cost_run import run_cost
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
-from batch_jobs.generate.ray_nodes import refuse_blind_nodes
+from batch_jobs.generate.ray_nodes import refuse_blind_nodes, refuse_if_blind
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.shards import Shard
@@ -48,6 +48,7 @@ class ShardWorker:
     """One engine in a Ray actor; Ray Data calls it with one shard at a time."""
 
     def __init__(self, job: ShardJob, location: str, cores: int | None, board: Any) -> None:
+        refuse_if_blind(job.run)
         progress = _on_own_cores(cores, board)
         engine = start_engine(job.study, location)
         self._rows = {row.row_id: row for row in job.rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,10 @@ from batch_jobs.config.study import StudyError
 from batch_jobs.run.run_directory import RunDirectory
 from vllm_steer.errors import SteerError
 
+_NOT_SEEN = (
+    "does not see the run directory {}; give --out a folder that all nodes share, or an address in an object store, "
+    "e.g. s3://bucket/runs/demo"
+)
 PATIENCE_SECONDS = 120.0
 """A node starts a process for the check, which imports this package."""
 
@@ -46,6 +51,16 @@ def refuse_blind_nodes(run: RunDirectory, resources: Mapping[str, float]) -> Non
             raise StudyError(f"The Ray node {name} {fault}.")
 
 
+def refuse_if_blind(run: RunDirectory) -> None:
+    """Check that this node sees the run directory, for a worker on a node that joined after the check of all.
+
+    Raises:
+        StudyError: it does not; the message names the node.
+    """
+    if run.copy is None and not run.path.is_dir():
+        raise StudyError(f"The Ray node {socket.gethostname()} {_NOT_SEEN.format(run.path)}.")
+
+
 def _has_room(there: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
     return all(there.get(name, 0) >= wanted[f"num_{name.lower()}s"] for name in ("CPU", "GPU"))
 
@@ -62,7 +77,4 @@ def _fault(run: RunDirectory, digest: str) -> str | None:
         return None
     if run.copy is not None:
         return f"finds another run at {run.shown(run.path)} than the driver; let both reach the same server"
-    return (
-        f"does not see the run directory {run.shown(run.path)}; give --out a folder that all nodes share, or an "
-        "address in an object store, e.g. s3://bucket/runs/demo"
-    )
+    return _NOT_SEEN.format(run.path)

@@ -170,7 +170,8 @@ def two_nodes(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     cluster = Cluster()
     try:
         with contextlib.chdir(folder / "head"):
-            cluster.add_node(**options, include_dashboard=False)
+            # a node that a busy machine keeps waiting is not dead; one that was killed refuses the connection at once
+            cluster.add_node(**options, include_dashboard=False, _system_config={"health_check_timeout_ms": 120_000})
         with contextlib.chdir(folder / "second"):
             node = cluster.add_node(**options)
         (raylet,) = node.all_processes["raylet"]
