@@ -72,7 +72,7 @@ function addColumn(spec) {
     onContinue: continueFrom,
     onChange: (changed) => {
       share();
-      if (!changed.wasRun || !byId("again").checked) return;
+      if (!changed.wasRun || changed.mistake || !byId("again").checked) return;
       // replies to other settings would stay next to this one
       run(JSON.stringify(settings()) === lastAsked ? [changed] : [...columns]);
     },
