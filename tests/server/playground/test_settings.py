@@ -125,12 +125,12 @@ def test_a_message_that_is_written_before_next_turn_is_the_next_message(visit: V
     assert visit.page.get_by_label("Prompt", exact=True).input_value() == "Two"
     assert "“Run” sends it" in visit.status()
     turn = visit.page.locator("#turn")
-    assert str(turn.text_content()).startswith("Turn 2: “Run” sends this message.")
+    assert str(turn.text_content()).startswith("Turn 2: “Run” sends the prompt as the next message.")
     fake.requests.clear()
     visit.run()
     assert [messages[-1] for messages in last_messages(fake).values()] == [("user", "Two")] * 2
     assert [len(messages) for messages in last_messages(fake).values()] == [3, 3]
-    assert str(turn.text_content()).startswith("Turn 2: “Run” asks for other answers to this message.")
+    assert str(turn.text_content()).startswith("Turn 2: “Run” answers the prompt again, still in this turn.")
 
 
 def test_no_code_is_given_for_what_cannot_be_sent(visit: Visit) -> None:

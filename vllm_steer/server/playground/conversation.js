@@ -48,7 +48,7 @@ const earlierMessages = () => columns[0]?.messages ?? [];
 
 function turnChanged() {
   byId("turn").hidden = turn === 1 || form.elements.mode.value !== "chat";
-  byId("turn").textContent = `Turn ${turn}: “Run” ${lastAsked ? "asks for other answers to this message" : "sends this message"}. `
+  byId("turn").textContent = `Turn ${turn}: “Run” ${lastAsked ? "answers the prompt again, still in this turn" : "sends the prompt as the next message"}. `
     + "The messages before it are in each column.";
   byId("next-turn").disabled = running.size > 0 || !columns.length || columns.some(({ answer }) => answer === undefined);
   byId("restart").disabled = turn === 1;

@@ -98,9 +98,11 @@ function configureForm() {
     : "The server does not know the layer's mean residual norm (its setting residual_norms).";
 }
 
+const setOf = (value) => (value === "" ? "?" : value); // of a field that is still empty
+
 /** The folded settings, in few words. */
-const summaryOf = (asked) => `temperature ${asked.temperature}, seed ${asked.seed}, ${counted(samplesOf(asked), "sample")}, `
-  + `${counted(asked.max_tokens, "token")}, ${asked.stop ? `stop by ${asked.stop.direction} ${asked.stop.side} ${asked.stop.value}` : "no stop"}`;
+const summaryOf = (asked) => `temperature ${setOf(asked.temperature)}, seed ${setOf(asked.seed)}, ${counted(setOf(samplesOf(asked)), "sample")}, `
+  + `${counted(setOf(asked.max_tokens), "token")}, ${asked.stop ? `stop by ${asked.stop.direction} ${asked.stop.side} ${setOf(asked.stop.value)}` : "no stop"}`;
 
 /** What is missing or wrong in the form, in words; the browser marks the fields. */
 const complaints = () => [...new Set([
