@@ -209,7 +209,10 @@ def test_no_two_columns_look_the_same_and_there_are_no_more_than_that(visit: Vis
     assert visit.status() == f"There are {most} columns, the most that the chart can tell apart. Remove one first."
     assert len(visit.names()) == most
     visit.run()
-    looks = """(lines) => lines.map((line) => getComputedStyle(line)).map((style) => `${style.stroke} ${style.strokeDasharray}`)"""
+    looks = """(lines) => lines.map((line) => {
+        const { stroke, strokeDasharray } = getComputedStyle(line);
+        return `${stroke} ${strokeDasharray}`;
+    })"""
     lines = visit.page.locator("#chart-svg .line").evaluate_all(looks)
     assert len(set(lines)) == len(lines) == most
     assert visit.page.locator("#chart-legend .line").evaluate_all(looks) == lines
