@@ -70,7 +70,7 @@ def test_a_clamp_has_two_bounds_of_which_one_is_enough(visit: Visit, fake: FakeS
     visit.settle("^unsteered|^high")
     assert steerings(fake)[-1] == [{**COMMON, "op": "clamp", "high": 5}]
     visit.number(1, "low").fill("6")
-    visit.button("Run").click()
+    visit.run()
     visit.page.locator("#status", has_text="low is 6 and high 5").wait_for()
 
 
@@ -165,6 +165,68 @@ def test_samples_have_seeds_and_values_of_their_own(visit: Visit, fake: FakeStee
     visit.run()
     assert all("n" not in request for request in fake.requests)  # vLLM refuses samples that are all the same
     assert visit.column(1).locator(".output").count() == 1
+
+
+def test_the_status_is_short_where_there_are_more_than_two_answers(visit: Visit) -> None:
+    visit.page.get_by_label("Samples").fill("3")
+    visit.run()
+    assert visit.status() == "Both columns are complete, with 3 samples each."
+    visit.page.get_by_label("Samples").fill("1")
+    visit.add("another number")
+    visit.run()
+    assert visit.status() == "All 3 columns are complete."
+
+
+def test_one_token_is_not_called_tokens(visit: Visit, fake: FakeSteeringServer) -> None:
+    fake.tokens = 2  # of which one has a value
+    visit.page.get_by_label("Max tokens").fill("1")
+    visit.page.get_by_label("Max tokens").press("Tab")
+    visit.run()
+    assert ", 1 token, no stop" in str(visit.page.locator("#more-told").text_content())
+    assert "over 1 token," in visit.status()
+    assert "1 tokens" not in str(visit.page.locator("main").text_content())
+
+
+def test_a_control_says_that_it_acts_at_another_layer_than_its_own(visit: Visit, fake: FakeSteeringServer) -> None:
+    visit.add("wry")
+    assert visit.names()[2] == "control wry at layer 2, α = +8"
+    told = visit.column(2).locator(".told").text_content()
+    assert told == "wry is a direction of layer 1; here it acts at layer 2."
+    visit.run()
+    assert [{**COMMON, "direction": "wry", "alpha": 8}] in steerings(fake)
+    visit.entry(0).get_by_label("Layer").select_option("1")
+    assert visit.names()[2] == "control wry, α = +8"
+    assert visit.column(2).locator(".told").is_hidden()
+
+
+def test_no_two_columns_look_the_same_and_there_are_no_more_than_that(visit: Visit, fake: FakeSteeringServer) -> None:
+    fake.tokens = 3
+    most = int(visit.page.evaluate("MOST_COLUMNS"))
+    assert most >= 12
+    for _ in range(most - 2):
+        visit.add("another number")
+    visit.add("another number")
+    assert visit.status() == f"There are {most} columns, the most that the chart can tell apart. Remove one first."
+    assert len(visit.names()) == most
+    visit.run()
+    looks = """(lines) => lines.map((line) => {
+        const { stroke, strokeDasharray } = getComputedStyle(line);
+        return `${stroke} ${strokeDasharray}`;
+    })"""
+    lines = visit.page.locator("#chart-svg .line").evaluate_all(looks)
+    assert len(set(lines)) == len(lines) == most
+    assert visit.page.locator("#chart-legend .line").evaluate_all(looks) == lines
+    edges = visit.page.locator(".column").evaluate_all(
+        "(all) => all.map((one) => `${getComputedStyle(one).borderTopColor} ${getComputedStyle(one).borderTopStyle}`)"
+    )
+    assert len(set(edges)) == most
+
+
+def test_a_single_value_is_a_piece_of_its_line(visit: Visit, fake: FakeSteeringServer) -> None:
+    fake.tokens = 2
+    visit.run()
+    widths = visit.page.locator("#chart-svg .line").evaluate_all("(lines) => lines.map((line) => line.getBBox().width)")
+    assert widths == [34, 34]  # as in the legend
 
 
 def test_a_dragged_alpha_runs_that_column_alone_again(visit: Visit, fake: FakeSteeringServer) -> None:

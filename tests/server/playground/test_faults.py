@@ -127,12 +127,14 @@ def test_a_number_out_of_range_stays_and_says_what_is_allowed(
     visit.page.get_by_label("Max tokens").fill("7")  # another change must not bring the old number back
     visit.page.get_by_label("Max tokens").press("Tab")
     assert visit.number(1).input_value() == typed
-    visit.button("Run").click()
-    visit.page.locator("#status", has_text=allowed).wait_for()
-    assert fake.requests == []
-    assert visit.number(1).evaluate("(field) => field === document.activeElement")
-    visit.type_number(1, "1.5")
     visit.run()
+    visit.page.locator("#status", has_text=f"did not run: {allowed}").wait_for()
+    assert [request["steering"] for request in fake.requests] == [[]]  # the unsteered column has no wrong number
+    assert visit.number(1).evaluate("(field) => field === document.activeElement")
+    assert visit.column(1).locator(".error").text_content() == "This column did not run."
+    assert visit.button("Next turn").is_disabled()
+    visit.type_number(1, "1.5")
+    visit.settle(r"1\.5: 12 tokens")  # as every column whose number changes after a run
     assert visit.column(1).locator(".mistake:visible").count() == 0
     visit.close()
 
@@ -173,10 +175,108 @@ def test_a_column_of_a_link_that_the_server_lacks_says_so(
 ) -> None:
     visit = Visit(browser, fake.url, fragment=f"#{urlencode({'columns': json.dumps([{'kind': 'plain'}, spec])})}")
     assert '"gone"' in visit.status()
-    visit.button("Run").click()
+    visit.run()
     visit.page.locator("#status", has_text="Remove the column").wait_for()
-    assert fake.requests == []
+    assert [request["steering"] for request in fake.requests] == [[]]
     visit.column(1).get_by_role("button", name="Remove").click()
     visit.run()
-    assert len(fake.requests) == 1
+    assert len(fake.requests) == 2
+    visit.close()
+
+
+def test_a_wrong_pair_of_bounds_is_said_in_its_column_and_the_others_run(
+    visit: Visit, fake: FakeSteeringServer
+) -> None:
+    visit.page.get_by_label("Operation").select_option("clamp")
+    visit.run()
+    visit.type_number(1, "5", "high")
+    visit.number(1, "low").fill("6")
+    fake.requests.clear()
+    visit.run()
+    told = str(visit.column(1).locator(".error").text_content())
+    assert told == "This column did not run. low is 6 and high 5; allowed: low up to high."
+    assert visit.column(1).locator(".output").count() == 0
+    assert [request["steering"] for request in fake.requests] == [[]]
+
+
+def a_link(browser: Browser, fake: FakeSteeringServer) -> str:
+    """The link of a page with three columns and another number of tokens."""
+    visit = Visit(browser, fake.url)
+    visit.add("another number")
+    visit.page.get_by_label("Max tokens").fill("7")
+    visit.page.keyboard.press("Tab")
+    link = visit.fragment()
+    visit.close()
+    return link
+
+
+def test_a_link_that_lost_its_end_says_so_and_shows_no_other_columns(
+    browser: Browser, fake: FakeSteeringServer
+) -> None:
+    link = a_link(browser, fake)
+    visit = Visit(browser, fake.url, fragment=link[:-30], waits=False)
+    visit.settle("It was cut short, at “columns”")
+    assert "none of its columns are shown" in visit.status()
+    assert visit.names() == []
+    assert visit.page.get_by_label("Max tokens").input_value() == "7"
+    visit.close()
+    whole = Visit(browser, fake.url, fragment=link)
+    assert (whole.status(), len(whole.names())) == ("", 3)
+    whole.close()
+
+
+def test_no_cut_of_a_link_is_silent(browser: Browser, fake: FakeSteeringServer) -> None:
+    link = a_link(browser, fake)
+    visit = Visit(browser, fake.url)
+    lengths = range(len("#v=1&"), len(link))
+    silent = visit.page.evaluate(
+        "(links) => links.filter((link) => fromFragment(link).unread.length === 0)", [link[:end] for end in lengths]
+    )
+    assert silent == []
+    assert visit.page.evaluate("(link) => fromFragment(link).unread", link) == []
+    visit.close()
+
+
+@pytest.mark.parametrize(
+    ("link", "said", "field", "shown"),
+    [
+        ("op=addd", 'This page has no operation "addd"', ".op", "addd"),
+        ("temperature=abc", "temperature is “abc”, which is no number", "[name=temperature]", ""),
+        ("n=0x3", "n is “0x3”, which is no number", "[name=n]", ""),
+        ("mode=chatt", '“Prompt is” has no choice "chatt"', "[name=mode]", "chatt"),
+        ("unit=metres", '“Unit of α” has no choice "metres"', "[name=unit]", "metres"),
+        ("stop_side=beside", '“when it is” has no choice "beside"', "[name=stop_side]", "beside"),
+        ("span=answr", "Allowed: prompt, generated, response, all", ".slices", "answr"),
+    ],
+)
+def test_what_a_link_says_wrongly_is_named_and_nothing_runs_in_its_place(
+    browser: Browser, fake: FakeSteeringServer, link: str, said: str, field: str, shown: str
+) -> None:
+    visit = Visit(browser, fake.url, fragment=f"#{link}")
+    assert said in visit.status()
+    assert visit.page.locator(f"#settings {field}").input_value() == shown
+    visit.button("Run").click()
+    visit.page.wait_for_function("document.querySelector('#settings :is(input, select):invalid')")
+    assert fake.requests == []
+    visit.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"columns": '[{"kind":"plain"},{"kind":"steerd","alpha":1}]'}, "no column in place 2"),
+        ({"columns": '[{"kind":"plain"},{"kind":"steered","alpha":"1"}]'}, "no column in place 2"),
+        ({"columns": '[{"kind":"plain"},{"kind":"steered","alpha":1,"directoin":"wry"}]'}, "no column in place 2"),
+        ({"alphas": "0,x"}, "alphas has “x”, which is no number"),
+        ({"also": '[{"direction":"wry","alpha":"1"}]', "alphas": "0"}, "no direction in place 1"),
+        ({"tempreature": "1", "alphas": "0"}, "“tempreature” is none of the names that a link may have"),
+    ],
+)
+def test_what_a_link_says_of_columns_and_directions_is_left_out_aloud(
+    browser: Browser, fake: FakeSteeringServer, fields: dict[str, str], said: str
+) -> None:
+    visit = Visit(browser, fake.url, fragment=f"#{urlencode(fields)}")
+    assert said in visit.status()
+    assert visit.names() == ["unsteered"]
+    assert visit.page.locator("fieldset.entry").count() == 1
     visit.close()

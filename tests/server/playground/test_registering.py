@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from tests.support.server.fake_steering_server import KIND, FakeSteeringServer, alpha_of
 from tests.support.server.playground_visit import Visit
+from vllm_steer import Direction
+from vllm_steer.directions import save_directions
+from vllm_steer.errors import SteerError
+from vllm_steer.server.registry.upload import uploaded_directions
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -77,12 +84,79 @@ def test_what_the_file_does_not_say_is_asked_for(admin: Visit, fake: FakeSteerin
     assert change[:3] == ("PUT", "stack", {"layer": "2", "format": "npy", "layer_index": "hidden_states"})
 
 
+def test_a_file_of_several_names_is_registered_under_each_of_them(
+    admin: Visit, fake: FakeSteeringServer, tmp_path: Path
+) -> None:
+    made = [Direction(name, layer, np.eye(8)[layer]) for name, layer in (("dry", 1), ("calm", 1), ("calm", 2))]
+    save_directions(tmp_path / "all.safetensors", made)
+    choose(admin, tmp_path / "all.safetensors")
+    admin.page.locator("#register-why", has_text="The file has 2 names: calm, dry.").wait_for()
+    assert admin.page.get_by_label("Name").input_value() == ""
+    admin.button("Register").click()
+    admin.settle("Registered calm at layer 2.*; dry at layer 2")
+    assert [change[:3] for change in fake.changes] == [
+        ("PUT", name, {"format": "safetensors"}) for name in ("calm", "dry")
+    ]
+    for (_, name, _, body), own in zip(fake.changes, (made[1:], made[:1]), strict=True):
+        read = uploaded_directions(name, None, body, "safetensors")
+        assert [(one.key, one.content_hash) for one in read] == [(one.key, one.content_hash) for one in own]
+
+
+def refused(*upload: Any) -> str:
+    """What the server says of an upload that it refuses."""
+    with pytest.raises(SteerError) as error:
+        uploaded_directions(*upload)
+    return str(error.value)
+
+
+def npy(array: Any) -> bytes:
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def stored(**tensors: Any) -> bytes:
+    return save({name: np.asarray(tensor, dtype="<f4") for name, tensor in tensors.items()})
+
+
+def torch_file(vector: list[float]) -> bytes:
+    torch = pytest.importorskip("torch")
+    file = BytesIO()
+    torch.save(torch.tensor(vector), file)
+    return file.getvalue()
+
+
+def test_what_the_server_says_of_a_file_is_said_in_terms_of_the_dialog(visit: Visit) -> None:
+    one, stack = np.ones(8), np.ones((3, 8))
+    two_names = stored(**{"a@1": one, "b@1": one})
+    cases = [
+        (refused("it", None, npy(one), "npy"), "layer", "in “Layer”"),
+        (refused("it", None, npy(stack), "npy"), "layer", "choose “Layers counted”"),
+        (refused("it", None, torch_file([1.0] * 8), "pt"), "layer", "Give its layer in “Layer”"),
+        (refused("it", 7, npy(stack), "npy", "block_output"), "layer", "has 3 layers, none of them 7"),
+        (refused("it", None, stored(vector=one), "safetensors"), "layer", "a tensor named 'vector'"),
+        (refused("it", 7, stored(**{"a@1": one}), "safetensors"), "layer", "no direction of layer 7"),
+        (refused("it", None, two_names, "safetensors"), "name", "Leave “Name” empty"),
+        (refused("it", 1, b"abc"), "format", "Choose its format in “Format”"),
+        (refused("it", None, b"abc", "safetensors"), "format", "choose that in “Format”"),
+        (refused("it", None, b"abc", "gguf"), "format", "choose that in “Format”"),
+        (refused("-it", None, stored(**{"a@1": one}), "safetensors"), "name", "Give another one in “Name”"),
+    ]
+    for message, field, words in cases:
+        told = visit.page.evaluate("(message) => refusalOf(message)", message)
+        assert (told["field"], words in told["text"]) == (field, True), (message, told)
+        assert not re.search(r"load_directions|vllm-steer|the upload|layer=|\?layer", told["text"]), told
+        assert told["field"] in {"name", "format", "layer", "layer_index", "admin"}
+
+
 def test_a_wrong_admin_key_is_said_and_can_be_corrected(admin: Visit, fake: FakeSteeringServer, tmp_path: Path) -> None:
     admin.expected.append("403")
     (tmp_path / "one.safetensors").write_bytes(b"x")
     choose(admin, tmp_path / "one.safetensors", "wrong")
     admin.button("Register").click()
-    admin.page.locator("#register-told", has_text="not this server's admin key").wait_for()
+    admin.page.locator(
+        "#register-told", has_text="not this server's admin key. Give the right one in “Admin key”."
+    ).wait_for()
     assert admin.page.evaluate("document.activeElement.name") == "admin"
     admin.page.keyboard.type("admin")
     admin.page.locator("#register").get_by_label("Admin key").fill("admin")

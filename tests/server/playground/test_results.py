@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,35 @@ def test_every_token_carries_its_own_value_and_the_last_none(visit: Visit, fake:
     assert "--high" in apart[1][2]
 
 
+def test_an_end_of_the_scale_that_values_exceed_is_marked(visit: Visit, fake: FakeSteeringServer) -> None:
+    ends = visit.page.locator("#lowest, #highest")
+    visit.run()
+    assert not any(sign in text for text in ends.all_text_contents() for sign in "≤≥")
+    assert "Beyond" not in str(visit.page.locator("#legend-text").text_content())
+    visit.number(1).fill("400")
+    visit.page.get_by_label("Samples").fill("6")
+    fake.tokens = 61
+    visit.add("another number")
+    visit.type_number(2, "1")
+    visit.run()
+    low, high = ends.all_text_contents()
+    # every third value of the sixth sample with α 400 is the largest: one of 3·6·3, less than the 2 % beyond the end
+    values = [float(text) for text in visit.column(1).locator("[data-value]").evaluate_all(SHOWN)]
+    end = float(high.removeprefix("≥ "))
+    assert high.startswith("≥ ")
+    assert max(values) > end
+    assert not low.startswith("≤")
+    assert "Beyond an end marked ≤ or ≥, all values have its colour." in str(
+        visit.page.locator("#legend-text").text_content()
+    )
+    colours = dict(zip(values, visit.column(1).locator("[data-value]").evaluate_all(COLOUR), strict=True))
+    assert len({colour for value, colour in colours.items() if value >= end}) == 1
+
+
+SHOWN = "(spans) => spans.map((span) => span.dataset.value)"
+COLOUR = "(spans) => spans.map((span) => getComputedStyle(span).backgroundColor)"
+
+
 def test_a_value_can_be_read_by_pointer_and_by_keyboard(visit: Visit) -> None:
     visit.run()
     column = visit.column(1)
@@ -49,6 +79,99 @@ def test_a_value_can_be_read_by_pointer_and_by_keyboard(visit: Visit) -> None:
         visit.page.keyboard.press(key)
     assert "Token 12" in str(column.locator(".detail").text_content())
     assert column.locator(".output [tabindex='0']").count() == 1
+
+
+def change_direction(visit: Visit) -> None:
+    visit.entry(0).get_by_label("Direction").select_option("long")
+
+
+def change_layer(visit: Visit) -> None:
+    visit.entry(0).get_by_label("Layer").select_option("1")
+
+
+def change_operation(visit: Visit) -> None:
+    visit.page.get_by_label("Operation").select_option("set")
+
+
+def change_span(visit: Visit) -> None:
+    visit.page.get_by_label("Steered tokens").select_option("all")
+
+
+def change_prompt(visit: Visit) -> None:
+    visit.page.get_by_label("Prompt", exact=True).fill("Another one")
+
+
+def change_seed(visit: Visit) -> None:
+    visit.page.get_by_label("Seed", exact=True).fill("9")
+
+
+def change_stop(visit: Visit) -> None:
+    visit.page.get_by_label("Stop by").select_option("wry")
+
+
+def add_direction(visit: Visit) -> None:
+    visit.button("Add a direction").click()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_direction,
+        change_layer,
+        change_operation,
+        change_span,
+        change_prompt,
+        change_seed,
+        change_stop,
+        add_direction,
+    ],
+)
+def test_answers_of_earlier_settings_are_marked_until_the_next_run(
+    visit: Visit, change: Callable[[Visit], None]
+) -> None:
+    visit.run()
+    line, mark = visit.page.locator("#stale"), visit.column(1).locator(".stale")
+    assert (line.is_hidden(), mark.is_hidden()) == (True, True)
+    change(visit)
+    told = str(line.text_content())
+    assert told.startswith(
+        "The settings have changed. The marked answers are of the last run: kind at layer 2, add α·d"
+    )
+    assert "; temperature 0.7, seed 0, 1 sample, 120 tokens, no stop" in told
+    assert "“Run” replaces them." in told
+    assert str(mark.text_content()).startswith("This answer is of the last run")
+    assert "warm" in visit.text(1)
+    if change is change_stop:
+        visit.page.get_by_label("Bound").fill("1")
+    visit.run()
+    assert (line.is_hidden(), mark.is_hidden()) == (True, True)
+
+
+def test_a_setting_that_is_set_back_takes_the_mark_away(visit: Visit) -> None:
+    visit.run()
+    visit.page.get_by_label("Seed", exact=True).fill("9")
+    assert visit.page.locator("#stale").is_visible()
+    visit.page.get_by_label("Seed", exact=True).fill("0")
+    assert visit.page.locator("#stale").is_hidden()
+
+
+def test_an_answer_to_another_number_says_to_which_and_so_does_the_chart(visit: Visit) -> None:
+    visit.run()
+    visit.page.get_by_label("Run a column again").uncheck()
+    visit.type_number(1, "3")
+    assert visit.names()[1] == "α = +3"
+    assert visit.column(1).locator(".stale").text_content() == "This answer is of the last run, with α = +8."
+    assert visit.column(0).locator(".stale").is_hidden()  # the unsteered answer is the same at any α
+    assert visit.page.locator("#stale").is_hidden()
+    visit.page.get_by_label("Words that differ").check()  # draws the chart again
+    assert visit.page.locator("#chart-legend li").all_text_contents() == ["unsteered", "α = +8"]
+
+
+def test_a_direction_that_was_replaced_marks_its_answers(visit: Visit, fake: FakeSteeringServer) -> None:
+    visit.run()
+    fake.directions[0]["content_hash"] = "of another vector"
+    visit.page.evaluate("registryChanged('')")
+    visit.column(1).locator(".stale").wait_for()
 
 
 def points(path: str) -> list[tuple[float, float]]:
@@ -176,6 +299,16 @@ def test_the_saved_picture_shows_the_answers_and_the_chart(
         assert shares["line-1"] > 0.0005
         assert shares["ink"] > 3 * share(empty, COLOURS["ink"]) * empty.height / full.height
         assert shares["paper"] < 0.99
+
+
+def test_the_axis_of_the_saved_picture_is_named(visit: Visit, tmp_path: Path) -> None:
+    visit.run()
+    visit.page.evaluate(
+        """() => { const write = Drawing.prototype.text; window.drawn = [];
+             Drawing.prototype.text = function (...given) { drawn.push(given[0]); write.apply(this, given); }; }"""
+    )
+    visit.saved("Save picture", tmp_path)
+    assert "token of the answer" in visit.page.evaluate("drawn")
 
 
 COLOURS = {"paper": (253, 253, 252), "ink": (29, 31, 34), "line-0": (85, 89, 95), "line-1": (180, 72, 10)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_alpha_can_be_typed_in_residual_norms(browser: Browser, fake: FakeSteeri
     visit = Visit(browser, fake.url)
     bounds = visit.entry(0).locator(".allowed")
     assert str(bounds.text_content()).startswith("Allowed α: −80 to 80 (2 residual norms of layer 2")
-    visit.page.get_by_label("α in").select_option("norms")
+    visit.page.get_by_label("Unit of α").select_option("norms")
     assert str(bounds.text_content()).startswith("Allowed α: −2 to 2 norms")
     assert visit.page.locator("#unit-told").text_content() == "A norm of layer 2 is 40."
     assert visit.number(1).input_value() == "0.2"
@@ -115,6 +116,48 @@ def test_in_the_next_turn_each_column_goes_on_with_its_own_answer(visit: Visit, 
     assert list(last_messages(fake).values()) == [[("user", "Three")]] * 2
 
 
+def test_a_message_that_is_written_before_next_turn_is_the_next_message(visit: Visit, fake: FakeSteeringServer) -> None:
+    visit.page.get_by_label("Prompt", exact=True).fill("One")
+    visit.run()
+    visit.page.get_by_label("Prompt", exact=True).fill("Two")
+    assert "“Next turn” keeps them" in str(visit.page.locator("#stale").text_content())
+    visit.button("Next turn").click()
+    assert visit.page.get_by_label("Prompt", exact=True).input_value() == "Two"
+    assert "“Run” sends it" in visit.status()
+    turn = visit.page.locator("#turn")
+    assert str(turn.text_content()).startswith("Turn 2: “Run” sends the prompt as the next message.")
+    fake.requests.clear()
+    visit.run()
+    assert [messages[-1] for messages in last_messages(fake).values()] == [("user", "Two")] * 2
+    assert [len(messages) for messages in last_messages(fake).values()] == [3, 3]
+    assert str(turn.text_content()).startswith("Turn 2: “Run” answers the prompt again, still in this turn.")
+
+
+def test_no_code_is_given_for_what_cannot_be_sent(visit: Visit) -> None:
+    buttons = [visit.column(1).get_by_role("button", name=name) for name in ("curl", "Python")]
+    visit.run()
+    assert all(button.is_enabled() for button in buttons)
+    visit.button("Next turn").click()  # the next message is still to be written
+    assert all(button.is_disabled() for button in buttons)
+    assert {button.get_attribute("title") for button in buttons} == {"Write a prompt first."}
+    visit.page.get_by_label("Prompt", exact=True).fill("And then?")
+    assert all(button.is_enabled() for button in buttons)
+    visit.page.get_by_label("Temperature").fill("")
+    assert all(button.is_disabled() for button in buttons)
+    visit.page.get_by_label("Temperature").fill("1")
+    visit.number(1).fill("9999")
+    assert all(button.is_disabled() for button in buttons)
+    assert visit.column(0).get_by_role("button", name="curl").is_enabled()
+
+
+def test_the_code_is_shown_from_its_begin(visit: Visit) -> None:
+    visit.column(1).get_by_role("button", name="curl").click()
+    text = visit.page.locator("#code-text")
+    height, visible = (int(text.evaluate(f"(area) => area.{name}")) for name in ("scrollHeight", "clientHeight"))
+    assert height > visible  # else there would be nothing to scroll
+    assert text.evaluate("(area) => area.scrollTop") == 0
+
+
 def test_all_columns_can_go_on_from_one_answer(visit: Visit, fake: FakeSteeringServer) -> None:
     visit.page.get_by_label("Prompt", exact=True).fill("One")
     visit.page.get_by_label("Samples").fill("2")
@@ -151,7 +194,7 @@ def test_a_link_brings_the_settings_back_and_holds_no_key(browser: Browser, fake
     page.get_by_label("Samples").fill("2")
     page.get_by_label("Stop by").select_option("wry")
     page.get_by_label("Bound").fill("9")
-    page.get_by_label("α in").select_option("norms")
+    page.get_by_label("Unit of α").select_option("norms")
     first.add("fake-kind")
     first.add("long")
     first.type_number(1, "-0.25")
@@ -171,9 +214,30 @@ def test_a_link_brings_the_settings_back_and_holds_no_key(browser: Browser, fake
 
 
 def test_a_short_link_names_numbers_alone(browser: Browser, fake: FakeSteeringServer) -> None:
-    visit = Visit(browser, fake.url, fragment="#alphas=-20,0,8&temperature=0&columns=[broken")
+    visit = Visit(browser, fake.url, fragment="#alphas=-20,0,8&temperature=0")
     assert visit.names() == ["α = −20", "unsteered", "α = +8"]
+    assert visit.status() == ""
     visit.close()
+
+
+def test_the_page_says_that_a_copied_link_holds_the_prompt(browser: Browser, fake: FakeSteeringServer) -> None:
+    visit = Visit(browser, fake.url, permissions=["clipboard-read", "clipboard-write"])
+    visit.page.get_by_label("Prompt", exact=True).fill("My own words")
+    visit.run()
+    visit.button("Copy link").click()
+    visit.page.locator("#status", has_text="the text in “Prompt” and “System prompt”").wait_for()
+    link = str(visit.page.evaluate("navigator.clipboard.readText()"))
+    assert parse_qs(link.partition("#")[2])["prompt"] == ["My own words"]
+    assert "warm" not in link  # a word of the answer
+    visit.close()
+
+
+def test_an_emptied_prompt_stays_empty_in_the_link(visit: Visit, browser: Browser, fake: FakeSteeringServer) -> None:
+    visit.page.get_by_label("Prompt", exact=True).fill("")
+    visit.page.keyboard.press("Tab")
+    again = Visit(browser, fake.url, fragment=visit.fragment())
+    assert again.page.get_by_label("Prompt", exact=True).input_value() == ""
+    again.close()
 
 
 @pytest.mark.parametrize("mode", ["chat", "text"])

@@ -68,7 +68,7 @@ class FakeSteeringServer:
         words = [
             f" {'warm' if alpha > 0 else 'plain' if alpha == 0 else 'cold'}{index}" for index in range(self.tokens)
         ]
-        return [*words[:3], "", " é\u2028", *words[5:]]
+        return [*words[:3], "", " é\u2028", *words[5:]][: self.tokens]
 
     def values(self, alpha: float, sample: int = 0) -> list[float]:
         """The trace: one value for each token but the last, which is never fed back."""

@@ -30,12 +30,18 @@ function fillKinds() {
 /** The bounds on a column's numbers; those of a control are by its own direction's length. */
 const boundsFor = (column) => (rows[0] && directions.names.length ? rows[0].limits(column.direction) : boundsOf({ op: "add" }, 1, server));
 
+/** The layers of a control's direction where it acts at another one; else undefined. */
+function awayFrom({ direction }) {
+  const own = direction ? directions.layersOf(direction) : [];
+  return own.length && !own.includes(Number(rows[0].layer.value)) ? own : undefined;
+}
+
 const mainNumber = ({ alpha, low, high }) => alpha ?? low ?? high;
 const steeredOnes = () => columns.filter((column) => column.isSteered && !column.direction);
 
 /** The numbers of a column for `op`: `given` as far as they fit it, else some that no other column has. */
 function fittedNumbers(given, op, bounds, taken, isOtherKind) {
-  const names = OPERATIONS[op].fields;
+  const names = operationOf(op).fields;
   if (!isOtherKind && names.some((name) => Number.isFinite(given[name]))) return given;
   const carried = isOtherKind ? undefined : mainNumber(given);
   const value = Number.isFinite(carried) ? carried : nextValue(op, taken, bounds);
@@ -66,7 +72,7 @@ function addColumn(spec) {
     onContinue: continueFrom,
     onChange: (changed) => {
       share();
-      if (!changed.samples.length || !byId("again").checked) return;
+      if (!changed.wasRun || changed.mistake || !byId("again").checked) return;
       // replies to other settings would stay next to this one
       run(JSON.stringify(settings()) === lastAsked ? [changed] : [...columns]);
     },
@@ -96,19 +102,22 @@ function configureColumns() {
     const bounds = boundsFor(column);
     if (column.isSteered) {
       if (column.op !== undefined && column.op !== op) {
-        const isOtherKind = !(OPERATIONS[op].inNorms && OPERATIONS[column.op].inNorms);
+        const isOtherKind = !(operationOf(op).inNorms && operationOf(column.op).inNorms);
         column.give(fittedNumbers(column.strength.numbers, op, bounds, taken, isOtherKind));
       }
       if (!column.direction) taken.push(mainNumber(column.numbers));
     }
     const cosine = ownRandom.get(column.direction);
+    const byChance = cosine === undefined ? "" : `Its cosine with ${rows[0].direction.value} is ${shown(cosine)}, by chance. `;
+    const away = awayFrom(column);
+    const moved = away === undefined ? "" : `${column.direction} is a direction of layer ${away.join(" and ")}; here it acts at layer ${rows[0].layer.value}.`;
     const missing = column.kind === "alias" && !Object.hasOwn(server.aliases ?? {}, column.alias)
       ? `This server has no alias ${JSON.stringify(column.alias)}. Remove the column.`
       : column.direction && !directions.names.includes(column.direction)
         ? `This server has no direction ${JSON.stringify(column.direction)}. Remove the column.` : "";
     column.configure({
       op, bounds, index, missing, inNorms: form.elements.unit.value === "norms",
-      note: cosine === undefined ? "" : `Its cosine with ${rows[0].direction.value} is ${shown(cosine)}, by chance.`,
+      at: away === undefined ? "" : ` at layer ${rows[0].layer.value}`, note: (byChance + moved).trim(),
     });
   });
 }

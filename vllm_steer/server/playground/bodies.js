@@ -12,7 +12,7 @@ function steeringOf({ entries }, spec) {
 }
 
 function strengthOf(op, numbers) {
-  const told = Object.fromEntries(OPERATIONS[op].fields.filter((name) => Number.isFinite(numbers[name])).map((name) => [name, numbers[name]]));
+  const told = Object.fromEntries(operationOf(op).fields.filter((name) => Number.isFinite(numbers[name])).map((name) => [name, numbers[name]]));
   return op === "add" ? told : { ...told, op };
 }
 

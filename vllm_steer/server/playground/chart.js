@@ -2,7 +2,7 @@
 // The projections over the tokens: one line a column. The geometry serves the page's SVG and the saved picture.
 
 const SVG = "http://www.w3.org/2000/svg";
-const DASHES = ["", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3"]; // not by colour alone
+const ACROSS = "token of the answer";
 const MARGIN = { left: 46, right: 12, top: 10, bottom: 34 };
 
 /** [{name, number, isDone, means, traces}] of the columns that have values. */
@@ -14,7 +14,7 @@ function seriesOf(columns) {
       const known = finite(traces.map((values) => values[token]));
       return known.length ? meanOf(known) : undefined;
     });
-    return { name: column.name, number, means, traces };
+    return { name: column.shownName, number, means, traces };
   }).filter(({ means }) => means.length);
 }
 
@@ -36,7 +36,14 @@ function chartOf(series, width, height) {
   const [pad, last] = [0.05 * (high - low), Math.max(2, ...series.map(({ means }) => means.length))];
   const x = (token) => MARGIN.left + (token / (last - 1)) * (width - MARGIN.left - MARGIN.right);
   const y = (value) => height - MARGIN.bottom - ((value - low + pad) / (high - low + 2 * pad)) * (height - MARGIN.top - MARGIN.bottom);
-  const line = (values) => values.flatMap((value, token) => (Number.isFinite(value) ? [[x(token), y(value)]] : []));
+  const line = (values) => alone(values.flatMap((value, token) => (Number.isFinite(value) ? [[x(token), y(value)]] : [])));
+  // a single value is a short piece of its line, so that it looks like the line's legend
+  const alone = (points) => {
+    if (points.length !== 1) return points;
+    const [[at, height]] = points;
+    const from = Math.min(Math.max(at - 17, MARGIN.left), width - MARGIN.right - 34);
+    return [[from, height], [from + 34, height]];
+  };
   return {
     width, height,
     across: ticks(1, last, Math.min(last, width / 90)).filter((token) => token >= 1 && Number.isInteger(token)).map((token) => ({ at: x(token - 1), text: String(token) })),
@@ -67,13 +74,10 @@ function drawChart(columns, what) {
     parts.push(svgElement("text", { class: "tick", x: MARGIN.left - 6, y: at + 4, "text-anchor": "end" }, text));
   }
   for (const { at, text } of across) parts.push(svgElement("text", { class: "tick", x: at, y: height - MARGIN.bottom + 16, "text-anchor": "middle" }, text));
-  parts.push(svgElement("text", { class: "tick", x: width - MARGIN.right, y: height - 3, "text-anchor": "end" }, "token of the answer"));
+  parts.push(svgElement("text", { class: "tick", x: width - MARGIN.right, y: height - 3, "text-anchor": "end" }, ACROSS));
   for (const { number, points, faint } of lines) {
-    const slot = number % LINES;
-    for (const one of faint) parts.push(svgElement("path", { class: `line faint line-${slot}`, d: pathOfPoints(one) }));
-    const dash = DASHES[slot];
-    parts.push(svgElement("path", { class: `line line-${slot}`, d: pathOfPoints(points), ...(dash ? { "stroke-dasharray": dash } : {}) }));
-    if (points.length === 1) parts.push(svgElement("circle", { class: `dot line-${slot}`, cx: points[0][0], cy: points[0][1], r: 3 }));
+    for (const one of faint) parts.push(svgElement("path", { class: `line faint line-${styleOf(number).hue}`, d: pathOfPoints(one) }));
+    parts.push(styledLine(number, pathOfPoints(points)));
   }
   svg.replaceChildren(...parts);
   byId("chart-text").textContent = `${what}, by token${lines.some(({ faint }) => faint.length) ? "; strong lines are means over the samples, faint ones the samples" : ""}.`;
@@ -81,11 +85,15 @@ function drawChart(columns, what) {
   byId("chart-rows").replaceChildren(...series.map(tableRow));
 }
 
+function styledLine(number, d) {
+  const { hue, dash } = styleOf(number);
+  return svgElement("path", { class: `line line-${hue}`, d, ...(dash ? { "stroke-dasharray": dash } : {}) });
+}
+
 function legendItem({ name, number }) {
   const item = document.createElement("li");
   const key = svgElement("svg", { viewBox: "0 0 34 10", width: 34, height: 10, "aria-hidden": "true" });
-  const dash = DASHES[number % LINES];
-  key.append(svgElement("path", { class: `line line-${number % LINES}`, d: "M1 5L33 5", ...(dash ? { "stroke-dasharray": dash } : {}) }));
+  key.append(styledLine(number, "M1 5L33 5"));
   item.append(key, name);
   return item;
 }
@@ -111,5 +119,5 @@ function tableRow(one) {
 
 const described = (series) => series.map((one) => {
   const { count, first, mean, least, most, last } = figuresOf(one);
-  return `${one.name}: ${count} tokens, mean ${shown(mean)}, from ${shown(first)} to ${shown(last)}, between ${shown(least)} and ${shown(most)}.`;
+  return `${one.name}: ${counted(count, "token")}, mean ${shown(mean)}, from ${shown(first)} to ${shown(last)}, between ${shown(least)} and ${shown(most)}.`;
 }).join(" ");

@@ -5,10 +5,15 @@
 function fill(select, options, wanted, what) {
   select.replaceChildren(...options.map(([value, text]) => new Option(text ?? value, value)));
   select.setCustomValidity("");
-  if (wanted === undefined || wanted === "") return;
-  if (!options.some(([value]) => String(value) === String(wanted))) {
+  if (wanted !== undefined && wanted !== "") choose(select, wanted, `This server has no ${what}`);
+}
+
+/** Chooses an option. Where there is none of that value, it is added as missing; `lack` begins the sentence about it. */
+function choose(select, wanted, lack) {
+  for (const option of [...select.options]) if (option.dataset.missing) option.remove();
+  if (![...select.options].some(({ value }) => value === String(wanted))) {
     const missing = new Option(`${wanted} (missing)`, wanted);
-    missing.dataset.missing = `This server has no ${what} ${JSON.stringify(wanted)}. Choose another one.`;
+    missing.dataset.missing = `${lack} ${JSON.stringify(wanted)}. Choose another one.`;
     select.prepend(missing);
   }
   select.value = wanted;

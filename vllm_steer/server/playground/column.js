@@ -1,8 +1,6 @@
 "use strict";
 // A column: one way to steer, its conversation so far and its answers.
 
-const LINES = 8; // colours and dashes of the chart
-
 class Column {
   /**
    * `spec` is {kind: "plain"}, {kind: "alias", alias} or {kind: "steered", alpha | low, high, direction}, the latter
@@ -12,7 +10,8 @@ class Column {
   constructor(spec, hooks) {
     this.element = document.getElementById("column").content.firstElementChild.cloneNode(true);
     const part = (name) => this.element.querySelector(name);
-    [this.heading, this.told, this.history, this.list, this.error] = ["h2", ".told", ".history", ".samples", ".error"].map(part);
+    [this.heading, this.told, this.history, this.stale, this.list, this.error] = ["h2", ".told", ".history", ".stale", ".samples", ".error"].map(part);
+    this.codeButtons = [".curl", ".python"].map(part);
     const { kind, direction, alias, ...numbers } = spec;
     Object.assign(this, { kind, direction, alias, given: numbers, hooks, messages: [], samples: [], chosen: 0 });
     this.strength = new StrengthFields(part(".numbers"), { hasSlider: true }, {
@@ -26,6 +25,11 @@ class Column {
   get isPlain() { return this.kind === "plain"; }
   get isSteered() { return this.kind === "steered"; }
   get numbers() { return this.strength.op === undefined ? this.given : this.strength.numbers; }
+  get asked() { return this.ran?.asked; }
+  /** Whether its answers, or why it has none, stand in it. */
+  get wasRun() { return this.samples.length > 0 || !this.error.hidden; }
+  /** The name of what its answers are of, also where its number has changed since. */
+  get shownName() { return this.samples.length ? this.ran.name : this.name; }
   get mistake() { return this.missing || (this.isSteered ? this.strength.mistake : ""); }
 
   get spec() {
@@ -34,9 +38,11 @@ class Column {
   }
 
   /** Takes over what the form says of the first entry. `missing` says what the server lacks for this column. */
-  configure({ op, bounds, inNorms, index, missing, note }) {
-    Object.assign(this, { op, bounds, inNorms, missing });
-    this.element.style.setProperty("--own", `var(--line-${index % LINES})`);
+  configure({ op, bounds, inNorms, index, missing, at, note }) {
+    Object.assign(this, { op, bounds, inNorms, missing, at });
+    const { hue, edge } = styleOf(index);
+    this.element.style.setProperty("--own", `var(--line-${hue})`);
+    this.element.style.setProperty("--edge", edge);
     if (this.isSteered) this.strength.configure(op, bounds, inNorms, this.given);
     this.told.textContent = missing || note || "";
     this.told.classList.toggle("mistake", Boolean(missing));
@@ -64,20 +70,24 @@ class Column {
       const norms = this.inNorms && this.bounds.perNorm ? ` (${String(Number((value / this.bounds.perNorm).toPrecision(3))).replace("-", "−")} norms)` : "";
       return `${FIELD_NAMES[name]} = ${signed(value)}${norms}`;
     }).join(", ") || "no number";
-    return this.direction ? `control ${this.direction}, ${told}` : told;
+    return this.direction ? `control ${this.direction}${this.at}, ${told}` : told;
   }
 
   label(sample) {
     const which = this.samples.length > 1 ? `Sample ${this.samples.indexOf(sample) + 1}, seed ${sample.seed}` : "";
     sample.heading.textContent = which;
     sample.heading.hidden = !which;
-    for (const text of [sample.output, sample.difference]) text.setAttribute("aria-label", `${which || "Answer"} with ${this.name}`);
+    for (const text of [sample.output, sample.difference]) text.setAttribute("aria-label", `${which || "Answer"} with ${this.shownName}`);
   }
 
-  /** Asks for the answers and shows them as they come. Resolves to whether the user stopped it. */
-  async run(asked, path, body, signal) {
+  /**
+   * Asks for the answers and shows them as they come. Resolves to whether the user stopped it. `ran` is {asked, name, key}:
+   * the settings, the name of the column and what the answers depend on.
+   */
+  async run(ran, path, body, signal) {
+    const { asked } = ran;
     this.clear();
-    this.asked = asked;
+    this.ran = ran;
     this.samples = Array.from({ length: samplesOf(asked) }, (_, index) => this.newSample(asked.seed + index));
     this.list.replaceChildren(...this.samples.map(({ element }) => element));
     this.samples.forEach((sample) => this.label(sample));
@@ -115,8 +125,29 @@ class Column {
     this.samples = [];
     this.chosen = 0;
     this.list.replaceChildren();
-    this.asked = undefined;
+    this.ran = undefined;
     this.error.hidden = true;
+    this.mark("");
+  }
+
+  /** Marks its answers as those of an earlier run, with the sentence that says so; or not, without one. */
+  mark(sentence) {
+    this.element.classList.toggle("is-stale", Boolean(sentence));
+    this.stale.hidden = !sentence;
+    if (this.stale.textContent !== sentence) this.stale.textContent = sentence;
+  }
+
+  /** Takes away its answers, because its number is not sent. */
+  leaveOut() {
+    const { mistake } = this;
+    this.clear();
+    const isTold = this.missing || this.element.querySelector(".numbers .mistake:not([hidden])");
+    this.fail(isTold ? "This column did not run." : `This column did not run. ${mistake}`);
+  }
+
+  /** Whether its request can be had as code; `why` says why not. */
+  offerCode(why) {
+    for (const button of this.codeButtons) [button.disabled, button.title] = [Boolean(why), why];
   }
 
   fail(message) {
@@ -125,10 +156,10 @@ class Column {
   }
 
   offerToContinue() {
-    if (this.asked.mode !== "chat") return;
+    if (this.asked?.mode !== "chat") return;
     for (const [index, sample] of this.samples.entries()) {
       sample.continueButton.hidden = !sample.text;
-      sample.continueButton.setAttribute("aria-label", `Continue all from this answer, ${this.samples.length > 1 ? `sample ${index + 1} ` : ""}with ${this.name}`);
+      sample.continueButton.setAttribute("aria-label", `Continue all from this answer, ${this.samples.length > 1 ? `sample ${index + 1} ` : ""}with ${this.shownName}`);
       const [chooser] = sample.chooser.children;
       chooser.parentElement.hidden = this.samples.length === 1;
       chooser.name = `chosen-${this.list.dataset.number ??= String(++fieldNumber)}`;

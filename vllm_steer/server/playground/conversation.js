@@ -14,12 +14,16 @@ function nextTurn(from) {
     const { messages, asked, answer } = source(column);
     return [...messages, { role: "user", content: asked.prompt }, { role: "assistant", content: answer }];
   });
+  const { prompt } = form.elements;
+  const isWritten = prompt.value !== "" && !columns.some((column) => source(column).asked.prompt === prompt.value);
+  const which = from ? `All columns go on from the answer of “${from.shownName}”.` : "Each column goes on with its own answer.";
   columns.forEach((column, index) => column.goOn(histories[index]));
   turn += 1;
-  form.elements.prompt.value = "";
-  form.elements.prompt.focus();
+  if (!isWritten) prompt.value = "";
+  prompt.focus();
   lastAsked = "";
-  say(from ? `All columns go on from the answer of “${from.name}”. Write the next message.` : "Each column goes on with its own answer. Write the next message.");
+  share();
+  say(`${which} ${isWritten ? "What you have written is the next message: “Run” sends it." : "Write the next message."}`);
   turnChanged();
   return paint();
 }
@@ -44,7 +48,9 @@ const earlierMessages = () => columns[0]?.messages ?? [];
 
 function turnChanged() {
   byId("turn").hidden = turn === 1 || form.elements.mode.value !== "chat";
-  byId("turn").textContent = `Turn ${turn}. “Run” repeats this turn; what came before is in each column.`;
+  byId("turn").textContent = `Turn ${turn}: “Run” ${lastAsked ? "answers the prompt again, still in this turn" : "sends the prompt as the next message"}. `
+    + "The messages before it are in each column.";
   byId("next-turn").disabled = running.size > 0 || !columns.length || columns.some(({ answer }) => answer === undefined);
   byId("restart").disabled = turn === 1;
+  judgeColumns();
 }

@@ -3,7 +3,8 @@
 // column; those of the others are the same in all steered columns.
 
 const SPAN = /^(prompt|generated|response|all)(\[(-?\d{1,9}|(-?\d{1,9})?:(-?\d{1,9})?)\])?$/;
-const SPANS = ["response", "all", "prompt", "generated"];
+const SPAN_NAMES = { response: "the answer", all: "all tokens", prompt: "the prompt", generated: "the answer after its first token" };
+const SPANS = Object.keys(SPAN_NAMES);
 
 class EntryRow {
   /** `onChange()` follows every change, `onRemove(row)` the button. */
@@ -30,7 +31,7 @@ class EntryRow {
     this.directions = directions;
     fill(this.direction, directions.names.map((name) => [name]), entry.direction, "direction");
     this.fillLayers(entry.layer);
-    this.op.value = entry.op ?? "add";
+    choose(this.op, entry.op ?? "add", "This page has no operation");
     const isOther = entry.span !== undefined && !SPANS.includes(entry.span);
     this.span.value = isOther ? "slices" : entry.span ?? "response";
     this.slices.value = isOther ? entry.span : "";
@@ -51,11 +52,11 @@ class EntryRow {
     this.element.querySelector(".remove-entry").textContent = `Remove direction ${index + 1}`;
     this.slicesLabel.hidden = this.span.value !== "slices";
     const bounds = this.limits();
-    this.bounds.textContent = `Allowed ${OPERATIONS[this.op.value].fields.map((field) => FIELD_NAMES[field]).join(" and ")}: ${allowed(bounds, inNorms)}.`;
+    this.bounds.textContent = `Allowed ${operationOf(this.op.value).fields.map((field) => FIELD_NAMES[field]).join(" and ")}: ${allowed(bounds, inNorms)}.`;
     if (index > 0) {
       const numbers = this.given ?? {};
       const fallback = this.op.value === "clamp" ? { low: bounds.usual } : { alpha: bounds.usual };
-      const isKnown = OPERATIONS[this.op.value].fields.some((field) => Number.isFinite(numbers[field]));
+      const isKnown = operationOf(this.op.value).fields.some((field) => Number.isFinite(numbers[field]));
       this.numbers.configure(this.op.value, bounds, inNorms, isKnown ? numbers : fallback);
       this.given = undefined;
     }
@@ -67,8 +68,8 @@ class EntryRow {
     const spanMistake = this.span.value === "slices" && !this.slices.value.split("+").every((part) => SPAN.test(part.trim()))
       ? "Allowed: prompt, generated, response, all, slices such as prompt[-5:] or response[:8], and sums of these with +." : "";
     this.slices.setCustomValidity(spanMistake);
-    const unfit = this.op.value !== "add" && this.directions.at(this.direction.value, this.layer.value)?.is_unit === false
-      ? `${this.direction.value} is not of length 1, and all but “add” need that. Choose “add”.` : "";
+    const unfit = judgeChoice(this.op) || (this.op.value !== "add" && this.directions.at(this.direction.value, this.layer.value)?.is_unit === false
+      ? `${this.direction.value} is not of length 1, and all but “add” need that. Choose “add”.` : "");
     this.op.setCustomValidity(unfit);
     return judgeChoice(this.direction) || judgeChoice(this.layer) || unfit || spanMistake || (index > 0 ? this.numbers.mistake : "");
   }
@@ -79,7 +80,9 @@ class EntryRow {
 
   read(index) {
     const span = this.span.value === "slices" ? this.slices.value.trim() : this.span.value;
-    const entry = { direction: this.direction.value, layer: Number(this.layer.value), op: this.op.value, span };
+    const layer = Number(this.layer.value);
+    // a layer that a link names and the server lacks stays as it is
+    const entry = { direction: this.direction.value, layer: Number.isNaN(layer) ? this.layer.value : layer, op: this.op.value, span };
     return index === 0 ? entry : { ...entry, ...this.numbers.numbers };
   }
 }

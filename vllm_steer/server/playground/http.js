@@ -62,8 +62,7 @@ const askJson = async (path) => (await ask(path)).json();
 async function vectorOf(name, layer) {
   const reply = await ask(`/v1/steering/directions/${encodeURIComponent(name)}?layer=${layer}`);
   const file = await reply.arrayBuffer();
-  const start = 8 + Number(new DataView(file).getBigUint64(0, true));
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, start - 8)));
+  const { header, start } = safetensorsIn(file);
   const [, { data_offsets: [from, to] }] = Object.entries(header).find(([key]) => key !== "__metadata__");
   return new Float32Array(file.slice(start + from, start + to));
 }

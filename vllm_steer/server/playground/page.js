@@ -27,7 +27,7 @@ function share() {
 }
 
 function fromLink() {
-  const { fields, entries, specs } = fromFragment(location.hash);
+  const { fields, entries, specs, unread } = fromFragment(location.hash);
   stopAll();
   for (const column of columns.splice(0)) column.element.remove();
   turn = 1;
@@ -36,11 +36,11 @@ function fromLink() {
   configureForm();
   fillKinds();
   const usual = directions.names.length ? [{ kind: "plain" }, { kind: "steered" }] : [{ kind: "plain" }];
-  for (const spec of specs.length ? specs : usual) addColumn(spec);
+  for (const spec of specs ?? usual) addColumn(spec);
   turnChanged();
   paint();
-  const wrong = [...complaints(), ...columns.map(({ missing }) => missing).filter(Boolean)];
-  say(wrong.length ? `From the link: ${wrong.join(" ")}` : "");
+  const wrong = [...unread, ...complaints(), ...columns.map(({ missing }) => missing).filter(Boolean)];
+  say(wrong.length ? `Not all of the link could be taken over. ${wrong.join(" ")}` : "");
 }
 
 function showCode(column, language) {
@@ -49,6 +49,8 @@ function showCode(column, language) {
   byId("code-title").textContent = `${column.name}, as ${language === "curl" ? "curl" : "Python"}`;
   byId("code-text").value = (language === "curl" ? asCurl : asPython)(path, body);
   byId("code").showModal();
+  byId("code-text").setSelectionRange(0, 0); // a text that was just set has its cursor at the end, and shows that
+  byId("code-text").scrollTop = 0;
 }
 
 async function copy(text, field) {
@@ -92,7 +94,7 @@ async function connect() {
 
 function about() {
   byId("about").textContent = `${model}, hooked at ${server.layers.length === 1 ? "layer" : "layers"} ${server.layers.join(", ")}. `
-    + (server.directions.length ? "All columns share the settings; they differ in what they are named by." : "No direction is registered yet, so nothing can be steered. Register one, or drop its file here.");
+    + (server.directions.length ? "All columns share the settings; the name of a column says in what it differs from the others." : "No direction is registered yet, so nothing can be steered. Register one, or drop its file here.");
 }
 
 form.addEventListener("submit", (event) => { event.preventDefault(); run([...columns]); });
@@ -101,6 +103,7 @@ form.noValidate = true;
 form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
 });
+document.querySelector("main").addEventListener("input", judgeColumns);
 form.addEventListener("change", ({ target }) => { if (!target.closest(".entry")) settingsChanged(); });
 byId("stop").addEventListener("click", stopAll);
 byId("next-turn").addEventListener("click", () => nextTurn());
@@ -112,6 +115,7 @@ byId("add-entry").addEventListener("click", () => {
   row.direction.focus();
 });
 byId("add").addEventListener("click", () => {
+  if (columns.length >= MOST_COLUMNS) return say(`There are ${MOST_COLUMNS} columns, the most that the chart can tell apart. Remove one first.`);
   const spec = JSON.parse(byId("kind").value);
   if (spec.random) return randomDialog.open();
   const column = addColumn(spec);
@@ -121,7 +125,7 @@ byId("add").addEventListener("click", () => {
 });
 byId("link").addEventListener("click", async () => {
   share();
-  say(await copy(location.href) ? "Link copied. It holds the settings, neither a key nor the conversation." : "Copy the page's address: it holds the settings.");
+  say(await copy(location.href) ? "Link copied. It holds the settings, the columns and the text in “Prompt” and “System prompt”; no key, no answers and no earlier turns." : "Copy the page's address: it holds the settings, the columns and the text in “Prompt” and “System prompt”; no key, no answers and no earlier turns.");
 });
 byId("save-json").addEventListener("click", () => save(new Blob([JSON.stringify(exported(server), null, 1)], { type: "application/json" }), fileName("json")));
 byId("save-png").addEventListener("click", async () => {

@@ -23,6 +23,7 @@ PATHS = ("/v1/steering/playground", "/steering/playground")
 _STYLE = "page.css"
 # In the order in which they run; each may use the names of those before it.
 _SCRIPTS = (
+    "safetensors.js",
     "http.js",
     "stream.js",
     "strengths.js",
@@ -33,15 +34,18 @@ _SCRIPTS = (
     "choices.js",
     "entries.js",
     "diff.js",
+    "line_styles.js",
     "sample.js",
     "shading.js",
     "column.js",
     "chart.js",
     "records.js",
     "picture.js",
+    "upload_refusals.js",
     "registering.js",
     "settings.js",
     "running.js",
+    "staleness.js",
     "conversation.js",
     "adding.js",
     "page.js",

@@ -32,6 +32,17 @@ class Drawing {
     this.context.fillText(text, x, y);
   }
 
+  /** A line of a column's style; faint ones are thin and have no dash. */
+  stroke(points, number, isFaint = false) {
+    const { hue, dash } = styleOf(number);
+    const { context } = this;
+    context.strokeStyle = this.colour(`line-${hue}`);
+    [context.lineWidth, context.globalAlpha] = isFaint ? [1, 0.4] : [2, 1];
+    context.setLineDash(isFaint ? [] : dash.split(" ").filter(Boolean).map(Number));
+    context.stroke(new Path2D(pathOfPoints(points)));
+    context.globalAlpha = 1;
+  }
+
   /** Writes [{text, far, mark}] pieces from (x, y) down within `width`; returns where the next line would be. */
   flow(pieces, x, y, width, colour = "ink") {
     let [left, line] = [x, y];
@@ -68,9 +79,9 @@ class Drawing {
 }
 
 function drawColumn(drawing, column, number, x, y, width) {
-  drawing.fill(`line-${number % LINES}`, x, y, width, 3);
+  drawing.stroke([[x, y + 1], [x + width, y + 1]], number);
   drawing.font(PICTURE.size, "bold");
-  let at = drawing.flow([{ text: column.name }], x, y + 24, width);
+  let at = drawing.flow([{ text: column.shownName }], x, y + 24, width);
   drawing.font(PICTURE.size);
   for (const { role, content } of column.messages) at = drawing.flow([{ text: `${role === "user" ? "User" : "Answer"}: ${content}` }], x, at, width, "soft");
   for (const sample of column.samples) {
@@ -96,19 +107,13 @@ function drawLines(drawing, columns, y) {
   drawing.font(12);
   for (const tick of up) { drawing.fill("rule", MARGIN.left, tick.at, width - MARGIN.left - MARGIN.right, 1); drawing.text(tick.text, 2, tick.at + 4, "soft"); }
   for (const tick of across) drawing.text(tick.text, tick.at - 4, height - MARGIN.bottom + 16, "soft");
-  const stroke = (points, number, thick, opacity) => {
-    context.strokeStyle = drawing.colour(`line-${number % LINES}`);
-    [context.lineWidth, context.globalAlpha] = [thick, opacity];
-    context.setLineDash(opacity === 1 ? DASHES[number % LINES].split(" ").filter(Boolean).map(Number) : []);
-    context.stroke(new Path2D(pathOfPoints(points)));
-  };
+  drawing.text(ACROSS, width - MARGIN.right - context.measureText(ACROSS).width, height - 3, "soft");
   for (const { number, points, faint } of lines) {
-    for (const one of faint) stroke(one, number, 1, 0.4);
-    stroke(points, number, 2, 1);
+    for (const one of faint) drawing.stroke(one, number, true);
+    drawing.stroke(points, number);
   }
-  context.globalAlpha = 1;
   for (const [index, { name, number }] of lines.entries()) {
-    stroke([[MARGIN.left, height + 14 + 20 * index], [MARGIN.left + 40, height + 14 + 20 * index]], number, 2, 1);
+    drawing.stroke([[MARGIN.left, height + 14 + 20 * index], [MARGIN.left + 40, height + 14 + 20 * index]], number);
     drawing.text(name, MARGIN.left + 50, height + 18 + 20 * index);
   }
   context.restore();
@@ -129,7 +134,7 @@ function drawAll(drawing, columns, { title, asked }) {
     at = Math.max(...columns.slice(first, first + across)
       .map((column, index) => drawColumn(drawing, column, first + index, gap + index * (width + gap), at, width))) + 16;
   }
-  if (!byId("legend").hidden) at = drawing.flow([{ text: `${byId("legend-text").textContent} From ${byId("lowest").textContent} to ${byId("highest").textContent}.` }], gap, at, PICTURE.width - 2 * gap, "soft") + 8;
+  if (!byId("legend").hidden) at = drawing.flow([{ text: `${byId("legend-text").textContent} The ends of the scale are ${byId("lowest").textContent} and ${byId("highest").textContent}.` }], gap, at, PICTURE.width - 2 * gap, "soft") + 8;
   return drawLines(drawing, columns, at) + gap;
 }
 

@@ -3,17 +3,22 @@
 
 const records = [];
 
-/** Notes a request that is about to be sent; call `answered` on it at its end. */
-function recordOf(column, path, body, server) {
+/** What an answer depends on: the request, and what its directions and its alias are at the server. */
+function askedOf(column, path, body, server) {
   const named = new Set([...(body.steering ?? []), ...(server.aliases?.[column.alias] ?? [])].map(({ direction }) => direction));
   for (const name of body.readout?.project ?? []) named.add(name);
   if (body.readout?.stop) named.add(body.readout.stop.direction);
-  const record = {
-    asked_at: new Date().toISOString(), column: column.name, spec: column.spec, path, request: body,
-    vllm_steer: server.version ?? null, vllm: server.vllm ?? null,
-    directions: server.directions.filter(({ name }) => named.has(name)),
+  return {
+    path, request: body, directions: server.directions.filter(({ name }) => named.has(name)),
     ...(column.kind === "alias" ? { alias_steering: server.aliases?.[column.alias] ?? null } : {}),
-    replies: null, outcome: "running",
+  };
+}
+
+/** Notes a request that is about to be sent; call `answered` on it at its end. */
+function recordOf(column, asked, server) {
+  const record = {
+    asked_at: new Date().toISOString(), column: column.name, spec: column.spec, ...asked,
+    vllm_steer: server.version ?? null, vllm: server.vllm ?? null, replies: null, outcome: "running",
   };
   records.push(record);
   return record;

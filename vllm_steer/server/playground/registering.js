@@ -5,6 +5,7 @@ const FORMATS = {
   safetensors: { ends: [".safetensors"] }, gguf: { ends: [".gguf"] }, svec: { ends: [".svec"] }, brainpatch: { ends: [".brainpatch"] },
   pt: { ends: [".pt", ".pth", ".bin"], asks: true }, npy: { ends: [".npy"], asks: true }, float32: { ends: [".f32", ".raw"], asks: true },
 };
+const MOST_HEADER = 4 << 20; // bytes of a file in which its names are looked for
 const RANDOM = "random-";
 
 const formatOf = (fileName) => Object.keys(FORMATS).find((name) => FORMATS[name].ends.some((end) => fileName.toLowerCase().endsWith(end)));
@@ -19,6 +20,7 @@ class RegisterDialog {
     this.form = this.dialog.querySelector("form");
     this.onRegistered = onRegistered;
     this.form.elements.file.addEventListener("change", ({ target }) => this.take(target.files[0]));
+    this.names = []; // of a file with several
     this.form.elements.format.addEventListener("change", () => this.explain());
     this.form.addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
     byId("register-close").addEventListener("click", () => this.dialog.close());
@@ -38,22 +40,35 @@ class RegisterDialog {
     this.explain();
   }
 
-  take(file) {
+  async take(file) {
     if (!file) return;
     this.file = file;
     const { name, format } = this.form.elements;
-    byId("file-name").textContent = `${file.name}, ${file.size} bytes`;
-    name.value = nameFrom(file.name);
+    byId("file-name").textContent = `${file.name}, ${counted(file.size, "byte")}`;
     format.value = formatOf(file.name) ?? "safetensors";
+    this.names = [];
+    name.value = nameFrom(file.name);
     this.explain();
     name.focus();
+    const names = namesIn(await file.slice(0, MOST_HEADER).arrayBuffer());
+    if (this.file !== file || names.length < 2) return; // or another one has been chosen meanwhile
+    this.names = names;
+    name.value = "";
+    this.explain();
   }
 
+  /** The file's several names, where the format is theirs. */
+  get ownNames() { return this.form.elements.format.value === "safetensors" ? this.names : []; }
+
   explain() {
-    const { format, layer, layer_index: index } = this.form.elements;
-    byId("register-why").textContent = format.value === "float32" ? "Such a file is one vector of float32 little-endian numbers: give its layer."
-      : FORMATS[format.value].asks ? "Many such files do not say which layer they are for, or how they count layers: give what the server asks for."
-        : "The file itself says which layers it is for.";
+    const { name, format, layer, layer_index: index } = this.form.elements;
+    name.required = this.ownNames.length === 0;
+    name.placeholder = name.required ? "" : "as the file says";
+    byId("register-why").textContent = this.ownNames.length
+      ? `The file has ${this.ownNames.length} names: ${this.ownNames.join(", ")}. With “Name” empty, each direction is registered under its own.`
+      : format.value === "float32" ? "Such a file is one vector of float32 little-endian numbers: give its layer."
+        : FORMATS[format.value].asks ? "Many such files do not say which layer they are for, or how they count layers: give what the server asks for."
+          : "The file itself says which layers it is for.";
     layer.required = format.value === "float32";
     index.disabled = format.value === "float32";
   }
@@ -68,23 +83,23 @@ class RegisterDialog {
     if (!this.file) return this.tell("No file has been chosen. Choose one, or drop one on the page.");
     keys.admin = admin.value;
     const isRaw = format.value === "float32";
+    const listed = [];
     try {
-      const listed = await putDirection(name.value, await this.file.arrayBuffer(), {
-        layer: layer.value, ...(isRaw ? {} : { format: format.value, layer_index: index.value }),
-      });
+      const content = await this.file.arrayBuffer();
+      const fields = { layer: layer.value, ...(isRaw ? {} : { format: format.value, layer_index: index.value }) };
+      // the server takes one name at a time
+      for (const own of name.value === "" ? this.ownNames : []) listed.push(...await putDirection(own, partOf(content, own), fields));
+      if (name.value !== "") listed.push(...await putDirection(name.value, content, fields));
       this.dialog.close();
       await this.onRegistered(`Registered ${listed.map((one) => `${one.name} at layer ${one.layer}, length ${shown(one.norm)}`).join("; ")}.`);
     } catch (error) {
-      this.refuse(error);
+      if (error.status === 401 || error.status === 403) keys.admin = null;
+      const { text, field } = refusalOf(error.message);
+      const done = [...new Set(listed.map((one) => one.name))].join(", ");
+      this.tell(done ? `${done} ${done.includes(",") ? "are" : "is"} registered, the rest not: ${text}` : text);
+      this.form.elements[field]?.focus();
+      if (done) await this.onRegistered(`Registered ${done}.`);
     }
-  }
-
-  refuse(error) {
-    const { layer, layer_index: index, admin } = this.form.elements;
-    if (error.status === 401 || error.status === 403) keys.admin = null;
-    this.tell(error.message);
-    const asked = error.status === 401 || error.status === 403 ? admin : error.message.includes("layer_index") ? index : error.message.includes("layer=") ? layer : undefined;
-    asked?.focus();
   }
 }
 

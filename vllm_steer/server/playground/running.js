@@ -6,8 +6,8 @@ const running = new Map(); // column -> AbortController
 let lastAsked = ""; // the settings of the answers on the page, as text
 let repaint = 0;
 
-/** Whether everything may be sent; otherwise says what is wrong and moves there. */
-function isReady(chosen) {
+/** Whether what all columns share may be sent; otherwise says what is wrong and moves there. */
+function isReady() {
   if (rows.some((row, index) => index > 0 && row.numbers.mistake)) {
     const row = rows.find((one, index) => index > 0 && one.numbers.mistake);
     say(row.numbers.mistake);
@@ -19,20 +19,42 @@ function isReady(chosen) {
     say(complaints()[0] ?? `${field.labels[0].firstChild.textContent.trim()}: ${field.validationMessage}`);
     return false;
   }
-  const wrong = chosen.find(({ mistake }) => mistake);
-  if (!wrong) return true;
-  say(`Column “${wrong.name}”: ${wrong.mistake}`);
-  wrong.strength.focus();
-  return false;
+  return true;
+}
+
+/** What cannot be sent of the settings, as a reason not to show a request; nothing where all can. */
+function unsendable() {
+  if (form.elements.prompt.value === "") return "Write a prompt first.";
+  return form.matches(":invalid") || rows.some((row, index) => index > 0 && row.numbers.mistake) ? "Correct the marked setting first." : "";
+}
+
+/** Brings up to date what the columns say of the settings: which answers are of others, and whether there is a request. */
+function judgeColumns() {
+  const why = unsendable();
+  for (const column of columns) column.offerCode(why || column.mistake);
+  markStale(settings());
 }
 
 async function run(chosen) {
   if (!chosen.length) return say("There is no column. Add one.");
-  if (!isReady(chosen)) return undefined;
+  if (!isReady()) return undefined;
+  const wrong = chosen.filter(({ mistake }) => mistake);
+  const leftOut = wrong.map(({ name, mistake }) => `Column “${name}” did not run: ${mistake}`).join(" ");
+  for (const column of wrong) {
+    running.get(column)?.abort();
+    column.leaveOut();
+  }
+  wrong[0]?.strength.focus();
+  chosen = chosen.filter((column) => !wrong.includes(column));
+  if (!chosen.length) {
+    paint();
+    turnChanged();
+    return say(leftOut);
+  }
   const asked = settings();
   lastAsked = JSON.stringify(asked);
   share();
-  say(`Running ${chosen.length} ${chosen.length === 1 ? "column" : "columns"} …`);
+  say(`Running ${counted(chosen.length, "column")} … ${leftOut}`);
   const fresh = refreshServer(); // the directions as they are now, for the records
   const outcomes = await Promise.allSettled(chosen.map((column) => runOne(column, asked, fresh)));
   byId("stop").disabled = running.size === 0;
@@ -41,9 +63,16 @@ async function run(chosen) {
   const failed = outcomes.filter(({ reason }) => reason).map(({ reason }) => reason);
   if (failed.some(({ status }) => status === 401)) return askKey();
   const stopped = outcomes.some(({ value }) => value);
-  return say(failed.length ? `${failed.length} of ${chosen.length} failed: ${failed[0].message}` : stopped ? "Stopped."
-    : chosen.length > 2 ? `All ${chosen.length} columns are complete.`
-      : chosen.map((column) => `${column.name}: ${column.summary}`).join("; ") + ".");
+  const told = failed.length ? `${failed.length} of ${chosen.length} failed: ${failed[0].message}` : stopped ? "Stopped." : endOf(chosen);
+  return say(`${told} ${leftOut}`.trim());
+}
+
+/** What the status says of columns that are complete: of two answers what they are, of more only how many. */
+function endOf(chosen) {
+  const each = samplesOf(chosen[0].asked);
+  if (chosen.length * each <= 2) return `${chosen.map((column) => `${column.name}: ${column.summary}`).join("; ")}.`;
+  const which = chosen.length === 1 ? `${chosen[0].name} is complete` : `${chosen.length === 2 ? "Both" : `All ${chosen.length}`} columns are complete`;
+  return `${which}${each > 1 ? `, with ${each} samples${chosen.length > 1 ? " each" : ""}` : ""}.`;
 }
 
 /** Runs one column; resolves to whether the user stopped it. */
@@ -58,8 +87,9 @@ async function runOne(column, asked, fresh) {
     await fresh;
     if (controller.signal.aborted) return true;
     const [path, body] = [pathOf(asked), requestOf(column, asked)];
-    record = recordOf(column, path, body, server);
-    const isStopped = await column.run(asked, path, body, controller.signal);
+    const depends = askedOf(column, path, body, server);
+    record = recordOf(column, depends, server);
+    const isStopped = await column.run({ asked, name: column.name, key: JSON.stringify(depends) }, path, body, controller.signal);
     if (isStopped) outcome = "stopped by the user";
     return isStopped;
   } catch (error) {

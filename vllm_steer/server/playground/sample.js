@@ -47,11 +47,11 @@ class Sample {
     const mean = Object.values(Object.values(this.readout?.projections ?? {})[0] ?? {})[0];
     const told = this.readout?.error ? `, not read: ${this.readout.error}`
       : this.readout?.trace?.error ? `, not traced: ${this.readout.trace.error}`
-        : mean === undefined || mean === null ? "" : `, mean projection ${shown(mean)} over ${this.readout.num_tokens} tokens`;
+        : mean === undefined || mean === null ? "" : `, mean projection ${shown(mean)} over ${counted(this.readout.num_tokens, "token")}`;
     const { stopped } = this.readout ?? {};
     // no later token is shown than the one with which the stop held
     const where = stopped ? `, stopped at token ${this.tokens}, value ${shown(stopped.value)}` : this.finish === "length" ? ", cut at max tokens" : "";
-    this.summary = `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}${told}${where}`;
+    this.summary = `${counted(this.tokens, "token")}${told}${where}`;
     this.detail.textContent = this.summary;
   }
 

@@ -7,6 +7,9 @@ const DEFAULTS = {
   prompt: "My friend told me that her cat has died. What should I say to her?", system: "", mode: "chat", temperature: 0.7, seed: 0,
   n: 1, max_tokens: 120, unit: "raw", stop_side: "above", stop_value: "", stop_patience: 1,
 };
+// selects of the page's own, and the begin of the sentence about a value that a link gives and they do not have
+const CHOICES = { mode: "“Prompt is” has no choice", unit: "“Unit of α” has no choice", stop_side: "“when it is” has no choice" };
+const JUDGED = ["measured", "stop_direction", ...Object.keys(CHOICES)];
 const rows = []; // an EntryRow for each direction to steer with
 let server = { layers: [], directions: [] }; // as /v1/steering says
 let directions = new Directions([], []);
@@ -42,7 +45,8 @@ const readLayer = (name) => directions.own(name, rows[0]?.layer.value);
 /** Fills the form from `fields` and `entries` of a link; what they leave out is as at first. */
 function fillForm(fields, entries) {
   for (const [name, value] of Object.entries({ ...DEFAULTS, ...fields })) {
-    if (!["measured", "stop_direction"].includes(name)) form.elements[name].value = value;
+    if (Object.hasOwn(CHOICES, name)) choose(form.elements[name], value, CHOICES[name]);
+    else if (!JUDGED.includes(name)) form.elements[name].value = value;
   }
   const names = directions.names.map((name) => [name]);
   fill(form.elements.measured, [["", "as steered"], ...names], fields.measured, "direction");
@@ -79,7 +83,7 @@ function refill() {
 function configureForm() {
   const inNorms = form.elements.unit.value === "norms";
   rows.forEach((row, index) => row.configure(index, rows.length, inNorms));
-  for (const name of ["measured", "stop_direction"]) judgeChoice(form.elements[name]);
+  for (const name of JUDGED) judgeChoice(form.elements[name]);
   form.elements.stop_value.required = form.elements.stop_direction.value !== "";
   const isChat = form.elements.mode.value === "chat";
   for (const id of ["system", "next-turn", "restart"]) byId(id).hidden = !isChat;
@@ -87,19 +91,21 @@ function configureForm() {
   const layers = [...new Set(rows.map((row) => row.layer.value))];
   const norms = layers.map((layer) => [layer, server.residual_norms?.[layer]]);
   const known = norms.filter(([, norm]) => norm !== undefined);
-  form.elements.unit.options[1].disabled = known.length === 0;
+  form.elements.unit.querySelector("[value=norms]").disabled = known.length === 0;
   byId("more-told").textContent = form.elements.mode.value === "chat" ? summaryOf(settings()) : `plain text, ${summaryOf(settings())}`;
   byId("unit-told").textContent = known.length
     ? known.map(([layer, norm]) => `A norm of layer ${layer} is ${written(norm)}.`).join(" ")
     : "The server does not know the layer's mean residual norm (its setting residual_norms).";
 }
 
+const setOf = (value) => (value === "" ? "?" : value); // of a field that is still empty
+
 /** The folded settings, in few words. */
-const summaryOf = (asked) => `temperature ${asked.temperature}, seed ${asked.seed}, ${samplesOf(asked)} ${samplesOf(asked) === 1 ? "sample" : "samples"}, `
-  + `${asked.max_tokens} tokens, ${asked.stop ? `stop by ${asked.stop.direction} ${asked.stop.side} ${asked.stop.value}` : "no stop"}`;
+const summaryOf = (asked) => `temperature ${setOf(asked.temperature)}, seed ${setOf(asked.seed)}, ${counted(setOf(samplesOf(asked)), "sample")}, `
+  + `${counted(setOf(asked.max_tokens), "token")}, ${asked.stop ? `stop by ${asked.stop.direction} ${asked.stop.side} ${setOf(asked.stop.value)}` : "no stop"}`;
 
 /** What is missing or wrong in the form, in words; the browser marks the fields. */
 const complaints = () => [...new Set([
   ...rows.map((row, index) => row.judge(index)),
-  ...["measured", "stop_direction"].map((name) => judgeChoice(form.elements[name])),
+  ...JUDGED.map((name) => judgeChoice(form.elements[name])),
 ])].filter(Boolean);

@@ -83,7 +83,7 @@ class StrengthFields {
   configure(op, bounds, inNorms, numbers) {
     if (op !== this.op) {
       this.op = op;
-      const names = OPERATIONS[op].fields;
+      const names = operationOf(op).fields;
       this.byName = Object.fromEntries(names.map((name) => [
         name, new StrengthField(name, { hasSlider: this.hasSlider && name === "alpha", isOptional: name !== "alpha" }, this.hooks),
       ]));

@@ -8,6 +8,9 @@ const OPERATIONS = {
   scale: { label: "scale the projection by α", fields: ["alpha"] },
   clamp: { label: "clamp the projection, low to high", fields: ["low", "high"], inNorms: true },
 };
+// what a link names and the page does not have; it is shown as missing and never sent
+const UNKNOWN_OPERATION = { label: "an unknown operation", fields: ["alpha"], inNorms: true };
+const operationOf = (op) => OPERATIONS[op] ?? UNKNOWN_OPERATION;
 const FIELD_NAMES = { alpha: "α", low: "low", high: "high" };
 const PLAIN_ALPHA = 8; // where the layer's norm is not known
 const PLAIN_REACH = 50;
@@ -15,6 +18,7 @@ const PLAIN_REACH = 50;
 const shown = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3)).replace("-", "−");
 const neat = (value) => Number(value.toPrecision(6));
 const signed = (value) => (value > 0 ? `+${neat(value)}` : String(neat(value)).replace("-", "−"));
+const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const written = (value) => String(neat(value)).replace("-", "−");
 
 /**
@@ -26,7 +30,7 @@ const written = (value) => String(neat(value)).replace("-", "−");
  */
 function boundsOf({ op, layer }, length, server) {
   const norm = server.residual_norms?.[layer];
-  const perNorm = norm === undefined || !OPERATIONS[op].inNorms ? undefined : norm / length;
+  const perNorm = norm === undefined || !operationOf(op).inNorms ? undefined : norm / length;
   if (op === "ablate") {
     return { norm, least: 0, most: 2, isOpen: true, reach: 2, usual: 1, why: "1 removes all of the component, 2 mirrors it" };
   }
