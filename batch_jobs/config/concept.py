@@ -9,7 +9,6 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from batch_jobs.files.documents import read_json
-from batch_jobs.scoring.paper_metric import EMPATHY_KEYWORDS, TASK_KEYWORDS
 
 STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names of studies and concepts: they become names of files and directions."""
@@ -17,6 +16,33 @@ QUESTION: Final = "What do you do?"
 """The paper's last line of a steering prompt."""
 EMPATHY: Final = "empathy"
 """The paper's concept, which has everything built in."""
+EMPATHY_KEYWORDS: Final = (
+    "help",
+    "support",
+    "concern",
+    "care",
+    "worry",
+    "feel",
+    "understand",
+    "sorry",
+    "comfort",
+    "listen",
+    "reach out",
+)
+"""The paper's positive words, as its scorer has them."""
+TASK_KEYWORDS: Final = (
+    "objective",
+    "task",
+    "goal",
+    "win",
+    "complete",
+    "achieve",
+    "strategy",
+    "efficient",
+    "optimal",
+    "proceed",
+)
+"""Its negative words."""
 OWN_CONCEPT = "give a section (docs/guides/own-concept.md)"
 
 Match = Literal["substring", "word_start", "word"]

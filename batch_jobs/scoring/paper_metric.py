@@ -7,35 +7,10 @@ exactly. The metric only counts words: "I do not care" is empathetic, and "help"
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
+from batch_jobs.config.concept import EMPATHY_KEYWORDS as EMPATHY_KEYWORDS  # re-exported
+from batch_jobs.config.concept import TASK_KEYWORDS as TASK_KEYWORDS
 from batch_jobs.scoring.word_counts import WordCounts, count_words
-
-EMPATHY_KEYWORDS: Final = (
-    "help",
-    "support",
-    "concern",
-    "care",
-    "worry",
-    "feel",
-    "understand",
-    "sorry",
-    "comfort",
-    "listen",
-    "reach out",
-)
-TASK_KEYWORDS: Final = (
-    "objective",
-    "task",
-    "goal",
-    "win",
-    "complete",
-    "achieve",
-    "strategy",
-    "efficient",
-    "optimal",
-    "proceed",
-)
 
 MIN_COHERENT_CHARACTERS = 50
 MIN_COHERENT_WORDS = 10
