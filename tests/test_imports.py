@@ -173,7 +173,7 @@ LAYERS = (
     {"config"},
     {"engine", "rows", "texts"},
     {"endpoint", "run"},
-    {"directions"},
+    {"directions", "cost"},
     {"generate", "scoring"},
     {"capture", "harnesses", "pairs", "report"},
     {"compare", "pipeline"},

@@ -1,7 +1,7 @@
 """Measure the cost of steering: perplexity of neutral texts, and accuracy on multiple-choice questions.
 
 All conditions run as one batch. A text is scored as if the steered model were generating it: the tokens that the span
-means in a generation are steered, by `batch_jobs.harnesses.scored_spans`.
+means in a generation are steered, by `batch_jobs.engine.scored_spans`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from batch_jobs.cost.cost_curve import CostPoint
 from batch_jobs.cost.materials import CostMaterials
 from batch_jobs.engine.progress import Progress, Work
+from batch_jobs.engine.scored_spans import scored_entries
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.errors import StudyError
-from batch_jobs.harnesses.scored_spans import scored_entries
 from batch_jobs.rows.grid import Condition
 from vllm_steer import Steering
 

@@ -26,9 +26,9 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows
 
 from batch_jobs.config.entry_text import parse_entries
+from batch_jobs.engine.scored_spans import scored_entries
 from batch_jobs.engine.start_engine import model_location, model_revision, set_engine_environment
 from batch_jobs.harnesses.lm_eval_settings import STEER_SETTINGS, HookSettings, check_entries, refuse_steering_in
-from batch_jobs.harnesses.scored_spans import scored_entries
 from vllm_steer import Direction, Steering, __version__
 from vllm_steer.errors import SettingsError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.config.entry_text import parse_entries
-from batch_jobs.harnesses.scored_spans import refuse_prompt_conditions
+from batch_jobs.engine.scored_spans import refuse_prompt_conditions
 from vllm_steer import Direction, Steering, load_directions, spans
 from vllm_steer.errors import LayerNotHooked, SettingsError, UnknownDirection
 

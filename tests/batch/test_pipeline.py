@@ -262,7 +262,8 @@ def test_a_judged_concept_has_no_rates_before_its_grades(engine: FormulaEngine, 
     assert f"vllm-steer study judge {out.path}" in note
     ids = read_rows(out.generations).select(["row_id", "alpha"]).to_pylist()
     grades = [{"row_id": row["row_id"], "grade": 2 if row["alpha"] > 0 else 0, "model": "m"} for row in ids]
-    out.judgements.write_text("".join(json.dumps(grade) + "\n" for grade in grades), encoding="utf-8")
+    out.judgements.mkdir()
+    (out.judgements / "m.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades), encoding="utf-8")
     scores = score_run(out, load_scenarios(out.scenarios), result.validation, study.concept)
     assert {row.alpha: row.empathy_rate for row in scores.conditions} == {-1.0: 0.0, 0.0: 0.0, 1.0: 1.0}
     assert not_judged_yet(out, study.concept, scores) is None

@@ -92,7 +92,7 @@ def test_controls_are_one_line_below_their_direction() -> None:
         unfinished_thoughts=0,
     )
     out = io.StringIO()
-    print_summary(result, "empathy", Console(file=out, width=100))
+    print_summary(result, empathy(), Console(file=out, width=100))
     assert out.getvalue().count("Empathetic rate along") == 1
     (line,) = [line for line in out.getvalue().splitlines() if "mean of 3 random controls" in line]
     assert [cell.strip() for cell in line.split("│")[2:-1]] == ["–", "–", "0.23"]

@@ -76,11 +76,12 @@ def test_a_study_that_can_run_is_told_as_it_will_run(folder: Path, tmp_path: Pat
     text = shown(check)
     first, second = check.study.steer.scenarios
     assert check.prompts is not None
-    assert check.prompts[first].text in text  # the first as a whole, with the chat template's marks
-    assert "<|im_start|>assistant" in check.prompts[first].text
-    assert load_scenarios(None)[first].objective in check.prompts[first].text
-    assert check.prompts[second].text[:150] in text
-    assert check.prompts[second].text not in text
+    (shown_whole,), (shown_cut,) = check.prompts[first], check.prompts[second]
+    assert shown_whole.text in text  # with the chat template's marks
+    assert "<|im_start|>assistant" in shown_whole.text
+    assert load_scenarios(None)[first].objective in shown_whole.text
+    assert shown_cut.text[:150] in text
+    assert shown_cut.text not in text
     for part in (
         "train: 35 positive and 35 negative texts (food_delivery 7",
         "a bag of words tells the sides apart",
@@ -100,7 +101,7 @@ def test_tokens_to_read_are_texts_prompts_and_completions_read_again(folder: Pat
     assert with_reading.work is not None
     assert without.work is not None
     assert with_reading.prompts is not None
-    prompts = [len(prompt.token_ids) for prompt in with_reading.prompts.values()]
+    prompts = [len(prompt.token_ids) for several in with_reading.prompts.values() for prompt in several]
     # two layers and four samples, unsteered and at two α; the controls' completions are not read again
     assert with_reading.work.read_tokens - without.work.read_tokens == 2 * 4 * 3 * (sum(prompts) + 2 * 48)
     # the texts are cut to 64 tokens; 6 pairs and 2 ablated copies are read under two poolings

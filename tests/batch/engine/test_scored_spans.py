@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batch_jobs.harnesses.scored_spans import refuse_prompt_conditions, scored_entries
+from batch_jobs.engine.scored_spans import refuse_prompt_conditions, scored_entries
 from tests.support.span_reference import positions
 from vllm_steer import Steering, When
 from vllm_steer.errors import BadCondition, BadSpan
