@@ -29,7 +29,7 @@ from batch_jobs.engine.cpu_set import claim_cores
 from batch_jobs.engine.start_engine import decoder_blocks, model_revision, start_engine
 from batch_jobs.generate.cost_run import run_cost
 from batch_jobs.generate.progress_board import BoardProgress, PoolView, ProgressBoard, Snapshot
-from batch_jobs.generate.ray_nodes import refuse_blind_nodes, refuse_if_blind
+from batch_jobs.generate.ray_nodes import blindness, refuse_blind_nodes
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.shards import Shard
@@ -47,8 +47,12 @@ MAX_REASON_CHARACTERS = 600
 class ShardWorker:
     """One engine in a Ray actor; Ray Data calls it with one shard at a time."""
 
+    _fault: str | None = None
+
     def __init__(self, job: ShardJob, location: str, cores: int | None, board: Any) -> None:
-        refuse_if_blind(job.run)
+        self._fault = blindness(job.run)
+        if self._fault is not None:
+            return  # of an error raised here, Ray hands the driver only the text
         progress = _on_own_cores(cores, board)
         engine = start_engine(job.study, location)
         self._rows = {row.row_id: row for row in job.rows}
@@ -58,7 +62,12 @@ class ShardWorker:
         """Run one shard and return the fields of its ShardOutcome, each in a list of one.
 
         `batch`: "row_ids" -> one string of row ids joined by commas.
+
+        Raises:
+            StudyError: this node does not see the run directory, or its store refuses.
         """
+        if self._fault is not None:
+            raise StudyError(self._fault)
         (row_ids,) = batch["row_ids"]
         outcome = self._runner.run(Shard(tuple(self._rows[row_id] for row_id in row_ids.split(","))))
         return {

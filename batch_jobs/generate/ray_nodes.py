@@ -37,12 +37,13 @@ def refuse_blind_nodes(run: RunDirectory, resources: Mapping[str, float]) -> Non
     """
     digest = hashlib.sha256(run.provenance.read_bytes()).hexdigest()
     look = ray.remote(num_cpus=0)(_fault)
-    answers: dict[str, Any] = {}
+    answers: list[tuple[str, Any]] = []  # two nodes may share a machine
     for node in ray.nodes():
         if node["Alive"] and _has_room(node["Resources"], resources):
             there = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            answers[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = there.remote(run, digest)
-    for name, answer in answers.items():
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
+            answers.append((name, there.remote(run, digest)))
+    for name, answer in answers:
         try:
             fault = ray.get(answer, timeout=PATIENCE_SECONDS)
         except GetTimeoutError:
@@ -51,14 +52,11 @@ def refuse_blind_nodes(run: RunDirectory, resources: Mapping[str, float]) -> Non
             raise StudyError(f"The Ray node {name} {fault}.")
 
 
-def refuse_if_blind(run: RunDirectory) -> None:
-    """Check that this node sees the run directory, for a worker on a node that joined after the check of all.
-
-    Raises:
-        StudyError: it does not; the message names the node.
-    """
+def blindness(run: RunDirectory) -> str | None:
+    """Why a worker on this node, which may have joined after the check of all, must not start; None if it may."""
     if run.copy is None and not run.path.is_dir():
-        raise StudyError(f"The Ray node {socket.gethostname()} {_NOT_SEEN.format(run.path)}.")
+        return f"The Ray node {socket.gethostname()} {_NOT_SEEN.format(run.path)}."
+    return None
 
 
 def _has_room(there: Mapping[str, float], wanted: Mapping[str, float]) -> bool:

@@ -94,19 +94,14 @@ def running(config: Path, out: Path | str, log: Path, *options: str) -> Iterator
             process.wait()
 
 
-def actors(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The Ray workers that run an engine."""
+def actors(parent: psutil.Process | subprocess.Popen[str]) -> list[psutil.Process]:
+    """The Ray workers below a driver or a node that run an engine."""
     found = []
-    for child in psutil.Process(driver.pid).children(recursive=True):
+    for child in psutil.Process(parent.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if "ray::MapWorker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
-
-
-def workers_of(node: psutil.Process) -> list[psutil.Process]:
-    """The Ray workers of a node that run an engine."""
-    return [one for one in node.children(recursive=True) if "ray::MapWorker" in " ".join(one.cmdline())]
 
 
 @pytest.mark.ray
@@ -214,9 +209,9 @@ def test_nodes_without_a_shared_disk_work_in_an_object_store_and_one_of_them_may
         assert line.startswith("vllm-steer: The Ray node ")
         assert f"does not see the run directory {blind}; give --out a folder that all nodes share" in line
         with running(config, out, log, *pool) as driver:
-            wait_for(lambda: workers_of(second_node), driver, log)
+            wait_for(lambda: actors(second_node), driver, log)
             wait_for(lambda: len(stored()) >= len(first) + 2, driver, log)
-            victims = workers_of(second_node)
+            victims = actors(second_node)
             second_node.kill()  # its workers end with it
             _, alive = psutil.wait_procs(victims, timeout=60)
             assert not alive
