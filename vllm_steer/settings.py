@@ -26,7 +26,6 @@ from vllm_steer.errors import SettingsError
 from vllm_steer.schema.steering import Steering
 
 CONFIG_KEY = "vllm_steer"
-_HUB = "hf://"  # how an address on the Hugging Face Hub begins
 
 SteeringEntry = Annotated[
     InstanceOf[Steering],
@@ -238,14 +237,14 @@ def steer_config(
 
 
 def direction_location(path: str | os.PathLike[str], folder: Path | None = None) -> str:
-    """Where a direction file lies, for any process: its absolute path; ``hf://`` addresses stay as they are.
+    """Where a direction file lies, for any process: its absolute path; addresses such as ``hf://`` stay as they are.
 
     Args:
         path: the file as somebody names it.
         folder: what a relative path starts from; None for the working directory.
     """
     named = os.fspath(path)
-    return named if named.startswith(_HUB) else str((folder or Path()).joinpath(Path(named).expanduser()).resolve())
+    return named if "://" in named else str((folder or Path()).joinpath(Path(named).expanduser()).resolve())
 
 
 @cache
