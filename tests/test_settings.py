@@ -71,14 +71,50 @@ def test_a_config_without_the_key_is_not_configured(config: object) -> None:
         ({"layers": [1], "max_alpha": math.inf}, "max_alpha is inf"),
         ({"layers": [1], "max_alpha": 1e39}, "max_alpha is 1e+39"),  # beyond float32, in which the tables hold α
         ({"layers": [1], "readout_store_mib": 0}, "readout_store_mib is 0"),
-        ({"layers": [1], "max_entry": 3}, "max_entry is 3"),
+        (
+            {"layers": [1], "max_entry": 3},
+            "there is no setting max_entry. Perhaps you mean 'max_entries'. Allowed sett",
+        ),
+        ({}, "setting layers: Field required"),
+        (
+            {"layers": [1], "served_aliases": {"a": [{"alpha": 3}]}},
+            "setting served_aliases.a.0: an entry of steering l",
+        ),
+        ({"layers": [1, 2], "registry_dir": "here"}, "registry_dir 'here' is relative"),
+        ({"layers": [1, 2], "max_alpha_residual_norm": 1}, "max_alpha_residual_norm needs residual_norms of layers"),
+        ({"layers": [1], "default_steering": [{"direction": "d", "alpha": 2000}]}, "default_steering has |alpha| of"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError) as caught:
         SteerSettings.parse(fields)
-    assert named in str(caught.value)
-    assert "allowed settings: layers, directions" in str(caught.value)
+    message = str(caught.value)
+    assert message.removeprefix("setting ").startswith(named.removeprefix("setting ")), "what is wrong comes first"
+    assert "{'layers'" not in message, "the settings are not shown as a whole"
+    assert "\n" not in message
+    assert len(message) < 800
+    assert ("Allowed settings: layers, directions" in message) == ("there is no setting" in message)
+
+
+@pytest.mark.parametrize(
+    ("entry", "how"),
+    [
+        (
+            {"op": "scale", "alpha": 41},
+            "(|alpha - 1| for scale; that and relative ones times the layer's mean residual",
+        ),
+        (
+            {"relative": True, "alpha": 40},
+            "(|alpha - 1| for scale; that and relative ones times the layer's mean resid",
+        ),
+        ({"alpha": 4000}, " at one layer; allowed: max_alpha, 1000; raise it"),
+    ],
+)
+def test_the_operator_s_own_steering_beyond_the_bound_says_how_it_is_counted(entry: dict[str, Any], how: str) -> None:
+    own = {"default_steering": [{"direction": "d", "layer": 1, **entry}], "residual_norms": {1: 100}}
+    with pytest.raises(SettingsError, match=r"has \|alpha\| of 4000 at one layer") as caught:
+        SteerSettings.parse({"layers": [1], **own})
+    assert how in str(caught.value)
 
 
 @pytest.mark.parametrize("layers", [5, None, "12", [-1], []])

@@ -39,6 +39,12 @@ def test_a_line_means_its_entries(text: str, entries: list[Steering]) -> None:
         ("kind:8@x", MalformedSpec),
         ("kind:8@-1", MalformedSpec),
         ("kind:8@", MalformedSpec),
+        ("kind=5", MalformedSpec),
+        ("kind=5@12", MalformedSpec),
+        ("kind 5", MalformedSpec),
+        ("kind = 5", MalformedSpec),
+        ("kind 5;op=add", MalformedSpec),
+        ("kind;op=set", BadAlpha),
         ("kind:8;", MalformedSpec),
         ("kind:8;span", MalformedSpec),
         ("kind:8;span=", MalformedSpec),
@@ -66,6 +72,13 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     assert entries
     for entry in entries:
         assert entry.direction in text
+
+
+@pytest.mark.parametrize("text", ["kind=5", "kind=5@12", "kind 5", "kind", "kind@12", "kind;op=scale", "kind:x", ""])
+def test_whoever_misses_the_form_is_shown_it(text: str) -> None:
+    with pytest.raises(SteerError, match=r"direction:alpha\[@layer\].*such as kind:8@12") as caught:
+        parse_steering(text, "the header X-Steering")
+    assert f"the header X-Steering has {text!r}" in str(caught.value)
 
 
 def test_a_refusal_names_the_place_and_the_text() -> None:

@@ -23,11 +23,13 @@ from pydantic import (
 
 from vllm_steer import __version__, spans
 from vllm_steer.errors import SettingsError
+from vllm_steer.messages import near
 from vllm_steer.schema.steering import Steering
 
 CONFIG_KEY = "vllm_steer"
-_HUB = "hf://"  # how an address on the Hugging Face Hub begins
 
+_HOW_COUNTED = " (|alpha - 1| for scale; that and relative ones times the layer's mean residual norm, if it is given)"
+_MOST_SHOWN = 80  # characters of a wrong value
 SteeringEntry = Annotated[
     InstanceOf[Steering],
     BeforeValidator(lambda value: value if isinstance(value, Steering) else Steering.from_json(value)),
@@ -145,10 +147,11 @@ class SteerSettings(BaseModel):
                 for layer in self.layers
             ]
             total = max((sum(map(self.counted, here)) for here in (*alone, *together)), default=0.0)
+            multiples = any(entry.is_multiple for entry in entries)
             if total > self.max_alpha:
                 raise ValueError(
-                    f"{who} has |alpha| of {total:g} at one layer; allowed: max_alpha, {self.max_alpha:g}; raise it, "
-                    "or use smaller ones"
+                    f"{who} has |alpha| of {total:g} at one layer{_HOW_COUNTED if multiples else ''}; allowed: "
+                    f"max_alpha, {self.max_alpha:g}; raise it, or use smaller ones"
                 )
         return self
 
@@ -179,12 +182,17 @@ class SteerSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            got = f"setting {name} is {first['input']!r}: " if name else ""
-            raise SettingsError(
-                f"{got}{first['msg'].removeprefix('Value error, ')}; allowed settings: "
-                f"{', '.join(name for name in cls.model_fields if name != 'plugin_build')}. Correct it in "
-                "steer_config(...)."
-            ) from None
+            message = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                known = [one for one in cls.model_fields if one != "plugin_build"]
+                raise SettingsError(
+                    f"there is no setting {name}.{near(name, known)} Allowed settings: {', '.join(known)}. Correct it "
+                    "in steer_config(...)."
+                ) from None
+            # The value of a check of several settings, and of one that is missing, would be all settings.
+            got = "" if isinstance(first["input"], Mapping) else f" is {repr(first['input'])[:_MOST_SHOWN]}"
+            where = f"setting {name}{got}: " if name else ""
+            raise SettingsError(f"{where}{message}. Correct it in steer_config(...).") from None
         return settings.model_copy(update={"plugin_build": plugin_build()})
 
     @classmethod
@@ -238,14 +246,14 @@ def steer_config(
 
 
 def direction_location(path: str | os.PathLike[str], folder: Path | None = None) -> str:
-    """Where a direction file lies, for any process: its absolute path; ``hf://`` addresses stay as they are.
+    """Where a direction file lies, for any process: its absolute path; addresses such as ``hf://`` stay as they are.
 
     Args:
         path: the file as somebody names it.
         folder: what a relative path starts from; None for the working directory.
     """
     named = os.fspath(path)
-    return named if named.startswith(_HUB) else str((folder or Path()).joinpath(Path(named).expanduser()).resolve())
+    return named if "://" in named else str((folder or Path()).joinpath(Path(named).expanduser()).resolve())
 
 
 @cache

@@ -69,8 +69,13 @@ def convert(
     target: Annotated[
         Path, typer.Argument(help="File to write: .safetensors, .gguf, .npy or .pt; or a folder, .repsteer.")
     ],
-    name: Annotated[str | None, typer.Option(help="Name of the directions; a .npy file holds none.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="The one layer to read; a .npy file holds none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the directions, in place of the file's own.")] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="The one layer to read, as the file counts; of one vector without a layer, its layer."
+        ),
+    ] = None,
     layer_index: Annotated[
         Literal["block_output", "hidden_states"] | None,
         typer.Option(help="How the file counts layers, where its format does not say it."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,8 @@ def serve(
     }
     given = {name: value for name, value in options.items() if value not in (None, [], {})}
     command = server_command(load_server_config(config, given), passed_on, admin_key)
+    for remark in command.remarks:
+        print(f"vllm-steer: {remark}", file=sys.stderr)
     if show:
         print(command.shown())
     else:

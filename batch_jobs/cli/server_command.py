@@ -32,6 +32,8 @@ class ServerCommand:
     environment: Mapping[str, str]
     secrets: Mapping[str, str]
     """The same, but never shown."""
+    remarks: tuple[str, ...] = ()
+    """What the operator may not have meant, a line each."""
 
     def shown(self) -> str:
         """The command for a shell, without the secrets."""
@@ -72,6 +74,11 @@ def server_command(config: ServerConfig, passed_on: Sequence[str], admin_key: st
         raise SettingsError(
             f"layers {lacking} do not exist: {config.model} has {blocks} decoder blocks; allowed: 0 to {blocks - 1}."
         )
+    if beyond := next((one for one in directions if one.layer >= blocks), None):
+        raise SettingsError(
+            f"direction {beyond.name!r} belongs to layer {beyond.layer}: {config.model} has {blocks} decoder blocks; "
+            f"allowed: 0 to {blocks - 1}. Give the directions of this model."
+        )
     _check_aliases(config, layers, directions)
     if config.model == DEMO_MODEL and "--served-model-name" not in given:
         flags = ["--served-model-name", DEMO_MODEL, *flags]
@@ -87,7 +94,22 @@ def server_command(config: ServerConfig, passed_on: Sequence[str], admin_key: st
     )
     # vLLM loads plugins that add routes only where this variable names them
     plugins = os.environ.get("VLLM_PLUGINS") or PLUGIN
-    return ServerCommand(arguments, {"VLLM_PLUGINS": plugins}, {ADMIN_KEY_VARIABLE: admin_key} if admin_key else {})
+    secrets = {ADMIN_KEY_VARIABLE: admin_key} if admin_key else {}
+    return ServerCommand(arguments, {"VLLM_PLUGINS": plugins}, secrets, _remarks(layers, directions))
+
+
+def _remarks(layers: Sequence[int], directions: Sequence[Direction]) -> tuple[str, ...]:
+    """A line for each name of which no direction is at a hooked layer."""
+    own: dict[str, set[int]] = {}
+    hooked = ", ".join(map(str, layers))
+    for direction in directions:
+        own.setdefault(direction.name, set()).add(direction.layer)
+    return tuple(
+        f"direction {name!r} belongs to layer {', '.join(map(str, sorted(at)))}, and only {hooked} "
+        "are hooked: a request that names no layer is refused. Add its layer to --layers."
+        for name, at in own.items()
+        if not at & set(layers)
+    )
 
 
 def _check_aliases(config: ServerConfig, layers: Sequence[int], directions: Sequence[Direction]) -> None:

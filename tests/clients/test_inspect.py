@@ -109,7 +109,7 @@ def test_a_header_steers_chats_and_is_dropped_from_bare_texts(
     assert output(model(served, f"{provider}/{MODEL}", asked)).completion == text
 
 
-@pytest.mark.cell(CLIENT, name="yes; with the provider `vllm` an alias only")
+@pytest.mark.cell(CLIENT, name="yes; the provider `vllm` takes aliases alone")
 @pytest.mark.parametrize("provider", CHATS)
 def test_the_provider_vllm_takes_the_entries_of_a_models_name_for_an_adapter(
     provider: str, served: Served, chat_texts: Texts

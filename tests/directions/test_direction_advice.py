@@ -101,16 +101,28 @@ def test_an_array_saved_as_the_message_says_is_read(tmp_path: Path, array: np.nd
     assert load_directions(path, "kind", 1)[0].vector.tolist() == [1.0, 2.0]
 
 
-def test_a_npy_file_without_name_and_layer_is_read_with_them_or_converted(tmp_path: Path) -> None:
-    path = tmp_path / "d.npy"
+def test_one_vector_is_read_with_its_layer_or_converted(tmp_path: Path) -> None:
+    path = tmp_path / "kind.npy"
     np.save(path, VALUES[0])
-    message = refused(lambda: load_directions(path), "load_directions(path, name=..., layer=...)")
-    assert load_directions(path, name="kind", layer=3)
-    command = re.search(r"vllm-steer (convert .* LAYER)\.", message)
-    assert command is not None
-    filled = command[1].replace("FILE", str(tmp_path / "d")).replace("NAME", "kind").replace("LAYER", "3").split()
-    assert CliRunner().invoke(app, filled).exit_code == 0
-    assert load_directions(tmp_path / "d.safetensors")[0].key == "kind@3"
+    message = refused(lambda: load_directions(path), "load_directions(path, layer=...)")
+    assert "vllm-steer convert --layer LAYER" in message
+    assert load_directions(path, layer=3)[0].key == "kind@3"
+    target = tmp_path / "d.safetensors"
+    assert CliRunner().invoke(app, ["convert", str(path), str(target), "--layer", "3"]).exit_code == 0
+    assert load_directions(target)[0].key == "kind@3"
+
+
+def test_a_stack_is_read_with_the_way_in_which_it_counts_or_converted(tmp_path: Path) -> None:
+    path = tmp_path / "kind.npy"
+    np.save(path, VALUES)
+    message = refused(lambda: load_directions(path), "load_directions(path, layer_index=...)")
+    assert "layer=..." not in message
+    assert "vllm-steer convert --layer-index: block_output" in message
+    assert [one.key for one in load_directions(path, layer_index="block_output")] == ["kind@0", "kind@1"]
+    target = tmp_path / "d.safetensors"
+    arguments = ["convert", str(path), str(target), "--layer-index", "hidden_states"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [one.key for one in load_directions(target)] == ["kind@0"]
 
 
 def test_a_gguf_whose_stem_is_no_name_is_read_under_another(tmp_path: Path) -> None:
@@ -210,9 +222,9 @@ def test_a_changed_file_is_read_once_save_directions_has_written_it(tmp_path: Pa
 
 
 def test_a_file_of_another_ending_is_taken_through_a_direction(tmp_path: Path) -> None:
-    torch.save(torch.from_numpy(VALUES[0]).bfloat16(), tmp_path / "d.bin")
+    VALUES[0].tofile(tmp_path / "d.bin")
     refused(lambda: load_directions(tmp_path / "d.bin"), "make a Direction of each vector and write them with save_dir")
-    save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, torch.load(tmp_path / "d.bin"))])
+    save_directions(tmp_path / "d.safetensors", [Direction("kind", 1, np.fromfile(tmp_path / "d.bin", "float32"))])
     assert load_directions(tmp_path / "d.safetensors")
     for ending in (".bin", ".svec"):
         with pytest.raises(BadDirectionFile, match=r"allowed: \.safetensors, \.gguf"):

@@ -143,7 +143,7 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadDirectionFile, match=r"'\.bin'; allowed: \.safetensors"):
         load_directions(tmp_path / "d.bin")
     np.save(tmp_path / "d.npy", VALUES[0])
-    with pytest.raises(BadDirectionFile, match="neither name nor layer"):
+    with pytest.raises(BadDirectionFile, match="one vector and no layer"):
         load_directions(tmp_path / "d.npy")
     write_gguf(tmp_path / "d.gguf", {"other": VALUES[0]})
     with pytest.raises(BadDirectionFile, match="holds no direction"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,84 @@ from vllm_steer.directions import Direction, load_directions, save_directions
 from vllm_steer.errors import BadDirectionFile, BadVector
 
 D = 8
+FILES = ("manifest.json", "tensors.safetensors")
 VECTOR = np.random.default_rng(5).standard_normal(D).astype(np.float32)
 SITE = {"stream": "language", "component": "resid_post", "layer": 7, "unit": None, "io": "output", "tensor_path": []}
 
 
 def written(folder: Path, **site: Any) -> Path:
-    """An artifact as repsteer lays it out, without checksums, which are repsteer's own concern."""
+    """An artifact as repsteer lays it out."""
     folder.mkdir(exist_ok=True)
     save_file({"direction": VECTOR}, folder / "tensors.safetensors")
     manifest = {"site": SITE | site, "normalization": "l2", "method": "diff_mean"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name in FILES}
+    (folder / "checksums.json").write_text(json.dumps({"algorithm": "sha256", "files": digests}))
     return folder
+
+
+def moved_to_another_layer(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["site"]["layer"] = 8
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def other_values(folder: Path) -> None:
+    save_file({"direction": VECTOR * 2}, folder / "tensors.safetensors")
+
+
+def without_a_file(folder: Path) -> None:
+    checksums = json.loads((folder / "checksums.json").read_text())
+    del checksums["files"]["manifest.json"]
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+
+
+def of_another_algorithm(folder: Path) -> None:
+    checksums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({**checksums, "algorithm": "md5"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (moved_to_another_layer, r"manifest\.json is not the file that checksums\.json was written for"),
+        (other_values, r"tensors\.safetensors is not the file that checksums\.json was written for"),
+        (without_a_file, r"checksums\.json lacks 'files\.manifest\.json'"),
+        (of_another_algorithm, "algorithm 'md5'; allowed: sha256"),
+        (lambda folder: (folder / "checksums.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "checksums.json").unlink(), r"has no checksums\.json"),
+    ],
+    ids=["layer", "values", "no checksum of the manifest", "algorithm", "damaged", "missing"],
+)
+@pytest.mark.parametrize("writer", ["repsteer", "save_directions", "by hand"])
+def test_an_artifact_that_its_checksums_do_not_fit_is_refused_here_and_by_repsteer(
+    tmp_path: Path, writer: str, change: Callable[[Path], Any], message: str
+) -> None:
+    folder = tmp_path / "kind.repsteer"
+    if writer == "repsteer":
+        as_repsteer_saves_it(folder)
+    elif writer == "save_directions":
+        save_directions(folder, [Direction("kind", 7, VECTOR)])
+    else:
+        written(folder)
+    assert load_directions(folder)[0].layer == 7
+    change(folder)
+    with pytest.raises(BadDirectionFile, match=message) as caught:
+        load_directions(folder)
+    assert "\n" not in str(caught.value)
+    if writer == "repsteer":
+        with pytest.raises(Exception, match=r"(?i)checksum|delimiter|property name"):
+            peer("repsteer").load_artifact(folder)
+
+
+def as_repsteer_saves_it(folder: Path) -> None:
+    import torch
+
+    repsteer = peer("repsteer")
+    metadata = repsteer.ArtifactMetadata(
+        model_id="demo", site=repsteer.sites.resid_post(7), method="diff_mean", normalization="l2"
+    )
+    repsteer.DirectionArtifact(metadata, torch.from_numpy(VECTOR)).save(str(folder))
 
 
 def test_an_artifact_belongs_to_the_output_of_its_block(tmp_path: Path) -> None:
@@ -114,13 +183,6 @@ def test_only_artifacts_are_replaced(tmp_path: Path) -> None:
     with pytest.raises(BadDirectionFile, match="holds one direction, got 2"):
         save_directions(tmp_path / "two.repsteer", [Direction("kind", layer, VECTOR) for layer in (1, 2)])
     assert not (tmp_path / "two.repsteer").exists()
-
-
-def test_changed_values_are_refused(tmp_path: Path) -> None:
-    save_directions(tmp_path / "kind.repsteer", [Direction("kind", 1, VECTOR)])
-    save_file({"direction": VECTOR * 2}, tmp_path / "kind.repsteer" / "tensors.safetensors")
-    with pytest.raises(BadDirectionFile, match="SHA-256 differs"):
-        load_directions(tmp_path / "kind.repsteer")
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "tensors.safetensors"])

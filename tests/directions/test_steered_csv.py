@@ -62,7 +62,7 @@ def test_every_row_of_a_local_autoencoder_is_read(tmp_path: Path) -> None:
         ("sae_lens,add,gemma-scope-2b-pt-res-canonical,layers.20,12082,240.0,,layer_20/width_16k,,", "save_model"),
         ("sparsify,add,EleutherAI/sae-pythia-70m-32k,layers.3,30,10.0,,,,", "allowed: sae_lens"),
         ("sae_lens,clamp,local,layers.3,1,10.0,,,,", "op='set'"),
-        ("sae_lens,add,local,layers.3,1,10.0,2,,,", "without a head"),
+        ("sae_lens,add,local,layers.3,1,10.0,2,,,", "has the head '2'"),
         ("sae_lens,add,local,layers.4,1,10.0,,,,", "output of block 3"),
         ("sae_lens,add,local,layers.3.mlp,1,10.0,,,,", "output of block 3"),
         ("sae_lens,add,local,layers.3,6,10.0,,,,", "got feature 6"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +95,34 @@ def test_yaml_blocks_are_configurations_that_are_accepted(block: Block) -> None:
 @pytest.mark.engine
 @pytest.mark.usefixtures("started_engine")
 @pytest.mark.parametrize("page", ENGINE_PAGES)
-def test_blocks_of_a_page_with_an_engine_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_a_page_with_an_engine_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     run_page([block for block in HERE if block.page == page], tmp_path)
+    if page == "docs/guides/from-hooks.md":
+        texts = re.findall(r"^(?:-1\.0|0\.0|1\.0) (['\"])(.*)\1$", capsys.readouterr().out, re.MULTILINE)
+        assert len(texts) == 3
+        assert all(re.search(r"\w{2,}", text) for _, text in texts), "each α shows words"
+
+
+def test_a_block_that_makes_an_engine_can_stand_in_a_script_if_it_is_shown_as_a_whole() -> None:
+    """vLLM's engine process imports the script again, so a bare LLM(...) would start an engine in the engine."""
+    whole = [block for block in HERE if block.page in ("README.md", "docs/guides/from-hooks.md") and block.needs_engine]
+    assert len(whole) == 2
+    for block in whole:
+        guard = block.source.index('if __name__ == "__main__":')
+        assert guard < block.source.index("LLM(")
+        rest = block.source[guard:].splitlines()[1:]
+        assert all(not line or line.startswith("    ") for line in rest)
+        nodes = list(ast.walk(ast.parse(block.source)))
+        imported = {
+            one.asname or one.name
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for one in node.names
+        }
+        assert imported <= {node.id for node in nodes if isinstance(node, ast.Name)}, "an import is not used"
 
 
 @pytest.mark.parametrize("page", OTHER_PAGES)

@@ -142,6 +142,24 @@ def test_every_metric_is_listed() -> None:
     assert {(code(row[0]), row[1]) for row in rows(page("metrics.md"))} == series
 
 
+def test_the_alerts_ask_for_series_that_the_dashboard_shows_and_fire_without_them() -> None:
+    """A test of the dashboard compares its series with those of a server."""
+    page = (ROOT / "docs" / "guides" / "production.md").read_text(encoding="utf-8")
+    table = page.partition("Worth an alert:")[2]
+    alerts = {
+        cells[0]: cells[1].strip("`") for cells in re.findall(r"^\| ([\w ]+) \| (`[^`]+`) \|", table, re.MULTILINE)
+    }
+    assert list(alerts) == ["refusals", "a full bank", "no steering at all"]
+    shown = (ROOT / "configs" / "monitoring" / "grafana-dashboard.json").read_text(encoding="utf-8")
+    for alert, expression in alerts.items():
+        for series in re.findall(r"vllm[:_]\w+", expression):
+            assert series in shown, f"{alert}: {series}"
+        counters = re.findall(r"([\w ()]*\()(?:rate|increase)\(vllm", expression)
+        assert all("sum" in before for before in counters), f"{alert}: one alert for each series of the counter"
+        if expression.endswith("== 0") or ") == 0 " in expression:
+            assert "bank" in expression or "or vector(0)" in expression, f"{alert}: no series would be no alert"
+
+
 def test_every_route_that_steers_is_listed_with_what_it_can_do() -> None:
     text = page("http.md")
     listed = {code(row[0]): row[1:] for row in rows(section(text, "Routes that take the fields"))}

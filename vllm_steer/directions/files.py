@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vllm_steer.directions.brainpatch_file import read_brainpatch
 from vllm_steer.directions.control_vector import read_control_vector, write_control_vector
 from vllm_steer.directions.direction import Direction
+from vllm_steer.directions.first_bytes import looks_like
 from vllm_steer.directions.folders import read_folder
-from vllm_steer.directions.hub import PREFIX, fetched
+from vllm_steer.directions.hub import PREFIX, WEB, fetched, hub_address
 from vllm_steer.directions.npy_file import read_npy, write_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
 from vllm_steer.directions.repsteer_folder import SUFFIX as FOLDER
@@ -48,22 +51,27 @@ def load_directions(
     Args:
         path: a ``.safetensors``, ``.gguf``, ``.npy``, ``.pt``, ``.svec``, ``.brainpatch`` or ``.csv`` file; a folder of
             rotalabs-steer, repsteer, sae-lens, persona-vectors or concept-probes; or ``hf://owner/repository/path``.
-        name: replaces the name, which is otherwise the stored one or the file's stem; required for ``.npy``.
-        layer: reads this layer only, counted as the file does. Required where one vector comes without a layer, as in
-            ``.npy``.
+        name: replaces the name, which is otherwise the stored one or the file's stem.
+        layer: reads this layer only, counted as the file does. Required where one vector comes without a layer.
         layer_index: how the file counts layers: ``block_output`` if index L is the output of block L, ``hidden_states``
-            if index 0 is the embeddings and L the output of block L − 1. Required where the format does not say it.
-        feature: number of the feature of a sparse autoencoder; of a ``.csv`` file, the one feature to read.
+            if index 0 is the embeddings and L the output of block L − 1. Required where the format does not say it;
+            refused where the format says the other.
+        feature: number of the feature of a sparse autoencoder; of a ``.csv`` file, the one feature to read. Refused for
+            files without features.
 
     Raises:
         BadDirectionFile: the file is missing, truncated, of another format or dtype, holds no direction, or means
-            something else than an addition to the output of a block; or an argument that it needs is missing.
+            something else than an addition to the output of a block; or an argument that it needs is missing, or
+            contradicts it.
         BadVector: a vector is not finite, not one-dimensional, or zero.
-        MalformedSpec: ``layer_index`` is another one.
+        MalformedSpec: an argument is of another type, or ``layer_index`` is another one.
     """
-    if layer_index is not None and layer_index not in LAYER_INDICES:
-        raise MalformedSpec(f"layer_index is {layer_index!r}; allowed: {', '.join(LAYER_INDICES)}. Give one of them.")
-    said = Said(name, layer, layer_index, feature)
+    said = _checked_arguments(name, layer, layer_index, feature)
+    if WEB.match(str(path)):
+        raise BadDirectionFile(
+            f"{str(path)!r:.{MOST_QUOTED}} is a web address; allowed: a path, or {hub_address(str(path))} for a file "
+            "on the Hugging Face Hub. Give that, or download the file."
+        )
     file = fetched(str(path)) if str(path).startswith(PREFIX) else Path(path)
     if os.path.isdir(file):
         found = read_folder(file, said)
@@ -72,21 +80,91 @@ def load_directions(
             f"no direction file at {file}; give the path of a file ({', '.join(_READERS)}) or of another package's "
             "folder."
         )
-    elif file.suffix in _READERS:
-        found = _READERS[file.suffix](file, said)
     else:
-        raise BadDirectionFile(
-            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_READERS)}. Read it with the "
-            "library that wrote it, make a Direction of each vector and write them with save_directions."
-        )
-    found = [one for one in found if layer in (None, one.layer if one.file_layer is None else one.file_layer)]
-    if not found:
-        raise BadDirectionFile(
-            f"{file} holds no direction{'' if layer is None else f' of layer {layer}'}; allowed: at least one tensor, "
-            "named name@layer (.safetensors) or direction.N (.gguf). Extract or export it again."
-        )
+        _check_first_bytes(file)
+        found = _READERS[file.suffix](file, said)
+    found = _chosen(file, found, said)
     directions = [_checked(file, one) for one in found]
     return sorted(directions, key=lambda direction: (direction.layer, direction.name))
+
+
+def _checked_arguments(
+    name: str | None, layer: int | None, layer_index: LayerIndex | None, feature: int | None
+) -> Said:
+    """What the caller says.
+
+    Raises:
+        MalformedSpec: it is of another type.
+    """
+    if name is not None and not isinstance(name, str):
+        raise MalformedSpec(f"name is {name!r:.{MOST_QUOTED}}; allowed: a string. Give one, or leave it out.")
+    if layer_index is not None and layer_index not in LAYER_INDICES:
+        raise MalformedSpec(
+            f"layer_index is {layer_index!r:.{MOST_QUOTED}}; allowed: {', '.join(LAYER_INDICES)}. Give one of them."
+        )
+    for what, number in (("layer", layer), ("feature", feature)):
+        is_whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
+        if number is not None and not (is_whole and number >= 0):
+            raise MalformedSpec(
+                f"{what} is {number!r:.{MOST_QUOTED}}; allowed: a whole number from 0. Give int(...) of it."
+            )
+    return Said(name, None if layer is None else int(layer), layer_index, None if feature is None else int(feature))
+
+
+def _check_first_bytes(file: Path) -> None:
+    """Refuse a file whose ending is none of those allowed, or not that of what its first bytes say.
+
+    Raises:
+        BadDirectionFile: it is such a file.
+    """
+    look = looks_like(file)
+    own = ".pt" if file.suffix == ".pth" else file.suffix
+    if file.suffix in _READERS and (look is None or look.ending == own):
+        return
+    if look is not None:
+        raise BadDirectionFile(
+            f"{file} ends in {file.suffix!r:.{MOST_QUOTED}} and looks like {look.what}, by its first bytes; allowed: "
+            f"{', '.join(_READERS)}, each for its own format. {look.do}."
+        )
+    raise BadDirectionFile(
+        f"{file} ends in {file.suffix!r:.{MOST_QUOTED}}; allowed: {', '.join(_READERS)}. Read it with the "
+        "library that wrote it, make a Direction of each vector and write them with save_directions."
+    )
+
+
+def _chosen(file: Path, found: list[Stored], said: Said) -> list[Stored]:
+    """The directions of the layer that the caller says, after a comparison of the file with what the caller says.
+
+    Raises:
+        BadDirectionFile: the file says otherwise, or holds nothing of it.
+    """
+    if said.layer_index is not None and (other := next((one for one in found if one.counts != said.layer_index), None)):
+        raise BadDirectionFile(
+            f"{file} counts layers by {other.counts}, which its format says, got layer_index={said.layer_index!r}; "
+            f"allowed: {other.counts}. Leave layer_index out."
+        )
+    if said.feature is not None and any(one.metadata.get("feature") != said.feature for one in found):
+        raise BadDirectionFile(
+            f"{file} holds directions and no feature {said.feature} of an autoencoder; allowed: feature= for sae-lens "
+            "folders and .csv files. Leave it out."
+        )
+    found = [one for one in found if said.layer in (None, one.layer if one.file_layer is None else one.file_layer)]
+    if not found:
+        what = "".join(
+            f" of {what} {number}" for what, number in (("layer", said.layer), ("feature", said.feature))
+            if number is not None
+        )  # fmt: skip
+        raise BadDirectionFile(
+            f"{file} holds no direction{what}; allowed: at least one tensor, named name@layer (.safetensors) or "
+            "direction.N (.gguf). Extract or export it again, or leave the choice out."
+        )
+    keys = [(one.name, one.layer) for one in found]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise BadDirectionFile(
+            f"{file} holds several vectors for {twice[0]!r:.{MOST_QUOTED}} at layer {twice[1]}; allowed: one. Leave "
+            "the others out, or save them under other names."
+        )
+    return found
 
 
 def _read_safetensors(file: Path, said: Said) -> list[Stored]:
@@ -95,17 +173,8 @@ def _read_safetensors(file: Path, said: Said) -> list[Stored]:
 
 
 def _read_npy(file: Path, said: Said) -> list[Stored]:
-    if (file.parent / "bias.json").is_file() and file.name == "weights.npy" and said.layer is None:
+    if (file.parent / "bias.json").is_file() and file.name == "weights.npy":
         return read_folder(file.parent, said)
-    is_stack = said.layer_index is not None
-    if said.name is None or (said.layer is None and not is_stack):
-        raise BadDirectionFile(
-            f"{file} is a .npy file, which stores neither name nor layer; allowed here: files that do. Call "
-            "load_directions(path, name=..., layer=...), or convert it: vllm-steer convert FILE.npy "
-            "FILE.safetensors --name NAME --layer LAYER."
-        )
-    if not is_stack and said.layer is not None:
-        return [Stored(said.name, said.layer, read_npy(file))]
     return of_array(file, read_npy(file), said, "numpy")
 
 

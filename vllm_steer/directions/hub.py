@@ -9,7 +9,22 @@ from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.errors import BadDirectionFile
 
 PREFIX = "hf://"
+WEB = re.compile(r"https?:/", re.IGNORECASE)
+"""How a web address begins, also one that passed through a ``Path``, which has only one slash."""
+_PAGE = re.compile(
+    r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:blob|resolve|raw|tree)/([^/?#]+)/([^?#]+)",
+    re.IGNORECASE,
+)
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?/([^@]+)")
+
+
+def hub_address(page: str) -> str:
+    """The address of what a web page of the Hub shows; its form, if the page is another one."""
+    match = _PAGE.match(page)
+    if match is None:
+        return f"{PREFIX}owner/repository/path"
+    repository, revision, path = match.groups()
+    return f"{PREFIX}{repository}{'' if revision == 'main' else f'@{revision}'}/{path}"[:MOST_QUOTED]
 
 
 def fetched(url: str) -> Path:

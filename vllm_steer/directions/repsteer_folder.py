@@ -18,9 +18,9 @@ import numpy as np
 
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.json_file import read_json_object
-from vllm_steer.directions.quoting import MOST_QUOTED
+from vllm_steer.directions.quoting import MOST_QUOTED, one_line
 from vllm_steer.directions.safetensors_file import read_tensors
-from vllm_steer.directions.said import Said, member, number_of, stored
+from vllm_steer.directions.said import Said, member, number_of, one_vector, stored
 from vllm_steer.directions.unchecked import METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
@@ -44,9 +44,11 @@ def read_repsteer(folder: Path, said: Said) -> list[Stored]:
     """Read the direction of an artifact. One that `save_directions` wrote comes back with its name and metadata.
 
     Raises:
-        BadDirectionFile: a file is damaged, or the vector belongs to another site than the output of a block.
+        BadDirectionFile: a file is damaged or is not the one of which ``checksums.json`` has the SHA-256, or the vector
+            belongs to another site than the output of a block.
     """
     file = folder / _MANIFEST
+    _check_sums(folder)
     manifest = read_json_object(file)
     site = member(file, manifest, "site")
     if not isinstance(site, Mapping) or any(site.get(key, default) != default for key, default in _SITE.items()):
@@ -60,7 +62,7 @@ def read_repsteer(folder: Path, said: Said) -> list[Stored]:
         raise BadDirectionFile(
             f"{folder} has no tensor {_KEY!r}; allowed: artifacts that hold one. Export a DirectionArtifact."
         )
-    vector = tensors[_KEY].reshape(-1)
+    vector = one_vector(folder, tensors[_KEY], f"under {_KEY!r}")
     method, scale = manifest.get("method"), manifest.get("normalization")
     name = said.name or folder.name.removesuffix(SUFFIX)
     found = stored(folder, name, layer, vector, "block_output", "repsteer", method=method, normalization=scale)
@@ -70,6 +72,37 @@ def read_repsteer(folder: Path, said: Said) -> list[Stored]:
         return [found]
     name, digest, about = (member(file, own, key) for key in ("name", "sha256", "metadata"))
     return [found._replace(name=said.name or str(name), sha256=str(digest), metadata=about)]
+
+
+def _check_sums(folder: Path) -> None:
+    """Compare both files with ``checksums.json``, as repsteer does before it loads an artifact.
+
+    Raises:
+        BadDirectionFile: one differs, or there is no such document.
+    """
+    file = folder / _CHECKSUMS
+    if not file.is_file():
+        raise BadDirectionFile(
+            f"{folder} has no {_CHECKSUMS}, so nothing says that its files belong together; allowed: whole artifacts. "
+            "Copy it again; or load it with repsteer, load_artifact(path, verify_checksums=False), and save it again."
+        )
+    document = read_json_object(file)
+    if (algorithm := document.get("algorithm")) != "sha256":
+        raise BadDirectionFile(
+            f"{file} has the algorithm {algorithm!r:.{MOST_QUOTED}}; allowed: sha256. Save the artifact again."
+        )
+    for name in FILES:
+        told = member(file, document, "files", name)
+        try:
+            found = sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise BadDirectionFile(f"{folder / name} cannot be read ({one_line(error)}); copy it again.") from None
+        if str(told).removeprefix("sha256:") != found:
+            raise BadDirectionFile(
+                f"{folder / name} is not the file that {_CHECKSUMS} was written for (its SHA-256 differs); allowed: "
+                "unchanged artifacts. Copy it again; what was changed on purpose is saved with repsteer or "
+                "save_directions."
+            )
 
 
 def write_repsteer(folder: Path, directions: Sequence[Direction]) -> None:

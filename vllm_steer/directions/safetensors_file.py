@@ -7,7 +7,7 @@ this package      ``name@layer``                                         block_o
 saklas            ``layer_L``, beside a JSON file of the same stem        block_output
 steerkit          ``direction.METHOD``, the layer in the file's metadata  block_output
 persona-vectors   ``steering_vector`` beside ``metadata.json``            block_output
-any other         one vector, or one vector a layer                       as given
+any other         one vector, one vector a layer, or keys that are layers as given
 ================  =====================================================  =============
 """
 
@@ -25,8 +25,9 @@ import numpy.typing as npt
 from vllm_steer.directions.bfloat16 import float32_of_bfloat16
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.json_file import read_json_object
+from vllm_steer.directions.layer_keys import layers_of_keys
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
-from vllm_steer.directions.said import NOTHING_SAID, Said, member, number_of, of_array, stored
+from vllm_steer.directions.said import NOTHING_SAID, Said, how_counted, member, number_of, of_array, one_vector, stored
 from vllm_steer.directions.unchecked import LAYER, LAYERS_ALLOWED, METADATA_KEY, Stored
 from vllm_steer.errors import BadDirectionFile
 
@@ -131,6 +132,8 @@ def _reader(
         return _steerkit
     if list(keys) == ["steering_vector"] and (file.parent / "metadata.json").is_file():
         return _persona_vector
+    if keys and layers_of_keys(file, keys) is not None:
+        return _by_layer
     return _plain if len(keys) == 1 and (said.layer is not None or said.layer_index is not None) else None
 
 
@@ -138,9 +141,11 @@ def _saklas(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]
     beside = file.with_suffix(".json")
     method = read_json_object(beside).get("method") if beside.is_file() else None
     layers = {int(key.removeprefix("layer_")): vector for key, vector in read_tensors(file).items()}
-    counts, name = said.layer_index or "block_output", said.name or file.stem
+    # Only the file beside it is a mark of saklas: any other writer may name layers so, and count them otherwise.
+    counts = "block_output" if method is not None or said.layer_index is None else said.layer_index
+    name = said.name or file.stem
     return [
-        stored(file, name, layer, vector.reshape(-1), counts, "saklas", method=method)
+        stored(file, name, layer, one_vector(file, vector, f"at layer {layer}"), counts, "saklas", method=method)
         for layer, vector in layers.items()
     ]
 
@@ -153,11 +158,14 @@ def _steerkit(file: Path, metadata: Mapping[str, str], said: Said) -> list[Store
             "number of layers the final norm); allowed: resid_post of a block. Train a probe there."
         )
     base = said.name or file.name.removesuffix(".safetensors").removesuffix(".probe")
-    methods = {key.removeprefix("direction."): vector.reshape(-1) for key, vector in read_tensors(file).items()}
+    methods = {key.removeprefix("direction."): vector for key, vector in read_tensors(file).items()}
     return [
-        stored(file, f"{base}.{method}", int(layer), vector, "block_output", "steerkit", method=method)
+        stored(
+            file, f"{base}.{method}", int(layer), one_vector(file, vector, f"of method {method!r}"), "block_output",
+            "steerkit", method=method,
+        )
         for method, vector in methods.items()
-    ]
+    ]  # fmt: skip
 
 
 def _persona_vector(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
@@ -168,6 +176,15 @@ def _persona_vector(file: Path, metadata: Mapping[str, str], said: Said) -> list
     vector = read_tensors(file)["steering_vector"]
     alpha = about.get("suggested_alpha")
     return of_array(file, vector, said, "persona-vectors", "block_output", name, suggested_alpha=alpha)
+
+
+def _by_layer(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:
+    tensors = read_tensors(file)
+    counts, name = how_counted(file, said, None, "vectors by layer"), said.name or file.stem
+    return [
+        stored(file, name, layer, one_vector(file, vector, f"under {key!r}"), counts, "safetensors")
+        for layer, (key, vector) in zip(layers_of_keys(file, tensors) or (), tensors.items(), strict=True)
+    ]
 
 
 def _plain(file: Path, metadata: Mapping[str, str], said: Said) -> list[Stored]:

@@ -59,7 +59,32 @@ def stored(
     if layer >= MOST_LAYERS:
         raise BadDirectionFile(f"{file} has a vector of layer {index}; allowed: below {MOST_LAYERS}. Correct the file.")
     told = {name: value for name, value in more.items() if value is not None}
-    return Stored(name, layer, vector, metadata={"writer": writer, "layer_index": counts, **told}, file_layer=index)
+    about = {"writer": writer, "layer_index": counts, **told}
+    return Stored(name, layer, vector, metadata=about, file_layer=index, counts=counts)
+
+
+def one_vector(file: Path, array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    """An array of (D,), (1, D) or (1, 1, D) as (D,).
+
+    Args:
+        file: for messages.
+        array: the values.
+        where: its place in the file, for messages.
+
+    Raises:
+        BadDirectionFile: it has another shape.
+    """
+    if not is_one_vector(array):
+        raise BadDirectionFile(
+            f"{file} holds an array of shape {str(array.shape)[:MOST_QUOTED]} {where:.{MOST_QUOTED}}; allowed there: "
+            "one vector, (D,), (1, D) or (1, 1, D). Save one of these."
+        )
+    return array.reshape(-1)
+
+
+def is_one_vector(array: npt.NDArray[Any]) -> bool:
+    """Whether an array is (D,), (1, D) or (1, 1, D)."""
+    return 1 <= array.ndim <= 3 and array.size == array.shape[-1]
 
 
 def of_array(
@@ -86,13 +111,13 @@ def of_array(
         BadDirectionFile: it has another shape, or the caller must say the layer or how layers are counted.
     """
     called = said.name or name or file.stem
-    if array.ndim and array.size == array.shape[-1]:
+    if is_one_vector(array):
         if said.layer is None:
             raise BadDirectionFile(
                 f"{file} holds one vector and no layer; allowed: files that name it. Give it: load_directions(path, "
                 "layer=...), or vllm-steer convert --layer LAYER."
             )
-        counts = said.layer_index or known or "block_output"
+        counts = known or said.layer_index or "block_output"
         return [stored(file, called, said.layer, array.reshape(-1), counts, writer, **more)]
     if array.ndim != 2:
         raise BadDirectionFile(
@@ -109,12 +134,12 @@ def of_array(
 
 
 def how_counted(file: Path, said: Said, known: LayerIndex | None, what: str) -> LayerIndex:
-    """How a file with several layers counts them: as the caller says, else as its format says.
+    """How a file with several layers counts them: as its format says, else as the caller says.
 
     Raises:
         BadDirectionFile: neither says it.
     """
-    counts = said.layer_index or known
+    counts = known or said.layer_index
     if counts is None:
         raise BadDirectionFile(
             f"{file} holds {what} and does not say how it counts layers; allowed: {' or '.join(LAYER_INDICES)}. Give "

@@ -120,11 +120,17 @@ def _rows(file: Path) -> list[_Row]:
 
 def _row(file: Path, number: int, cell: Callable[[str], str]) -> _Row:
     where, action = f"{file}, row {number},", cell("action") or "add"
-    if action != "add" or cell("head_index"):
+    if action != "add":
+        do = (
+            "Read the row as add, make a unit Direction of it, and steer with op='set'."
+            if action == "clamp"
+            else "Correct the action."
+        )
+        raise BadDirectionFile(f"{where} has the action {action!r:.{MOST_QUOTED}}; allowed: add. {do}")
+    if head := cell("head_index"):
         raise BadDirectionFile(
-            f"{where} has the action {action!r:.{MOST_QUOTED}} and the head {cell('head_index')!r:.{MOST_QUOTED}}; "
-            "allowed: add, without a head. For clamp read the row as add, make a unit Direction of it, and steer with "
-            "op='set'."
+            f"{where} has the head {head!r:.{MOST_QUOTED}}; allowed: none, since a head's output is no direction of "
+            "the residual stream. Leave the row out."
         )
     if (loader := cell("loader")) != "sae_lens":
         raise BadDirectionFile(

@@ -29,6 +29,6 @@ def read_svec(file: Path, said: Said) -> list[Stored]:
         rows = value if nested else [value]
         for number, row in enumerate(rows):
             called = name if len(rows) == 1 else f"{name}.{number}"
-            writer, counts = "aisteer360" if nested else "activation-steering", said.layer_index or "block_output"
-            found.append(stored(file, called, layer, vector_of(file, row), counts, writer))
+            writer = "aisteer360" if nested else "activation-steering"
+            found.append(stored(file, called, layer, vector_of(file, row), "block_output", writer))
     return found

@@ -10,6 +10,8 @@ lm-eval                  {hook point: {steering_vector, steering_coefficient, ac
 wisent                   {vectors: {"k": (D,)}, method, metadata}                        hidden_states
 any other                a tensor, or a dict from layer or name to (D,)                  as given
 =======================  ==============================================================  =============
+
+A layer as a key of a dict is 12, "12", "layer_12", "layers.12" or "model.layers.12".
 """
 
 from __future__ import annotations
@@ -26,8 +28,19 @@ import numpy.typing as npt
 
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.json_file import read_json_object
+from vllm_steer.directions.layer_keys import layers_of_keys, quoted
 from vllm_steer.directions.quoting import MOST_QUOTED, one_line
-from vllm_steer.directions.said import LayerIndex, Said, how_counted, member, number_of, of_array, stored
+from vllm_steer.directions.said import (
+    LayerIndex,
+    Said,
+    how_counted,
+    is_one_vector,
+    member,
+    number_of,
+    of_array,
+    one_vector,
+    stored,
+)
 from vllm_steer.directions.unchecked import LAYER, Stored
 from vllm_steer.errors import BadDirectionFile
 
@@ -58,13 +71,21 @@ def read_torch(file: Path, said: Said) -> list[Stored]:
     array = _array(file, content)
     if (persona := _PERSONA.fullmatch(file.stem)) is not None:
         return of_array(file, array, said, "persona_vectors", "hidden_states", persona[1])
-    if said.layer is None and array.ndim and array.size == array.shape[-1]:
+    if is_one_vector(array):
+        # What the file beside it says holds, also where the caller names a layer.
         if (beside := file.with_name(f"{file.stem}_metadata.json")).is_file():
             layer = number_of(beside, member(beside, read_json_object(beside), "layer"), "layer")
             return of_array(file, array, said._replace(layer=layer), "refusal_direction", "hidden_states")
-        if (beside := file.with_suffix(".json")).is_file():
+        if (beside := file.with_suffix(".json")).is_file() and (said.layer is None or _is_rotalabs(beside)):
             return [read_rotalabs(file, said)]
     return of_array(file, array, said, "torch")
+
+
+def _is_rotalabs(beside: Path) -> bool:
+    try:
+        return read_json_object(beside).keys() >= {"layer_index", "behavior"}
+    except BadDirectionFile:  # notes of the user's own
+        return False
 
 
 def read_rotalabs(file: Path, said: Said) -> Stored:
@@ -172,41 +193,66 @@ def _of_dict(file: Path, content: Mapping[Any, Any], said: Said) -> list[Stored]
         return [_of_lm_eval(file, str(key), one, said) for key, one in content.items()]
     if isinstance(vectors := content.get("vectors"), Mapping):
         return _by_layer(file, vectors, said, "wisent", "hidden_states", method=content.get("method"))
-    keys = [str(key) for key in content]
-    if keys and all(key.isascii() and key.isdigit() for key in keys):
+    if content and layers_of_keys(file, content) is not None:
         return _by_layer(file, content, said, "torch", None)
-    found = []
-    for key, value in content.items():
-        found += of_array(file, _array(file, value), said._replace(name=None), "torch", name=str(key))
-    return found
+    return _by_name(file, content, said)
+
+
+def _by_name(file: Path, content: Mapping[Any, Any], said: Said) -> list[Stored]:
+    """A dict from name to one vector, or to a stack of layers."""
+    arrays = {str(key): _array(file, value) for key, value in content.items()}
+    if len(arrays) > 1 and said.name is not None:
+        raise BadDirectionFile(
+            f"{file} holds the names {quoted(list(arrays))}, got one name for them; allowed: another name for a file "
+            "with one. Leave it out."
+        )
+    if said.layer is None and (without := [key for key, array in arrays.items() if is_one_vector(array)]):
+        raise BadDirectionFile(
+            f"{file} holds one vector each under {quoted(without)}, and no key names a layer; allowed: keys such as "
+            "12, layer_12 or model.layers.12, or names whose layer is given. Give it, if all belong to one layer: "
+            "load_directions(path, layer=...), or vllm-steer convert --layer LAYER."
+        )
+    return [one for key, array in arrays.items() for one in of_array(file, array, said, "torch", name=key)]
 
 
 def _by_layer(
     file: Path, vectors: Mapping[Any, Any], said: Said, writer: str, known: LayerIndex | None, **more: Any
 ) -> list[Stored]:
-    counts = how_counted(file, said, known, "vectors by layer")
-    name = said.name or file.stem
+    layers = layers_of_keys(file, vectors)
+    if layers is None:
+        raise BadDirectionFile(
+            f"{file} has vectors under {quoted([str(key) for key in vectors])}; allowed: layers, such as 12. Export "
+            "it again."
+        )
+    counts, name = how_counted(file, said, known, "vectors by layer"), said.name or file.stem
     return [
-        stored(file, name, number_of(file, key, "a layer"), _array(file, value).reshape(-1), counts, writer, **more)
-        for key, value in vectors.items()
+        stored(file, name, layer, one_vector(file, _array(file, value), f"under {key!r}"), counts, writer, **more)
+        for layer, (key, value) in zip(layers, vectors.items(), strict=True)
     ]
 
 
 def _of_lm_eval(file: Path, hook_point: str, one: Mapping[str, Any], said: Said) -> Stored:
     match = HOOK_POINT.fullmatch(hook_point)
-    if match is None or one.get("head_index") is not None:
+    head = one.get("head_index")
+    if match is None or head is not None:
+        of_head = "" if head is None else f", head {head!s:.{MOST_QUOTED}}"
         raise BadDirectionFile(
-            f"{file} steers at {hook_point!r:.{MOST_QUOTED}}, head {one.get('head_index')}; allowed: the output of a "
-            "whole block, such as layers.12. A vector of another site is no direction of the residual stream."
+            f"{file} steers at {hook_point!r:.{MOST_QUOTED}}{of_head}; allowed: the output of a whole block, such as "
+            "layers.12. A vector of another site is no direction of the residual stream."
         )
-    if one.get("action", "add") != "add":
+    if (action := one.get("action", "add")) != "add":
+        do = (
+            "It sets the projection: make a unit Direction of the vector, and steer with op='set' and the coefficient "
+            "as alpha."
+            if action == "clamp"
+            else "Correct the action."
+        )
         raise BadDirectionFile(
-            f"{file} has the action {one.get('action')!r:.{MOST_QUOTED}} at {hook_point}, which sets the projection; "
-            "allowed: add. Make a unit Direction of the vector, and steer with op='set' and the coefficient as alpha."
+            f"{file} has the action {action!r:.{MOST_QUOTED}} at {hook_point!r:.{MOST_QUOTED}}; allowed: add. {do}"
         )
-    vector, counts = _array(file, one["steering_vector"]), said.layer_index or "block_output"
+    vector = one_vector(file, _array(file, one["steering_vector"]), f"at {hook_point!r}")
     coefficient = one.get("steering_coefficient")
     return stored(
-        file, said.name or file.stem, int(match[1]), vector.reshape(-1), counts, "lm-eval",
+        file, said.name or file.stem, int(match[1]), vector, "block_output", "lm-eval",
         coefficient=coefficient if isinstance(coefficient, int | float) else None,
     )  # fmt: skip

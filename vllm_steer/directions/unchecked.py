@@ -26,6 +26,7 @@ class Stored(NamedTuple):
         sha256: the ``content_hash`` that `save_directions` wrote for it, or None.
         metadata: that of the direction.
         file_layer: the number that the file has for the layer; None if it is ``layer``.
+        counts: how the file counts layers, by its format or as the caller said; a ``LayerIndex``.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Stored(NamedTuple):
     sha256: str | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
     file_layer: int | None = None
+    counts: str = "block_output"

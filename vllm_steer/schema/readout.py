@@ -89,11 +89,7 @@ class Readout:
         if not self.layers:
             object.__setattr__(self, "vectors", False)
         spans.check(self.span)
-        for where, names in (("project", self.project), ("trace", self.trace)):
-            if isinstance(names, str) or not isinstance(names, Sequence):
-                raise MalformedSpec(f"readout {where} is {shown(names)}; allowed: a list of names. Give a list.")
-            for name in names:
-                check_name(name, f"a name in readout {where}")
+        _check_names(project=self.project, trace=self.trace)
         if len(set(self.trace)) < len(self.trace):
             raise BadReadout(f"readout trace is {list(self.trace)}; allowed: each name once. Leave the repeats out.")
         if not isinstance(self.vectors, bool):
@@ -173,6 +169,10 @@ class Readout:
             MalformedSpec, BadCondition, BadReadout, BadSpan: as the constructor, or ``layers`` is missing without
                 ``stop`` and ``flag``.
         """
+        if isinstance(
+            value, dict
+        ):  # a server fills in layers from names, so wrong names are told before lacking layers
+            _check_names(project=value.get("project", ()), trace=value.get("trace", ()))
         is_watch = isinstance(value, dict) and bool(value.get("stop") or value.get("flag"))
         fields = dict(checked_fields(cls, value, "readout", required=() if is_watch else ("layers",)))
         if fields.get("stop") is not None:
@@ -184,6 +184,19 @@ class Readout:
                 )
             fields["flag"] = [Watch.from_json(one, "an entry of flag") for one in fields["flag"]]
         return cls(**fields)
+
+
+def _check_names(**lists: object) -> None:
+    """Refuse what is no list of names.
+
+    Raises:
+        MalformedSpec: the message names the first such field.
+    """
+    for where, names in lists.items():
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise MalformedSpec(f"readout {where} is {shown(names)}; allowed: a list of names. Give a list.")
+        for name in names:
+            check_name(name, f"a name in readout {where}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,14 +15,18 @@ A name that contains ``@``, ``;`` or ``,`` has no such text; use JSON for it.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from vllm_steer.errors import MalformedSpec
+from vllm_steer.errors import BadAlpha, MalformedSpec
 from vllm_steer.schema.steering import Steering
 from vllm_steer.schema.wire import without_duplicates
 
 FORM = "direction:alpha[@layer][;field=value ...], several joined by commas, such as kind:8@12;span=response"
 """The form, for error messages."""
+_NO_NAME = re.compile(r"[\s=]")
+"""What no name of a direction has: kind=5 and kind 5 are meant to be kind:5."""
+_OPS_WITH_ALPHA = ("add", "set", "scale")
 _TEXTS = ("op", "span")
 _VALUES = ("relative", "keep_norm", "low", "high")
 
@@ -55,9 +59,12 @@ def _entry(text: str, where: str, span: str) -> Steering:
         fields += [_field(pair) for pair in pairs]
     except ValueError:
         fields = [("direction", "")]
-    if not fields[0][1]:
+    if not fields[0][1] or _NO_NAME.search(fields[0][1]):
         raise MalformedSpec(f"{where} has {text[:80]!r}; allowed: {FORM}. Correct it.")
-    return Steering.from_json({"span": span, **without_duplicates(fields)})
+    entry = {"span": span, **without_duplicates(fields)}
+    if "alpha" not in entry and entry.get("op", "add") in _OPS_WITH_ALPHA:
+        raise BadAlpha(f"{where} has {text[:80]!r}, without alpha; allowed: {FORM}. Give alpha.")
+    return Steering.from_json(entry)
 
 
 def _field(pair: str) -> tuple[str, Any]:

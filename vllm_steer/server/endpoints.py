@@ -88,7 +88,8 @@ class SteerEndpoints:
             registry.directory.readouts, settings.kept_readouts_mib, settings.kept_readouts_seconds, processes
         )
         KEPT.put(state, kept)
-        SERVER.put(state, SteeredServer(settings, registry, model, aliases, admission.check, taken))
+        blocks = engine_client.vllm_config.model_config.get_total_num_hidden_layers()
+        SERVER.put(state, SteeredServer(settings, registry, model, aliases, admission.check, taken, blocks))
         SERVED.put(state, Served(admission, partial(_names, models.model_name(), aliases, settings)))
         WATCHDOG.put(state, run_in_background(_end_with(engine_client, state), "The watch of the engine"))
 

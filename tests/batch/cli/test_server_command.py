@@ -96,6 +96,21 @@ def test_without_layers_those_of_the_directions_are_hooked(model: str, direction
     assert settings_of(command(model=model, directions=[directions]))["layers"] == [1, 3]
 
 
+def test_a_direction_whose_layer_is_not_hooked_is_remarked_on_and_one_that_the_model_lacks_refused(
+    model: str, directions: str, tmp_path: Path
+) -> None:
+    assert command(model=model, layers=[1], directions=[directions]).remarks == (), "it has one at a hooked layer"
+    (remark,) = command(model=model, layers=[2], directions=[directions]).remarks
+    assert remark.startswith("direction 'kind' belongs to layer 1, 3, and only 2 are hooked: a request that names no")
+    shown = CliRunner().invoke(app, ["serve", model, "--layers", "2", "--directions", directions, "--show"])
+    assert shown.exit_code == 0
+    assert f"vllm-steer: {remark}\n" in shown.stderr
+    assert "remark" not in shown.stdout
+    save_directions(tmp_path / "far.safetensors", [Direction("far", BLOCKS, np.ones(8))])
+    with pytest.raises(SettingsError, match=r"'far' belongs to layer 4: .* has 4 decoder blocks; allowed: 0 to 3"):
+        command(model=model, layers=[1], directions=[str(tmp_path / "far.safetensors")])
+
+
 @pytest.fixture
 def on_the_hub(tmp_path: Path, directions: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of the same directions in a repository that the local cache of the Hub has."""

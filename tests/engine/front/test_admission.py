@@ -515,6 +515,61 @@ def test_the_largest_alpha_counts_lengths_of_the_stream_where_they_are_known() -
             resolve(admission, asked)
 
 
+@pytest.mark.parametrize(
+    ("asked", "norms", "how"),
+    [
+        (
+            [Steering("kind", 3, op="scale")],
+            {12: 42.0},
+            "84 (scale of 'kind': |alpha - 1| = 2 times 42, the layer's me",
+        ),
+        (
+            [Steering("kind", -2, relative=True)],
+            {12: 42.0},
+            "84 (relative add of 'kind': |alpha| = 2 times 42, the lay",
+        ),
+        ([Steering("kind", 85, op="scale")], {}, "84 (scale of 'kind': |alpha - 1| = 84, in lengths of the stream"),
+        (
+            [Steering("kind", 80), Steering("cold", op="clamp", low=-4, high=1)],
+            {},
+            "84 (add of 'kind': |alpha| = 80; clamp of 'cold': the larger of |low| and |high| = 4)",
+        ),
+        (
+            [Steering("kind", 2, op="scale"), *[Steering("kind", 2)] * 4],
+            {12: 76.0},
+            "84 (scale of 'kind': |alpha - 1| = 1 times 76, the layer's mean residual norm; add of 'kind': "
+            "|alpha| = 2; add of 'kind': |alpha| = 2; and 2 more)",
+        ),
+    ],
+)
+def test_a_count_that_is_no_alpha_of_the_request_says_how_it_came_about(
+    asked: list[Steering], norms: dict[int, float], how: str
+) -> None:
+    admission = Admission(SteerSettings(layers=(12,), max_alpha=10.0, residual_norms=norms), SIZE)
+    admission.registry.register([Direction("kind", 12, KIND), Direction("cold", 12, COLD)])
+    with pytest.raises(BadAlpha) as caught:
+        resolve(admission, *asked)
+    assert f"what the entries count adds up to {how}" in str(caught.value)
+    assert "at layer 12; allowed: up to 10" in str(caught.value)
+
+
+def test_a_length_says_how_it_came_about() -> None:
+    for asked, how in (
+        (
+            Steering("kind", 3, op="scale"),
+            "20 (scale of 'kind': |alpha - 1| = 2 times 1, the direction's length, times 10,",
+        ),
+        (
+            Steering("kind", 2, relative=True),
+            "20 (relative add of 'kind': |alpha| = 2 times 1, the direction's length, t",
+        ),
+        (Steering("long", 1), "24 (add of 'long': |alpha| = 1 times 24, the direction's length)"),
+    ):
+        with pytest.raises(BadAlpha) as caught:
+            resolve(bounded(1.0), asked)
+        assert f"can add a vector of length {how}" in str(caught.value)
+
+
 @pytest.mark.parametrize("form", [{"relative": True}, {"op": "scale"}], ids=["relative", "scale"])
 def test_the_stream_cannot_be_multiplied_beyond_its_range(form: dict[str, Any]) -> None:
     """Each layer's entries are within the other bounds; together they would make the stream infinite."""

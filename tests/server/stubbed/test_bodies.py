@@ -480,6 +480,18 @@ def test_a_wrong_header_is_refused(headers: list[str]) -> None:
         steering_header([(b"x-steering", one.encode()) for one in headers])
 
 
+@pytest.mark.parametrize(
+    "readout",
+    [{"project": "kind"}, {"trace": "kind"}, {"project": {"kind": 1}}, {"trace": 3}, {"project": None}],
+    ids=str,
+)
+def test_names_that_are_no_list_are_told_before_lacking_layers(readout: dict[str, Any]) -> None:
+    (where,) = readout
+    with pytest.raises(MalformedSpec, match=f"^readout {where} is .*; allowed: a list of names") as caught:
+        _translate({"readout": readout})
+    assert "layers" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [b"x-steer", b"steering", b"x-vllm-steering", b"x-readout", b"x-steering-vector"])
 def test_a_header_with_a_similar_name_is_refused(name: bytes) -> None:
     with pytest.raises(MisplacedField, match="X-Steering"):

@@ -33,7 +33,7 @@ class StandInEngine:
         )
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(_api_process_count=1),
-            model_config=SimpleNamespace(get_hidden_size=lambda: SIZE),
+            model_config=SimpleNamespace(get_hidden_size=lambda: SIZE, get_total_num_hidden_layers=lambda: 4),
         )
 
     engine_core = None

@@ -30,7 +30,7 @@ from vllm_steer.server.registry.routes import SERVER, SteeredServer, router
 from vllm_steer.server.registry.shared_registry import SharedRegistry
 from vllm_steer.settings import SteerSettings
 
-SIZE, CAPACITY, LAYER = 8, 6, 2
+SIZE, CAPACITY, LAYER, BLOCKS = 8, 6, 2, 5
 ADMIN = {"X-Admin-Key": "admin-secret"}
 ROOT = "/v1/steering/directions"
 RNG = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
         app.include_router(one)
     aliases = ServedAliases(SETTINGS, registry)
     taken = {"model": "the model itself"}.get
-    SERVER.put(app.state, SteeredServer(SETTINGS, registry, MODEL, aliases, admitted_by(registry), taken))
+    SERVER.put(app.state, SteeredServer(SETTINGS, registry, MODEL, aliases, admitted_by(registry), taken, BLOCKS))
     KEPT.put(app.state, KeptReadouts(registry.directory.readouts, 1, 60.0))
     with TestClient(app, raise_server_exceptions=True) as made:
         yield made
@@ -111,7 +111,8 @@ def test_a_direction_is_put_listed_fetched_and_deleted(client: TestClient, tmp_p
     made = put_raw(client, "kind", KIND.vector)
     assert made.status_code == 201
     assert made.headers["ETag"] == f'"{KIND.content_hash}"'
-    listed = {"name": "kind", "layer": LAYER, "content_hash": KIND.content_hash, "is_unit": True, "norm": KIND.norm}
+    about = {"content_hash": KIND.content_hash, "is_unit": True, "norm": KIND.norm, "hooked": True}
+    listed = {"name": "kind", "layer": LAYER, **about}
     assert made.json() == {"directions": [listed]}
     assert listed in client.get(ROOT).json()["directions"]
     fetched = client.get(f"{ROOT}/kind")
@@ -122,6 +123,26 @@ def test_a_direction_is_put_listed_fetched_and_deleted(client: TestClient, tmp_p
     assert client.delete(f"{ROOT}/kind", headers=ADMIN).json() == {"deleted": [listed]}
     assert "'kind'" in refusal(client.get(f"{ROOT}/kind"), 404, "DirectionNotFound")
     refusal(client.delete(f"{ROOT}/kind", headers=ADMIN), 404, "DirectionNotFound")
+
+
+def test_a_layer_that_the_model_lacks_is_refused_and_one_that_is_not_hooked_is_noted(
+    client: TestClient, tmp_path: Path
+) -> None:
+    made = put_raw(client, "kind", KIND.vector, layer=BLOCKS - 1)
+    assert made.status_code == 201
+    assert [one["hooked"] for one in made.json()["directions"]] == [False]
+    assert {one["name"]: one["hooked"] for one in client.get(ROOT).json()["directions"]} == {
+        "kind": False,
+        "needed": True,
+    }
+    before = names(client)
+    both = [Direction("both", LAYER, KIND.vector), Direction("both", 99, OTHER.vector)]
+    for refused in (
+        put_raw(client, "kind", KIND.vector, layer=BLOCKS),
+        client.put(f"{ROOT}/both", content=file_of(*both, folder=tmp_path), headers=ADMIN),
+    ):
+        assert f"the model has layers 0 to {BLOCKS - 1}" in refusal(refused, 400, "LayerNotHooked")
+    assert names(client) == before, "nothing of a refused file is registered"
 
 
 def test_a_file_holds_a_name_at_several_layers_and_each_can_be_addressed(client: TestClient, tmp_path: Path) -> None:

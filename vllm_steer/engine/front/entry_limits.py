@@ -13,6 +13,8 @@ from vllm_steer.errors import BadAlpha, TooManyEntries
 from vllm_steer.ops.stream_range import LARGEST_ADDITION, LARGEST_GROWTH
 from vllm_steer.settings import SteerSettings
 
+_MOST_TOLD = 3  # entries that a message goes through
+
 
 class EntryLimits:
     """Refuses entries that exceed the operator's limits or the range of the stream.
@@ -64,10 +66,25 @@ class EntryLimits:
         if total > most:
             is_plain = len(here) == 1 and here[0].steering.alpha == here[0].entry.a and total == abs(here[0].entry.a)
             got = f"alpha is {here[0].entry.a:g}" if is_plain else f"|alpha| adds up to {total:g}"
+            if not is_plain and any(entry.steering.is_multiple or entry.steering.op == "clamp" for entry in here):
+                got = f"what the entries count adds up to {total:g} ({self._counts(layer, here)})"
             raise BadAlpha(
                 f"{got} at layer {layer}; allowed: up to {most:g}, over all entries there together. Use smaller ones, "
                 "or start the engine with steer_config(max_alpha=...) larger."
             )
+
+    def _counts(self, layer: int, here: Sequence[NamedEntry]) -> str:
+        """How each entry comes to what it counts, as ``SteerSettings.counted`` computes it."""
+        norm = self._settings.residual_norms.get(layer)
+        times = (
+            ", in lengths of the stream, whose mean is not set in residual_norms"
+            if norm is None
+            else f" times {norm:g}, the layer's mean residual norm"
+        )
+        return "; ".join(
+            f"{_quantity(one)} = {one.multiplier:g}{times if one.steering.is_multiple else ''}"
+            for one in here[:_MOST_TOLD]
+        ) + _rest(here)
 
     def _check_residual_norm(self, layer: int, here: Sequence[NamedEntry]) -> None:
         multiple = self._settings.max_alpha_residual_norm
@@ -79,8 +96,8 @@ class EntryLimits:
         )
         if total > multiple * norm:
             raise BadAlpha(
-                f"the entries at layer {layer} can add a vector of length {total:g} (|alpha| times the direction's "
-                f"length, over all of them), {total / norm:.3g} times the mean residual norm there, {norm:g}; allowed: "
+                f"the entries at layer {layer} can add a vector of length {total:g} ({_lengths(here, norm)}), "
+                f"{total / norm:.3g} times the mean residual norm there, {norm:g}; allowed: "
                 f"up to {multiple:g} times, that is {multiple * norm:g}. Use smaller ones, or start the engine with "
                 "steer_config(max_alpha_residual_norm=...) larger."
             )
@@ -95,6 +112,27 @@ class EntryLimits:
                 "stream stays finite. Use smaller ones"
                 + (", or start the engine with dtype='bfloat16'." if self._dtype == "float16" else ".")
             )
+
+
+def _quantity(one: NamedEntry) -> str:
+    """What of an entry is bounded, in words."""
+    named, op = repr(one.steering.direction), one.steering.op
+    what = {"scale": "|alpha - 1|", "clamp": "the larger of |low| and |high|"}.get(op, "|alpha|")
+    kind = "relative " if one.steering.relative else ""
+    return f"{kind}{op} of {named}: {what}"
+
+
+def _lengths(here: Sequence[NamedEntry], norm: float) -> str:
+    """How each entry comes to the length of the vector that it can add."""
+    return "; ".join(
+        f"{_quantity(one)} = {one.multiplier:g} times {one.direction.length:g}, the direction's length"
+        + (f", times {norm:g}, the layer's mean residual norm" if one.steering.is_multiple else "")
+        for one in here[:_MOST_TOLD]
+    ) + _rest(here)
+
+
+def _rest(here: Sequence[NamedEntry]) -> str:
+    return f"; and {len(here) - _MOST_TOLD} more" if len(here) > _MOST_TOLD else ""
 
 
 def _growth(entries: Sequence[NamedEntry]) -> float:

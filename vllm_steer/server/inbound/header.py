@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from vllm_steer.errors import MalformedSpec, MisplacedField
 from vllm_steer.schema.steering_text import FORM, parse_steering
 from vllm_steer.schema.wire import STEERED_HEADER, parsed_json
+from vllm_steer.server.inbound.spelling import is_header_like_ours
 
 STEERING_HEADER = "x-steering"
-_LIKE_OURS = re.compile(r"(x-)?(vllm-)?(steer|read-?outs?$)", re.IGNORECASE)
 
 
 def steering_header(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any] | None:
@@ -33,7 +32,7 @@ def steering_header(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, Any] | 
         name = raw_name.decode("latin-1")
         if name == STEERING_HEADER:
             texts.append(value.decode("latin-1").strip())
-        elif _LIKE_OURS.match(name) and name != STEERED_HEADER:
+        elif name != STEERED_HEADER and is_header_like_ours(name):
             raise MisplacedField(
                 f"the request has the header {name!r}, which nothing reads; allowed: X-Steering. Use this name."
             )

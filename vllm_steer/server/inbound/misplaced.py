@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_steer.errors import MisplacedField
 from vllm_steer.schema.wire import WIRE_KEY
+from vllm_steer.server.inbound.spelling import is_like_ours
 
 FIELDS = ("steering", "readout")
-# Also after punctuation: a client that splits JSON at its commas sends keys such as '{"steering": [{"direction": "x"'.
-_LIKE_OURS = re.compile(r"[\W_]*(vllm[-_ ]?)?(steer|read[-_ ]?outs?(\W|$))", re.IGNORECASE)
 # Objects into which clients pack fields that belong at the top of a body.
 _CONTAINERS = frozenset(
     {
@@ -63,7 +61,7 @@ def _deeper(value: Any, where: str) -> Iterator[str]:
             for name, inner in one.items():
                 if not isinstance(inner, dict | list):
                     continue
-                if _LIKE_OURS.match(name):
+                if is_like_ours(name, most_edits=1):
                     yield f"{name!r} within {where!r}"
                 elif name not in _USERS_NAMES and not (name == "input" and one.get("type") == "tool_use"):
                     pending.append(inner)
@@ -73,14 +71,14 @@ def _in_body(fields: Mapping[str, Any]) -> Iterator[str]:
     for name, value in fields.items():
         if name in FIELDS:
             continue
-        if _LIKE_OURS.match(name):
+        if is_like_ours(name):
             yield repr(name)
         if name in _CONTAINERS and isinstance(value, dict):
-            yield from (f"{inner!r} in {name!r}" for inner in value if _LIKE_OURS.match(inner))
+            yield from (f"{inner!r} in {name!r}" for inner in value if is_like_ours(inner))
         if name == "messages" and isinstance(value, list):
             for index, message in enumerate(value):
                 if isinstance(message, dict):
-                    yield from (f"{inner!r} in messages[{index}]" for inner in message if _LIKE_OURS.match(inner))
+                    yield from (f"{inner!r} in messages[{index}]" for inner in message if is_like_ours(inner))
         if name != "vllm_xargs":
             yield from _deeper(value, name)
 
@@ -93,8 +91,8 @@ def _in_extra(fields: Mapping[str, Any], extra: tuple[str, ...]) -> Iterator[str
             found = found.get(key) if isinstance(found, dict) else None
         if isinstance(found, dict) and keys:
             right = (WIRE_KEY,) if keys == extra else ()
-            yield from (f"{name!r} in {keys[-1]!r}" for name in found if name not in right and _LIKE_OURS.match(name))
+            yield from (f"{name!r} in {keys[-1]!r}" for name in found if name not in right and is_like_ours(name))
 
 
 def _in_query(query: Mapping[str, str]) -> Iterator[str]:
-    yield from (f"the URL's parameter {name!r}" for name in query if _LIKE_OURS.match(name))
+    yield from (f"the URL's parameter {name!r}" for name in query if is_like_ours(name))

@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from vllm_steer import __version__
+from vllm_steer.directions import Direction
 from vllm_steer.directions.said import LayerIndex
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.registry import DirectionBook, Registered
@@ -59,6 +60,7 @@ class SteeredServer:
         aliases: its steered aliases.
         check: the checks of admission.
         taken: who else is served by a name, for messages; None if nobody is.
+        num_layers: decoder layers of its model.
     """
 
     settings: SteerSettings
@@ -67,6 +69,7 @@ class SteeredServer:
     aliases: ServedAliases
     check: Callable[[RequestSpec], None]
     taken: Callable[[str], str | None]
+    num_layers: int
 
 
 SERVER: Attribute[SteeredServer] = Attribute(
@@ -106,7 +109,7 @@ def show_steering(request: Request) -> dict[str, Any]:
         "steering_in_model_names": settings.steering_in_model_names,
         "kept_readouts_mib": settings.kept_readouts_mib,
         "kept_readouts_seconds": settings.kept_readouts_seconds,
-        "directions": _listed(server.registry.all()),
+        "directions": _listed(server, server.registry.all()),
         "changes": bool(os.environ.get(ADMIN_KEY_VARIABLE)),
     }
 
@@ -114,7 +117,8 @@ def show_steering(request: Request) -> dict[str, Any]:
 @router.get("/v1/steering/directions")
 def list_directions(request: Request) -> dict[str, Any]:
     """The registered directions, without their vectors."""
-    return {"directions": _listed(server_of(request).registry.all())}
+    server = server_of(request)
+    return {"directions": _listed(server, server.registry.all())}
 
 
 @router.get("/v1/steering/directions/{name:path}", responses=refusals(404, 412))
@@ -161,13 +165,15 @@ async def put_direction(
 
     Requests in flight keep the vectors they were admitted with. The body is a safetensors file; with ``?format=`` a
     file of another format, which ``layer`` and ``layer_index`` explain as in ``load_directions``; or with ``?layer=``
-    alone one vector of float32 little-endian numbers.
+    alone one vector of float32 little-endian numbers. A layer that the model lacks is refused; of one that is not
+    hooked the reply says so.
     """
     server = server_of(request)
     check_admin(x_admin_key)
     length = request.headers.get("Content-Length")
     body = await read_upload(request.stream(), length, server.settings.max_upload_mib)
     directions = await run_in_threadpool(uploaded_directions, name, layer, body, format, layer_index)
+    _check_layers(server, directions)
     if layer is not None:
         layer = directions[0].layer  # a file may count layers in another way
     is_new = True
@@ -181,7 +187,7 @@ async def put_direction(
 
     entries = entries_of(await server.registry.put(directions, check), name, layer)
     return JSONResponse(
-        {"directions": _listed(entries)}, status_code=201 if is_new else 200, headers={"ETag": etag_of(entries)}
+        {"directions": _listed(server, entries)}, status_code=201 if is_new else 200, headers={"ETag": etag_of(entries)}
     )
 
 
@@ -201,7 +207,7 @@ async def delete_direction(
         Preconditions(if_match).check(entries_of(before, name, layer))
         _check_needed(server, before, after)
 
-    return {"deleted": _listed(await server.registry.remove(name, layer, check))}
+    return {"deleted": _listed(server, await server.registry.remove(name, layer, check))}
 
 
 def server_of(request: Request) -> SteeredServer:
@@ -214,7 +220,21 @@ def server_of(request: Request) -> SteeredServer:
     return server
 
 
-def _listed(entries: Iterable[Registered]) -> list[dict[str, Any]]:
+def _check_layers(server: SteeredServer, directions: Iterable[Direction]) -> None:
+    """Refuse directions of layers that the model lacks.
+
+    Raises:
+        LayerNotHooked: the message names the first.
+    """
+    for one in directions:
+        if one.layer >= server.num_layers:
+            raise LayerNotHooked(
+                f"direction {one.name!r} belongs to layer {one.layer}; the model has layers 0 to "
+                f"{server.num_layers - 1}. Send the direction of one of these."
+            )
+
+
+def _listed(server: SteeredServer, entries: Iterable[Registered]) -> list[dict[str, Any]]:
     return [
         {
             "name": one.name,
@@ -222,6 +242,7 @@ def _listed(entries: Iterable[Registered]) -> list[dict[str, Any]]:
             "content_hash": one.content_hash,
             "is_unit": one.is_unit,
             "norm": one.norm,
+            "hooked": one.layer in server.settings.layers,
         }
         for one in entries
     ]
