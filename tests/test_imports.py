@@ -84,7 +84,7 @@ BELOW = {
     "spans": {"errors", "messages"},
     "schema": {"errors", "messages", "spans"},
     "directions": {"errors", "schema"},
-    "settings": {"errors", "schema", "spans"},
+    "settings": {"errors", "messages", "schema", "spans"},
     "client": {"errors", "schema", "directions"},
     "plan": {"errors", "schema"},
     "ops": {"plan"},

@@ -102,7 +102,7 @@ def test_a_direction_whose_layer_is_not_hooked_is_remarked_on_and_one_that_the_m
     assert command(model=model, layers=[1], directions=[directions]).remarks == (), "it has one at a hooked layer"
     (remark,) = command(model=model, layers=[2], directions=[directions]).remarks
     assert remark.startswith("direction 'kind' belongs to layer 1, 3, and only 2 are hooked: a request that names no")
-    shown = CliRunner().invoke(app, ["serve", model, "--layers", "2", "--directions", directions, "--show"])
+    shown = CliRunner().invoke(app, ["serve", model, "--layers", "2", "--directions", directions, "--print"])
     assert shown.exit_code == 0
     assert f"vllm-steer: {remark}\n" in shown.stderr
     assert "remark" not in shown.stdout
