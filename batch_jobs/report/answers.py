@@ -115,8 +115,9 @@ def _steers(results: RunResults) -> Answer:
         f"{_named(effect)} moves the rate by Δ {fixed(one.delta, 2)} from −α to +α, its {len(one.control_deltas)} "
         f"random controls of the same length by {fixed(one.control_mean, 2)} on average; the difference is "
         f"{fixed(one.difference, 2)}{_interval(one.difference_low, one.difference_high)} with p {p_value(p)}{among}. "
-        f"Among its controls the direction has a rank p of {fixed(one.rank_p, 2)}, which {len(one.control_deltas)} "
-        f"controls cannot bring below {fixed(one.rank_p_floor, 2)}."
+        f"That is about these {len(one.control_deltas)} controls. Among all random directions its rank p is "
+        f"{fixed(one.rank_p, 2)}, which {len(one.control_deltas)} controls cannot bring below "
+        f"{fixed(one.rank_p_floor, 2)}; 19 can bring it to 0.05."
     )
     low, high = one.difference_low, one.difference_high
     verdict: Verdict = "undecided"
@@ -168,7 +169,7 @@ def _costs(results: RunResults) -> Answer:
 
 
 def _named(effect: ControlEffect) -> str:
-    return f"{effect.direction} at layer {effect.layer}"
+    return f"The direction {effect.direction} at layer {effect.layer}"
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -87,7 +87,8 @@ def _success_headlines(scores: Scores) -> list[Headline]:
 
 
 def _dose_headline(scores: Scores, positive: str) -> Headline:
-    curves = dose_responses(scores.conditions, positive)
+    steered = [row for row in scores.conditions if controlled_direction(row.direction) is None]
+    curves = dose_responses(steered, positive)
     lowest = fmean(curve.rows[0].empathy_rate for curve in curves)
     baseline = fmean(curve.rows[0].baseline_empathy_rate for curve in curves)
     highest = fmean(curve.rows[-1].empathy_rate for curve in curves)

@@ -1,4 +1,4 @@
-"""Draw the paper's nine figures and that of the cost from one run, and write their files."""
+"""Draw the paper's nine figures, and those of cost and controls, from one run, and write their files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures.behaviour import behaviour_figure
+from batch_jobs.report.figures.controls import controls_figure
 from batch_jobs.report.figures.cost import cost_figure
 from batch_jobs.report.figures.detection import (
     ablation_figure,
@@ -32,7 +33,7 @@ from batch_jobs.report.table_rows import cost_rows
 
 
 def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
-    """Draw every figure: label (`1`, `1b`, ... `9`, `10`) -> figure.
+    """Draw every figure: label (`1`, `1b`, ... `9`, `10`, `11`) -> figure.
 
     A figure without data has no drawing, and says why in `missing`. The same results give the same bytes.
     """
@@ -57,6 +58,7 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
             baseline_figure(curves, published),
             resistance_figure(curves, results.best_steering_layer, names, published, concept.focus_scenario),
             cost_figure(cost_rows(results)),
+            controls_figure(results.findings.controls if results.findings else (), results.scores.success),
             layers_figure(curves, names, published, concept.focus_scenario),
         )
     return {figure.label: figure for figure in figures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import math
@@ -58,13 +59,29 @@ def test_the_page_begins_with_three_answers(results: RunResults) -> None:
     assert steers.verdict == "yes"
     assert f"Δ {effect.comparison.delta:.2f} from −α to +α" in steers.grounds
     assert "2 random controls" in steers.grounds
-    assert "cannot bring below 0.33" in steers.grounds
+    assert "rank p is 0.33, which 2 controls cannot bring below 0.33; 19 can bring it to 0.05" in steers.grounds
     assert costs.verdict == "not measured"
     text = html.unescape(words(report_page(results, draw_figures(results))))
     places = [text.index(one.question) for one in (detects, steers, costs)]
     assert places == sorted(places)
     assert places[-1] < text.index("Test AUROC")
     assert text.index(steers.grounds) < text.index("Test AUROC")
+
+
+def test_the_figure_of_controls_shows_every_delta(results: RunResults) -> None:
+    drawing = draw_figures(results)["11"].drawing
+    assert drawing is not None
+    rows = list(csv.DictReader(drawing.numbers.splitlines()))
+    controls = [float(row["y"]) for row in rows if row["series"] == "controls"]
+    assert len(controls) == 2 * 4  # two controls: all scenarios together, and each
+    own = {float(row["x"]): row for row in rows if row["series"] == "the direction"}
+    rates = {rate.scenario: rate for rate in results.scores.success if rate.direction == "empathy"}
+    for place, scenario in enumerate(SCENARIOS, start=1):
+        rate = rates[scenario]
+        found = [float(own[float(place)][name]) for name in ("y", "low", "high")]
+        # the interval is over all rows of the scenario, the mean over seeds that every direction has
+        assert found[1:] == pytest.approx([rate.delta_low, rate.delta_high])
+        assert found[0] == pytest.approx(rate.delta, abs=0.1)
 
 
 def test_controls_that_do_as_much_leave_the_question_undecided_or_deny_it(tmp_path: Path) -> None:

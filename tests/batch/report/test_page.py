@@ -265,7 +265,7 @@ def test_a_run_that_reads_nothing_again_says_so_instead_of_drawing(tmp_path: Pat
     run = write_run(tmp_path, rows, of=study(**options))
     results = read_run(run, per_condition=5, max_samples=100)
     figures = draw_figures(results)
-    assert {label for label, figure in figures.items() if figure.drawing is None} == {"3", "5", "6b", "9", "10"}
+    assert {label for label, figure in figures.items() if figure.drawing is None} == {"3", "5", "6b", "9", "10", "11"}
     text = words(report_page(results, figures))
     assert "Nothing to judge" in text
     assert "No row of this run has a readout" in text
