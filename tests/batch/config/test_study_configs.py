@@ -25,7 +25,7 @@ GRID_SIZES = {
     "paper-dolphin-75": 75,
     "listener-conflict": 1 * 7 * 5 * 5,
     "template": 1 * 3 * 2 * 3,
-    "formality": 2 * 7 * 3 * 5,
+    "formality": 2 * 5 * 3 * 5,
 }
 
 
