@@ -264,12 +264,15 @@ def test_grades_are_kept_in_the_bucket_also_when_the_endpoint_fails(engine: Form
         judge = ["study", "judge", place, "--concurrency", "1", "--endpoint", f"judge@{fake.url}/v1"]
         failed = CliRunner().invoke(app, judge)
     assert isinstance(failed.exception, SteerError), failed.output
-    stored = StorePath.parse(place) / "judgements.jsonl"
+    stored = StorePath.parse(place) / "judgements" / "judge.jsonl"
     assert len(stored.read_text().splitlines()) == 5
     with fake_endpoint(lambda _: said("1")) as fake:
         done = CliRunner().invoke(app, [*judge[:-1], f"judge@{fake.url}/v1"])
     assert done.exit_code == 0, done.output
-    assert f"{ROWS - 5} graded, 5 there before, 0 without a grade: s3://studies/runs/demo/judgements" in done.output
+    assert (
+        f"{ROWS - 5} graded, 5 there before, 0 without a grade: s3://studies/runs/demo/judgements/judge.jsonl"
+        in done.output
+    )
     assert len(stored.read_text().splitlines()) == ROWS
     assert CliRunner().invoke(app, ["study", "score", place]).exit_code == 0
 

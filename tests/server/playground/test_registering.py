@@ -131,7 +131,7 @@ def test_what_the_server_says_of_a_file_is_said_in_terms_of_the_dialog(visit: Vi
     two_names = stored(**{"a@1": one, "b@1": one})
     cases = [
         (refused("it", None, npy(one), "npy"), "layer", "in “Layer”"),
-        (refused("it", None, npy(stack), "npy"), "layer", "choose “Layers counted”"),
+        (refused("it", None, npy(stack), "npy"), "layer_index", "Choose it in “Layers counted”"),
         (refused("it", None, torch_file([1.0] * 8), "pt"), "layer", "Give its layer in “Layer”"),
         (refused("it", 7, npy(stack), "npy", "block_output"), "layer", "has 3 layers, none of them 7"),
         (refused("it", None, stored(vector=one), "safetensors"), "layer", "a tensor named 'vector'"),
