@@ -96,6 +96,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
             results.
         SteerError: the engine refuses something.
     """
+    refuse_texts_of_another_concept(study)
     split = load_split(study.pairs, study.split)
     scenarios = chosen_scenarios(study)
     if study.cost is not None:
@@ -270,6 +271,21 @@ def study_direction_files(study: Study, location: str) -> list[Direction]:
         return []
     width = hidden_size(location, trust_remote_code=study.engine.trust_remote_code)
     return read_direction_files(study, hidden_size=width)
+
+
+def refuse_texts_of_another_concept(study: Study) -> None:
+    """Check that a concept of one's own does not run on the bundled texts, which are about empathy.
+
+    Raises:
+        StudyError: it would.
+    """
+    if study.concept.name == "empathy":
+        return
+    if bundled := [field for field in ("pairs", "scenarios") if getattr(study, field) is None]:
+        raise StudyError(
+            f"The concept is {study.concept.name!r} and {' and '.join(bundled)} not given; the bundled ones are about "
+            f"empathy. Name files of your own."
+        )
 
 
 def chosen_scenarios(study: Study) -> dict[str, Scenario]:

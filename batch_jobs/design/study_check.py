@@ -15,7 +15,7 @@ from batch_jobs.directions.directions_and_norms import steering_keys
 from batch_jobs.directions.extract import study_texts
 from batch_jobs.engine.start_engine import decoder_blocks, model_location, text_config
 from batch_jobs.pairs.check import PairReport, check_pairs
-from batch_jobs.pipeline import chosen_scenarios, study_direction_files
+from batch_jobs.pipeline import chosen_scenarios, refuse_texts_of_another_concept, study_direction_files
 from batch_jobs.rows.grid import Row, study_rows
 from batch_jobs.texts.contrastive import Pair, Split, load_split
 from batch_jobs.texts.prompts import Prompt, text_prompt
@@ -78,6 +78,7 @@ def check_study(study: Study, *, runs: Path, tokens_per_second: float | None = N
             problems.append(str(error))
             return None
 
+    attempt(lambda: refuse_texts_of_another_concept(study))
     split = attempt(lambda: load_split(study.pairs, study.split))
     report = attempt(lambda: check_pairs((*split.train, *split.test), study.concept)) if split else None
     problems += report.problems if report else ()

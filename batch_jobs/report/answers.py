@@ -147,7 +147,8 @@ def _costs(results: RunResults) -> Answer:
         point for point in results.cost if point.direction is not None and controlled_direction(point.direction) is None
     ]
     if plain is None or not steered:
-        weakest = min(results.scores.conditions, key=lambda row: row.coherence_rate)
+        own = [row for row in results.scores.conditions if controlled_direction(row.direction) is None]
+        weakest = min(own, key=lambda row: row.coherence_rate)
         return Answer(
             question,
             "not measured",

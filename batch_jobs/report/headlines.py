@@ -100,8 +100,8 @@ def _dose_headline(scores: Scores, positive: str) -> Headline:
 
 
 def _coherence_headline(scores: Scores) -> Headline:
-    weakest = min(scores.conditions, key=lambda row: row.coherence_rate)
-    total = sum(row.samples for row in scores.conditions)
-    coherent = sum(row.coherence_rate * row.samples for row in scores.conditions) / total
+    own = [row for row in scores.conditions if controlled_direction(row.direction) is None]
+    weakest = min(own, key=lambda row: row.coherence_rate)
+    coherent = sum(row.coherence_rate * row.samples for row in own) / sum(row.samples for row in own)
     place = f"{scenario_title(weakest.scenario)}, \u03b1 {number(weakest.alpha)}"
     return Headline("Coherent samples", f"{coherent:.2f}", f"lowest {weakest.coherence_rate:.2f}: {place}")

@@ -23,6 +23,7 @@ from tests.support.formula_engine import HIDDEN, FormulaEngine, install
 from vllm_steer import Direction, Readout, Steering, load_directions, save_directions
 
 BLOCKS = 6
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -223,8 +224,20 @@ def own_texts(folder: Path, **rubric: Any) -> dict[str, Any]:
     place = folder / "own.json"
     scenario = {"id": "duel", "title": "D", "prompts": ["Write.", "Tell her.", "Say hush."], "markers": ["a"], **rubric}
     place.write_text(json.dumps([scenario]), encoding="utf-8")
+    pairs = folder / "own.jsonl"
+    pairs.write_text((PROJECT / "batch_jobs" / "data" / "pairs.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     steer = {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["duel"], "samples": 5}
-    return {"scenarios": place, "steer": steer, "concept": OWN}
+    return {"pairs": pairs, "scenarios": place, "steer": steer, "concept": OWN}
+
+
+def test_a_concept_of_ones_own_does_not_run_on_the_bundled_texts(engine: FormulaEngine, tmp_path: Path) -> None:
+    fields = own_texts(tmp_path)
+    for missing in (["pairs"], ["pairs", "scenarios"]):
+        with pytest.raises(
+            StudyError, match=f"'calm' and {' and '.join(missing)} not given; the bundled ones are about"
+        ):
+            run(make_study(**{name: value for name, value in fields.items() if name not in missing}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_concept_of_ones_own_names_the_directions_and_scores_the_rows(engine: FormulaEngine, tmp_path: Path) -> None:

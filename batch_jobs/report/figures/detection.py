@@ -127,7 +127,7 @@ def ablation_figure(validation: Validation, published: Published | None) -> Pape
         label="3",
         name="lexical-ablation",
         title="Lexical ablation",
-        missing="This run was made without lexical ablation (validation.lexical_ablation).",
+        missing="This run was made without lexical ablation (validation.lexical_ablation, concept.ablation_words).",
     )
     if ablation is None:
         return figure
