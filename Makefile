@@ -82,10 +82,11 @@ test-clients: demo-model clients
 # The project's own settings, but for the list of what other targets run.
 test-harnesses: demo-model clients
 	$(BIN)/python -m pytest -o addopts="--strict-markers --strict-config --import-mode=importlib -ra --durations=10" \
-		tests/harnesses
+		-m "not breadth" tests/harnesses
 
 conformance: setup
 	$(BIN)/python -m pytest -m "conformance or breadth" --conformance=docs/conformance.md $(PARALLEL)
+	$(BIN)/python -m pytest -o addopts="--strict-markers --strict-config --import-mode=importlib" -m breadth tests/harnesses
 
 # The site, in build/site; an unresolved link or name is an error.
 docs: setup

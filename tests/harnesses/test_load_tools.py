@@ -155,6 +155,7 @@ print("ROWS", json.dumps({"http": answers, "engine": own, "refused": [json.loads
     return rows
 
 
+@pytest.mark.breadth  # Ray and another engine: minutes
 def test_ray_datas_http_stage_steers_and_reads_each_row(server: Server, ray_rows: dict[str, Any]) -> None:
     rows = sorted(ray_rows["http"], key=lambda row: row["alpha"])
     assert [row["alpha"] for row in rows] == [-28, 0, 28]
@@ -166,6 +167,7 @@ def test_ray_datas_http_stage_steers_and_reads_each_row(server: Server, ray_rows
     assert rows[0]["empathy"] < rows[1]["empathy"] - 1 < rows[2]["empathy"] - 2
 
 
+@pytest.mark.breadth  # Ray and another engine: minutes
 def test_ray_datas_http_stage_returns_a_refusal_as_a_reply(ray_rows: dict[str, Any]) -> None:
     assert ray_rows["refused"]
     for reply in ray_rows["refused"]:
@@ -173,12 +175,14 @@ def test_ray_datas_http_stage_returns_a_refusal_as_a_reply(ray_rows: dict[str, A
         assert "choices" not in reply
 
 
+@pytest.mark.breadth  # Ray and another engine: minutes
 def test_ray_datas_engine_stage_steers_each_row(server: Server, ray_rows: dict[str, Any]) -> None:
     texts = {row["alpha"]: row["text"] for row in ray_rows["engine"] if not row["__inference_error__"]}
     assert texts == {alpha: server.ask(alpha)[0] for alpha in (-28, 0, 28)}
     assert len(set(texts.values())) == len(texts)
 
 
+@pytest.mark.breadth  # Ray and another engine: minutes
 def test_ray_datas_engine_stage_refuses_a_readout_which_it_would_lose(ray_rows: dict[str, Any]) -> None:
     [refused] = [row for row in ray_rows["engine"] if row["__inference_error__"]]
     assert refused["alpha"] == READ_ALPHA
