@@ -22,7 +22,7 @@ from rich.console import Console
 from batch_jobs.config.concept import Concept
 from batch_jobs.config.study import Study, StudyError
 from batch_jobs.cost.cost_curve import CostCurve, read_cost, write_cost
-from batch_jobs.cost.materials import load_materials
+from batch_jobs.cost.materials import CostMaterials, load_materials
 from batch_jobs.directions.direction_files import read_direction_files
 from batch_jobs.directions.directions_and_norms import have_probes, load_probes, write_probes
 from batch_jobs.directions.readout_file import read_readouts
@@ -99,8 +99,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
     refuse_texts_of_another_concept(study)
     split = load_split(study.pairs, study.split)
     scenarios = chosen_scenarios(study)
-    if study.cost is not None:
-        load_materials(study.cost.texts, study.cost.choices)
+    materials = None if study.cost is None else load_materials(study.cost.texts, study.cost.choices)
     location = model_location(study.model)
     # a layer that the model lacks is refused here, before an engine loads its weights
     study.hooked_layers(decoder_blocks(location, trust_remote_code=study.engine.trust_remote_code))
@@ -122,7 +121,8 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
         done, reused = _generate_missing(job, executor, options)
-        _measure_cost(job, executor)
+        if materials is not None:
+            _measure_cost(job, materials, executor)
         run.fetch()
 
     scores = score_run(run, scenarios, probes.validation, study.concept)
@@ -229,12 +229,9 @@ def _executor(
         yield executor
 
 
-def _measure_cost(job: ShardJob, executor: Callable[[], LocalExecutor | RayExecutor]) -> None:
-    """Measure and store the cost of the study's steering, where that is asked for and not done yet."""
-    options, path = job.study.cost, job.run.cost
-    if options is None:
-        return
-    materials = load_materials(options.texts, options.choices)
+def _measure_cost(job: ShardJob, materials: CostMaterials, executor: Callable[[], LocalExecutor | RayExecutor]) -> None:
+    """Measure and store the cost of the study's steering, where that is not done yet."""
+    path = job.run.cost
     if path.exists() and read_cost(path).covers(materials, cost_cells(job)):
         return
     write_cost(path, CostCurve(materials.content_hash, executor().measure_cost(job, materials)))
@@ -284,7 +281,7 @@ def refuse_texts_of_another_concept(study: Study) -> None:
     if bundled := [field for field in ("pairs", "scenarios") if getattr(study, field) is None]:
         raise StudyError(
             f"The concept is {study.concept.name!r} and {' and '.join(bundled)} not given; the bundled ones are about "
-            f"empathy. Name files of your own."
+            "empathy. Name files of your own."
         )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from batch_jobs.config.steering import control_name as control_name  # re-exported
-from batch_jobs.config.steering import controlled_direction as controlled_direction  # re-exported
+from batch_jobs.config.steering import control_name
 from vllm_steer import Direction
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from batch_jobs.config.steering import control_name
 from batch_jobs.config.study import Study, StudyError
-from batch_jobs.directions.control import control_direction, control_name
+from batch_jobs.directions.control import control_direction
 from batch_jobs.directions.extract import read_study_texts
 from batch_jobs.directions.methods import METHODS, make_directions
 from batch_jobs.directions.readout_file import StudyReadouts, read_readouts, write_readouts

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 
 from batch_jobs.directions.auroc import estimate_auroc
 from batch_jobs.directions.readout_file import Floats, PairReadouts
+from batch_jobs.statistics.rates import wilson_interval
 from vllm_steer.errors import SteerError
 
 # Published directions are often stored in float16, whose rounding moves the norm by up to about 1e-3.
@@ -159,5 +159,4 @@ def _accuracy(
     """Share of texts on the right side, with the ends of its Wilson interval."""
     right = int(np.count_nonzero(positive_N >= threshold) + np.count_nonzero(negative_N < threshold))
     texts = len(positive_N) + len(negative_N)
-    interval = binomtest(right, texts).proportion_ci(method="wilson")
-    return right / texts, float(interval.low), float(interval.high)
+    return right / texts, *wilson_interval(right, texts)

@@ -15,8 +15,7 @@ from batch_jobs.rows.grid import Condition
 def cost_cells(job: ShardJob) -> list[Condition]:
     """One condition for each steering whose cost is measured: of every direction, and of its first control."""
     cells: dict[tuple[int, str, float], Condition] = {}
-    for row in job.rows:
-        cell = row.condition
+    for cell in job.conditions:
         base = controlled_direction(cell.direction)
         if cell.steered and (base is None or cell.direction == control_name(base, 0)):
             cells.setdefault((cell.layer, cell.direction, cell.alpha), cell)

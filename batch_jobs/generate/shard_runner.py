@@ -8,7 +8,7 @@ the same way, but across processes: the attempt log counts how often a shard was
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from batch_jobs.config.study import Study
@@ -22,7 +22,7 @@ from batch_jobs.generate.generate_batch import (
     generate_rows,
     prepare_prompts,
 )
-from batch_jobs.rows.grid import Row, study_rows
+from batch_jobs.rows.grid import Condition, Row, conditions, study_rows
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import Generation, has_rows, write_rows
 from batch_jobs.run.attempts import AttemptLog
@@ -64,6 +64,11 @@ class ShardJob:
     probes: Probes
     run: RunDirectory
     file_metadata: Mapping[str, str]
+
+    @property
+    def conditions(self) -> Iterator[Condition]:
+        """The cells of the grid, without the rows and their ids."""
+        return conditions(self.study, self.probes.mean_residual_norms, self.probes.separations)
 
     @property
     def rows(self) -> list[Row]:

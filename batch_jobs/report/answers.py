@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 from batch_jobs.config.primary import recorded_primary
@@ -14,6 +12,7 @@ from batch_jobs.report.results import RunResults
 from batch_jobs.scoring.primary_rows import primary_rows
 from batch_jobs.scoring.sign_and_layer_findings import ControlEffect
 from batch_jobs.statistics.exact_tests import holm_p
+from batch_jobs.statistics.rates import Estimate, mean_estimate
 
 Verdict = Literal["yes", "no", "undecided", "not measured"]
 SIGNIFICANT = 0.05
@@ -49,7 +48,7 @@ class PrimaryOutcome:
 def primary_outcome(results: RunResults) -> PrimaryOutcome | None:
     """Evaluate the run's primary hypothesis; None without one, or while a judge has not decided the outcome.
 
-    Over several scenarios Δ is their mean. Its interval adds the distances from each Δ to its ends, squared.
+    Over several scenarios Δ is their mean, with the interval of `mean_estimate`.
     """
     recorded = recorded_primary(results.provenance)
     if recorded is None or not results.scores.success:
@@ -66,14 +65,13 @@ def primary_outcome(results: RunResults) -> PrimaryOutcome | None:
     if any(value is None for triple in ends for value in triple):
         return PrimaryOutcome(stated_at, hypothesis, "undecided", "A scenario has no Δ.")
     sign = 1.0 if primary.sign == "positive" else -1.0
-    triples = [(float(delta or 0), float(low or 0), float(high or 0)) for delta, low, high in ends]
-    delta = fmean(one for one, _, _ in triples)
-    low = delta - math.hypot(*(one - bottom for one, bottom, _ in triples)) / len(triples)
-    high = delta + math.hypot(*(top - one for one, _, top in triples)) / len(triples)
-    grounds = f"Δ is {fixed(delta, 2)} ({fixed(low, 2)} to {fixed(high, 2)})."
-    towards, against = (low, high) if sign > 0 else (-high, -low)
+    pooled = mean_estimate(
+        [Estimate(float(delta or 0), float(low or 0), float(high or 0)) for delta, low, high in ends]
+    )
+    grounds = f"Δ is {fixed(pooled.value, 2)} ({fixed(pooled.low, 2)} to {fixed(pooled.high, 2)})."
+    towards, against = (pooled.low, pooled.high) if sign > 0 else (-pooled.high, -pooled.low)
     verdict: Literal["held", "contradicted", "undecided"] = "undecided"
-    if towards > 0 and sign * delta >= (primary.minimum or 0.0):
+    if towards > 0 and sign * pooled.value >= (primary.minimum or 0.0):
         verdict = "held"
     elif against < 0:
         verdict = "contradicted"
@@ -147,8 +145,7 @@ def _costs(results: RunResults) -> Answer:
         point for point in results.cost if point.direction is not None and controlled_direction(point.direction) is None
     ]
     if plain is None or not steered:
-        own = [row for row in results.scores.conditions if controlled_direction(row.direction) is None]
-        weakest = min(own, key=lambda row: row.coherence_rate)
+        weakest = min(results.scores.without_controls.conditions, key=lambda row: row.coherence_rate)
         return Answer(
             question,
             "not measured",
@@ -157,9 +154,9 @@ def _costs(results: RunResults) -> Answer:
             "its samples.",
         )
     worst = max(steered, key=lambda point: point.perplexity)
-    best = min(steered, key=lambda point: (abs(point.alpha_residual_norm or point.alpha), point.perplexity))
+    mildest = min(steered, key=lambda point: (abs(point.alpha_residual_norm or point.alpha), point.perplexity))
     parts = []
-    for words, point in (("the smallest α", best), ("the costliest", worst)):
+    for words, point in (("the smallest α", mildest), ("the costliest", worst)):
         parts.append(
             f"at {words}, {number(point.alpha)} at layer {point.layer}, the perplexity of neutral text is "
             f"{fixed(point.perplexity / plain.perplexity, 2)} times that of the unsteered model and "

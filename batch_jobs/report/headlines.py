@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_jobs.directions.control import controlled_direction
 from batch_jobs.directions.word_baselines import BeyondWords
 from batch_jobs.report.figures.dose_response import dose_responses
 from batch_jobs.report.number_text import UNKNOWN, fixed, number, p_value, scenario_title
@@ -25,7 +24,7 @@ class Headline:
 def headlines(results: RunResults) -> list[Headline]:
     """Detection, also beyond words, steering by the paper's rule and by Δ, dose response, behaviour, coherence and the
     number of samples, as far as the run has them."""
-    validation, scores = results.validation, results.scores
+    validation, scores = results.validation, results.scores.without_controls
     best = validation.layers[validation.best_layer]
     interval = f"95 % {best.auroc_low:.2f} to {best.auroc_high:.2f}"
     note = (
@@ -48,7 +47,9 @@ def headlines(results: RunResults) -> list[Headline]:
     failed = f"{generations.num_failed} failed" if generations.num_failed else "none failed"
     if generations.unfinished_thoughts:
         failed += f", {generations.unfinished_thoughts} ended inside a thought"
-    found.append(Headline("Samples", f"{generations.num_rows:,}", f"{len(scores.conditions)} conditions, {failed}"))
+    found.append(
+        Headline("Samples", f"{generations.num_rows:,}", f"{len(results.scores.conditions)} conditions, {failed}")
+    )
     return found
 
 
@@ -61,7 +62,7 @@ def _beyond_words_headline(beyond: BeyondWords) -> Headline:
 
 
 def _success_headlines(scores: Scores) -> list[Headline]:
-    rows = [row for row in scores.success if controlled_direction(row.direction) is None]
+    rows = scores.success
     flagged = sum(row.num_decided > 0 for row in rows)
     deltas = [row.delta for row in rows if row.delta is not None]
     above = sum(row.delta_low is not None and row.delta_low > 0 for row in rows)
@@ -87,8 +88,7 @@ def _success_headlines(scores: Scores) -> list[Headline]:
 
 
 def _dose_headline(scores: Scores, positive: str) -> Headline:
-    steered = [row for row in scores.conditions if controlled_direction(row.direction) is None]
-    curves = dose_responses(steered, positive)
+    curves = dose_responses(scores.conditions, positive)
     lowest = fmean(curve.rows[0].empathy_rate for curve in curves)
     baseline = fmean(curve.rows[0].baseline_empathy_rate for curve in curves)
     highest = fmean(curve.rows[-1].empathy_rate for curve in curves)
@@ -100,8 +100,8 @@ def _dose_headline(scores: Scores, positive: str) -> Headline:
 
 
 def _coherence_headline(scores: Scores) -> Headline:
-    own = [row for row in scores.conditions if controlled_direction(row.direction) is None]
-    weakest = min(own, key=lambda row: row.coherence_rate)
-    coherent = sum(row.coherence_rate * row.samples for row in own) / sum(row.samples for row in own)
+    rows = scores.conditions
+    weakest = min(rows, key=lambda row: row.coherence_rate)
+    coherent = sum(row.coherence_rate * row.samples for row in rows) / sum(row.samples for row in rows)
     place = f"{scenario_title(weakest.scenario)}, \u03b1 {number(weakest.alpha)}"
     return Headline("Coherent samples", f"{coherent:.2f}", f"lowest {weakest.coherence_rate:.2f}: {place}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures import several_runs as figures
 from batch_jobs.report.figures.catalogue import write_figures
-from batch_jobs.report.figures.dose_response import DoseResponse, dose_responses
+from batch_jobs.report.figures.dose_response import dose_responses
 from batch_jobs.report.figures.style import figure_look
 from batch_jobs.report.page import page_environment
 from batch_jobs.report.published import read_published
@@ -28,7 +27,10 @@ def write_joint_report(runs: Sequence[Path], out: Path) -> Path:
     if len({run.resolve() for run in runs}) < len(runs):
         raise ReportError("The same run directory is given twice; give each once.")
     results = _named([(run, read_run(run, per_condition=0, max_samples=0)) for run in runs])
-    curves = {name: _steered(one) for name, one in results.items()}
+    curves = {
+        name: dose_responses(one.scores.without_controls.conditions, one.concept.poles.positive)
+        for name, one in results.items()
+    }
     published = read_published() if any(one.concept.published for one in results.values()) else None
     with figure_look():
         drawn = (
@@ -56,11 +58,3 @@ def _named(runs: Sequence[tuple[Path, RunResults]]) -> dict[str, RunResults]:
         name if names.count(name) == 1 else f"{name} ({run.parent.name}/{run.name})": results
         for name, (run, results) in zip(names, runs, strict=True)
     }
-
-
-def _steered(results: RunResults) -> tuple[DoseResponse, ...]:
-    return tuple(
-        curve
-        for curve in dose_responses(results.scores.conditions, results.concept.poles.positive)
-        if controlled_direction(curve.setting.direction) is None
-    )

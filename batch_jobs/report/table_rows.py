@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_jobs.config.steering import controlled_direction
 from batch_jobs.cost.cost_curve import CostPoint
 from batch_jobs.directions.validate_layer import LayerValidation
 from batch_jobs.report.figures.detection import ORIGINAL_EXTRACT_OFFSET
@@ -109,9 +108,7 @@ def success_rows(results: RunResults, published: Published) -> list[SuccessRow]:
         group_key(row) for row in results.scores.conditions if row.success and not row.decided and row.effect == 0.0
     )
     rows = []
-    for rate in results.scores.success:
-        if controlled_direction(rate.direction) is not None:
-            continue
+    for rate in results.scores.without_controls.success:
         of_scenario = [row for row in published.steering if row.scenario == rate.scenario]
         model = published_model(rate.model)
         same = next((row for row in of_scenario if (row.model, row.layer) == (model, rate.layer)), None)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from batch_jobs.directions.control import controlled_direction
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.rows.generation_parts import ScoreError as ScoreError  # re-exported: reading scores raises it
 from batch_jobs.statistics.alpha_auc import alpha_auc
@@ -201,6 +201,14 @@ class Scores:
 
     conditions: tuple[ConditionScore, ...]
     success: tuple[SuccessRate, ...]
+
+    @property
+    def without_controls(self) -> Scores:
+        """The scores of the directions themselves, and of the unsteered model."""
+        return Scores(
+            conditions=tuple(row for row in self.conditions if controlled_direction(row.direction) is None),
+            success=tuple(rate for rate in self.success if controlled_direction(rate.direction) is None),
+        )
 
 
 def group_key(row: ConditionScore | SuccessRate) -> GroupKey:

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from batch_jobs.directions.control import controlled_direction
+from batch_jobs.config.steering import controlled_direction
 from batch_jobs.directions.validation_file import Validation
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.rows.generation_parts import ScoreError
@@ -118,8 +118,6 @@ class LayerMerit:
     layer: int
     delta: float | None
     """Mean over the scenarios that have one."""
-    corrected_success_rate: float | None
-    """Mean over the scenarios that have one."""
     steering_success_rate: float
     """By the paper's rule, mean over scenarios."""
     trend: float | None
@@ -168,17 +166,17 @@ def make_findings(
         validation: of the same directions, where there is one.
         outcomes: of the same rows; without them there are no `grid` and no `controls`.
     """
-    outcomes = outcomes or {}
+    outcomes, own = outcomes or {}, scores.without_controls
     groups: dict[GroupKey, list[ConditionScore]] = {}
-    for row in scores.conditions:
-        if row.success is not None and controlled_direction(row.direction) is None:
+    for row in own.conditions:
+        if row.success is not None:
             groups.setdefault(group_key(row), []).append(row)
-    rates = {group_key(rate): rate for rate in scores.success}
+    rates = {group_key(rate): rate for rate in own.success}
     asymmetries = (_asymmetry(rates[key], rows) for key, rows in groups.items() if key in rates)
     return Findings(
         asymmetries=tuple(found for found in asymmetries if found),
         failures=tuple(_failures(scores.conditions)),
-        layers=tuple(_layer_comparisons(scores.success, validation)),
+        layers=tuple(_layer_comparisons(own.success, validation)),
         grid=tuple(_grid_effects(outcomes)),
         controls=tuple(_control_effects(outcomes)),
     )
@@ -287,8 +285,6 @@ def _control_effects(outcomes: BlockOutcomes) -> Iterable[ControlEffect]:
 def _layer_comparisons(rates: Iterable[SuccessRate], validation: Validation | None) -> Iterable[LayerComparison]:
     settings: dict[tuple[str, str, str], dict[int, list[SuccessRate]]] = {}
     for rate in rates:
-        if controlled_direction(rate.direction) is not None:
-            continue
         layers = settings.setdefault((rate.model, rate.direction, rate.span), {})
         layers.setdefault(rate.layer, []).append(rate)
     for (model, direction, span), layers in settings.items():
@@ -309,7 +305,6 @@ def _merit(layer: int, rates: list[SuccessRate], validation: Validation | None) 
     return LayerMerit(
         layer=layer,
         delta=_mean(rate.delta for rate in rates),
-        corrected_success_rate=_mean(rate.corrected_success_rate for rate in rates),
         steering_success_rate=math.fsum(rate.steering_success_rate for rate in rates) / len(rates),
         trend=_mean(rate.trend for rate in rates),
         auroc=validated.auroc if validated else None,

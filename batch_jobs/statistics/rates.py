@@ -68,6 +68,14 @@ def contrast_interval(groups: Sequence[Sequence[Cell]], weights: Sequence[float]
     return Estimate(value, max(least, value - math.sqrt(below)), min(most, value + math.sqrt(above)))
 
 
+def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of independent estimates, its interval by squaring and adding their distances as in `contrast_interval`."""
+    value = math.fsum(one.value for one in estimates) / len(estimates)
+    below = math.hypot(*(one.value - one.low for one in estimates)) / len(estimates)
+    above = math.hypot(*(one.high - one.value for one in estimates)) / len(estimates)
+    return Estimate(value, value - below, value + above)
+
+
 def _distances(cells: Sequence[Cell]) -> tuple[float, float]:
     """How far the ends of the interval of the mean rate lie below and above it."""
     if len(cells) == 1:

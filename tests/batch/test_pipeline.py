@@ -19,7 +19,7 @@ from batch_jobs.rows.store import read_rows
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.primary_rows import primary_rows
 from batch_jobs.texts.contrastive import load_scenarios
-from tests.support.formula_engine import HIDDEN, FormulaEngine, install
+from tests.support.formula_engine import HIDDEN, FormulaEngine, install_for_studies, small_study
 from vllm_steer import Direction, Readout, Steering, load_directions, save_directions
 
 BLOCKS = 6
@@ -28,23 +28,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    for module in ("engine.start_engine", "pipeline", "generate.local_executor"):
-        monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: BLOCKS)
     # drawing the figures takes longer than everything else here; tests/batch/report and test_study_run.py test them
     monkeypatch.setattr("batch_jobs.pipeline.write_report", lambda path: path)
-    return install(monkeypatch)
-
-
-def make_study(**changes: Any) -> Study:
-    document = {
-        "name": "small",
-        "model": "owner/model",
-        "extract": {"layers": [2, 3]},
-        "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel", "the_maze"], "samples": 2},
-        "skip_first": 1,
-        "rows_per_part": 8,
-    }
-    return Study.model_validate({**document, **changes})
+    return install_for_studies(monkeypatch, BLOCKS)
 
 
 def run(study: Study, folder: Path, **options: Any) -> StudyResult:
@@ -52,7 +38,7 @@ def run(study: Study, folder: Path, **options: Any) -> StudyResult:
 
 
 def test_a_study_leaves_every_result_and_scores_it(engine: FormulaEngine, tmp_path: Path) -> None:
-    result = run(make_study(), tmp_path)
+    result = run(small_study(), tmp_path)
     assert (result.generated, result.reused) == (12, 0)
     written = {path.name for path in tmp_path.iterdir()}
     assert written >= {"directions.safetensors", "validation.json", "generations", "scores.csv"}
@@ -71,7 +57,7 @@ def test_a_study_leaves_every_result_and_scores_it(engine: FormulaEngine, tmp_pa
 def test_texts_are_read_in_one_batch_and_rows_in_batches_of_mixed_conditions(
     engine: FormulaEngine, tmp_path: Path
 ) -> None:
-    run(make_study(), tmp_path)
+    run(small_study(), tmp_path)
     texts, prompts, *_ = engine.batches
     # every text under both poolings, and the 15 positive test texts again with their words replaced
     assert len(texts) == 2 * (100 + 15)
@@ -87,19 +73,19 @@ def test_texts_are_read_in_one_batch_and_rows_in_batches_of_mixed_conditions(
 def test_completions_are_read_once_more_without_steering_unless_it_is_switched_off(
     engine: FormulaEngine, tmp_path: Path
 ) -> None:
-    run(make_study(), tmp_path / "with")
+    run(small_study(), tmp_path / "with")
     again = [batch for batch in engine.batches if "prompt_logprobs" in batch[0].fields]
     assert [len(batch) for batch in again] == [8, 4]
     assert not any(params.steering for batch in again for params in batch)
     engine.batches.clear()
-    run(make_study(likelihood=False), tmp_path / "without")
+    run(small_study(likelihood=False), tmp_path / "without")
     assert not [batch for batch in engine.batches if "prompt_logprobs" in batch[0].fields]
     assert set(read_rows(tmp_path / "without" / "generations")["log_likelihood"].to_pylist()) == {None}
 
 
 def test_several_kinds_of_direction_share_one_baseline(engine: FormulaEngine, tmp_path: Path) -> None:
-    steer = {**make_study().steer.model_dump(), "directions": ["mean_difference", "pca"]}
-    result = run(make_study(steer=steer), tmp_path)
+    steer = {**small_study().steer.model_dump(), "directions": ["mean_difference", "pca"]}
+    result = run(small_study(steer=steer), tmp_path)
     rows = read_rows(tmp_path / "generations").to_pylist()
     counts = {(row["direction"], row["alpha"]): 0 for row in rows}
     for row in rows:
@@ -110,7 +96,7 @@ def test_several_kinds_of_direction_share_one_baseline(engine: FormulaEngine, tm
 
 
 def test_the_baseline_carries_no_steering_and_other_rows_exactly_theirs(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(), tmp_path)
+    run(small_study(), tmp_path)
     table = read_rows(tmp_path / "generations").to_pylist()
     params = [params for batch in engine.generated for params in batch]
     assert sum(not wanted.steering for wanted in params) == sum(row["alpha"] == 0 for row in table) == 4
@@ -125,9 +111,9 @@ def test_the_baseline_carries_no_steering_and_other_rows_exactly_theirs(engine: 
 
 
 def test_a_finished_study_runs_nothing_again(engine: FormulaEngine, tmp_path: Path) -> None:
-    first = run(make_study(), tmp_path)
+    first = run(small_study(), tmp_path)
     batches = len(engine.batches)
-    again = run(make_study(), tmp_path)
+    again = run(small_study(), tmp_path)
     assert len(engine.batches) == batches
     assert (again.generated, again.reused) == (0, 12)
     assert again.scores == first.scores
@@ -136,23 +122,23 @@ def test_a_finished_study_runs_nothing_again(engine: FormulaEngine, tmp_path: Pa
 def test_the_validation_of_an_earlier_version_is_made_anew_without_an_engine(
     engine: FormulaEngine, tmp_path: Path
 ) -> None:
-    first = run(make_study(), tmp_path)
+    first = run(small_study(), tmp_path)
     batches, path = len(engine.batches), tmp_path / "validation.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     earlier = {field: value for field, value in document.items() if field not in ("format", "layer_choice", "words")}
     path.write_text(json.dumps(earlier), encoding="utf-8")
-    again = run(make_study(), tmp_path)
+    again = run(small_study(), tmp_path)
     assert len(engine.batches) == batches
     assert again.validation == first.validation
     assert json.loads(path.read_text(encoding="utf-8")) == document
 
 
 def test_a_study_cut_short_generates_only_what_is_missing(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(), tmp_path)
+    run(small_study(), tmp_path)
     before = (tmp_path / "directions.safetensors").read_bytes()
     parts = sorted((tmp_path / "generations").rglob("*.parquet"))
     parts[0].unlink()
-    again = run(make_study(), tmp_path)
+    again = run(small_study(), tmp_path)
     assert again.generated in (4, 8)
     assert again.generated + again.reused == 12
     assert read_rows(tmp_path / "generations").num_rows == 12
@@ -160,7 +146,7 @@ def test_a_study_cut_short_generates_only_what_is_missing(engine: FormulaEngine,
 
 
 def test_a_failed_row_is_kept_until_it_is_asked_for_again(engine: FormulaEngine, tmp_path: Path) -> None:
-    study = make_study(rows_per_part=1024)
+    study = small_study(rows_per_part=1024)
     original = engine.answer
 
     def lose_one(prompt: Any, wanted: Any) -> Any:
@@ -187,27 +173,27 @@ def test_a_failed_row_is_kept_until_it_is_asked_for_again(engine: FormulaEngine,
 
 
 def test_another_config_needs_its_own_place_or_overwrite(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(), tmp_path)
+    run(small_study(), tmp_path)
     with pytest.raises(StudyError, match=r"seed: 0 -> 1.*--overwrite"):
-        run(make_study(seed=1), tmp_path)
-    assert run(make_study(seed=1), tmp_path, overwrite=True).generated == 12
+        run(small_study(seed=1), tmp_path)
+    assert run(small_study(seed=1), tmp_path, overwrite=True).generated == 12
 
 
 def test_how_the_work_is_done_may_change_between_sessions(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(), tmp_path)
-    again = run(make_study(rows_per_part=3, max_attempts=1, engine={"enforce_eager": True}), tmp_path)
+    run(small_study(), tmp_path)
+    again = run(small_study(rows_per_part=3, max_attempts=1, engine={"enforce_eager": True}), tmp_path)
     assert (again.generated, again.reused) == (0, 12)
 
 
 def test_a_layer_the_model_lacks_is_refused_before_anything_runs(engine: FormulaEngine, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"\[6\] do not exist: owner/model has 6 decoder blocks; allowed: 0 to 5"):
-        run(make_study(extract={"layers": [3, 6]}), tmp_path)
+        run(small_study(extract={"layers": [3, 6]}), tmp_path)
     assert not engine.batches
     assert not list(tmp_path.iterdir())
 
 
 def test_scores_can_be_made_again_from_the_run_directory_alone(engine: FormulaEngine, tmp_path: Path) -> None:
-    result = run(make_study(), tmp_path)
+    result = run(small_study(), tmp_path)
     directory = RunDirectory(tmp_path)
     written = directory.scores.read_bytes()
     directory.scores.unlink()
@@ -236,13 +222,13 @@ def test_a_concept_of_ones_own_does_not_run_on_the_bundled_texts(engine: Formula
         with pytest.raises(
             StudyError, match=f"'calm' and {' and '.join(missing)} not given; the bundled ones are about"
         ):
-            run(make_study(**{name: value for name, value in fields.items() if name not in missing}), tmp_path / "out")
+            run(small_study(**{name: value for name, value in fields.items() if name not in missing}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_concept_of_ones_own_names_the_directions_and_scores_the_rows(engine: FormulaEngine, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run(make_study(**own_texts(tmp_path)), out)
+    result = run(small_study(**own_texts(tmp_path)), out)
     assert {direction.name for direction in load_directions(out / "directions.safetensors")} >= {"calm", "calm-pca"}
     assert {row.alpha: row.empathy_rate for row in result.scores.conditions} == {-1.0: 0.0, 0.0: 0.0, 1.0: 1.0}
     concept = concept_of_run(RunDirectory(out).read_provenance())
@@ -252,7 +238,7 @@ def test_a_concept_of_ones_own_names_the_directions_and_scores_the_rows(engine: 
 
 
 def test_the_prompts_of_a_scenario_take_turns_over_its_samples(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(**own_texts(tmp_path)), tmp_path / "out")
+    run(small_study(**own_texts(tmp_path)), tmp_path / "out")
     rows = read_rows(tmp_path / "out" / "generations").to_pylist()
     order = ["Write.", "Tell her.", "Say hush.", "Write.", "Tell her."]
     assert {(row["sample"], row["prompt"]) for row in rows} == {
@@ -266,8 +252,8 @@ def test_the_prompts_of_a_scenario_take_turns_over_its_samples(engine: FormulaEn
 def test_a_judged_concept_has_no_rates_before_its_grades(engine: FormulaEngine, tmp_path: Path) -> None:
     out, judged = RunDirectory(tmp_path / "out"), {"name": "calm", "outcome": "judge"}
     with pytest.raises(StudyError, match=r"\['duel'\] have no rubric"):
-        run(make_study(**own_texts(tmp_path) | {"concept": judged}), out.path)
-    study = make_study(**own_texts(tmp_path, rubric=["no", "some", "full"]) | {"concept": judged})
+        run(small_study(**own_texts(tmp_path) | {"concept": judged}), out.path)
+    study = small_study(**own_texts(tmp_path, rubric=["no", "some", "full"]) | {"concept": judged})
     result = run(study, out.path)
     assert result.scores.success == ()
     note = not_judged_yet(out, study.concept, result.scores)
@@ -283,12 +269,12 @@ def test_a_judged_concept_has_no_rates_before_its_grades(engine: FormulaEngine, 
 
 
 def test_an_unknown_scenario_and_a_prompt_too_long_are_refused(engine: FormulaEngine, tmp_path: Path) -> None:
-    steer = make_study().steer.model_dump()
+    steer = small_study().steer.model_dump()
     with pytest.raises(StudyError, match=r"\['the_moon'\] are unknown; allowed: food_delivery"):
-        run(make_study(steer={**steer, "scenarios": ["the_moon"]}), tmp_path)
+        run(small_study(steer={**steer, "scenarios": ["the_moon"]}), tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(StudyError, match="max_model_len"):
-        run(make_study(max_model_len=700), tmp_path)
+        run(small_study(max_model_len=700), tmp_path)
 
 
 def test_texts_without_a_utf8_form_are_refused_before_anything_runs(engine: FormulaEngine, tmp_path: Path) -> None:
@@ -300,7 +286,7 @@ def test_texts_without_a_utf8_form_are_refused_before_anything_runs(engine: Form
         ({"scenarios": scenarios}, r"scenarios\.json: entry 1: field title: got 'half \\ud83d'"),
     ):
         with pytest.raises(StudyError, match=told):
-            run(make_study(**changes), out)
+            run(small_study(**changes), out)
     assert not engine.batches
     assert not out.exists()
 
@@ -309,17 +295,17 @@ def test_a_command_line_that_is_not_utf8_is_recorded_all_the_same(
     engine: FormulaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["vllm-steer", "study", "run", "caf\udce9.yaml"])
-    run(make_study(), tmp_path)
+    run(small_study(), tmp_path)
     assert RunDirectory(tmp_path).read_provenance()["command"] == r"vllm-steer study run 'caf\udce9.yaml'"
 
 
 def test_raw_prompts_are_the_text_alone(engine: FormulaEngine, tmp_path: Path) -> None:
-    run(make_study(prompt_format="raw"), tmp_path)
+    run(small_study(prompt_format="raw"), tmp_path)
     prompts = set(read_rows(tmp_path / "generations")["prompt"].to_pylist())
     assert all(prompt.endswith("\n\nWhat do you do?") and "<user>" not in prompt for prompt in prompts)
     engine.chat_template = ""
     with pytest.raises(StudyError, match="no chat template"):
-        run(make_study(), tmp_path, overwrite=True)
+        run(small_study(), tmp_path, overwrite=True)
 
 
 def test_a_direction_of_a_file_and_random_controls_run_with_the_studys_own(
@@ -329,8 +315,8 @@ def test_a_direction_of_a_file_and_random_controls_run_with_the_studys_own(
     path, out = tmp_path / "mine.safetensors", tmp_path / "out"
     save_directions(path, [Direction("kind", 3, 2 * np.eye(HIDDEN)[2])])
     entries = ["mean_difference", {"file": str(path), "name": "mine"}]
-    steer = {**make_study().steer.model_dump(), "directions": entries, "controls": {"random": 2}}
-    study = make_study(steer=steer)
+    steer = {**small_study().steer.model_dump(), "directions": entries, "controls": {"random": 2}}
+    study = small_study(steer=steer)
     # two scenarios and two samples, each unsteered once and at two α along two directions with two controls
     assert run(study, out).generated == 2 * 2 * (1 + 2 * 2 * 3)
     rows = read_rows(out / "generations").to_pylist()
@@ -345,10 +331,10 @@ def test_a_direction_of_a_file_and_random_controls_run_with_the_studys_own(
     moved = tmp_path / "moved.safetensors"
     path.rename(moved)
     entries[1] = {"file": str(moved), "name": "mine"}
-    assert run(make_study(steer={**steer, "directions": entries}), out).generated == 0
+    assert run(small_study(steer={**steer, "directions": entries}), out).generated == 0
     save_directions(moved, [Direction("kind", 3, np.eye(HIDDEN)[3])])
     with pytest.raises(StudyError, match="or a direction file, it names have another content"):
-        run(make_study(steer={**steer, "directions": entries}), out)
+        run(small_study(steer={**steer, "directions": entries}), out)
 
 
 def test_a_direction_of_another_models_width_is_refused_before_anything_runs(
@@ -358,7 +344,7 @@ def test_a_direction_of_another_models_width_is_refused_before_anything_runs(
     save_directions(tmp_path / "mine.safetensors", [Direction("kind", 3, np.eye(HIDDEN)[2])])
     entry = {"file": str(tmp_path / "mine.safetensors"), "name": "mine"}
     with pytest.raises(StudyError, match="8 numbers wide and the model's residual stream 64"):
-        run(make_study(steer={**make_study().steer.model_dump(), "directions": [entry]}), tmp_path / "out")
+        run(small_study(steer={**small_study().steer.model_dump(), "directions": [entry]}), tmp_path / "out")
     assert not engine.batches
     assert not (tmp_path / "out").exists()
 
@@ -374,22 +360,22 @@ def test_the_primary_hypothesis_is_on_record_before_the_first_row_and_never_chan
         return original(prompt, wanted)
 
     engine.answer = answer  # type: ignore[method-assign]
-    result = run(make_study(primary=primary), tmp_path)
+    result = run(small_study(primary=primary), tmp_path)
     assert seen[0] is not None
     assert set(seen) == {seen[0]}
     stated, when = seen[0]
-    assert stated == make_study(primary=primary).primary
-    found = primary_rows(stated, result.scores.success, make_study().steer.scenarios)
+    assert stated == small_study(primary=primary).primary
+    found = primary_rows(stated, result.scores.success, small_study().steer.scenarios)
     assert [(rate.scenario, rate.direction, rate.layer) for rate in found] == [
         ("the_duel", "empathy", 3), ("the_maze", "empathy", 3),
     ]  # fmt: skip
 
     monkeypatch.setattr("batch_jobs.run.provenance.utc_now", lambda: "2099-01-01T00:00:00+00:00")
-    run(make_study(primary=primary), tmp_path)
+    run(small_study(primary=primary), tmp_path)
     record = RunDirectory(tmp_path).read_provenance()
     assert recorded_primary(record) == (stated, when)
     assert record["started_at"].startswith("2099")
     with pytest.raises(StudyError, match=r"primary\.minimum: 0\.5 -> 0\.2"):
-        run(make_study(primary=primary | {"minimum": 0.2}), tmp_path)
+        run(small_study(primary=primary | {"minimum": 0.2}), tmp_path)
     with pytest.raises(StudyError, match=r"primary\.direction: 'empathy' -> '\(absent\)'"):
-        run(make_study(), tmp_path)
+        run(small_study(), tmp_path)

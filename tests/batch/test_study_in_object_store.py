@@ -19,7 +19,7 @@ from batch_jobs.rows.store import read_rows
 from batch_jobs.run import driver_lock
 from batch_jobs.run.open_run import open_run
 from batch_jobs.run.run_directory import RunDirectory
-from tests.support.formula_engine import FormulaEngine, install
+from tests.support.formula_engine import FormulaEngine, install_for_studies, small_study
 from tests.support.s3_server import S3Server
 from tests.support.server.fake_endpoint import Answer, fake_endpoint, said
 from vllm_steer.errors import SteerError
@@ -30,12 +30,10 @@ ROWS = 12
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
-    for module in ("engine.start_engine", "pipeline", "generate.local_executor"):
-        monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: BLOCKS)
     # drawing the figures would take longer than everything else here
     for module in ("pipeline", "report.page"):
         monkeypatch.setattr(f"batch_jobs.{module}.write_report", fake_report)
-    return install(monkeypatch)
+    return install_for_studies(monkeypatch, BLOCKS)
 
 
 def fake_report(run_dir: Path) -> Path:
@@ -47,16 +45,7 @@ def fake_report(run_dir: Path) -> Path:
 
 
 def make_study(**changes: Any) -> Study:
-    document = {
-        "name": "small",
-        "model": "owner/model",
-        "extract": {"layers": [2, 3]},
-        "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel", "the_maze"], "samples": 2},
-        "skip_first": 1,
-        "rows_per_part": 4,
-        "validation": {"random_directions": 10, "bootstrap": 100},
-    }
-    return Study.model_validate({**document, **changes})
+    return small_study(**{"rows_per_part": 4, "validation": {"random_directions": 10, "bootstrap": 100}, **changes})
 
 
 def run(study: Study, place: str, **options: Any) -> StudyResult:

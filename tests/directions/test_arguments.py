@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,19 @@ def test_a_name_is_a_string_and_numbers_may_be_of_numpy(tmp_path: Path) -> None:
     assert load_directions(tmp_path / "kind.npy", layer=np.int64(12))[0].key == "kind@12"  # type: ignore[arg-type]
 
 
-def own_safetensors(folder: Path) -> Path:
-    save_directions(folder / "kind.safetensors", [Direction("kind", 12, ROWS[0])])
-    return folder / "kind.safetensors"
+def saved(ending: str) -> Callable[[Path], Path]:
+    """What makes a file of one direction, kind@12, with `save_directions`."""
+
+    def make(folder: Path) -> Path:
+        path = folder / f"kind.{ending}"
+        save_directions(path, [Direction("kind", 12, ROWS[0])])
+        return path
+
+    make.__name__ = ending
+    return make
 
 
-def own_gguf(folder: Path) -> Path:
-    save_directions(folder / "kind.gguf", [Direction("kind", 12, ROWS[0])])
-    return folder / "kind.gguf"
-
-
-def repsteer(folder: Path) -> Path:
-    save_directions(folder / "kind.repsteer", [Direction("kind", 12, ROWS[0])])
-    return folder / "kind.repsteer"
-
-
-def lm_eval(folder: Path) -> Path:
-    save_directions(folder / "kind.pt", [Direction("kind", 12, ROWS[0])])
-    return folder / "kind.pt"
+own_safetensors, own_gguf, repsteer, lm_eval = map(saved, ("safetensors", "gguf", "repsteer", "pt"))
 
 
 def svec(folder: Path) -> Path:

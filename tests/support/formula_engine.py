@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 
 import vllm_steer
+from batch_jobs.config.study import Study
 from vllm_steer import Direction, Readout, ReadoutResult, Steering
 
 HIDDEN = 8
@@ -105,6 +106,26 @@ def readout_of(output: Any) -> list[ReadoutResult]:
     vector[1] = sum(token == ord("h") for token in ids) / len(ids)
     projections = {name: dict.fromkeys(wanted.layers, float(vector[1])) for name in wanted.project}
     return [ReadoutResult(dict.fromkeys(wanted.layers, vector), len(ids), projections)]
+
+
+def small_study(**changes: Any) -> Study:
+    """A study that a FormulaEngine runs in a moment, with `changes` to its config."""
+    document = {
+        "name": "small",
+        "model": "owner/model",
+        "extract": {"layers": [2, 3]},
+        "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel", "the_maze"], "samples": 2},
+        "skip_first": 1,
+        "rows_per_part": 8,
+    }
+    return Study.model_validate({**document, **changes})
+
+
+def install_for_studies(monkeypatch: pytest.MonkeyPatch, blocks: int) -> FormulaEngine:
+    """`install`, and tell the pipeline that the model has so many decoder blocks."""
+    for module in ("engine.start_engine", "pipeline", "generate.local_executor"):
+        monkeypatch.setattr(f"batch_jobs.{module}.decoder_blocks", lambda *_, **__: blocks)
+    return install(monkeypatch)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:

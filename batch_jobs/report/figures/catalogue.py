@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from batch_jobs.config.steering import controlled_direction
 from batch_jobs.files.atomic import write_atomically
 from batch_jobs.report.figures.behaviour import behaviour_figure
 from batch_jobs.report.figures.controls import controls_figure
@@ -41,8 +40,7 @@ def draw_figures(results: RunResults) -> dict[str, PaperFigure]:
     published = read_published() if concept.published else None
     validation, names = results.validation, results.setting_names
     # controls have tables of their own; among the curves they would crowd out the directions
-    steered = [row for row in results.scores.conditions if controlled_direction(row.direction) is None]
-    curves = dose_responses(steered, concept.poles.positive)
+    curves = dose_responses(results.scores.without_controls.conditions, concept.poles.positive)
     offset = results.extract_offset or 0
     with figure_look():
         figures = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -183,18 +183,7 @@ def models_figure(model: str, validation: Validation, extract_offset: int, publi
     sheet = Sheet(1, panel=_WIDE_PANEL)
     (axes,) = sheet.panels
     shown = {layer + extract_offset: validation.layers[layer] for layer in validation.layers}
-    # one line per model; the paper's are soft and differ by their marks
-    draw_sweep(sheet, axes, f"{model}, this run", shown, SERIES[0])
-    for place, name in enumerate(published.models()):
-        rows = published.layers_of(name)
-        style = SERIES[(place + 1) % len(SERIES)]
-        blocks = [layer + ORIGINAL_EXTRACT_OFFSET for layer in rows]
-        line = Style("soft", style.marker, style.line, style.filled)
-        sheet.line(axes, f"{name}, published", blocks, [row.auroc for row in rows.values()], line)
-    chance_line(axes)
-    lowest = min(row.auroc_low for row in validation.layers.values())
-    share_axis(axes, "AUROC", lowest)
-    block_axis(axes)
+    draw_models(sheet, axes, {f"{model}, this run": shown}, published)
     sheet.title(axes, "Detection across models")
     return PaperFigure(
         label="4",
@@ -203,6 +192,26 @@ def models_figure(model: str, validation: Validation, extract_offset: int, publi
         drawing=sheet.render(),
         note="The paper used this run\u2019s model too." if published_model(model) else "",
     )
+
+
+def draw_models(
+    sheet: Sheet, axes: Axes, ours: Mapping[str, dict[int, LayerValidation]], published: Published | None
+) -> None:
+    """Draw AUROC by block read, a line a run; the paper's models, where given, are soft and differ by their marks.
+
+    `ours`: name -> block read -> validation.
+    """
+    for place, (name, blocks) in enumerate(ours.items()):
+        draw_sweep(sheet, axes, name, blocks, SERIES[place % len(SERIES)])
+    known = {model: published.layers_of(model) for model in published.models()} if published else {}
+    for place, (model, rows) in enumerate(known.items()):
+        style = SERIES[(len(ours) + place) % len(SERIES)]
+        line = Style("soft", style.marker, style.line, style.filled)
+        blocks_read = [layer + ORIGINAL_EXTRACT_OFFSET for layer in rows]
+        sheet.line(axes, f"{model}, published", blocks_read, [row.auroc for row in rows.values()], line)
+    chance_line(axes)
+    share_axis(axes, "AUROC", min(row.auroc_low for blocks in ours.values() for row in blocks.values()))
+    block_axis(axes)
 
 
 def draw_sweep(sheet: Sheet, axes: Axes, name: str, blocks: dict[int, LayerValidation], style: Style) -> None:

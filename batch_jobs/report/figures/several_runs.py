@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from batch_jobs.report.figures.axes import alpha_axis, block_axis, share_axis
-from batch_jobs.report.figures.detection import ORIGINAL_EXTRACT_OFFSET, chance_line, draw_sweep
+from batch_jobs.report.figures.axes import alpha_axis, share_axis
+from batch_jobs.report.figures.detection import draw_models
 from batch_jobs.report.figures.dose_response import DoseResponse
 from batch_jobs.report.figures.paper_figure import PaperFigure
 from batch_jobs.report.figures.resistance import focus_scenario
 from batch_jobs.report.figures.sheet import PANEL_WIDTH, Sheet
-from batch_jobs.report.figures.style import SERIES, Style
+from batch_jobs.report.figures.steering import unsteered_rows, unsteered_sheet
+from batch_jobs.report.figures.style import SERIES
 from batch_jobs.report.number_text import scenario_title
 from batch_jobs.report.published import Published
 from batch_jobs.report.results import RunResults
-from batch_jobs.scoring.scores_csv import ConditionScore
+from batch_jobs.statistics.signs_of_alpha import delta
 
 Runs = Mapping[str, RunResults]
 """Name of a run -> its results."""
@@ -32,21 +33,11 @@ def detection_figure(runs: Runs, published: Published | None) -> PaperFigure:
     """Draw figure 4: AUROC by block read, a line a run; the published models softly, where `published` is given."""
     sheet = Sheet(1, panel=_WIDE_PANEL)
     (axes,) = sheet.panels
-    for place, (name, results) in enumerate(runs.items()):
+    ours = {}
+    for name, results in runs.items():
         offset = results.extract_offset or 0
-        shown = {layer + offset: row for layer, row in results.validation.layers.items()}
-        draw_sweep(sheet, axes, name, shown, SERIES[place % len(SERIES)])
-    for place, model in enumerate(published.models() if published else ()):
-        assert published is not None
-        rows = published.layers_of(model)
-        style = SERIES[(len(runs) + place) % len(SERIES)]
-        soft = Style("soft", style.marker, style.line, style.filled)
-        blocks = [layer + ORIGINAL_EXTRACT_OFFSET for layer in rows]
-        sheet.line(axes, f"{model}, published", blocks, [row.auroc for row in rows.values()], soft)
-    chance_line(axes)
-    lowest = min(row.auroc_low for results in runs.values() for row in results.validation.layers.values())
-    share_axis(axes, "AUROC", lowest)
-    block_axis(axes)
+        ours[name] = {layer + offset: row for layer, row in results.validation.layers.items()}
+    draw_models(sheet, axes, ours, published)
     sheet.title(axes, "Detection on held-out texts")
     return PaperFigure("4", "detection", "Detection by run", drawing=sheet.render())
 
@@ -78,30 +69,8 @@ def dose_response_figure(curves: Curves) -> PaperFigure:
 def unsteered_figure(curves: Curves) -> PaperFigure:
     """Draw figure 7: rates at α = 0, a bar a run in each scenario."""
     scenarios = list(dict.fromkeys(curve.scenario for of_run in curves.values() for curve in of_run))
-    width = 0.8 / len(curves)
-    sheet = Sheet(1, panel=(max(3.6, 1.1 * len(scenarios) + 1.2), 2.4))
-    (axes,) = sheet.panels
-    for place, (name, of_run) in enumerate(curves.items()):
-        bars: dict[str, ConditionScore] = {}
-        for curve in of_run:
-            for row in curve.rows:
-                if row.alpha == 0.0:
-                    bars.setdefault(curve.scenario, row)
-        sheet.bars(
-            axes,
-            name,
-            [scenarios.index(scenario) + place * width for scenario in bars],
-            [row.empathy_rate for row in bars.values()],
-            SERIES[place % len(SERIES)],
-            width=width * 0.9,
-            low=[row.empathy_low for row in bars.values()],
-            high=[row.empathy_high for row in bars.values()],
-        )
-    middle = width * (len(curves) - 1) / 2
-    axes.set_xticks([place + middle for place in range(len(scenarios))], [scenario_title(one) for one in scenarios])
-    share_axis(axes, "rate")
-    axes.set_xlabel("scenario")
-    sheet.title(axes, "α = 0")
+    sheet = unsteered_sheet({name: unsteered_rows(of_run) for name, of_run in curves.items()}, scenarios, {})
+    share_axis(sheet.panels[0], "rate")
     return PaperFigure("7", "unsteered", "Unsteered rates by scenario", drawing=sheet.render())
 
 
@@ -132,10 +101,9 @@ def layers_figure(curves: Curves) -> PaperFigure:
 
 
 def _rise(curve: DoseResponse) -> tuple[float, int]:
-    """Mean rate at +α less that at -α over the strengths with both signs, the lower layer first among equals."""
-    rates = {row.alpha: row.empathy_rate for row in curve.rows}
-    gaps = [rate - rates[-alpha] for alpha, rate in rates.items() if alpha > 0 and -alpha in rates]
-    return sum(gaps) / len(gaps) if gaps else 0.0, -curve.setting.layer
+    """The curve's Δ, the lower layer first among equals."""
+    found = delta({row.alpha: row.cell for row in curve.rows})
+    return 0.0 if found is None else found.value, -curve.setting.layer
 
 
 def _all_in_norms(curves: Curves) -> bool:

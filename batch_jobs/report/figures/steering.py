@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
@@ -13,6 +13,7 @@ from batch_jobs.report.figures.sheet import PANEL_WIDTH, Sheet
 from batch_jobs.report.figures.style import PALETTE, PUBLISHED, SERIES, Style
 from batch_jobs.report.number_text import scenario_title
 from batch_jobs.report.published import Published, PublishedCurve, published_model
+from batch_jobs.scoring.scores_csv import ConditionScore
 from batch_jobs.scoring.setting import Setting, SettingNames
 
 MAX_PANELS = 18
@@ -128,12 +129,10 @@ def published_curves_figure(published: Published | None) -> PaperFigure:
 
 def baseline_figure(curves: Sequence[DoseResponse], published: Published | None) -> PaperFigure:
     """Draw figure 7: rates at α = 0 by scenario."""
-    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+    by_model: dict[str, list[DoseResponse]] = {}
     for curve in curves:
-        for row in curve.rows:
-            if row.alpha == 0.0:
-                bars = groups.setdefault(curve.setting.model, {})
-                bars.setdefault(curve.scenario, (row.empathy_rate, row.empathy_low, row.empathy_high))
+        by_model.setdefault(curve.setting.model, []).append(curve)
+    groups = {model: rows for model, own in by_model.items() if (rows := unsteered_rows(own))}
     figure = PaperFigure(
         label="7",
         name="baseline",
@@ -147,28 +146,56 @@ def baseline_figure(curves: Sequence[DoseResponse], published: Published | None)
         if known.baseline_empathy_rate is not None:
             paper.setdefault(known.scenario, []).append(known.baseline_empathy_rate)
     scenarios = list(dict.fromkeys([curve.scenario for curve in curves]))
-    shown_published = [scenario for scenario in scenarios if scenario in paper]
-    width = 0.8 / (len(groups) + bool(shown_published))
+    means = {scenario: sum(paper[scenario]) / len(paper[scenario]) for scenario in scenarios if scenario in paper}
+    theirs = {f"{published.steering[0].model}, published": means} if published and means else {}
+    sheet = unsteered_sheet(groups, scenarios, theirs)
+    share_axis(sheet.panels[0], f"share {curves[0].positive}")
+    return figure.drawn(sheet.render())
+
+
+def unsteered_rows(curves: Sequence[DoseResponse]) -> dict[str, ConditionScore]:
+    """Scenario -> its condition at α = 0, of the first curve that has one."""
+    found: dict[str, ConditionScore] = {}
+    for curve in curves:
+        for row in curve.rows:
+            if row.alpha == 0.0:
+                found.setdefault(curve.scenario, row)
+    return found
+
+
+def unsteered_sheet(
+    groups: Mapping[str, Mapping[str, ConditionScore]],
+    scenarios: Sequence[str],
+    published: Mapping[str, Mapping[str, float]],
+) -> Sheet:
+    """A sheet with one bar a scenario and group, with its interval, and the published rates hatched behind them.
+
+    `groups` and `published`: name -> scenario -> unsteered condition, or rate.
+    """
+    bars_each = len(groups) + len(published)
+    width = 0.8 / bars_each
     sheet = Sheet(1, panel=(max(3.6, 1.1 * len(scenarios) + 1.2), 2.4))
     (axes,) = sheet.panels
-    for place, (model, bars) in enumerate(groups.items()):
-        xs = [scenarios.index(scenario) + place * width for scenario in bars]
-        low, high = [bar[1] for bar in bars.values()], [bar[2] for bar in bars.values()]
-        rates = [bar[0] for bar in bars.values()]
-        sheet.bars(axes, model, xs, rates, SERIES[place % len(SERIES)], width=width * 0.9, low=low, high=high)
-    if published and shown_published:
-        means = [sum(paper[scenario]) / len(paper[scenario]) for scenario in shown_published]
-        xs = [scenarios.index(scenario) + len(groups) * width for scenario in shown_published]
+    for place, (name, rows) in enumerate(groups.items()):
+        sheet.bars(
+            axes,
+            name,
+            [scenarios.index(scenario) + place * width for scenario in rows],
+            [row.empathy_rate for row in rows.values()],
+            SERIES[place % len(SERIES)],
+            width=width * 0.9,
+            low=[row.empathy_low for row in rows.values()],
+            high=[row.empathy_high for row in rows.values()],
+        )
+    for place, (name, rates) in enumerate(published.items(), start=len(groups)):
+        xs = [scenarios.index(scenario) + place * width for scenario in rates]
         style = Style(PUBLISHED.colour, filled=False)
-        sheet.bars(axes, f"{published.steering[0].model}, published", xs, means, style, width=width * 0.9)
-    bars_each = len(groups) + bool(shown_published)
-    axes.set_xticks(
-        [place + width * (bars_each - 1) / 2 for place in range(len(scenarios))], [scenario_title(s) for s in scenarios]
-    )
-    share_axis(axes, f"share {curves[0].positive}")
+        sheet.bars(axes, name, xs, list(rates.values()), style, width=width * 0.9)
+    middle = width * (bars_each - 1) / 2
+    axes.set_xticks([place + middle for place in range(len(scenarios))], [scenario_title(one) for one in scenarios])
     axes.set_xlabel("scenario")
     sheet.title(axes, "\u03b1 = 0")
-    return figure.drawn(sheet.render())
+    return sheet
 
 
 def draw_rates(sheet: Sheet, axes: Axes, curve: DoseResponse) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batch_jobs.directions.control import control_direction, control_name, controlled_direction
+from batch_jobs.config.steering import control_name, controlled_direction
+from batch_jobs.directions.control import control_direction
 from vllm_steer import Direction
 
 SIZE = 576

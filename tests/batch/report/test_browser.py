@@ -166,6 +166,7 @@ def test_the_numbers_of_every_figure_can_be_downloaded(
     links = page.locator("figure a[download]")
     assert links.count() == page.locator("figure svg").count() > 5
     for link in links.all():
+        page.reload()  # Chromium asks its user after ten quick downloads from one page
         with page.expect_download() as waiting:
             link.click()
         saved = tmp_path / waiting.value.suggested_filename
