@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,16 @@ import torch
 
 from benchmarks.harness import record
 from benchmarks.harness.rounds import figures, in_turn
-from vllm_steer.device.buffers import HookPoint, SteerBuffers
+from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import cpu, reference
+from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.ops.layer_tables import tables_at
 from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import Entry
 
 COPY = "copy"
+COMPILED = {"cpu": "C++", "cuda": "triton"}
+"""Device -> name of what the registered op runs there."""
 SLOTS, MOST_RUNS, SECONDS_A_ROUND = 64, 20, 0.05
 
 
@@ -87,8 +91,8 @@ def settings(is_small: bool) -> list[Setting]:
     return found + [Setting(requests, tokens, dimension, is_read=True) for dimension, (requests, tokens) in reads]
 
 
-def hook_of(setting: Setting, device: torch.device) -> HookPoint:
-    """A hook point on `device` whose tables are filled for the step."""
+def buffers_of(setting: Setting, device: torch.device) -> SteerBuffers:
+    """Buffers of one layer on `device` whose tables are filled for the step."""
     rng = np.random.default_rng(0)
     requests = max(setting.requests, 64)
     buffers = SteerBuffers(
@@ -111,7 +115,7 @@ def hook_of(setting: Setting, device: torch.device) -> HookPoint:
     plan = planner.build(ids, [0] * len(ids), [setting.tokens] * len(ids))
     if plan is not None:
         buffers.write(plan)
-    return buffers.layer(0)
+    return buffers
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
@@ -144,31 +148,23 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> Callable[[],
     return lambda: called(num_runs)
 
 
-def implementations(device: torch.device) -> Mapping[str, Callable[..., None]]:
-    """Name -> implementation of the op, for all that run on `device`."""
-    if device.type == "cuda":
-        from vllm_steer.ops import triton_kernels
-
-        return {"reference": reference.steer_and_read, "triton": triton_kernels.steer_and_read}
-    return {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read}
-
-
 def measure(setting: Setting, device: torch.device, dtype: torch.dtype, num_rounds: int) -> dict[str, Any]:
     """Measure a step with the copy and every implementation in turn; the step's part of the record."""
-    hook = hook_of(setting, device)
+    buffers = buffers_of(setting, device)
     tokens = setting.requests * setting.tokens
     hidden, residual = (torch.randn(tokens, setting.dimension, device=device).to(dtype) for _ in range(2))
-    tables = [
-        hook.bank, hook.row_of_token, hook.entry_slot, hook.entry_ab, hook.entry_mode, hook.entry_gate,
-        hook.entry_threshold, hook.probe, hook.keep, hook.segment, hook.sums, hook.last,
-        hook.trace_slot, hook.trace, hook.cut, hook.rows, hook.flags,
-    ]  # fmt: skip
+    tables = tables_at(buffers.flags_L4[0])
     num_bytes = setting.num_bytes(hidden.element_size())
     source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)  # a copy reads and writes
     target = torch.empty_like(source)
-    ways = {COPY: seconds_of(lambda: target.copy_(source), device)}
-    for name, implementation in implementations(device).items():
-        ways[name] = seconds_of(partial(implementation, hidden, residual, *tables), device)
+    works: dict[str, Callable[[], object]] = {
+        COPY: lambda: target.copy_(source),
+        "reference": lambda: reference.steer_and_read(hidden, residual, *tables),
+    }
+    if device.type == "cpu":
+        works["python"] = lambda: cpu.steer_and_read(hidden, residual, *tables)
+    works[COMPILED[device.type]] = partial(steer_and_read, hidden, residual, buffers.flags_L4[0])
+    ways = {name: seconds_of(work, device) for name, work in works.items()}
     with torch.inference_mode():
         rounds = in_turn(ways, num_rounds)
     found = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.step_cases import Case, check, make_case, over_prompt, with_blocks
+from tests.ops.step_cases import Case, check, make_case, over_prompt, registered, with_blocks
 from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
@@ -308,7 +308,4 @@ def test_agrees_with_the_reference_at_the_sizes_of_models(dtype: torch.dtype, di
 
 @pytest.mark.gpu
 def test_the_registered_op_runs_the_kernels() -> None:
-    from vllm_steer.ops.dispatch import steer_and_read as registered
-
-    case = make_case(1, columns=3)
-    check(case, registered, DEVICE)
+    check(make_case(1, columns=3), registered, DEVICE)

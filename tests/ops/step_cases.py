@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_steer.ops.dispatch import connect, steer_and_read
+from vllm_steer.ops.layer_tables import LayerTables
 from vllm_steer.ops.stream_range import FLOAT16_LIMIT
 from vllm_steer.plan.step_plan import READ, ROWS, TRACE, TRACED
 
@@ -62,6 +64,17 @@ class Case:
         for accumulator, (first, count) in enumerate(self.segment.tolist()):
             found[first : first + count] = [accumulator] * count
         return found
+
+
+class Owner:
+    """Owns connected tables."""
+
+
+def registered(hidden: torch.Tensor, residual: torch.Tensor | None, *tables: torch.Tensor) -> None:
+    """The op as compiled code calls it, with tables that are connected for this call."""
+    owner, layer = Owner(), LayerTables(*tables)
+    connect(owner, [layer])
+    steer_and_read(hidden, residual, layer.flags_4)
 
 
 def make_case(

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.ops.step_cases import PROBES, REQUESTS, Case, check, loop, make_case, over_prompt, with_blocks
-from vllm_steer.ops import cpu, reference
-from vllm_steer.ops.dispatch import steer_and_read
+from tests.ops.step_cases import (
+    PROBES,
+    REQUESTS,
+    Case,
+    Owner,
+    check,
+    loop,
+    make_case,
+    over_prompt,
+    registered,
+    with_blocks,
+)
+from vllm_steer.ops import cpu, reference, stream_range
+from vllm_steer.ops.dispatch import connect, steer_and_read, why_not_native
+from vllm_steer.ops.layer_tables import LayerTables
+from vllm_steer.ops.native import build
+from vllm_steer.plan import entry_rows, step_plan
 from vllm_steer.plan.entry_rows import ABOVE, CLAMP, KEEP_NORM, PROBE, PROMPT, RELATIVE, STORED
 from vllm_steer.plan.step_plan import READ, STEER, TRACE, VERSION
 
-IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": steer_and_read}
+IMPLEMENTATIONS = {"reference": reference.steer_and_read, "cpu": cpu.steer_and_read, "registered": registered}
+why_not_native()  # selects the implementation, as connecting does, for the tests that connect nothing
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -354,10 +375,68 @@ def test_fast_path_and_specification_round_alike(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("columns", [0, 2])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_schema_tells_the_compiler_what_is_mutated(residual: bool, columns: int) -> None:
-    case = make_case(1, residual=residual, columns=columns)
+def test_the_schema_is_what_the_compiler_can_work_with(residual: bool) -> None:
+    """With idle flags, since the checks copy them, and the op finds its tables by where they lie."""
+    case = make_case(1, residual=residual)
+    args = (case.hidden, case.residual, torch.zeros_like(case.flags))
     torch.library.opcheck(
-        steer_and_read, case.args(), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        steer_and_read, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )
+
+
+def test_a_cpu_runs_the_compiled_op() -> None:
+    assert why_not_native() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [({"VLLM_STEER_NATIVE": "0"}, "VLLM_STEER_NATIVE=0"), ({"CXX": "no-such-compiler"}, "no-such-compiler")],
+)
+def test_without_a_compiled_op_the_one_in_python_runs_and_the_reason_is_known(
+    variables: dict[str, str], why: str
+) -> None:
+    code = (
+        "from tests.ops.step_cases import check, make_case, registered\n"
+        "from vllm_steer.ops.dispatch import why_not_native\n"
+        "check(make_case(3, steered='all', read='all', columns=2), registered)\n"
+        "print(why_not_native())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert why in ran.stdout
+
+
+def test_flags_of_no_connected_layer_are_refused() -> None:
+    case = make_case(1, steered="all")
+    with pytest.raises(RuntimeError, match="no connected layer"):
+        steer_and_read(case.hidden, case.residual, case.flags.clone())
+
+
+def test_tables_are_found_for_as_long_as_their_owner_lives() -> None:
+    case = make_case(1, steered="all")
+    before, owner = case.hidden.clone(), Owner()
+    connect(owner, [LayerTables(*case.args()[2:])])
+    steer_and_read(case.hidden, case.residual, case.flags)
+    assert not torch.equal(case.hidden, before)
+    del owner
+    with pytest.raises(RuntimeError, match="no connected layer"):
+        steer_and_read(case.hidden, case.residual, case.flags)
+
+
+def test_the_stream_may_have_any_strides_and_residual_a_type_of_its_own() -> None:
+    case = make_case(14, steered="all", read="all", columns=2, stored=True)
+    for dtype in DTYPES:
+        wide = torch.zeros(9, 2 * case.hidden.shape[1]).to(torch.bfloat16)
+        one = replace(case, hidden=wide[:, ::2].copy_(case.hidden), residual=case.residual.to(dtype))
+        check(one, registered)
+
+
+def test_the_constants_of_the_source_are_those_of_the_plan() -> None:
+    source = (Path(build.__file__).parent / "steer_and_read.cpp").read_text()
+    numbers = {name: float(value) for name, value in re.findall(r"\b([A-Z][A-Z0-9_]+) = ([\d.]+)", source)}
+    named = {name for name in numbers if hasattr(entry_rows, name) or hasattr(step_plan, name)} | {"FLOAT16_LIMIT"}
+    assert len(named) == 15
+    for name in named:
+        home = next(one for one in (entry_rows, step_plan, stream_range) if hasattr(one, name))
+        assert numbers[name] == getattr(home, name), name

@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.functional import embedding_bag
 
 from vllm_steer.device.staging import ring_for
-from vllm_steer.ops.dispatch import steer_and_read
+from vllm_steer.ops.dispatch import connect, steer_and_read
 from vllm_steer.ops.host_flags import HostFlags
+from vllm_steer.ops.layer_tables import LayerTables
 from vllm_steer.plan.block_sums import MOST_SEGMENTS
 from vllm_steer.plan.entry_rows import MOST_PROBES
 from vllm_steer.plan.step_plan import VERSION, IntArray, PromptPart, StepPlan
@@ -121,7 +122,6 @@ class SteerBuffers:
         self.probe_TG = floats(max_tokens, MOST_PROBES)
         self.prompt_sums_MG = floats(max_requests, MOST_PROBES)
         self.prompt_part_M2 = self._prompt_part.of(packed)
-        # One tensor per layer, not views of one: the graph mutates them, and mutated inputs must not share storage.
         self.sums_L_AD, self.last_L_AD = (
             [
                 torch.empty(accumulators + num_blocks, hidden_size, dtype=torch.float32, device=device)
@@ -136,10 +136,34 @@ class SteerBuffers:
         self.rows_L_TD = [floats(max_tokens if has_rows else 0, hidden_size) for _ in range(num_layers)]
         # The op sets 1 at the rows of requests whose stream it clipped. A newly assigned row begins at 0.
         self.cut_R = torch.zeros(rows, dtype=torch.int32, device=device)
+        connect(self, [self._tables_of(index) for index in range(num_layers)])
 
     def layer(self, index: int) -> HookPoint:
         """The module that carries the tensors of hooked layer number ``index`` into the traced graph."""
         return HookPoint(self, index)
+
+    def _tables_of(self, index: int) -> LayerTables:
+        return LayerTables(
+            bank_SD=self.bank_SD,
+            row_of_token=self.row_of_token,
+            entry_slot_RE=self.entry_slot_LRE[index],
+            entry_ab_RE2=self.entry_ab_LRE2[index],
+            entry_mode_RE=self.entry_mode_LRE[index],
+            entry_gate_RE=self.entry_gate_LRE[index],
+            entry_threshold_RE=self.entry_threshold_LRE[index],
+            probe_TG=self.probe_TG,
+            prompt_sums_MG=self.prompt_sums_MG,
+            prompt_part_M2=self.prompt_part_M2,
+            keep_A=self.keep_A,
+            segment_A2=self.segment_A2,
+            sums_AD=self.sums_L_AD[index],
+            last_AD=self.last_L_AD[index],
+            trace_slot_K=self.trace_slot_LK[index],
+            trace_TK=self.trace_TK,
+            cut_R=self.cut_R,
+            rows_TD=self.rows_L_TD[index],
+            flags_4=self.flags_L4[index],
+        )
 
     def write(self, plan: StepPlan | None) -> None:
         """Copy a step's tables to the device, in at most one copy; tokens beyond the step are marked untouched.
@@ -298,61 +322,20 @@ def _aligned(num_elements: int) -> int:
 
 
 class HookPoint(nn.Module):
-    """Submodule of a decoder layer, so that the compiler sees its tensors as graph inputs and not as constants.
+    """Submodule of a decoder layer, so that the compiler sees the layer's flags as a graph input and not as a constant.
 
     Args:
         buffers: the worker's tensors.
         index: number of the hooked layer.
     """
 
+    flags: torch.Tensor
+
     def __init__(self, buffers: SteerBuffers, index: int) -> None:
         super().__init__()
-        tensors = {
-            "bank": buffers.bank_SD,
-            "row_of_token": buffers.row_of_token,
-            "entry_slot": buffers.entry_slot_LRE[index],
-            "entry_ab": buffers.entry_ab_LRE2[index],
-            "entry_mode": buffers.entry_mode_LRE[index],
-            "entry_gate": buffers.entry_gate_LRE[index],
-            "entry_threshold": buffers.entry_threshold_LRE[index],
-            "probe": buffers.probe_TG,
-            "prompt_sums": buffers.prompt_sums_MG,
-            "prompt_part": buffers.prompt_part_M2,
-            "keep": buffers.keep_A,
-            "segment": buffers.segment_A2,
-            "sums": buffers.sums_L_AD[index],
-            "last": buffers.last_L_AD[index],
-            "trace_slot": buffers.trace_slot_LK[index],
-            "trace": buffers.trace_TK,
-            "cut": buffers.cut_R,
-            "rows": buffers.rows_L_TD[index],
-            "flags": buffers.flags_L4[index],
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self._owner = buffers  # the op finds a layer's tables for as long as these live
+        self.register_buffer("flags", buffers.flags_L4[index], persistent=False)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Steer the stream hidden + residual, both (T, D), in place in ``hidden``, and read it."""
-        steer_and_read(
-            hidden,
-            residual,
-            self.bank,
-            self.row_of_token,
-            self.entry_slot,
-            self.entry_ab,
-            self.entry_mode,
-            self.entry_gate,
-            self.entry_threshold,
-            self.probe,
-            self.prompt_sums,
-            self.prompt_part,
-            self.keep,
-            self.segment,
-            self.sums,
-            self.last,
-            self.trace_slot,
-            self.trace,
-            self.cut,
-            self.rows,
-            self.flags,
-        )
+        steer_and_read(hidden, residual, self.flags)

@@ -26,6 +26,7 @@ from vllm_steer.engine.worker.rows import RowFlow, rows_of
 from vllm_steer.engine.worker.tail_rows import TailRows
 from vllm_steer.engine.worker.traces import Trace, TraceFlow, TraceRows, start_copy
 from vllm_steer.errors import DirectionError, MalformedSpec
+from vllm_steer.ops.dispatch import why_not_native
 from vllm_steer.plan.batch_plan import BatchPlanner
 from vllm_steer.plan.block_sums import StepBlocks
 from vllm_steer.plan.step_plan import STEER, TracedTokens
@@ -87,6 +88,8 @@ class WorkerSteering:
             has_rows=settings.max_rows > 0,
             num_blocks=kept_blocks(config, settings),
         )
+        if runner.device.type == "cpu" and (why := why_not_native()) is not None:
+            logger.warning("steering and reading run in Python, several times slower than compiled: %s", why)
         self.blocks: StepBlocks | None = None  # of the step that is prepared next
         self.store = ReadoutStore(settings.readout_store_mib << 20)
         self._resolved: dict[str, Resolved] = {}

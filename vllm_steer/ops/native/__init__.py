@@ -1,0 +1,1 @@
+"""The op on a CPU in C++, compiled where it runs."""
