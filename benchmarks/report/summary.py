@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.harness import record
-from benchmarks.report.goals import Verdict, verdicts
+from benchmarks.report.goals import Goal, Verdict, goals_of, verdicts
 from benchmarks.report.plots import PANELS, draw
 from benchmarks.report.tables import TABLES, Record, table
 
@@ -32,27 +32,36 @@ def section_of(folder: Path, readme: Path) -> str:
     """The section of ``readme`` on the records in ``folder``: the plot if there is one, and all tables."""
     picture = folder / PICTURE
     shown = f"![What it costs]({os.path.relpath(picture, readme.parent)})\n\n" if picture.exists() else ""
-    return shown + all_tables(records_in(folder))
+    return shown + all_tables(records_in(folder), goals_of(folder.name))
 
 
-def all_tables(records: Mapping[str, Record]) -> str:
+def all_tables(records: Mapping[str, Record], wanted: Sequence[Goal]) -> str:
     """The tables of all records, then the goals."""
     parts = [tables(records[name]) for name, tables in TABLES.items() if name in records]
-    return "\n\n".join([*parts, goals(verdicts(records))])
+    return "\n\n".join([*parts, goals(verdicts(records, wanted))])
 
 
 def goals(found: Iterable[Verdict]) -> str:
     """The table of goals."""
-    rows = [[one.state, one.goal.text, f"≥ {one.goal.bound:g}", reached(one)] for one in found]
+    rows = [[one.state, one.goal.text, bound(one.goal), reached(one)] for one in found]
     return table(["goal", "", "bound", "measured"], rows)
 
 
+def bound(goal: Goal) -> str:
+    """The bound with its unit."""
+    above = "" if goal.low is None else f", interval above {goal.low:g}"
+    return f"{'≤' if goal.is_most else '≥'} {goal.bound:g} {goal.unit}".rstrip() + above
+
+
 def reached(verdict: Verdict) -> str:
-    """The measured ratio with its interval, or a dash."""
-    if verdict.ratio is None:
+    """What was measured, with its interval if it is of more than one measurement; or a dash."""
+    if verdict.measured is None:
         return "–"
     digits = 3 if verdict.goal.bound < 2 else 1
-    return f"{verdict.ratio:.{digits}f} ({verdict.low:.{digits}f} – {verdict.high:.{digits}f})"
+    said = f"{verdict.measured:.{digits}f}"
+    if verdict.low < verdict.high or not verdict.goal.unit:
+        said += f" ({verdict.low:.{digits}f} – {verdict.high:.{digits}f})"
+    return f"{said} {verdict.goal.unit}".rstrip()
 
 
 def rewritten(readme: str, name: str, text: str) -> str:
@@ -76,7 +85,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=None, help="rewrite the section of this file")
     arguments = parser.parse_args()
     records = records_in(arguments.folder)
-    print(all_tables(records))
+    print(all_tables(records, goals_of(arguments.folder.resolve().name)))
     if not PANELS.keys().isdisjoint(records):
         draw(records, arguments.folder / PICTURE)
     if arguments.readme is not None:

@@ -1,12 +1,12 @@
 """A server under a mix of steered, unsteered and invalid requests, against unsteered ones alone and a stock server.
 
-    python -m benchmarks.server.bench [--requests 2000] [--clients 64] [--rounds 5] [--tokens 16] [--out FILE]
+    python -m benchmarks.server.bench [--requests 2000] [--clients 64] [--rounds 15] [--tokens 16] [--out FILE]
 
 Two servers of the same model run one after the other. The first is vLLM without the plugin; unsteered requests must get
 its replies. The second has the plugin. The requests are split over the rounds, and every round runs the mix and the
-same number of unsteered requests in turn, so that drift of the machine's speed affects both alike. Invalid requests
-come on top of the mix. The figure to quote is the median over the rounds of the ratio of throughputs, in generated
-tokens per second.
+same number of unsteered requests, now one first and now the other, so that drift of the machine's speed affects both.
+Invalid requests come on top of the mix. The figure to quote is the median over the rounds of the ratio of throughputs,
+in generated tokens per second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from batch_jobs.demo_model import demo_model_path
 from benchmarks.harness import record
+from benchmarks.harness.rounds import figures, interval
 from benchmarks.server.api_server import is_healthy, running
 from vllm_steer import Direction, save_directions
 
@@ -55,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000, help="in all mixes together")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, default=None, help="where to write the figures as JSON")
     arguments = parser.parse_args()
@@ -73,13 +74,15 @@ def main() -> None:
         settings = {"layers": [LAYER], "directions": [str(directions)]}
         with running(command(model, settings), Path(folder) / "steered.log", VLLM_PLUGINS="vllm_steer") as server:
             asyncio.run(send(server.url, mixed[: arguments.clients], arguments.clients))  # warm
-            rounds = [measure(server.url, part, arguments) for part in split(mixed, arguments.rounds)]
+            parts = split(mixed, arguments.rounds)
+            rounds = [measure(server.url, part, arguments, number % 2 == 0) for number, part in enumerate(parts)]
             alive = is_healthy(server.url)
     answers = [answer for one in rounds for answer in one["answers"]]
     replies = [answer for answer, request in zip(answers, mixed, strict=True) if unsteered(request)]
-    figures = {
-        "ratio": statistics.median(one["ratio"] for one in rounds),
-        "ratios": [one["ratio"] for one in rounds],
+    mixed_rounds = [{"mixed": one["mix"], "unsteered": one["unsteered"]} for one in rounds]
+    figure = figures(mixed_rounds, "unsteered")["mixed"]
+    measured = {
+        "mixed": asdict(figure),
         "statuses": dict(Counter(str(answer.status) for answer in answers)),
         "server_errors": sum(answer.status >= 500 for answer in answers),
         "unsteered_equal_to_stock": sum(a.text == b.text for a, b in zip(replies, expected, strict=True)),
@@ -88,11 +91,14 @@ def main() -> None:
         "tokens_per_second_mix": statistics.median(one["mix"] for one in rounds),
         "tokens_per_second_unsteered": statistics.median(one["unsteered"] for one in rounds),
     }
-    for name, value in figures.items():
-        print(f"{name:<28} {value}")
+    for name, value in measured.items():
+        if name != "mixed":
+            print(f"{name:<28} {value}")
+    low, high = interval(figure.ratios)
+    print(f"mixed against unsteered      {figure.ratio:.3f} ({low:.3f} - {high:.3f})")
     if arguments.out is not None:
         about = {name: getattr(arguments, name) for name in ("requests", "clients", "rounds", "tokens")}
-        record.write(arguments.out, {"figures": figures}, model="SmolLM2-135M-Instruct", **about)
+        record.write(arguments.out, {"figures": measured}, model=model.name, **about)
 
 
 def mixture(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -129,24 +135,27 @@ def split(requests: Sequence[dict[str, Any]], parts: int) -> list[Sequence[dict[
     return [requests[start : start + size] for start in range(0, len(requests), size)]
 
 
-def measure(url: str, mixed: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run one round: the mix, then its valid requests without steering and readouts."""
-    began = time.perf_counter()
-    answers = asyncio.run(send(url, mixed, arguments.clients))
-    seconds_mix = time.perf_counter() - began
-    valid = [request for request, answer in zip(mixed, answers, strict=True) if answer.status == 200]
-    bare = [{key: value for key, value in one.items() if key not in ("steering", "readout")} for one in valid]
-    began = time.perf_counter()
-    asyncio.run(send(url, bare, arguments.clients))
-    seconds_unsteered = time.perf_counter() - began
-    tokens = len(valid) * arguments.tokens
-    print(f"mix {tokens / seconds_mix:.0f} tokens/s, unsteered {tokens / seconds_unsteered:.0f}", flush=True)
-    return {
-        "answers": answers,
-        "mix": tokens / seconds_mix,
-        "unsteered": tokens / seconds_unsteered,
-        "ratio": seconds_unsteered / seconds_mix,
-    }
+def measure(
+    url: str, mixed: Sequence[dict[str, Any]], arguments: argparse.Namespace, is_mix_first: bool
+) -> dict[str, Any]:
+    """Run one round: the mix and, before or after it, its valid requests without steering and readouts."""
+    bare = [
+        {key: value for key, value in one.items() if key not in ("steering", "readout")}
+        for one in mixed
+        if not any(one.get(key) == invalid[key] for invalid in INVALID for key in invalid)
+    ]
+    answers: list[Answer] = []
+    seconds = {}
+    for name, bodies in (("mix", mixed), ("unsteered", bare))[:: 1 if is_mix_first else -1]:
+        began = time.perf_counter()
+        got = asyncio.run(send(url, bodies, arguments.clients))
+        seconds[name] = time.perf_counter() - began
+        answers = got if name == "mix" else answers
+    assert sum(answer.status == 200 for answer in answers) == len(bare)
+    tokens = len(bare) * arguments.tokens
+    rates = {name: tokens / taken for name, taken in seconds.items()}
+    print(f"mix {rates['mix']:.0f} tokens/s, unsteered {rates['unsteered']:.0f}", flush=True)
+    return {"answers": answers, **rates}
 
 
 async def send(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:

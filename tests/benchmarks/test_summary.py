@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.harness.record import RESULTS
 from benchmarks.harness.rounds import figures, figures_of_starts, in_turn, interval
-from benchmarks.report.goals import GOALS, verdicts
+from benchmarks.report.goals import CPU_GOALS, GPU_GOALS, Goal, Verdict, verdicts
 from benchmarks.report.summary import BEGIN, END, all_tables, goals, rewritten, section_of
 from tests.conftest import PROJECT_ROOT
 
@@ -20,15 +20,18 @@ def figure(*ratios: float) -> dict[str, Any]:
     return asdict(figures([{"it": ratio, "other": 1.0} for ratio in ratios], "other")["it"])
 
 
-def records_that_measured(*ratios: float) -> dict[str, Any]:
-    """Records with these ratios under every goal."""
-    records: dict[str, Any] = {}
-    for goal in GOALS:
-        place = records.setdefault(goal.record, {})
-        for key in goal.path[:-1]:
-            place = place.setdefault(key, {})
-        place[goal.path[-1]] = figure(*ratios)
-    return records
+ALL_GOALS = (*CPU_GOALS, *GPU_GOALS)
+
+
+def verdict_on(goal: Goal, *measured: float) -> Verdict:
+    """The verdict on a goal whose record holds these measurements."""
+    record: dict[str, Any] = {}
+    place = record
+    for key in goal.path[:-1]:
+        place = place.setdefault(key, {})
+    place[goal.path[-1]] = list(measured) if goal.unit else figure(*measured)
+    (verdict,) = verdicts({goal.record: record}, [goal])
+    return verdict
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
@@ -38,33 +41,32 @@ def test_readme_shows_the_committed_records(folder: Path) -> None:
     assert rewritten(text, folder.name, section_of(folder, readme)) == text, "run `make readme-performance`"
 
 
-def test_a_goal_is_held_or_missed_only_where_the_whole_interval_is_on_one_side_of_its_bound() -> None:
-    for goal in GOALS:
-        (verdict,) = (one for one in verdicts(records_that_measured(goal.bound)) if one.goal == goal)
-        assert verdict.state == "held"
-        (around,) = (
-            one
-            for one in verdicts(records_that_measured(*(goal.bound * part for part in (0.9, 0.99, 1.01, 1.02, 1.1))))
-            if one.goal == goal
-        )
-        assert around.ratio is not None
-        assert around.ratio > around.goal.bound
-        assert around.state == "undecided"
-    low = verdicts(records_that_measured(*[0.5] * 5))
-    assert [one.state for one in low] == ["missed"] * len(GOALS)
-    assert [(one.ratio, one.low, one.high) for one in low] == [(0.5, 0.5, 0.5)] * len(GOALS)
+@pytest.mark.parametrize("goal", ALL_GOALS, ids=lambda goal: f"{goal.record}: {goal.text}")
+def test_a_goal_is_held_or_missed_only_where_the_whole_interval_is_on_one_side_of_its_bound(goal: Goal) -> None:
+    assert verdict_on(goal, goal.bound).state == "held"
+    around = verdict_on(goal, *(goal.bound * part for part in (0.9, 0.95, 0.99, 1.01, 1.02, 1.05, 1.1)))
+    assert around.low < goal.bound < around.high
+    assert around.state == "undecided"
+    low, high = (verdict_on(goal, *[goal.bound * part] * 5) for part in (0.5, 2.0))
+    assert [low.state, high.state] == (["held", "missed"] if goal.is_most else ["missed", "held"])
+    assert (low.measured, low.low, low.high) == pytest.approx([goal.bound / 2] * 3)
+
+
+def test_a_goal_with_a_floor_is_held_where_the_figure_reaches_the_bound_and_the_interval_the_floor() -> None:
+    goal = Goal("it", "record", ("it",), 0.98, low=0.96)
+    assert verdict_on(goal, 0.97, 0.975, 0.99, 1.0, 1.01).state == "held"
+    assert verdict_on(goal, 0.95, 0.955, 0.99, 1.0, 1.01).state == "undecided"
+    assert verdict_on(goal, 0.97, 0.971, 0.975, 0.99, 1.0).state == "undecided"
 
 
 def test_a_missed_goal_says_so_and_an_absent_record_that_nothing_was_measured() -> None:
-    nothing = all_tables({}).splitlines()[-len(GOALS) :]
-    assert [line.split("|")[1].strip() for line in nothing] == ["not measured"] * len(GOALS)
-    records = {"scale": records_that_measured(0.9, 0.91, 0.92)["scale"]}
-    last = goals(verdicts(records)).splitlines()[-1]
-    assert [cell.strip() for cell in last.split("|")[1:-1]] == [
-        "missed",
-        "10,000 different α in flight, against one",
-        "≥ 0.97",
-        "0.910 (0.900 – 0.920)",
+    nothing = all_tables({}, CPU_GOALS).splitlines()[-len(CPU_GOALS) :]
+    assert [line.split("|")[1].strip() for line in nothing] == ["not measured"] * len(CPU_GOALS)
+    ratio, seconds = Goal("slow", "a", ("it",), 0.97), Goal("long", "a", ("it",), 45.0, is_most=True, unit="s")
+    lines = goals([verdict_on(ratio, 0.9, 0.91, 0.92), verdict_on(seconds, 50.0)]).splitlines()[-2:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["missed", "slow", "≥ 0.97", "0.910 (0.900 – 0.920)"],
+        ["missed", "long", "≤ 45 s", "50.0 s"],
     ]
 
 
@@ -72,7 +74,7 @@ def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     begin, end, other = BEGIN.format("cpu"), END.format("cpu"), BEGIN.format("gpu")
     readme = f"{other}\n\nabove\n\n{begin}\n\nold\n\n{end}\n\nbelow\n"
     assert rewritten(readme, "cpu", "new") == f"{other}\n\nabove\n\n{begin}\n\nnew\n\n{end}\n\nbelow\n"
-    assert section_of(tmp_path, tmp_path / "README.md") == all_tables({})
+    assert section_of(tmp_path, tmp_path / "README.md") == all_tables({}, CPU_GOALS)
     with pytest.raises(ValueError, match="the page lacks the lines"):
         rewritten(f"{other} alone", "gpu", "new")
 
