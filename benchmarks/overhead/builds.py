@@ -12,6 +12,7 @@ is faster. Both clones must have the same engine of ``benchmarks.overhead``.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -62,8 +63,10 @@ def main() -> None:
                 verdict = at_least(GOAL, low, high)
                 print(f"{kind:12} {name:11} {figure.ratio:.4f} ({low:.4f} - {high:.4f})   at least {GOAL}: {verdict}")
     if arguments.out is not None:
-        about = {name: value for name, value in vars(arguments).items() if name not in ("out", "before")}
-        record.write(arguments.out, {"kinds": measured}, **about | {"model": model.name})
+        about = {name: value for name, value in vars(arguments).items() if name != "out"}
+        commit = ["git", "-C", str(arguments.before), "rev-parse", "--short", "HEAD"]
+        before = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
+        record.write(arguments.out, {"kinds": measured}, **about | {"model": model.name, "before": before})
 
 
 def measure(model: Path, arguments: argparse.Namespace, rounds: dict[str, list[dict[str, Took]]]) -> None:

@@ -208,9 +208,64 @@ def builds(measured: Record) -> str:
     """Two builds of the package at the same work, for ``builds.json``."""
     names = [name for name in next(iter(measured["kinds"].values())) if name != "before"]
     rows = [[kind, *(ratio(ways[name], 3) for name in names)] for kind, ways in measured["kinds"].items()]
+    setup = measured["setup"]
     return "\n\n".join([
-        "**Requests of the first wire version**, throughput against the build before operations, conditions and pools:",
+        f"**This build against that of {setup['before']}**, throughput of the same work at {len(setup['layers'])} "
+        "layers, in one run; above 1 is faster:",
         table(["work", *names], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def server(measured: Record) -> str:
+    """A server under load, for ``server.json``."""
+    found, setup = measured["figures"], measured["setup"]
+    refused = sum(count for status, count in found["statuses"].items() if status != "200")
+    rows = [
+        ["mixed against unsteered requests alone, tokens/s", ratio(found["mixed"], 3)],
+        ["unsteered replies equal to a stock server's", f"{found['unsteered_equal_to_stock']} of {found['unsteered']}"],
+        ["invalid requests, refused", str(refused)],
+        ["server errors", str(found["server_errors"])],
+    ]
+    return "\n\n".join([
+        f"**A server under {setup['clients']} clients**, {setup['requests']:,} requests: unsteered, steered each with "
+        "its own α, with a readout, and invalid ones:",
+        table(["", "measured"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def start(measured: Record) -> str:
+    """The second start of an engine, for ``start.json``."""
+    rows = [[name, f"{one['median']:.1f}", ratio(one, 3)] for name, one in measured["figures"].items()]
+    return "\n\n".join([
+        f"**Second start of a compiled engine**, {measured['setup']['layers']} layers configured, from the start of "
+        "the process to the engine being ready; above 1 is slower:",
+        table(["plugin", "seconds", "ratio to absent"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
+def demo(measured: Record) -> str:
+    """The demo study, for ``demo.json``."""
+    seconds = ", ".join(f"{one:.0f}" for one in measured["seconds"])
+    return f"**The demo study**, from its configuration to the report, each run: {seconds} s.\n\n{source(measured)}"
+
+
+def score(measured: Record) -> str:
+    """Offline scoring, for ``score.json``."""
+    found, setup = measured["figures"], measured["setup"]
+    rows = [
+        [
+            f"{setup['rows']:,} of {setup['characters_a_row']:.0f} characters",
+            f"{found['seconds']:.1f}",
+            f"{found['cpu_seconds']:.1f}",
+            f"{found['peak_gib']:.2f}",
+        ]
+    ]
+    return "\n\n".join([
+        "**Offline scoring:**",
+        table(["rows", "seconds", "CPU seconds", "GiB, all processes at once"], rows),
         source(measured),
     ])  # fmt: skip
 
@@ -254,5 +309,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     "overhead": overhead, "overhead-one-start": overhead_one_start, "overhead-before": overhead_before,
     "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers,
-    "cached": cached, "capture": capture, "builds": builds,
+    "builds": builds, "builds-all-layers": builds, "start": start, "server": server, "cached": cached,
+    "capture": capture, "demo": demo, "score": score,
 }  # fmt: skip
