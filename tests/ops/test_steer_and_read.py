@@ -432,6 +432,30 @@ def test_the_stream_may_have_any_strides_and_residual_a_type_of_its_own() -> Non
         check(one, registered)
 
 
+@pytest.mark.parametrize("dimension", [576, 3584])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_the_reference_at_the_sizes_of_models_with_any_number_of_threads(
+    dtype: torch.dtype, dimension: int
+) -> None:
+    case = make_case(13, tokens=300, entries=8, columns=3, dimension=dimension, dtype=dtype, modes=True, stored=True)
+    expected, once, twice = case.copy(), case.copy(), case.copy()
+    reference.steer_and_read(*expected.args())
+    threads = torch.get_num_threads()
+    try:
+        for one, number in ((once, 1), (twice, 4)):
+            torch.set_num_threads(number)
+            registered(*one.args())
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(once.args(), twice.args(), strict=True):
+        np.testing.assert_array_equal(one.float().numpy(), other.float().numpy())
+    eps = torch.finfo(dtype).eps
+    # Later of 8 entries multiply by up to 2 what earlier ones have rounded, and eps is one rounding of hidden.
+    torch.testing.assert_close(once.hidden, expected.hidden, rtol=4 * eps, atol=1e-3)
+    # Up to 300 rows, each off by at most one rounding of hidden: 300 · 4 · eps at the very most.
+    torch.testing.assert_close(once.sums, expected.sums, rtol=1e-4, atol=300 * 4 * eps)
+
+
 def test_the_constants_of_the_source_are_those_of_the_plan() -> None:
     source = (Path(build.__file__).parent / "steer_and_read.cpp").read_text()
     numbers = {name: float(value) for name, value in re.findall(r"\b([A-Z][A-Z0-9_]+) = ([\d.]+)", source)}
