@@ -126,6 +126,7 @@ def write_part(folder: Path, layer: int, first: int, completions: list[str]) -> 
         "row_id": ids,
         "alpha": alphas,
         "alpha_residual_norm": [alpha / 100 for alpha in alphas],
+        "alpha_separation": [alpha / 10 for alpha in alphas],
         "scenario": [list(MARKERS)[index // len(ALPHAS) % len(MARKERS)] for index in range(count)],
         "sample": list(range(count)),
         "completion": completions,
