@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batch_jobs.errors import StudyError
@@ -174,8 +175,6 @@ def read_rows(folder: Path) -> pa.Table:
     parts = _parts(folder)
     if not parts:
         return SCHEMA.empty_table()
-    import pyarrow.dataset as ds  # not above: it imports pandas where there is one, a second and 60 MB
-
     for part in parts:
         _check_part(part)
     table = ds.dataset([str(part) for part in parts], schema=SCHEMA, format="parquet").to_table()
@@ -223,8 +222,6 @@ def read_index(folder: Path) -> RowIndex:
 
 def count_unfinished_thoughts(folder: Path) -> int:
     """Number of rows under `folder` that ended inside a thought: they have neither a completion nor an error."""
-    import pyarrow.dataset as ds
-
     parts = _parts(folder)
     if not parts:
         return 0

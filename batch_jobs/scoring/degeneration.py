@@ -122,7 +122,7 @@ def degeneration(text: str, counts: WordCounts | None = None) -> Degeneration:
 
 
 def _is_refusal(lowered: str) -> bool:
-    return any([part in lowered for part in _IN_REFUSALS]) and _REFUSAL.search(lowered) is not None
+    return any(part in lowered for part in _IN_REFUSALS) and _REFUSAL.search(lowered) is not None
 
 
 def _is_loop(text: str, counts: WordCounts) -> bool:

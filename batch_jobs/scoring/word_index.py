@@ -6,10 +6,7 @@ exact: words are numbered, not hashed.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Collection, Iterator
-from functools import cache
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +39,13 @@ class WordIndex:
         # lowering differs for letters such as "İ" and a final "Σ".
         self._joined = "\n".join(encoded.dictionary.to_pylist()).lower()
         self._vocabulary = self._joined.split("\n")
-        self._ends = list(accumulate(len(word) + 1 for word in self._vocabulary))
+        self._ends = np.cumsum(np.fromiter(map(len, self._vocabulary), np.int64, len(self._vocabulary)) + 1)
         # the texts that hold word w: _holders[_first[w] : _first[w + 1]]
         narrow = np.uint16 if self._size <= 1 << 16 else np.int64  # NumPy sorts 16 bits in linear time
         by_word = np.argsort(self._numbers.astype(narrow), kind="stable")
         self._holders = np.repeat(np.arange(len(texts)), self._lengths)[by_word]
         self._first = np.concatenate([[0], np.cumsum(np.bincount(self._numbers, minlength=self._size))])
-        self._words_with = cache(self._find_words_with)
+        self._found: dict[str, _Numbers] = {}
 
     def __len__(self) -> int:
         """Number of texts."""
@@ -100,14 +97,17 @@ class WordIndex:
                 holds[self._holders[self._first[word] : self._first[word + 1]]] = True
         return holds
 
-    def _find_words_with(self, part: str) -> list[int]:
+    def _words_with(self, part: str) -> _Numbers:
         """Numbers of the words that contain `part`, in lower case."""
-        words = []
+        if part in self._found:  # asked for again with another match
+            return self._found[part]
+        places = []
         place = self._joined.find(part)
         while place >= 0:
-            words.append(bisect_right(self._ends, place))
-            place = self._joined.find(part, self._ends[words[-1]])
-        return words
+            places.append(place)
+            place = self._joined.find(part, place + len(part))
+        self._found[part] = np.unique(np.searchsorted(self._ends, places, side="right"))
+        return self._found[part]
 
     def _gram_keys(self) -> _Numbers:
         """A key for each word but the last three: equal where that word and the next three are equal."""

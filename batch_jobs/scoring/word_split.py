@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-# there is no white space beyond
-_WIDE_SPACES = [character.encode() for character in map(chr, range(128, 0x10000)) if character.isspace()]
+_ENCODED = [character.encode() for character in map(chr, range(128, 0x10000)) if character.isspace()]  # none is beyond
+_WIDE_SPACES = {width: [int.from_bytes(space) for space in _ENCODED if len(space) == width] for width in (2, 3)}
+"""Bytes in UTF-8 -> the white space that takes so many, each as the number of its bytes."""
 
 
 def split_words(texts: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
@@ -43,14 +44,13 @@ def split_words(texts: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64]]:
 
 def _white(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Which bytes of UTF-8 text belong to white space."""
-    # of ASCII, these are 9 to 13 and 28 to 32
+    # of ASCII, white space is 9 to 13 and 28 to 32; other numbers wrap around to greater ones
     white: npt.NDArray[np.bool_] = (data - np.uint8(9) < 5) | (data - np.uint8(28) < 5)
-    raw = data.tobytes()
-    if raw.isascii():
-        return white
-    for space in _WIDE_SPACES:  # UTF-8 has no character whose bytes begin within another's
-        at = raw.find(space)
-        while at >= 0:
-            white[at : at + len(space)] = True
-            at = raw.find(space, at + len(space))
+    leads = np.flatnonzero(data >= 0xC2)  # first bytes of the characters beyond ASCII
+    if len(leads):
+        padded = np.append(data, np.zeros(2, dtype=np.uint8))
+        for width, spaces in _WIDE_SPACES.items():
+            codes = sum(padded[leads + place].astype(np.int32) << 8 * (width - 1 - place) for place in range(width))
+            for place in range(width):
+                white[leads[np.isin(codes, spaces)] + place] = True
     return white
