@@ -173,9 +173,10 @@ def score_decided(measures: pa.Table) -> Scores:
     answers = pc.invert(pc.or_(measures["failed"], measures["in_thought"]))
     rated = measures["empathetic"].null_count < len(measures) or not pc.any(answers).as_py()
     failed, unfinished = _counts(measures, "failed"), _counts(measures, "in_thought")
+    measures = measures.select([*_KEYS, *_SUMS, *_MEANS, "alpha_residual_norm"])  # the others would be copied
     groups = (
         # one thread: float sums depend on the order, and the same rows must give bit-identical scores
-        measures.filter(pc.invert(pc.or_(measures["failed"], measures["in_thought"])))
+        measures.filter(answers)
         .group_by(list(_KEYS), use_threads=False)
         .aggregate(
             [

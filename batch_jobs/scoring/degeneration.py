@@ -39,11 +39,25 @@ REFUSAL_CHARACTERS: Final = 200
 
 # What chat models say when they decline. Each verb is one that a helper does not use of itself: "I can't help but feel"
 # and "I can't imagine" are no refusals.
+_VERBS = (
+    "assist",
+    "comply",
+    "engage in",
+    "fulfil",
+    "help with",
+    "help you with",
+    "participate",
+    "provide",
+    "continue with",
+    "discuss",
+)
+_SELF = "as an ai"
 _REFUSAL = re.compile(
     r"\b(?:can(?:no|['’])t|can not|won['’]t|will not|(?:am|['’]m) (?:un|not )able to)"
-    r" (?:assist|comply|engage in|fulfil|help (?:you )?with|participate|provide|continue with|discuss)"
-    r"|\bas an ai\b"
+    rf" (?:{'|'.join(_VERBS)})|\b{_SELF}\b"
 )
+_IN_REFUSALS = (*_VERBS, _SELF)
+"""Every refusal holds one of these; looking for them costs a third of the regex search."""
 
 # Signs of code that prose does not contain. Fenced blocks are no sign: chat models put letters and maps into them. Each
 # pattern comes with the characters that every match begins with; testing for them costs a tenth of the regex search.
@@ -102,9 +116,13 @@ def degeneration(text: str, counts: WordCounts | None = None) -> Degeneration:
         repetition=counts.repeated_grams / counts.grams if counts.grams else 0.0,
         compression_ratio=ratio,
         soft_loop=not loop and counts.words >= MIN_GRAM_WORDS and _repeats(text, counts, SOFT_LOOP_REPETITION),
-        refusal=_REFUSAL.search(text[:REFUSAL_CHARACTERS].lower()) is not None,
+        refusal=_is_refusal(text[:REFUSAL_CHARACTERS].lower()),
         short=counts.words < SHORT_WORDS,
     )
+
+
+def _is_refusal(lowered: str) -> bool:
+    return any(part in lowered for part in _IN_REFUSALS) and _REFUSAL.search(lowered) is not None
 
 
 def _is_loop(text: str, counts: WordCounts) -> bool:

@@ -6,7 +6,6 @@ folder is measured by one process per core; each process takes whole parts.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +39,7 @@ PARALLEL_ROWS = 20_000
 """Folders with fewer rows are measured in this process, since starting others would take longer."""
 _PARTS_A_TASK = 8  # parts are often small; sent one by one, they would keep the processes waiting
 
+_NO_ROWS = pa.schema(list(COLUMN_TYPES.items())).empty_table()
 _SIGNS = dict.fromkeys(Degeneration._fields, pa.bool_()) | {
     "repetition": pa.float64(),
     "compression_ratio": pa.float64(),  # null for an empty text
@@ -94,8 +94,8 @@ def _measure_part(part: Path, markers: Markers, outcome: Outcome) -> pa.Table:
 
 
 def _measure_all(tables: Iterable[pa.Table], markers: Markers, outcome: Outcome) -> pa.Table:
-    empty = pa.schema(list(COLUMN_TYPES.items())).empty_table()
-    return pa.concat_tables([_measure(table, markers, outcome) for table in itertools.chain([empty], tables)])
+    measured = [_measure(table, markers, outcome) for table in tables]
+    return pa.concat_tables(measured or [_measure(_NO_ROWS, markers, outcome)])
 
 
 def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:

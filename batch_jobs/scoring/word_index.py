@@ -11,13 +11,19 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_jobs.config.concept import Match
 from batch_jobs.scoring.outcome import occurs
 from batch_jobs.scoring.word_counts import WordCounts
+from batch_jobs.scoring.word_split import split_words
 
 _Numbers = npt.NDArray[np.int64]
+_Flags = npt.NDArray[np.bool_]
+
+_CELLS = 1 << 15
+"""Words sorted at a time: 256 KiB, which stays in a core's cache."""
+_KEYS = 1 << 63
+"""Numbers that int64 tells apart."""
 
 
 class WordIndex:
@@ -25,17 +31,21 @@ class WordIndex:
 
     def __init__(self, texts: pa.Array) -> None:
         self._texts = texts
-        # Arrow splits at exactly the code points of str.split. The texts are trimmed, because Arrow reads one code
-        # point past a text that ends in white space and, if that is no UTF-8, counts the white space as part of a word.
-        split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
-        encoded = split.values.dictionary_encode()
-        rows = np.repeat(np.arange(len(texts)), pc.list_value_length(split).to_numpy())
-        numbers = encoded.indices.to_numpy().astype(np.int64)
-        # Arrow, unlike str.split, gives an empty word for an empty text
-        real = (pc.binary_length(encoded.dictionary).to_numpy() > 0)[numbers]
-        self._rows, self._numbers = rows[real], numbers[real]
-        # str.lower, since Arrow's lowering differs for letters such as "İ" and a final "Σ"
-        self._vocabulary = pa.array([word.lower() for word in encoded.dictionary.to_pylist()], pa.string())
+        words, self._lengths = split_words(texts)
+        encoded = words.dictionary_encode()
+        self._numbers: _Numbers = encoded.indices.to_numpy().astype(np.int64)
+        self._size = len(encoded.dictionary)
+        # Words hold no line end, so a part of a word can be looked for in all words at once. str.lower, since Arrow's
+        # lowering differs for letters such as "İ" and a final "Σ".
+        self._joined = "\n".join(encoded.dictionary.to_pylist()).lower()
+        self._vocabulary = self._joined.split("\n")
+        self._ends = np.cumsum(np.fromiter(map(len, self._vocabulary), np.int64, len(self._vocabulary)) + 1)
+        # the texts that hold word w: _holders[_first[w] : _first[w + 1]]
+        narrow = np.uint16 if self._size <= 1 << 16 else np.int64  # NumPy sorts 16 bits in linear time
+        by_word = np.argsort(self._numbers.astype(narrow), kind="stable")
+        self._holders = np.repeat(np.arange(len(texts)), self._lengths)[by_word]
+        self._first = np.concatenate([[0], np.cumsum(np.bincount(self._numbers, minlength=self._size))])
+        self._found: dict[str, _Numbers] = {}
 
     def __len__(self) -> int:
         """Number of texts."""
@@ -43,22 +53,15 @@ class WordIndex:
 
     def counts(self) -> Iterator[WordCounts]:
         """The counts of each text, in order."""
-        size = len(self._texts)
-        words = np.bincount(self._rows, minlength=size)
-        distinct = self._distinct(self._rows, self._rows * len(self._vocabulary) + self._numbers)
-        pairs = _renumber(self._numbers[:-1] * len(self._vocabulary) + self._numbers[1:])
-        rows, base = self._rows[3:], len(pairs)
-        # three numbers in 63 bits: enough for a thousand texts of 90,000 words each
-        grams = (rows * base + pairs[:-2]) * base + pairs[2:]
-        whole = rows == self._rows[: len(rows)]  # the 4-gram begins and ends in the same text
-        counts = np.maximum(words - 3, 0)
-        repeated = counts - self._distinct(rows[whole], grams[whole])
-        return map(WordCounts, *(column.tolist() for column in (words, distinct, counts, repeated)))
+        grams = np.maximum(self._lengths - 3, 0)
+        repeated = grams - self._distinct(self._gram_keys(), grams)
+        columns = (self._lengths, self._distinct(self._numbers, self._lengths), grams, repeated)
+        return map(WordCounts, *(column.tolist() for column in columns))
 
     def count_found(
         self,
         keywords: Collection[str],
-        within: npt.NDArray[np.bool_] | None = None,
+        within: _Flags | None = None,
         match: Match = "substring",
     ) -> _Numbers:
         """(N,) int64: how many distinct `keywords` occur in each text, in any case.
@@ -68,51 +71,70 @@ class WordIndex:
             within: (N,) bool; texts outside it count 0.
             match: where a keyword may be found; see `batch_jobs.scoring.outcome.occurs`.
         """
-        lowered = {keyword.lower() for keyword in keywords}
-        parts_of = {keyword: keyword.split() for keyword in lowered}
-        whole = {keyword for keyword in lowered if parts_of[keyword] == [keyword]}
-        # the parts of a phrase are only looked for as substrings: its place in the text is checked below
-        holding = self._texts_holding({part for keyword in lowered - whole for part in parts_of[keyword]}, "substring")
-        exact = self._texts_holding(whole, match)
         found = np.zeros(len(self._texts), dtype=np.int64)
-        for keyword in lowered:
-            holds = np.ones(len(self._texts), dtype=np.bool_) if within is None else within.copy()
-            if keyword in whole:
-                holds &= exact[keyword]
+        for keyword in {keyword.lower() for keyword in keywords}:
+            parts = keyword.split()
+            if parts == [keyword]:
+                holds = self._texts_with(keyword, match)
             else:  # the keyword spans words, whose order in the text must be checked
-                for part in parts_of[keyword]:
-                    holds &= holding[part]
+                holds = np.ones(len(self._texts), dtype=np.bool_)
+                if parts:  # the longest is in the fewest texts
+                    holds = self._texts_with(max(parts, key=len), "substring")
+            if within is not None:
+                holds &= within
+            if parts != [keyword]:
                 for row in np.flatnonzero(holds):
                     holds[row] = occurs(keyword, self._texts[row].as_py().lower(), match)
             found += holds
         return found
 
-    def _texts_holding(self, parts: Collection[str], match: Match) -> dict[str, npt.NDArray[np.bool_]]:
-        """Lower-case part of a word -> (N,) bool: which texts have a word that contains it, where `match` says."""
-        matches = {part: self._words_holding(part, match) for part in parts}
-        anything = np.zeros(len(self._vocabulary), dtype=np.bool_)
-        for found in matches.values():
-            anything |= found
-        places = np.flatnonzero(anything[self._numbers])  # few, so the rest is cheap
-        rows, numbers = self._rows[places], self._numbers[places]
-        return {
-            part: np.bincount(rows[found[numbers]], minlength=len(self._texts)) > 0 for part, found in matches.items()
-        }
-
-    def _words_holding(self, part: str, match: Match) -> npt.NDArray[np.bool_]:
-        """(V,) bool over the vocabulary. A word's ends are white space, so looking at the word alone is enough."""
-        holds: npt.NDArray[np.bool_] = pc.match_substring(self._vocabulary, part).to_numpy(zero_copy_only=False).copy()
-        if match != "substring":
-            for place in np.flatnonzero(holds):
-                holds[place] = occurs(part, self._vocabulary[place].as_py(), match)
+    def _texts_with(self, part: str, match: Match) -> _Flags:
+        """(N,) bool: which texts have a word that contains `part`, in lower case, where `match` says."""
+        holds = np.zeros(len(self._texts), dtype=np.bool_)
+        for word in self._words_with(part):
+            # a word's ends are white space, so looking at the word alone is enough
+            if match == "substring" or occurs(part, self._vocabulary[word], match):
+                holds[self._holders[self._first[word] : self._first[word + 1]]] = True
         return holds
 
-    def _distinct(self, rows: _Numbers, keys: _Numbers) -> _Numbers:
-        """Number of distinct keys of each text. `rows` ascend, and keys of a later row are greater."""
-        keys = np.sort(keys)
-        first = np.ones(len(keys), dtype=np.bool_)
-        np.not_equal(keys[1:], keys[:-1], out=first[1:])
-        return np.bincount(rows[first], minlength=len(self._texts))
+    def _words_with(self, part: str) -> _Numbers:
+        """Numbers of the words that contain `part`, in lower case."""
+        if part in self._found:  # asked for again with another match
+            return self._found[part]
+        places = []
+        place = self._joined.find(part)
+        while place >= 0:
+            places.append(place)
+            place = self._joined.find(part, place + len(part))
+        self._found[part] = np.unique(np.searchsorted(self._ends, places, side="right"))
+        return self._found[part]
+
+    def _gram_keys(self) -> _Numbers:
+        """A key for each word but the last three: equal where that word and the next three are equal."""
+        pairs, size = self._numbers[:-1] * self._size + self._numbers[1:], self._size**2
+        if size**2 > _KEYS:
+            pairs = _renumber(pairs)
+            size = len(pairs)
+        return pairs[:-2] * size + pairs[2:]
+
+    def _distinct(self, keys: _Numbers, lengths: _Numbers) -> _Numbers:
+        """(N,) int64: how many distinct keys each text has, whose keys begin where its words do; `lengths`: how many.
+
+        Texts of about one length are sorted side by side, which is much faster than one sort over all.
+        """
+        begins = np.cumsum(self._lengths) - self._lengths
+        distinct = np.zeros(len(lengths), dtype=np.int64)
+        order = np.argsort(lengths)[::-1]
+        order = order[: np.count_nonzero(lengths)]
+        while len(order):
+            width = int(lengths[order[0]])
+            rows, order = np.split(order, [max(1, _CELLS // width)])
+            columns = np.arange(width)
+            places = np.minimum(begins[rows, np.newaxis] + columns, len(keys) - 1)
+            block = np.where(columns < lengths[rows, np.newaxis], keys[places], -1)  # -1 comes first when sorted
+            block.sort(axis=1)
+            distinct[rows] = np.count_nonzero(np.diff(block, axis=1, prepend=-1), axis=1)
+        return distinct
 
 
 def _renumber(keys: _Numbers) -> _Numbers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
+import weakref
 
 import pyarrow as pa
 import pytest
@@ -80,6 +82,50 @@ def test_every_white_space_of_python_parts_words_and_nothing_else_does() -> None
     texts = [f"a{character}b" for character in characters]
     counted = WordIndex(pa.array(texts)).counts()
     assert [count[:2] for count in counted] == [(len(text.split()), len(set(text.split()))) for text in texts]
+
+
+def test_white_space_beyond_ascii_parts_words_next_to_other_characters_of_many_bytes() -> None:
+    draw = random.Random(5)
+    alphabet = ["é", "’", "、", "漢", "😀", "\u2007", "\u3000", "\xa0", "\x85", " ", "x"]
+    texts = ["".join(draw.choices(alphabet, k=draw.randrange(12))) for _ in range(3000)]
+    assert [count[:2] for count in WordIndex(pa.array(texts)).counts()] == [
+        (len(text.split()), len(set(text.split()))) for text in texts
+    ]
+
+
+def test_a_slice_of_an_array_is_indexed_as_its_own_texts() -> None:
+    texts = pa.array(["help help", "a b", "", "c help d"])
+    index = WordIndex(texts[1:])
+    assert [count.words for count in index.counts()] == [2, 0, 3]
+    assert index.count_found(["help"]).tolist() == [0, 0, 1]
+
+
+def test_more_distinct_words_than_pairs_of_pairs_have_numbers_for_are_counted() -> None:
+    many = [f"w{number}" for number in range(70_000)]  # 70,000 ** 4 > 2 ** 63
+    texts = [" ".join(many), " ".join(many[:9] + many[:9]), "a b c d a b c d", " ".join(many[-40_000:] * 2)]
+    index = WordIndex(pa.array(texts))
+    assert list(index.counts()) == [plain_counts_of_long(text) for text in texts]
+    assert index.count_found(["w69999", "w8"]).tolist() == [2, 1, 0, 1]
+
+
+def plain_counts_of_long(text: str) -> tuple[int, int, int, int]:
+    """`plain_counts` with a set, for texts of thousands of words."""
+    words = text.split()
+    grams = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
+    return len(words), len(set(words)), len(grams), len(grams) - len(set(grams))
+
+
+def test_an_index_is_freed_at_once() -> None:
+    index = WordIndex(pa.array(["help the user"]))
+    index.count_found(["help", "the user"])
+    list(index.counts())
+    alive = weakref.ref(index)
+    gc.disable()  # a cycle would keep a batch's arrays until the next collection
+    try:
+        del index
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", " \n "], ["one two three"]])
