@@ -219,7 +219,13 @@ class SteerBuffers:
 
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
         """Write a direction's (D,) float32 vector into a slot of the bank."""
-        self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
+        self.write_directions([slot], vector[None])
+
+    def write_directions(self, slots: Sequence[int], vectors_ND: npt.NDArray[np.float32]) -> None:
+        """Write (N, D) float32 vectors into N slots of the bank, in one copy to the device."""
+        device = self.bank_SD.device
+        vectors = torch.from_numpy(np.require(vectors_ND, np.float32, ("C", "W")))  # PyTorch warns of read-only memory
+        self.bank_SD.index_copy_(0, torch.tensor(slots, device=device), vectors.to(device))
 
     def _begin_prompts(self, plan: StepPlan) -> None:
         """Prepare the sums over prompts of which this step computes a part, or which are put aside or come back."""

@@ -201,10 +201,8 @@ def test_vectors_come_back_as_they_were_sent_and_replaced_ones_leave_no_file(tmp
     sent = Direction("a/b:c", 3, np.array([0.1, -2.0, 3e-8, 4e20], np.float32))
     put(registry, direction("a/b:c", 1.0, layer=3))
     put(registry, sent)
-    assert (
-        registry.directory.load_vector(registry.find("a/b:c", 3, range(99))).vector.tobytes() == sent.vector.tobytes()
-    )
-    assert registry.directory.load_vector(registry.find("file", 1, range(99))).vector[0] == 9.0
+    assert registry.load_vectors([registry.find("a/b:c", 3, range(99))])[0].vector.tobytes() == sent.vector.tobytes()
+    assert registry.load_vectors([registry.find("file", 1, range(99))])[0].vector[0] == 9.0
     assert len(list((tmp_path / "vectors").iterdir())) == 2
 
 
