@@ -59,11 +59,14 @@ class DirectionBook:
     """Looks up registered directions by name.
 
     Args:
-        registered: the directions, each name at most once per layer.
+        registered: the directions, each name at most once per layer; or a book to copy.
     """
 
-    def __init__(self, registered: Iterable[Registered] = ()) -> None:
+    def __init__(self, registered: Iterable[Registered] | DirectionBook = ()) -> None:
         self._by_name: dict[str, dict[int, Registered]] = {}
+        if isinstance(registered, DirectionBook):
+            self._by_name = {name: dict(layers) for name, layers in registered.current()._by_name.items()}
+            return
         for one in registered:
             self._by_name.setdefault(one.name, {})[one.layer] = one
 
@@ -118,6 +121,10 @@ class DirectionBook:
             )
         return self._by_name[name]
 
+    def slots(self) -> set[int]:
+        """The slots of all registered directions."""
+        return {one.slot for layers in self.current()._by_name.values() for one in layers.values()}
+
     def all(self) -> Iterable[Registered]:
         """All registered directions, sorted by name and layer."""
         for name in sorted(self._by_name):
@@ -133,17 +140,21 @@ class DirectionRegistry(DirectionBook):
     Args:
         capacity: number of slots in the bank.
         hidden_size: D, the required length of every vector.
-        registered: the directions that are in the bank already.
+        registered: the directions that are in the bank already, or a book of them.
         busy: slots not to allocate, although no registered direction is in them.
     """
 
     def __init__(
-        self, capacity: int, hidden_size: int, registered: Iterable[Registered] = (), busy: Collection[int] = ()
+        self,
+        capacity: int,
+        hidden_size: int,
+        registered: Iterable[Registered] | DirectionBook = (),
+        busy: Collection[int] = (),
     ) -> None:
         super().__init__(registered)
         self.capacity = capacity
         self.hidden_size = hidden_size
-        taken = {one.slot for one in self.all()} | set(busy)
+        taken = self.slots() | set(busy)
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in taken]
         self._retired: list[int] = []
 

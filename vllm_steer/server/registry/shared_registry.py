@@ -175,7 +175,7 @@ class SharedRegistry(DirectionBook):
         """
         async with self.directory.locked():
             before = self.current()
-            draft = DirectionRegistry(self.capacity, self.hidden_size, before.all(), self.use.busy())
+            draft = DirectionRegistry(self.capacity, self.hidden_size, before, self.use.busy())
             writes = draft.register(directions)
             check(before, draft)
             uploaded = self._uploaded | {_key(direction) for direction in directions}
@@ -198,7 +198,7 @@ class SharedRegistry(DirectionBook):
         """
         async with self.directory.locked():
             before = self.current()
-            draft = DirectionRegistry(self.capacity, self.hidden_size, before.all())
+            draft = DirectionRegistry(self.capacity, self.hidden_size, before)
             removed = draft.remove(name, layer)
             check(before, draft)
             self._publish(draft, self._uploaded - {_key(one) for one in removed}, self._files)
@@ -233,8 +233,9 @@ class SharedRegistry(DirectionBook):
     ) -> None:
         kept = self._aliases if aliases is None else aliases
         registered = tuple(draft.all())
-        named = {_key(one): files[_key(one)] for one in registered}
-        self.directory.publish(Index(self._server.name, registered, uploaded, kept, named))
+        index = Index(self._server.name, registered, uploaded, kept, {key: files[key] for key in map(_key, registered)})
+        self.directory.publish(index)
+        self._adopt(self.directory.open_index(), index, draft)  # the lock is held, so the file is ours
         self.show_bank()
 
     def _load(self) -> None:
@@ -244,14 +245,18 @@ class SharedRegistry(DirectionBook):
         except SettingsError:
             file.close()
             raise
+        self._adopt(file, index, DirectionBook(index.registered))
+
+    def _adopt(self, file: IO[str], index: Index, book: DirectionBook) -> None:
+        """Take over an index; ``file`` is open on it, and ``book`` holds its directions and changes no more."""
         if self._index_file is not None:
             self._index_file.close()
         # Kept open, so that no later index gets its inode and with it the same version.
         self._index_file = file
         status = os.fstat(file.fileno())
         self._version = status.st_dev, status.st_ino
-        self._book, self._uploaded, self._last_server = DirectionBook(index.registered), index.uploaded, index.server
-        self._slots, self._files = frozenset(one.slot for one in index.registered), index.files
+        self._book, self._uploaded, self._last_server = book, index.uploaded, index.server
+        self._slots, self._files = frozenset(book.slots()), index.files
         if index.aliases != self._aliases:
             self._aliases = index.aliases
 
