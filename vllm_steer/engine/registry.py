@@ -259,13 +259,12 @@ def bank_size(slots: int, hidden_size: int) -> str:
 
 
 def registration_memory(num_directions: int, hidden_size: int, capacity: int) -> str:
-    """What a registration takes, for the log: memory of this process, and the workers' bank."""
+    """What a registration takes, for the log: memory of this process and of the workers."""
     size = num_directions * hidden_size * _ITEM_BYTES
-    message = min(size, MOST_BYTES_A_MESSAGE)
     return (
         f"registering {num_directions:,} directions of {hidden_size:,} numbers: the vectors take {mib(size)} of this "
-        f"process's memory, and messages to the workers {mib(message)} at a time, only until they are sent; the bank, "
-        f"which is there already, takes {bank_size(capacity, hidden_size)}"
+        f"process's memory; sending them takes up to {mib(2 * min(size, MOST_BYTES_A_MESSAGE))} more for a moment, "
+        f"here and in each worker; the bank, which is there already, takes {bank_size(capacity, hidden_size)}"
     )
 
 
