@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 _JSON_TYPES = {
@@ -16,6 +16,7 @@ _JSON_TYPES = {
     float: "number",
     type(None): "null",
 }
+_MOST_LISTED = 20
 
 
 def json_type(value: object) -> str:
@@ -28,6 +29,18 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return repr(value)[:80]
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for a message, sorted: at most 20 of them, and how many there are beside these."""
+    first = ", ".join(sorted(names)[:_MOST_LISTED]) or "none"
+    return first if len(names) <= _MOST_LISTED else f"{first} and {len(names) - _MOST_LISTED:,} others"
+
+
+def mib(num_bytes: int) -> str:
+    """A size in MiB, with one decimal below ten: ``3.9 MiB``, ``1,024 MiB``."""
+    size = num_bytes / (1 << 20)
+    return f"{size:,.0f} MiB" if size >= 10 else f"{size:.1f} MiB"
 
 
 def near(name: str, allowed: Iterable[str]) -> str:

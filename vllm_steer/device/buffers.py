@@ -33,6 +33,7 @@ from vllm_steer.plan.step_plan import VERSION, IntArray, PromptPart, StepPlan
 
 _CHANGES = itertools.count()
 """Numbers the versions of all tables in this process."""
+_VECTORS_A_COPY = 1024  # bounds the memory of a copy to the device
 
 
 class SteerBuffers:
@@ -243,7 +244,17 @@ class SteerBuffers:
 
     def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
         """Write a direction's (D,) float32 vector into a slot of the bank."""
-        self.bank_SD[slot].copy_(torch.from_numpy(np.array(vector, dtype=np.float32)))
+        self.write_directions([slot], vector[None])
+
+    def write_directions(self, slots: Sequence[int], vectors_ND: npt.NDArray[np.float32]) -> None:
+        """Write (N, D) float32 vectors into N slots of the bank, many in one copy to the device."""
+        device = self.bank_SD.device
+        slot_N = torch.tensor(slots, dtype=torch.int64)
+        for start in range(0, len(slots), _VECTORS_A_COPY):
+            some = slice(start, start + _VECTORS_A_COPY)
+            # A copy, because PyTorch warns of memory that is read-only, as that of a message is.
+            vectors = torch.from_numpy(np.array(vectors_ND[some], dtype=np.float32))
+            self.bank_SD.index_copy_(0, slot_N[some].to(device), vectors.to(device))
 
     def _begin_prompts(self, plan: StepPlan) -> None:
         """Prepare the sums over prompts of which this step computes a part, or which are put aside or come back."""

@@ -135,12 +135,17 @@ class Direction:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 (hex) of the vector's float32 little-endian bytes; name and layer are not included."""
-        return sha256(self.vector.astype("<f4", copy=False).tobytes()).hexdigest()
+        return content_hash(self.vector)
 
     def normalised(self) -> Direction:
         """The same direction with norm 1."""
         vector = (self.vector.astype(np.float64) / self.norm).astype(np.float32)
         return Direction(self.name, self.layer, vector, self.metadata)
+
+
+def content_hash(vector: npt.NDArray[np.float32]) -> str:
+    """``Direction.content_hash`` of a (D,) contiguous float32 vector."""
+    return sha256(vector.astype("<f4", copy=False).data).hexdigest()
 
 
 def _on_host(vector: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from vllm_steer.directions.brainpatch_file import read_brainpatch
 from vllm_steer.directions.control_vector import read_control_vector, write_control_vector
 from vllm_steer.directions.direction import Direction
 from vllm_steer.directions.first_bytes import looks_like
-from vllm_steer.directions.folders import read_folder
+from vllm_steer.directions.folders import own_files, read_folder
 from vllm_steer.directions.hub import PREFIX, WEB, fetched, hub_address
 from vllm_steer.directions.npy_file import read_npy, write_npy
 from vllm_steer.directions.quoting import MOST_QUOTED
 from vllm_steer.directions.repsteer_folder import SUFFIX as FOLDER
 from vllm_steer.directions.repsteer_folder import write_repsteer
-from vllm_steer.directions.safetensors_file import read_safetensors, write_safetensors
+from vllm_steer.directions.safetensors_file import own_keys, read_safetensors, read_some, write_safetensors
 from vllm_steer.directions.said import LAYER_INDICES, LayerIndex, Said, of_array
 from vllm_steer.directions.steered_csv import read_steered_csv
 from vllm_steer.directions.svec_file import read_svec
@@ -50,7 +51,8 @@ def load_directions(
 
     Args:
         path: a ``.safetensors``, ``.gguf``, ``.npy``, ``.pt``, ``.svec``, ``.brainpatch`` or ``.csv`` file; a folder of
-            rotalabs-steer, repsteer, sae-lens, persona-vectors or concept-probes; or ``hf://owner/repository/path``.
+            ``.safetensors`` files that ``save_directions`` wrote; a folder of rotalabs-steer, repsteer, sae-lens,
+            persona-vectors or concept-probes; or ``hf://owner/repository/path``.
         name: replaces the name, which is otherwise the stored one or the file's stem.
         layer: reads this layer only, counted as the file does. Required where one vector comes without a layer.
         layer_index: how the file counts layers: ``block_output`` if index L is the output of block L, ``hidden_states``
@@ -86,6 +88,35 @@ def load_directions(
     found = _chosen(file, found, said)
     directions = [_checked(file, one) for one in found]
     return sorted(directions, key=lambda direction: (direction.layer, direction.name))
+
+
+def load_some(path: Path, keys: Sequence[str]) -> list[Direction]:
+    """Directions of a ``.safetensors`` file of this package, in the order of ``keys``, without reading the others.
+
+    Args:
+        path: the file.
+        keys: ``Direction.key`` of each.
+
+    Raises:
+        BadDirectionFile, BadVector: as ``load_directions``; also if a key is not in the file.
+    """
+    return [_checked(path, one) for one in read_some(path, keys)]
+
+
+def direction_keys(path: str | os.PathLike[str]) -> list[str]:
+    """``Direction.key`` of every direction that ``load_directions(path)`` returns, in any order.
+
+    Files of this package tell them without their vectors; files of other packages are read.
+
+    Raises:
+        BadDirectionFile, BadVector: as ``load_directions``; vectors that are not read are not checked.
+    """
+    file = Path(path)
+    own = own_files(file) if file.is_dir() else [file] if file.suffix == ".safetensors" and file.is_file() else []
+    keys = [own_keys(one) for one in own]
+    if keys and all(keys):
+        return [key for some in keys for key in some]
+    return [one.key for one in load_directions(path)]
 
 
 def _checked_arguments(
@@ -158,8 +189,8 @@ def _chosen(file: Path, found: list[Stored], said: Said) -> list[Stored]:
             f"{file} holds no direction{what}; allowed: at least one tensor, named name@layer (.safetensors) or "
             "direction.N (.gguf). Extract or export it again, or leave the choice out."
         )
-    keys = [(one.name, one.layer) for one in found]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
+    keys = Counter((one.name, one.layer) for one in found)
+    if twice := next((key for key, times in keys.items() if times > 1), None):
         raise BadDirectionFile(
             f"{file} holds several vectors for {twice[0]!r:.{MOST_QUOTED}} at layer {twice[1]}; allowed: one. Leave "
             "the others out, or save them under other names."
@@ -210,8 +241,8 @@ def save_directions(path: str | os.PathLike[str], directions: Sequence[Direction
         )
     if not directions:
         raise BadDirectionFile(f"no directions to write to {file}; allowed: at least one. Give one.")
-    keys = [direction.key for direction in directions]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    keys = Counter(direction.key for direction in directions)
+    twice = sorted(key for key, times in keys.items() if times > 1)
     if twice:
         raise BadDirectionFile(f"{twice[0]!r} comes twice; allowed: each name once a layer. Leave one of them out.")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Folders of other packages: rotalabs-steer, repsteer, sae-lens, persona-vectors and concept-probes."""
+"""Folders of direction files; those of rotalabs-steer, repsteer, sae-lens, persona-vectors and concept-probes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_steer.directions.repsteer_folder import FILES as REPSTEER_FILES
 from vllm_steer.directions.repsteer_folder import read_repsteer
 from vllm_steer.directions.sae_lens_folder import FILES as SAE_FILES
 from vllm_steer.directions.sae_lens_folder import read_sae_lens
-from vllm_steer.directions.safetensors_file import read_safetensors
+from vllm_steer.directions.safetensors_file import own_keys, read_safetensors
 from vllm_steer.directions.said import Said, member, number_of, of_array
 from vllm_steer.directions.torch_file import read_rotalabs
 from vllm_steer.directions.unchecked import LAYER, Stored
@@ -33,10 +33,21 @@ def read_folder(folder: Path, said: Said) -> list[Stored]:
             return read(folder, said)
     if any(folder.glob("layer_*.pt")) and (folder / "metadata.json").is_file():
         return _rotalabs(folder, said)
+    own = own_files(folder)
+    if own and all(own_keys(file) for file in own):
+        return [one for file in own for one in read_safetensors(file, said)]
     raise BadDirectionFile(
-        f"{folder} is a folder of no known layout; allowed: those of rotalabs-steer, repsteer, sae-lens, "
-        "persona-vectors and concept-probes. Give the path of one file in it."
+        f"{folder} is a folder of no known layout; allowed: .safetensors files that save_directions wrote, and the "
+        "folders of rotalabs-steer, repsteer, sae-lens, persona-vectors and concept-probes. Give the path of one file "
+        "in it."
     )
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The ``.safetensors`` files in a folder, sorted by name; none in a folder of another package's layout."""
+    if any(all((folder / name).is_file() for name in files) for files in _LAYOUTS):
+        return []
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def _rotalabs(folder: Path, said: Said) -> list[Stored]:

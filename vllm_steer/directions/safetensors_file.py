@@ -71,6 +71,42 @@ def read_safetensors(file: Path, said: Said = NOTHING_SAID) -> list[Stored]:
     return _own(file, metadata, said)
 
 
+def own_keys(file: Path) -> list[str]:
+    """The keys ``name@layer`` of a file of this package, from its header alone; none if another package wrote it.
+
+    Raises:
+        BadDirectionFile: the file is damaged, or a key or dtype is not allowed.
+    """
+    dtypes, _ = _header(file)
+    if not any("@" in key for key in dtypes):
+        return []
+    for key, dtype in dtypes.items():
+        _check_name(file, key)
+        _check_dtype(file, key, dtype)
+    return list(dtypes)
+
+
+def read_some(file: Path, keys: Sequence[str]) -> list[Stored]:
+    """The directions of these keys in a file that ``write_safetensors`` wrote; the others are not read.
+
+    Raises:
+        BadDirectionFile: the file is missing or damaged, or has no such key.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            written = _written(file, opened.metadata() or {})
+            vectors = [opened.get_tensor(key) for key in keys]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from None
+    named = (key.rpartition("@") for key in keys)
+    return [
+        Stored(name, int(layer), vector, *written.get(key, (None, {})))
+        for key, (name, _, layer), vector in zip(keys, named, vectors, strict=True)
+    ]
+
+
 def read_tensors(file: Path, only: str | None = None) -> dict[str, npt.NDArray[Any]]:
     """The tensors of a file by name; bfloat16 becomes float32.
 

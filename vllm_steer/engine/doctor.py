@@ -17,7 +17,7 @@ from vllm_steer.engine.registry import DirectionRegistry
 from vllm_steer.engine.shrunken_model import examine_shrunken
 from vllm_steer.engine.startup_checks import REFUSED_REQUESTS, refusals, refused_features
 from vllm_steer.engine.worker_answers import ModelRecord, classes_in
-from vllm_steer.errors import SettingsError, SteerError, UnsupportedModel
+from vllm_steer.errors import BankFull, SettingsError, SteerError, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings, UnprovenModel, steer_config
 
 # Prefix of vLLM's classes that run Hugging Face's modules: TransformersForCausalLM, TransformersMoEForCausalLM.
@@ -113,6 +113,8 @@ def diagnose(
     if not problems:
         try:
             _engine_config(name, {**engine_args, "additional_config": steering})  # the check of an engine's start
+        except BankFull:
+            pass  # _misfits says so below
         except SteerError as error:
             problems.append(str(error))
     model_class: str = model_config._model_info.architecture

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from vllm_steer.directions import UNIT_TOLERANCE, Direction, load_directions
+from vllm_steer.directions.files import direction_keys
 from vllm_steer.errors import AmbiguousDirection, BankFull, LayerNotHooked, UnknownDirection, WrongDimension
-from vllm_steer.messages import near
+from vllm_steer.messages import listed, mib, near
 from vllm_steer.settings import SteerSettings
+
+MOST_BYTES_A_MESSAGE = 1 << 28
+"""Most bytes of vectors in one message to the workers: it bounds the memory of a registration, on both sides."""
+MANY = 1000
+"""So many directions are told in the log, with the memory that they take, before they are registered."""
+_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,14 @@ class DirectionBook:
     """Looks up registered directions by name.
 
     Args:
-        registered: the directions, each name at most once per layer.
+        registered: the directions, each name at most once per layer; or a book to copy.
     """
 
-    def __init__(self, registered: Iterable[Registered] = ()) -> None:
+    def __init__(self, registered: Iterable[Registered] | DirectionBook = ()) -> None:
         self._by_name: dict[str, dict[int, Registered]] = {}
+        if isinstance(registered, DirectionBook):
+            self._by_name = {name: dict(layers) for name, layers in registered.current()._by_name.items()}
+            return
         for one in registered:
             self._by_name.setdefault(one.name, {})[one.layer] = one
 
@@ -102,15 +112,18 @@ class DirectionBook:
         """All directions of this name, by layer.
 
         Raises:
-            UnknownDirection: there is none; the message lists the registered names.
+            UnknownDirection: there is none; the message lists registered names.
         """
         if name not in self._by_name:
-            known = ", ".join(sorted(self._by_name)) or "none"
             raise UnknownDirection(
-                f"no direction is named {name!r}; registered: {known}.{near(name, self._by_name)} Register it with "
-                "register_directions(...), or on a server with PUT /v1/steering/directions/NAME."
+                f"no direction is named {name!r}; registered: {listed(self._by_name)}.{near(name, self._by_name)} "
+                "Register it with register_directions(...), or on a server with PUT /v1/steering/directions/NAME."
             )
         return self._by_name[name]
+
+    def slots(self) -> set[int]:
+        """The slots of all registered directions."""
+        return {one.slot for layers in self.current()._by_name.values() for one in layers.values()}
 
     def all(self) -> Iterable[Registered]:
         """All registered directions, sorted by name and layer."""
@@ -127,17 +140,21 @@ class DirectionRegistry(DirectionBook):
     Args:
         capacity: number of slots in the bank.
         hidden_size: D, the required length of every vector.
-        registered: the directions that are in the bank already.
+        registered: the directions that are in the bank already, or a book of them.
         busy: slots not to allocate, although no registered direction is in them.
     """
 
     def __init__(
-        self, capacity: int, hidden_size: int, registered: Iterable[Registered] = (), busy: Collection[int] = ()
+        self,
+        capacity: int,
+        hidden_size: int,
+        registered: Iterable[Registered] | DirectionBook = (),
+        busy: Collection[int] = (),
     ) -> None:
         super().__init__(registered)
         self.capacity = capacity
         self.hidden_size = hidden_size
-        taken = {one.slot for one in self.all()} | set(busy)
+        taken = self.slots() | set(busy)
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in taken]
         self._retired: list[int] = []
 
@@ -175,9 +192,11 @@ class DirectionRegistry(DirectionBook):
         latest = {direction.key: direction for direction in directions}.values()
         new = [direction for direction in latest if not self._has(direction)]
         if len(new) > len(self._free):
+            needed = self.capacity - len(self._free) + len(new)
             raise BankFull(
                 f"{len(new)} new directions, and {len(self._free)} of {self.capacity} slots are free; start the "
-                "engine with steer_config(max_directions=...) larger."
+                f"engine with steer_config(max_directions={needed}) or more: a bank of "
+                f"{bank_size(needed, self.hidden_size)}."
             )
         return [(self._free.pop(), direction) for direction in new]
 
@@ -218,9 +237,67 @@ class DirectionRegistry(DirectionBook):
         return known is not None and known.content_hash == direction.content_hash
 
 
-def bank_writes(writes: Iterable[tuple[int, Direction]]) -> list[tuple[int, str, int, bytes]]:
-    """The argument of the workers' ``vllm_steer_write``: (slot, name, layer, vector as little-endian float32 bytes)."""
-    return [(slot, one.name, one.layer, one.vector.astype("<f4", copy=False).tobytes()) for slot, one in writes]
+def bank_writes(writes: Sequence[tuple[int, Direction]]) -> Iterator[tuple[list[int], bytes]]:
+    """The arguments of the calls of the workers' ``vllm_steer_write`` that write these: mostly one call.
+
+    Yields:
+        (slots, their vectors as little-endian float32 numbers, one vector after another).
+    """
+    if not writes:
+        return
+    step = max(1, MOST_BYTES_A_MESSAGE // (_ITEM_BYTES * writes[0][1].vector.size))
+    for start in range(0, len(writes), step):
+        some = writes[start : start + step]
+        # join copies each vector once, into its place
+        vectors = b"".join([one.vector.astype("<f4", copy=False).data for _, one in some])
+        yield [slot for slot, _ in some], vectors
+
+
+def bank_size(slots: int, hidden_size: int) -> str:
+    """The memory of a bank on each worker, for messages."""
+    return f"{mib(slots * hidden_size * _ITEM_BYTES)} on each worker ({slots:,} slots × {hidden_size:,} × 4 bytes)"
+
+
+def registration_memory(num_directions: int, hidden_size: int, capacity: int) -> str:
+    """What a registration takes, for the log: memory of this process and of the workers."""
+    size = num_directions * hidden_size * _ITEM_BYTES
+    return (
+        f"registering {num_directions:,} directions of {hidden_size:,} numbers: the vectors take {mib(size)} of this "
+        f"process's memory; sending them takes up to {mib(2 * min(size, MOST_BYTES_A_MESSAGE))} more for a moment, "
+        f"here and in each worker; the bank, which is there already, takes {bank_size(capacity, hidden_size)}"
+    )
+
+
+def reading_memory(num_directions: int, hidden_size: int) -> str:
+    """What the configured directions take while an engine starts, for the log."""
+    return (
+        f"{num_directions:,} configured directions of {hidden_size:,} numbers: front end and workers each take up to "
+        f"three times {mib(num_directions * hidden_size * _ITEM_BYTES)} of host memory while they read them"
+    )
+
+
+def check_room(settings: SteerSettings, hidden_size: int) -> int:
+    """Compare the configured files with the bank, before any vector is read or any weight is loaded.
+
+    Args:
+        settings: the engine's settings.
+        hidden_size: D, for the message.
+
+    Returns:
+        The number of configured directions.
+
+    Raises:
+        BankFull: they need more slots than there are.
+        BadDirectionFile, BadVector: a file cannot be read.
+    """
+    keys = {key for path in settings.directions for key in direction_keys(path)}
+    if len(keys) > settings.max_directions:
+        raise BankFull(
+            f"the configured files hold {len(keys):,} directions, and max_directions is {settings.max_directions:,}; "
+            f"allowed: at most so many. Set max_directions={len(keys)} or more: a bank of "
+            f"{bank_size(len(keys), hidden_size)}."
+        )
+    return len(keys)
 
 
 def configured_directions(settings: SteerSettings) -> list[Direction]:

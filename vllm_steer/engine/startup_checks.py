@@ -14,6 +14,7 @@ from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.layer_classes import classes_compared_for, refuse_architecture, refuse_rescaled
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute, patch
+from vllm_steer.engine.registry import MANY, bank_size, check_room, reading_memory
 from vllm_steer.errors import LayerNotHooked, SettingsError, SteerError, UnsupportedFeature, UnsupportedModel
 from vllm_steer.settings import CONFIG_KEY, SteerSettings
 
@@ -40,6 +41,7 @@ def _create_engine_config(original: Any) -> Any:
             if unsupported is not None:
                 raise UnsupportedFeature(unsupported)
             check(config, settings)
+            _check_bank(config, settings)
             context = kwargs.get("usage_context", args[0] if args else None)
             if context == UsageContext.OPENAI_API_SERVER:
                 _check_endpoints()
@@ -62,6 +64,16 @@ def _create_engine_config(original: Any) -> Any:
         return config
 
     return create_engine_config
+
+
+def _check_bank(config: Any, settings: SteerSettings) -> None:
+    """Refuse more configured directions than slots, and say what memory bank and directions take."""
+    hidden_size = config.model_config.get_hidden_size()
+    num_directions = check_room(settings, hidden_size)
+    slots = settings.max_directions
+    logger.info("max_directions=%d: the bank takes %s.", slots, bank_size(slots, hidden_size))
+    if num_directions >= MANY:
+        logger.info("%s.", reading_memory(num_directions, hidden_size))
 
 
 def _check_endpoints() -> None:

@@ -161,6 +161,7 @@ def test_a_server_whose_endpoints_would_not_load_is_refused(
     made = SimpleNamespace(additional_config={CONFIG_KEY: SETTINGS.as_config()}, use_v2_model_runner=False)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self, usage_context=None: made)
     monkeypatch.setattr(startup_checks, "check", lambda *args: None)
+    made.model_config = SimpleNamespace(get_hidden_size=lambda: SIZE)
     startup_checks.install()
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if chosen is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from vllm_steer.directions import Direction
-from vllm_steer.engine.registry import DirectionRegistry
+from vllm_steer.directions import Direction, save_directions
+from vllm_steer.engine import registry as registry_module
+from vllm_steer.engine.registry import DirectionRegistry, bank_writes, check_room, registration_memory
 from vllm_steer.errors import AmbiguousDirection, BankFull, SteerError, UnknownDirection, WrongDimension
+from vllm_steer.settings import SteerSettings
 
 SIZE = 4
 
@@ -156,3 +160,66 @@ def test_a_registry_goes_on_from_what_lies_in_the_bank_and_leaves_busy_slots_alo
     assert slot == 3
     with pytest.raises(BankFull):
         after.register([direction("d", 1)])
+
+
+def test_one_message_carries_all_vectors_and_their_slots_in_one_order() -> None:
+    registry = DirectionRegistry(8, SIZE)
+    registry.register([direction("a", 0)])
+    writes = registry.register([direction(f"d{value}", 1, float(value)) for value in range(1, 6)])
+    ((slots, vectors),) = bank_writes(writes)
+    assert slots == [1, 2, 3, 4, 5]
+    assert np.frombuffer(vectors, "<f4").reshape(5, SIZE).tolist() == [[float(value)] * SIZE for value in range(1, 6)]
+    assert list(bank_writes([])) == []
+
+
+def test_no_message_is_larger_than_allowed_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "MOST_BYTES_A_MESSAGE", 2 * 4 * SIZE + 3)
+    writes = DirectionRegistry(8, SIZE).register([direction(f"d{value}", 1, float(value)) for value in range(1, 6)])
+    messages = list(bank_writes(writes))
+    assert [len(vectors) // (4 * SIZE) for _, vectors in messages] == [2, 2, 1]
+    rows = np.concatenate([np.frombuffer(vectors, "<f4").reshape(-1, SIZE) for _, vectors in messages])
+    assert rows[:, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [slot for slots, _ in messages for slot in slots] == [slot for slot, _ in writes]
+
+
+def test_a_full_bank_says_how_many_slots_are_needed_and_what_they_take() -> None:
+    registry = DirectionRegistry(1000, 4096)
+    registry.register([Direction(f"a{n}", 1, np.ones(4096, np.float32)) for n in range(4)])
+    more = [Direction(f"b{n}", 1, np.ones(4096, np.float32)) for n in range(1000)]
+    # 1,004 slots of 4,096 numbers of 4 bytes are 15.69 MiB.
+    with pytest.raises(BankFull, match=r"max_directions=1004\) or more: a bank of 16 MiB on each worker \(1,004 slots"):
+        registry.register(more)
+
+
+def test_of_ten_thousand_names_a_refusal_lists_twenty() -> None:
+    registry = DirectionRegistry(10_000, 1)
+    registry.register([direction(f"d{n:04}", 0, size=1) for n in range(10_000)])
+    with pytest.raises(UnknownDirection, match=r"d0019 and 9,980 others\. Perhaps you mean") as caught:
+        registry.find("d12345", None, range(99))
+    assert len(str(caught.value)) < 500
+
+
+def test_the_memory_of_a_registration_is_told_in_parts() -> None:
+    said = registration_memory(10_000, 4096, 16_384)
+    # 10,000 vectors of 4,096 numbers of 4 bytes are 156.25 MiB, a bank of 16,384 is 256 MiB.
+    for part in (
+        "the vectors take 156 MiB of this process",
+        "up to 312 MiB more",
+        "256 MiB on each worker (16,384 slots",
+    ):
+        assert part in said
+
+
+def test_more_configured_directions_than_slots_are_refused_before_a_vector_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        save_directions(tmp_path / "folder" / f"{name}.safetensors", [direction(name, 0), direction(name, 1)])
+    save_directions(tmp_path / "c.safetensors", [direction("c", 0), direction("b", 1, 2.0)])  # b@1 is there twice
+    files = (str(tmp_path / "folder"), str(tmp_path / "c.safetensors"))
+    monkeypatch.setattr("vllm_steer.directions.files.load_directions", None)  # reads vectors
+    assert check_room(SteerSettings(layers=(0,), directions=files, max_directions=5), SIZE) == 5
+    with pytest.raises(
+        BankFull, match=r"hold 5 directions, and max_directions is 4; allowed: at most so many\. Set max_"
+    ):
+        check_room(SteerSettings(layers=(0,), directions=files, max_directions=4), SIZE)

@@ -15,6 +15,7 @@ import torch
 from tests.support.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInWorker, plain_streams
 from vllm_steer import Direction, Readout
 from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.registry import DirectionRegistry, bank_writes
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.engine.worker import rpc, traces
 from vllm_steer.engine.worker.readout_copies import ReadoutFlow, Summed
@@ -143,3 +144,22 @@ def test_a_readout_that_was_collected_too_early_is_copied_again(runner: StandInR
     check(collected(runner, PROMPT_LEN + 1), PROMPT_LEN + 1)
     runner._on_request_state_removed("r-0", None)
     check(collected(runner, PROMPT_LEN + 1), PROMPT_LEN + 1)
+
+
+def test_the_vectors_of_one_message_are_written_to_their_slots_and_known_by_their_hashes(
+    runner: StandInRunner,
+) -> None:
+    registry = DirectionRegistry(SETTINGS.max_directions, SIZE, busy={0, 1, 5})
+    drawn = np.random.default_rng(2).standard_normal((7, SIZE))
+    writes = registry.register([Direction(f"d{number}", LAYER, vector_D) for number, vector_D in enumerate(drawn)])
+    ((slots, vectors),) = bank_writes(writes)
+    assert slots == [2, 3, 4, 6, 7, 8, 9]
+    bank_SD = runner.steering.buffers.bank_SD
+    before, version = bank_SD.clone(), bank_SD._version
+    assert rpc.write(StandInWorker(runner), slots, vectors) == 7
+    assert np.array_equal(bank_SD[slots].numpy(), drawn.astype(np.float32))
+    others = [slot for slot in range(len(bank_SD)) if slot not in slots]
+    assert torch.equal(bank_SD[others], before[others])
+    assert bank_SD._version > version, "the op keeps what it has worked out from the vectors before"
+    known = runner.steering._contents
+    assert [known[slot] for slot in slots] == [direction.content_hash for _, direction in writes]

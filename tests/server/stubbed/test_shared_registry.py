@@ -7,6 +7,7 @@ their own even within one process. Where the process itself matters, there is a 
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -26,10 +27,10 @@ from tests.support.server.registry_stand_ins import (
     anything,
     direction,
 )
-from vllm_steer.directions import Direction
+from vllm_steer.directions import Direction, save_directions
 from vllm_steer.engine.front import slots_in_flight
 from vllm_steer.engine.registry import DirectionBook
-from vllm_steer.errors import BankFull, SettingsError, SteerError, UnknownDirection, WrongDimension
+from vllm_steer.errors import BadDirectionFile, BankFull, SettingsError, SteerError, UnknownDirection, WrongDimension
 from vllm_steer.schema.readout import Readout
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
@@ -201,11 +202,70 @@ def test_vectors_come_back_as_they_were_sent_and_replaced_ones_leave_no_file(tmp
     sent = Direction("a/b:c", 3, np.array([0.1, -2.0, 3e-8, 4e20], np.float32))
     put(registry, direction("a/b:c", 1.0, layer=3))
     put(registry, sent)
-    assert (
-        registry.directory.load_vector(registry.find("a/b:c", 3, range(99))).vector.tobytes() == sent.vector.tobytes()
-    )
-    assert registry.directory.load_vector(registry.find("file", 1, range(99))).vector[0] == 9.0
+    assert registry.load_vectors([registry.find("a/b:c", 3, range(99))])[0].vector.tobytes() == sent.vector.tobytes()
+    assert registry.load_vectors([registry.find("file", 1, range(99))])[0].vector[0] == 9.0
     assert len(list((tmp_path / "vectors").iterdir())) == 2
+
+
+def test_a_file_of_several_vectors_stays_as_long_as_one_of_them_is_registered(tmp_path: Path) -> None:
+    registry = joined(tmp_path, StandInWorkers())
+    put(registry, direction("a", 1.0), direction("b", 2.0), direction("c", 3.0))
+    (file,) = (tmp_path / "vectors").iterdir()
+    put(registry, direction("a", 4.0))
+    remove(registry, "b")
+    assert file.exists()
+    assert len(list((tmp_path / "vectors").iterdir())) == 2
+    found = [registry.find(name, None, range(99)) for name in ("c", "a")]
+    assert [one.vector[0] for one in registry.load_vectors(found)] == [3.0, 4.0]
+    remove(registry, "c")
+    assert not file.exists()
+
+
+def test_a_vector_that_is_not_the_registered_one_is_refused(tmp_path: Path) -> None:
+    registry = joined(tmp_path, StandInWorkers())
+    put(registry, direction("a", 1.0))
+    (file,) = (tmp_path / "vectors").iterdir()
+    save_directions(file, [direction("a", 2.0)])
+    with pytest.raises(BadDirectionFile, match="another vector for 'a@1' than the index says"):
+        registry.load_vectors([registry.find("a", None, range(99))])
+    file.unlink()
+    with pytest.raises(BadDirectionFile, match="not a readable safetensors file"):
+        registry.load_vectors([registry.find("a", None, range(99))])
+
+
+def test_a_folder_of_a_server_that_wrote_a_file_for_each_direction_is_taken_over(tmp_path: Path) -> None:
+    entries = []
+    (tmp_path / "vectors").mkdir()
+    for slot, (name, value) in enumerate({"a": 1.0, "b": 2.0}.items()):
+        one = direction(name, value)
+        save_directions(tmp_path / "vectors" / f"{name}.safetensors", [one])
+        entries.append(
+            {"name": name, "layer": 1, "slot": slot, "content_hash": one.content_hash, "norm": one.norm, "peak": value}
+            | {"uploaded": True, "file": f"{name}.safetensors"}
+        )
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "server": "1-1.0", "directions": entries}, indent=1))
+    workers = StandInWorkers()
+    registry = joined(tmp_path, workers, NEXT_SERVER)
+    assert book(registry) == content(direction("a", 1.0), direction("b", 2.0))
+    assert sorted(workers.bank.values()) == [1.0, 2.0]
+
+
+def test_many_directions_are_read_again_at_a_restart(tmp_path: Path) -> None:
+    many = [Direction(f"d{n}", 1, np.full(SIZE, n + 1.0, np.float32)) for n in range(2000)]
+    first = SharedRegistry(RegistryDirectory(tmp_path), SERVER, 4000, SIZE, StandInWorkers().write)
+    opened.append(first)
+    asyncio.run(first.start(()))
+    put(first, *many[:1000])
+    for one in many[1000:1010]:
+        put(first, one)
+    first.close()
+    workers = StandInWorkers()
+    again = SharedRegistry(RegistryDirectory(tmp_path), NEXT_SERVER, 4000, SIZE, workers.write)
+    opened.append(again)
+    asyncio.run(again.start(many[1010:]))
+    assert book(again) == content(*many)
+    assert set(workers.bank.values()) == {n + 1.0 for n in range(1010)}
+    assert len(list((tmp_path / "vectors").iterdir())) == 12  # a file a change, and one for the configured ones
 
 
 def test_a_folder_in_use_by_a_living_server_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.front.admission import Asked, admission_of
 from vllm_steer.engine.front.all_engines import call_workers
 from vllm_steer.engine.front.request_intake import EXTRA_ARGS
-from vllm_steer.engine.registry import DirectionRegistry, bank_writes
+from vllm_steer.engine.log import logger
+from vllm_steer.engine.registry import MANY, DirectionRegistry, bank_writes, registration_memory
 from vllm_steer.engine.worker_answers import ModelRecord, whole_model, whole_readouts
 from vllm_steer.errors import ChangeNotAllowed, MalformedSpec, ReadoutUnavailable
 from vllm_steer.schema.conditions import Crossing
@@ -99,7 +100,8 @@ def steered(
 def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
     """Register directions on all workers while the engine runs; either all of them or none.
 
-    A direction replaces one of the same name and layer. Requests in flight keep the old vector.
+    A direction replaces one of the same name and layer. Requests in flight keep the old vector. Ten thousand of 4,096
+    numbers take about a second; the log says before what memory so many take.
 
     Raises:
         NotConfigured: the engine runs without ``steer_config``.
@@ -111,9 +113,15 @@ def register_directions(llm: LLM, directions: Sequence[Direction]) -> None:
     registry = _registry_of(llm.llm_engine.input_processor)
     if not llm.llm_engine.has_unfinished_requests():
         registry.reclaim()
-    writes = registry.register(directions)
-    if writes:
-        llm.collective_rpc("vllm_steer_write", args=(bank_writes(writes),))
+    writes = registry.reserve(directions)
+    _say_memory(registry, writes)
+    try:
+        for message in bank_writes(writes):
+            llm.collective_rpc("vllm_steer_write", args=message)
+    except BaseException:
+        registry.give_back(writes)
+        raise
+    registry.publish(writes)
 
 
 async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direction]) -> None:
@@ -128,9 +136,10 @@ async def register_directions_async(engine: AsyncLLM, directions: Sequence[Direc
         registry.reclaim()
     # Workers first: a request that is admitted before they have the vectors must not find the new entries.
     writes = registry.reserve(directions)
+    _say_memory(registry, writes)
     try:
-        if writes:
-            await call_workers(engine, "vllm_steer_write", bank_writes(writes))
+        for message in bank_writes(writes):
+            await call_workers(engine, "vllm_steer_write", *message)
     except BaseException:
         registry.give_back(writes)
         raise
@@ -311,6 +320,11 @@ def _registry_of(processor: InputProcessor) -> DirectionRegistry:
             "/v1/steering/directions/NAME. Use that."
         )
     return registry
+
+
+def _say_memory(registry: DirectionRegistry, writes: Sequence[Any]) -> None:
+    if len(writes) >= MANY:
+        logger.info("%s.", registration_memory(len(writes), registry.hidden_size, registry.capacity))
 
 
 def _check_synchronous(llm: Any, function: str) -> None:

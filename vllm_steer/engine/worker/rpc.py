@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from vllm.v1.worker.worker_base import WorkerBase
 
-from vllm_steer.directions import Direction
 from vllm_steer.engine.patching import patch
 from vllm_steer.engine.worker import step_marks
 from vllm_steer.engine.worker.worker_steering import WorkerSteering, steering_of
@@ -65,28 +64,24 @@ def _checked(load_model: Any, worker: Any) -> Any:
     return checked
 
 
-def write(worker: Any, directions: list[tuple[int, str, int, bytes]]) -> int:
-    """Write directions into the bank.
+def write(worker: Any, slots: list[int], vectors: bytes) -> int:
+    """Write vectors into the bank.
 
     RPCs run between steps, so no request sees a partial write.
 
     Args:
         worker: the vLLM worker.
-        directions: (slot, name, layer, vector as float32 bytes) of each.
+        slots: the slot of each vector.
+        vectors: the vectors, float32, one after another.
 
     Returns:
-        The number of directions.
+        The number of vectors.
 
     Raises:
         NotConfigured: the worker has no hooks.
     """
-    _of(worker).write_directions(
-        [
-            (slot, Direction(name, layer, np.frombuffer(vector, dtype=np.float32)))
-            for slot, name, layer, vector in directions
-        ]
-    )
-    return len(directions)
+    _of(worker).write_vectors(slots, np.frombuffer(vectors, dtype="<f4").reshape(len(slots), -1))
+    return len(slots)
 
 
 def collect(worker: Any, samples: list[tuple[str, int, int]]) -> list[Readout | None] | None:

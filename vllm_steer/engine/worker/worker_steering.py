@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.directions import Direction
+from vllm_steer.directions.direction import content_hash
 from vllm_steer.engine.early_ends import StepMarks, Watching
 from vllm_steer.engine.layer_classes import LAYER_CLASSES, refuse_rescaled
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.patching import Attribute
 from vllm_steer.engine.reader_blocks import kept_blocks
-from vllm_steer.engine.registry import DirectionRegistry, configured_directions
+from vllm_steer.engine.registry import DirectionRegistry, bank_writes, configured_directions
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved
 from vllm_steer.engine.worker.hooked_layers import conventions, put_hooks
 from vllm_steer.engine.worker.layer_experiment import examine
@@ -116,12 +119,16 @@ class WorkerSteering:
             DirectionRegistry(settings.max_directions, hidden_size).register(configured_directions(settings))
         )
 
-    def write_directions(self, writes: list[tuple[int, Direction]]) -> None:
-        """Write vectors to their bank slots."""
+    def write_directions(self, writes: Sequence[tuple[int, Direction]]) -> None:
+        """Write directions to their bank slots."""
+        for slots, vectors in bank_writes(writes):
+            self.write_vectors(slots, np.frombuffer(vectors, dtype="<f4").reshape(len(slots), -1))
+
+    def write_vectors(self, slots: Sequence[int], vectors_ND: npt.NDArray[np.float32]) -> None:
+        """Write (N, D) float32 vectors to their N bank slots."""
         self._take_ended()  # ended requests project onto the present contents
-        for slot, direction in writes:
-            self.buffers.write_direction(slot, direction.vector)
-            self._contents[slot] = direction.content_hash
+        self.buffers.write_directions(slots, vectors_ND)
+        self._contents.update(zip(slots, map(content_hash, vectors_ND), strict=True))
 
     def begin(self, request_id: str, params: Any) -> None:
         """Start to track a request that has reached the worker with these ``SamplingParams``.

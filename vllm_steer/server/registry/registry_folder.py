@@ -4,7 +4,7 @@
 
     index.json        which direction is in which slot; a new file for every change, so a reader sees all of it or none
     lock              held by the process that makes a change
-    vectors/          one safetensors file per direction
+    vectors/          safetensors files, one for the directions of each change; the index says which is in which
     readouts/         readouts of finished replies (``vllm_steer.server.readouts.kept_readouts``), of this server alone
     use/              the slots that requests of each living process use (``vllm_steer.engine.front.slot_use_files``)
 
@@ -22,24 +22,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from vllm_steer.directions import Direction, load_directions, save_directions
+from vllm_steer.directions import Direction, save_directions
+from vllm_steer.directions.files import load_some
 from vllm_steer.engine.front.slot_use_files import SlotUse
 from vllm_steer.engine.registry import Registered
-from vllm_steer.errors import SettingsError
+from vllm_steer.errors import BadDirectionFile, SettingsError
 from vllm_steer.schema.steering import Steering
 
 _LOCK_POLL_SECONDS = 0.005
 _FORMAT = 1
 _own_servers = itertools.count()
+_REGISTERED_FIELDS = tuple(one.name for one in fields(Registered))
+
+Key = tuple[str, int]
+"""Name and layer of a direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +94,30 @@ class Index:
     Attributes:
         server: name of the server to whose bank the slots belong.
         registered: all directions.
-        uploaded: (name, layer) of directions registered over HTTP; the others come from the configured files.
+        uploaded: the directions registered over HTTP; the others come from the configured files.
         aliases: model name -> its entries, of the aliases put over HTTP.
+        files: name of the file in ``vectors/`` that holds each direction.
     """
 
     server: str
     registered: tuple[Registered, ...]
-    uploaded: frozenset[tuple[str, int]]
+    uploaded: frozenset[Key]
     aliases: Mapping[str, tuple[Steering, ...]] = field(default_factory=dict)
+    files: Mapping[Key, str] = field(default_factory=dict)
 
     def write(self, file: IO[str]) -> None:
         """Write the index as JSON."""
         entries = [
-            {**asdict(one), "uploaded": (one.name, one.layer) in self.uploaded, "file": _file_name(one)}
+            {
+                **{name: getattr(one, name) for name in _REGISTERED_FIELDS},
+                "uploaded": (one.name, one.layer) in self.uploaded,
+                "file": self.files[one.name, one.layer],
+            }
             for one in self.registered
         ]
         aliases = {name: [one.to_json() for one in its] for name, its in self.aliases.items()}
         told = {"format": _FORMAT, "server": self.server, "directions": entries, "aliases": aliases}
-        json.dump(told, file, indent=1)
+        file.write(json.dumps(told))  # without indent, and in one piece: json has a fast way for that alone
 
     @classmethod
     def read(cls, file: IO[str]) -> Index:
@@ -116,14 +128,14 @@ class Index:
         """
         try:
             told = json.load(file)
-            names = [one.name for one in fields(Registered)]
             entries = told["directions"]
             return cls(
                 server=told["server"],
-                registered=tuple(Registered(**{name: entry[name] for name in names}) for entry in entries),
+                registered=tuple(Registered(*[entry[name] for name in _REGISTERED_FIELDS]) for entry in entries),
                 uploaded=frozenset((entry["name"], entry["layer"]) for entry in entries if entry["uploaded"]),
                 # An index of an earlier version has none.
                 aliases={name: tuple(map(Steering.from_json, its)) for name, its in told.get("aliases", {}).items()},
+                files={(entry["name"], entry["layer"]): entry["file"] for entry in entries},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
@@ -231,24 +243,50 @@ class RegistryDirectory:
             os.replace(temporary, self._index)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        named = {_file_name(one) for one in index.registered}
+        named = set(index.files.values())
         for path in self._vectors.iterdir():
             if path.name not in named:
                 path.unlink(missing_ok=True)
 
-    def save_vectors(self, directions: Iterable[Direction]) -> None:
-        """Write vectors; call it before publishing an index that names them."""
-        for direction in directions:
-            save_directions(self._vectors / _file_name(direction), [direction])
+    def save_vectors(self, directions: Sequence[Direction]) -> dict[Key, str]:
+        """Write vectors to one file; call it before publishing an index that names them.
 
-    def load_vector(self, one: Registered) -> Direction:
-        """Read the vector of a registered direction.
+        The file stays until the index names none of its directions.
+
+        Returns:
+            For each direction the name of the file, for ``Index.files``.
+        """
+        if not directions:
+            return {}
+        latest = {(one.name, one.layer): one for one in directions}
+        file = _file_name(latest.values())
+        save_directions(self._vectors / file, [*latest.values()])
+        return dict.fromkeys(latest, file)
+
+    def load_vectors(self, registered: Sequence[Registered], files: Mapping[Key, str]) -> list[Direction]:
+        """Read the vectors of registered directions.
+
+        Args:
+            registered: the directions.
+            files: as in ``Index``.
 
         Raises:
-            BadDirectionFile: its file is missing or damaged.
+            BadDirectionFile: a file is missing or damaged, or holds other vectors.
         """
-        (direction,) = load_directions(self._vectors / _file_name(one))
-        return direction
+        by_file: defaultdict[str, list[Registered]] = defaultdict(list)
+        for one in registered:
+            by_file[files.get((one.name, one.layer), "")].append(one)
+        found: dict[Key, Direction] = {}
+        for file, some in by_file.items():
+            read = load_some(self._vectors / file, [f"{one.name}@{one.layer}" for one in some])
+            for one, direction in zip(some, read, strict=True):
+                if direction.content_hash != one.content_hash:
+                    raise BadDirectionFile(
+                        f"{self._vectors / file} holds another vector for {direction.key!r} than the index says; "
+                        "allowed: unchanged files. Register it again."
+                    )
+                found[one.name, one.layer] = direction
+        return [found[one.name, one.layer] for one in registered]
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -259,6 +297,7 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _file_name(one: Direction | Registered) -> str:
+def _file_name(directions: Iterable[Direction]) -> str:
     """A digest, because names may hold characters that file systems do not accept."""
-    return sha256(f"{one.name}@{one.layer}:{one.content_hash}".encode()).hexdigest()[:32] + ".safetensors"
+    what = "\n".join(f"{one.name}@{one.layer}:{one.content_hash}" for one in directions)
+    return sha256(what.encode()).hexdigest()[:32] + ".safetensors"

@@ -138,7 +138,7 @@ def get_direction(
             return Response(status_code=304, headers={"ETag": etag_of(entries)})
         Preconditions(if_match).check(entries)
         try:
-            body = packed_directions([registry.directory.load_vector(one) for one in entries])
+            body = packed_directions(registry.load_vectors(entries))
         except BadDirectionFile:
             if registry.current() is book:
                 raise

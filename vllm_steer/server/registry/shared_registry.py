@@ -22,7 +22,7 @@ from vllm_steer.engine.front.slots_in_flight import InFlight
 from vllm_steer.engine.registry import DirectionBook, DirectionRegistry, Registered, bank_writes, configured_directions
 from vllm_steer.errors import SettingsError, SteerError
 from vllm_steer.schema.steering import Steering
-from vllm_steer.server.registry.registry_folder import Index, RegistryDirectory, Server
+from vllm_steer.server.registry.registry_folder import Index, Key, RegistryDirectory, Server
 
 Write = Callable[[list[tuple[int, Direction]]], Awaitable[None]]
 Check = Callable[[DirectionBook, DirectionBook], None]
@@ -53,7 +53,9 @@ class SharedRegistry(DirectionBook):
         self._index_file: IO[str] | None = None
         self._version: tuple[int, int] | None = None
         self._book = DirectionBook()
-        self._uploaded: frozenset[tuple[str, int]] = frozenset()
+        self._slots: frozenset[int] = frozenset()
+        self._uploaded: frozenset[Key] = frozenset()
+        self._files: Mapping[Key, str] = {}
         self._aliases: Mapping[str, tuple[Steering, ...]] = {}
         self._last_server = ""
 
@@ -90,15 +92,15 @@ class SharedRegistry(DirectionBook):
             # An upload replaces a file's direction of the same name and layer, and may have its slot.
             rest = [one for one in files.all() if _key(one) not in self._uploaded]
             draft = DirectionRegistry(self.capacity, self.hidden_size, rest)
-            uploaded = [self.directory.load_vector(one) for one in self._book.all() if _key(one) in self._uploaded]
+            uploaded = self.load_vectors([one for one in self._book.all() if _key(one) in self._uploaded])
             try:
                 writes = draft.register(uploaded)
             except SteerError as error:
                 raise type(error)(f"registry_dir {self.directory.path}: {error}") from None
-            self.directory.save_vectors(configured)
+            saved = self.directory.save_vectors(configured)
             if writes:
                 await self._write(writes)
-            self._publish(draft, self._uploaded)
+            self._publish(draft, self._uploaded, {**saved, **{key: self._files[key] for key in self._uploaded}})
 
     def current(self) -> DirectionBook:
         """The book as last published by any process; the same object until something changes."""
@@ -125,6 +127,14 @@ class SharedRegistry(DirectionBook):
         self.current()
         return self._aliases
 
+    def load_vectors(self, registered: Sequence[Registered]) -> list[Direction]:
+        """Read the vectors of registered directions.
+
+        Raises:
+            BadDirectionFile: a file is missing or damaged, or a direction has been replaced or removed meanwhile.
+        """
+        return self.directory.load_vectors(registered, self._files)
+
     async def put_alias(self, name: str, entries: tuple[Steering, ...], check: Callable[[], None]) -> bool:
         """Make ``name`` an alias, or give it other entries.
 
@@ -142,7 +152,7 @@ class SharedRegistry(DirectionBook):
         async with self.directory.locked():
             before = self.aliases()
             check()
-            self._publish(self._book, self._uploaded, {**before, name: entries})
+            self._publish(self._book, self._uploaded, self._files, {**before, name: entries})
             return name not in before
 
     async def remove_alias(self, name: str) -> bool:
@@ -151,7 +161,8 @@ class SharedRegistry(DirectionBook):
             before = self.aliases()
             if name not in before:
                 return False
-            self._publish(self._book, self._uploaded, {one: its for one, its in before.items() if one != name})
+            kept = {one: its for one, its in before.items() if one != name}
+            self._publish(self._book, self._uploaded, self._files, kept)
             return True
 
     async def put(self, directions: Sequence[Direction], check: Check) -> DirectionBook:
@@ -164,15 +175,16 @@ class SharedRegistry(DirectionBook):
         """
         async with self.directory.locked():
             before = self.current()
-            draft = DirectionRegistry(self.capacity, self.hidden_size, before.all(), self.use.busy())
+            draft = DirectionRegistry(self.capacity, self.hidden_size, before, self.use.busy())
             writes = draft.register(directions)
             check(before, draft)
             uploaded = self._uploaded | {_key(direction) for direction in directions}
+            files = self._files
             if writes:
-                self.directory.save_vectors(direction for _, direction in writes)
+                files = {**files, **self.directory.save_vectors([direction for _, direction in writes])}
                 await self._write(writes)
             if writes or uploaded != self._uploaded:
-                self._publish(draft, uploaded)
+                self._publish(draft, uploaded, files)
             return self.current()
 
     async def remove(self, name: str, layer: int | None, check: Check) -> list[Registered]:
@@ -186,15 +198,16 @@ class SharedRegistry(DirectionBook):
         """
         async with self.directory.locked():
             before = self.current()
-            draft = DirectionRegistry(self.capacity, self.hidden_size, before.all())
+            draft = DirectionRegistry(self.capacity, self.hidden_size, before)
             removed = draft.remove(name, layer)
             check(before, draft)
-            self._publish(draft, self._uploaded - {_key(one) for one in removed})
+            self._publish(draft, self._uploaded - {_key(one) for one in removed}, self._files)
             return removed
 
     def show_bank(self) -> tuple[int, int, int]:
         """Numbers of slots that are registered, held only by running requests, and free; also sets the metric."""
-        registered = {one.slot for one in self.all()}
+        self.current()
+        registered = self._slots
         held = len(self.use.busy() - registered)
         slots = (len(registered), held, self.capacity - len(registered) - held)
         metrics.bank(*slots)
@@ -202,7 +215,7 @@ class SharedRegistry(DirectionBook):
 
     def released(self, slots: Iterable[int]) -> None:
         """Update the metric; call it when requests that used these slots have ended."""
-        if not {one.slot for one in self._book.all()}.issuperset(slots):
+        if not self._slots.issuperset(slots):
             self.show_bank()
 
     def close(self) -> None:
@@ -214,11 +227,15 @@ class SharedRegistry(DirectionBook):
     def _publish(
         self,
         draft: DirectionBook,
-        uploaded: frozenset[tuple[str, int]],
+        uploaded: frozenset[Key],
+        files: Mapping[Key, str],
         aliases: Mapping[str, tuple[Steering, ...]] | None = None,
     ) -> None:
         kept = self._aliases if aliases is None else aliases
-        self.directory.publish(Index(self._server.name, tuple(draft.all()), uploaded, kept))
+        registered = tuple(draft.all())
+        index = Index(self._server.name, registered, uploaded, kept, {key: files[key] for key in map(_key, registered)})
+        self.directory.publish(index)
+        self._adopt(self.directory.open_index(), index, draft)  # the lock is held, so the file is ours
         self.show_bank()
 
     def _load(self) -> None:
@@ -228,18 +245,23 @@ class SharedRegistry(DirectionBook):
         except SettingsError:
             file.close()
             raise
+        self._adopt(file, index, DirectionBook(index.registered))
+
+    def _adopt(self, file: IO[str], index: Index, book: DirectionBook) -> None:
+        """Take over an index; ``file`` is open on it, and ``book`` holds its directions and changes no more."""
         if self._index_file is not None:
             self._index_file.close()
         # Kept open, so that no later index gets its inode and with it the same version.
         self._index_file = file
         status = os.fstat(file.fileno())
         self._version = status.st_dev, status.st_ino
-        self._book, self._uploaded, self._last_server = DirectionBook(index.registered), index.uploaded, index.server
+        self._book, self._uploaded, self._last_server = book, index.uploaded, index.server
+        self._slots, self._files = frozenset(book.slots()), index.files
         if index.aliases != self._aliases:
             self._aliases = index.aliases
 
 
-def _key(one: Direction | Registered) -> tuple[str, int]:
+def _key(one: Direction | Registered) -> Key:
     return one.name, one.layer
 
 
@@ -257,7 +279,8 @@ async def share_registry(admission: Admission, engine_client: Any) -> SharedRegi
     """
 
     async def write(writes: list[tuple[int, Direction]]) -> None:
-        await call_workers(engine_client, "vllm_steer_write", bank_writes(writes))
+        for message in bank_writes(writes):
+            await call_workers(engine_client, "vllm_steer_write", *message)
 
     config, settings = engine_client.vllm_config, admission.settings
     server = Server.of(config.parallel_config._api_process_count)

@@ -1,0 +1,46 @@
+"""Vectors in the bank: many at once, from memory that may not be written, each in its slot."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_steer.device.buffers import SteerBuffers
+
+SLOTS, SIZE = 3000, 4
+
+
+def make() -> SteerBuffers:
+    return SteerBuffers(
+        num_layers=1,
+        hidden_size=SIZE,
+        max_tokens=4,
+        max_requests=1,
+        max_entries=1,
+        max_directions=SLOTS,
+        trace_columns=0,
+        device=torch.device("cpu"),
+    )
+
+
+def test_many_vectors_are_written_to_their_slots_in_any_order() -> None:
+    buffers = make()
+    rng = np.random.default_rng(0)
+    slots = rng.permutation(SLOTS)[:2500]  # more than one copy to the device takes
+    message = rng.standard_normal((2500, SIZE)).astype("<f4").tobytes()
+    vectors_ND = np.frombuffer(message, "<f4").reshape(-1, SIZE)
+    buffers.write_directions(slots.tolist(), vectors_ND)
+    expected = np.zeros((SLOTS, SIZE), np.float32)
+    for slot, vector_D in zip(slots, vectors_ND, strict=True):
+        expected[slot] = vector_D
+    assert np.array_equal(buffers.bank_SD.numpy(), expected)
+
+
+def test_one_vector_is_written_as_one_of_many() -> None:
+    one, many = make(), make()
+    vector_D = np.arange(1.0, 1.0 + SIZE, dtype=np.float32)
+    one.write_direction(7, vector_D)
+    many.write_directions([7], vector_D[None])
+    assert torch.equal(one.bank_SD, many.bank_SD)
+    assert one.bank_SD[7].tolist() == vector_D.tolist()
+    assert not one.bank_SD[[*range(7), *range(8, SLOTS)]].any()
