@@ -39,7 +39,7 @@ from benchmarks.harness.rounds import interval
 from vllm_steer import Direction, Readout, Steering, register_directions, steer_config, steered
 from vllm_steer.engine.front.admission import admission_of
 from vllm_steer.engine.front.offline import _Wanted
-from vllm_steer.engine.front.request_intake import _admit, asked_of
+from vllm_steer.engine.front.request_intake import _admit, asked_of, said_by
 from vllm_steer.engine.prefix_cache import fork_key
 from vllm_steer.engine.worker import rpc
 
@@ -121,7 +121,7 @@ class Host:
             params = [copy(self._params) for _ in entries]
         else:
             params = timed("steered()", lambda own: steered(self._params, own, kind.readout), entries)
-            asked = timed("parsing", lambda one: asked_of(self._processor, one.extra_args), params)
+            asked = timed("parsing", lambda one: asked_of(self._processor, said_by(one)), params)
         params = timed("copying the parameters", deepcopy, params)
         requests = [self._request(one) for one in params]
         if kind is not PLAIN:
@@ -195,9 +195,7 @@ def main() -> None:
         str(model), enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=1 << 28, block_size=BLOCK_SIZE,
         additional_config=steer_config(layers=range(NUM_LAYERS)),
     )  # fmt: skip
-    vectors = np.random.default_rng(0).standard_normal(
-        (NUM_DIRECTIONS, llm.llm_engine.model_config.get_hidden_size())
-    )
+    vectors = np.random.default_rng(0).standard_normal((NUM_DIRECTIONS, llm.llm_engine.model_config.get_hidden_size()))
     register_directions(
         llm, [Direction(f"direction-{number}", 0, vector).normalised() for number, vector in enumerate(vectors)]
     )
@@ -209,9 +207,9 @@ def main() -> None:
     for number in range(arguments.rounds):
         here = {kind.name: host.microseconds(kind) for kind in (ways if number % 2 else reversed(ways))}
         rounds.append({kind.name: beyond_plain(here[kind.name], here[PLAIN.name]) for kind in KINDS})
-    measured = {}
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
     for kind in KINDS:
-        stages = {}
+        stages: dict[str, dict[str, Any]] = {}
         print(f"\n{kind.name}")
         for stage in rounds[0][kind.name]:
             values = [one[kind.name][stage] for one in rounds]

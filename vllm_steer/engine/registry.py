@@ -53,10 +53,14 @@ class DirectionBook:
 
     Args:
         registered: the directions, each name at most once per layer.
+
+    Attributes:
+        state: another object after each change, for what is remembered of look-ups.
     """
 
     def __init__(self, registered: Iterable[Registered] = ()) -> None:
         self._by_name: dict[str, dict[int, Registered]] = {}
+        self.state = object()
         for one in registered:
             self._by_name.setdefault(one.name, {})[one.layer] = one
 
@@ -188,6 +192,7 @@ class DirectionRegistry(DirectionBook):
             if direction.layer in layers:
                 self._retired.append(layers[direction.layer].slot)
             layers[direction.layer] = Registered.of(direction, slot)
+        self.state = object()
 
     def give_back(self, writes: Iterable[tuple[int, Direction]]) -> None:
         """Free reserved slots again, instead of ``publish``."""
@@ -206,6 +211,7 @@ class DirectionRegistry(DirectionBook):
         if not layers:
             del self._by_name[name]
         self._retired.extend(one.slot for one in removed)
+        self.state = object()
         return removed
 
     def reclaim(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, Literal, get_args
 
 from vllm_steer import spans
@@ -168,7 +170,7 @@ class Steering:
     @property
     def _is_old(self) -> bool:
         """Whether no field that version 1 lacks is set."""
-        return not self.relative and not self.keep_norm and self.when is None and self.low is None and self.high is None
+        return self.when is None and self.low is None and self.high is None and not self.relative and not self.keep_norm
 
     def to_json(self) -> dict[str, Any]:
         """The entry as a JSON object: all fields of version 1, and the others where they are not at their default."""
@@ -178,6 +180,14 @@ class Steering:
         later: dict[str, Any] = {"relative": self.relative, "keep_norm": self.keep_norm}
         later |= {"low": self.low, "high": self.high, "when": None if self.when is None else self.when.to_json()}
         return old | {name: value for name, value in later.items() if value is not None and value is not False}
+
+    def dumps(self) -> str:
+        """``to_json`` as JSON text without spaces."""
+        if not self._is_old:
+            return json.dumps(self.to_json(), separators=(",", ":"))
+        layer = "null" if self.layer is None else self.layer
+        named, span = _quoted(self.direction), _quoted(self.span)
+        return f'{{"direction":{named},"alpha":{self.alpha!r},"layer":{layer},"op":"{self.op}","span":{span}}}'
 
     @classmethod
     def from_json(cls, value: object) -> Steering:
