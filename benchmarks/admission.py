@@ -15,6 +15,7 @@ caller's process sends nothing, and one with a single worker does not pickle.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import pickle
 import statistics
@@ -203,6 +204,8 @@ def main() -> None:
     ways = (PLAIN, *KINDS)
     for kind in ways:  # warms up
         host.microseconds(kind)
+    gc.collect()
+    gc.freeze()  # as vLLM's servers and engine processes do
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(arguments.rounds):
         here = {kind.name: host.microseconds(kind) for kind in (ways if number % 2 else reversed(ways))}

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
@@ -229,7 +230,8 @@ class Resolved:
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
-        return _shallow(self) | {"readout": None if self.readout is None else _shallow(self.readout)}
+        readout = None if self.readout is None else _dumped(self.readout)
+        return {**_dumped(self), "readout": readout}
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
@@ -254,8 +256,9 @@ def resolved_of(request: Any) -> dict[str, Any] | None:
     return params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
 
 
-def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
+def _dumped(value: Resolved | ResolvedReadout) -> dict[str, Any]:
+    names, get = _FIELDS[type(value)]
+    return dict(zip(names, get(value), strict=True))
 
 
 class Digest:
@@ -278,3 +281,6 @@ class Digest:
         hashed = self._begun.copy()
         hashed.update(self._a_N.pack(*a_N))  # behind JSON text of known end, so no two inputs are alike
         return hashed.hexdigest()
+
+
+_FIELDS = {one: (one.__match_args__, attrgetter(*one.__match_args__)) for one in (Resolved, ResolvedReadout)}

@@ -349,7 +349,10 @@ class BatchPlanner:
         if steps_left and not (alone or plan.loaded or reads.blocks):
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
-        return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+        new_rows, trace_slot_LK = self._rows.take_changes(), self._trace_columns.take_changes()
+        if not new_rows and trace_slot_LK is None:
+            return plan
+        return replace(plan, new_rows=new_rows, trace_slot_LK=trace_slot_LK)
 
     def prompt_sums_of(self, request_id: str) -> int | None:
         """The request's row in the sums over prompts; None without one, or if its prompt has not been computed."""

@@ -49,6 +49,8 @@ class Entry(NamedTuple):
     threshold: float = 0.0
 
 
+IntArray = npt.NDArray[np.int32]
+
 Packed = bytes
 """The entries of a window as they travel from admission to the worker, see ``pack``."""
 
@@ -89,7 +91,7 @@ def slots_of(packed: Packed) -> set[int]:
     return slots
 
 
-def _columns(packed: Packed) -> npt.NDArray[np.int32]:
+def _columns(packed: Packed) -> IntArray:
     """(7, N) int32, read-only: the columns of ``pack``; of float32 ones the bits."""
     return np.frombuffer(packed, "<i4").reshape(7, -1)
 
@@ -111,7 +113,7 @@ class EntryRows:
         # The tables are sent from their beginning on, so the lowest rows are lent first.
         self._free = list(range(max_requests * max_windows - 1, -1, -1))
         self._depth_RL = np.zeros((max_requests * max_windows, num_layers), np.int32)
-        self._changes: list[tuple[int, npt.NDArray[np.int32]]] = []
+        self._changes: list[tuple[int, IntArray]] = []
 
     def lend(
         self,
@@ -157,12 +159,12 @@ class EntryRows:
         """Free a request's rows; does nothing if it has none."""
         self._free.extend(row for row in reversed(self._rows.pop(request_id, ())) if row >= 0)
 
-    def depth(self, rows: Sequence[int]) -> npt.NDArray[np.int32]:
+    def depth(self, rows: Sequence[int]) -> IntArray:
         """(L,) int32: the most entries that any of these rows has at each layer."""
-        depth_L: npt.NDArray[np.int32] = self._depth_RL[list(rows)].max(axis=0)
+        depth_L: IntArray = self._depth_RL[rows[0]] if len(rows) == 1 else self._depth_RL[list(rows)].max(axis=0)
         return depth_L
 
-    def take_changes(self) -> list[tuple[int, npt.NDArray[np.int32]]]:
+    def take_changes(self) -> list[tuple[int, IntArray]]:
         """The rows written since the last call, and (L, E, 8) int32 for each.
 
         An entry is (slot, a, b, mode, gate, threshold, 0, 0); a, b and the threshold are the bits of a float32. Slot -1
@@ -175,19 +177,30 @@ class EntryRows:
 
     def _write(self, row: int, packed: Packed, place: int, held_columns: Mapping[int, int]) -> None:
         columns_7N = _columns(packed)
-        layer_N, mode_N = columns_7N[0], columns_7N[4]
         row_LE8 = self._blank_LE8.copy()
-        depth_L = np.bincount(layer_N, minlength=len(row_LE8))
-        # The entries are sorted by layer: what is left over the first one of their layer is their place there.
-        place_N = np.arange(len(layer_N)) - (depth_L.cumsum() - depth_L)[layer_N]
-        row_LE8[layer_N, place_N, :6] = columns_7N[1:].T
-        for at in np.flatnonzero(mode_N >= PROMPT).tolist():
-            entry_8 = row_LE8[layer_N[at], place_N[at]]
-            mode = int(mode_N[at])
-            if mode & PROMPT:
-                entry_8[4] += MOST_PROBES * place
-            if mode >> HELD_SHIFT:
-                column = held_columns.get((mode >> HELD_SHIFT) - 1, -1)
-                entry_8[3] = mode & ((1 << HELD_SHIFT) - 1) | (column + 1) << HELD_SHIFT
+        num_layers, most, _ = row_LE8.shape
+        depth_L, places = [0] * num_layers, []
+        for layer in columns_7N[0].tolist():
+            depth = depth_L[layer]
+            if layer < 0 or depth == most:
+                raise IndexError(f"entry {depth} at layer index {layer}, of {most} at each of {num_layers}")
+            places.append(layer * most + depth)
+            depth_L[layer] = depth + 1
+        entries_8 = row_LE8.reshape(-1, 8)
+        entries_8[places, :6] = columns_7N[1:].T
+        modes = columns_7N[4].tolist()
+        if max(modes) >= PROMPT:
+            self._complete(entries_8, places, modes, place, held_columns)
         self._depth_RL[row] = depth_L
         self._changes.append((row, row_LE8))
+
+    def _complete(
+        self, entries_8: IntArray, places: Sequence[int], modes: Sequence[int], place: int, columns: Mapping[int, int]
+    ) -> None:
+        """Fill in what depends on the other requests: the request's sum over its prompt, and its trace columns."""
+        for at, mode in zip(places, modes, strict=True):
+            if mode & PROMPT:
+                entries_8[at, 4] += MOST_PROBES * place
+            if mode >> HELD_SHIFT:
+                column = columns.get((mode >> HELD_SHIFT) - 1, -1)
+                entries_8[at, 3] = mode & ((1 << HELD_SHIFT) - 1) | (column + 1) << HELD_SHIFT

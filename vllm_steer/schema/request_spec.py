@@ -57,12 +57,14 @@ class RequestSpec:
 
     def dumps(self) -> str:
         """The JSON string for ``extra_args`` and ``vllm_xargs``."""
-        parts = [f'"v":{self.version}']
+        version, parts = 1 if self.readout is None else self.readout.version, []
         if self.steering is not None:
-            parts.append(f'"steering":[{",".join([entry.dumps() for entry in self.steering])}]')
+            told = [entry.dumps() for entry in self.steering]
+            version = max(version, *[own for _, own in told]) if told else version
+            parts.append(f'"steering":[{",".join([text for text, _ in told])}]')
         if self.readout is not None:
             parts.append(f'"readout":{json.dumps(self.readout.to_json(), separators=(",", ":"))}')
-        return f"{{{','.join(parts)}}}"
+        return "{" + ",".join([f'"v":{version}', *parts]) + "}"
 
     @classmethod
     def loads(cls, text: object) -> RequestSpec:

@@ -164,8 +164,13 @@ class Steering:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this entry uses."""
-        is_new = not self._is_old or (self.op == "ablate" and self.alpha != 1.0)
-        return 1 if self.op in OPS_OF_V1 and self.span in SPANS_OF_V1 and not is_new else 2
+        return self._version if self._is_old else 2
+
+    @property
+    def _version(self) -> int:
+        """``version`` of an entry without later fields."""
+        is_new = self.op not in OPS_OF_V1 or self.span not in SPANS_OF_V1 or (self.op == "ablate" and self.alpha != 1.0)
+        return 2 if is_new else 1
 
     @property
     def _is_old(self) -> bool:
@@ -181,13 +186,14 @@ class Steering:
         later |= {"low": self.low, "high": self.high, "when": None if self.when is None else self.when.to_json()}
         return old | {name: value for name, value in later.items() if value is not None and value is not False}
 
-    def dumps(self) -> str:
-        """``to_json`` as JSON text without spaces."""
+    def dumps(self) -> tuple[str, int]:
+        """``to_json`` as JSON text without spaces, and ``version``."""
         if not self._is_old:
-            return json.dumps(self.to_json(), separators=(",", ":"))
+            return json.dumps(self.to_json(), separators=(",", ":")), 2
         layer = "null" if self.layer is None else self.layer
         named, span = _quoted(self.direction), _quoted(self.span)
-        return f'{{"direction":{named},"alpha":{self.alpha!r},"layer":{layer},"op":"{self.op}","span":{span}}}'
+        text = f'{{"direction":{named},"alpha":{self.alpha!r},"layer":{layer},"op":"{self.op}","span":{span}}}'
+        return text, self._version
 
     @classmethod
     def from_json(cls, value: object) -> Steering:

@@ -34,7 +34,7 @@ class EntryLimits:
         Raises:
             TooManyEntries: there are more.
         """
-        steered = sum(bool(window.entries) for window in windows)
+        steered = sum(bool(window.packed) for window in windows)
         if steered > self._settings.max_windows:
             raise TooManyEntries(
                 f"the spans cut the request into {steered} windows that are steered each in its own way; allowed: "
