@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vllm_steer"
 MODULES = {
     "engine": "vllm_versions startup_checks layer_classes prefix_cache early_ends",
-    "engine/front": "admission hooks entry_limits readout_admission request_intake async_generate offline",
+    "engine/front": "admission hooks entry_limits entry_resolution entry_shapes readout_admission "
+    "request_intake async_generate offline",
     "engine/worker": "worker_steering rpc patch_classic_runner patch_v2_runner step_marks hooked_layers "
     "layer_experiment",
     "server": "batch_runner",
@@ -26,10 +27,10 @@ SHOWN_BY = {
     "rpc._checked.checked": "engine/worker/test_never_unsteered.py::test_a_runner_that_puts_no_hooks_on_its_m",
     "rpc._of": "engine/worker/test_never_unsteered.py::test_a_worker_without_steering_answers_no_call",
     "hooks.Hooks.index": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
-    "admission.Admission._conditional": "engine/front/test_admission.py::test_a_condition_that_cannot_be_evaluated_is",
-    "admission.Admission._with_probes": "engine/front/test_admission.py::test_too_many_probes_and_probes_across_stages",
-    "admission.Admission._resolve": "engine/front/test_admission.py::test_a_refused_entry_is_named_by_its_place",
-    "admission.Admission._entry": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refused",
+    "entry_resolution.EntryResolution._conditional": "engine/front/test_admission.py::test_a_condition_that_cannot_be_",
+    "entry_resolution.EntryResolution._with_probes": "engine/front/test_admission.py::test_too_many_probes_and_probes_",
+    "entry_resolution.EntryResolution.resolve": "engine/front/test_admission.py::test_a_refused_entry_is_named_by_its_",
+    "entry_resolution.EntryResolution._entry": "engine/front/test_admission.py::test_what_the_engine_cannot_do_is_refu",
     "entry_limits.EntryLimits._check_residual_norm": "engine/front/test_never_unsteered.py::test_a_bound_in_residual_n",
     "entry_limits.EntryLimits.check": "engine/front/test_admission.py::test_as_many_entries_as_there_is_room_for",
     "entry_limits.EntryLimits.check_windows": "engine/front/test_admission.py::test_a_request_has_as_many_windows_as_t",

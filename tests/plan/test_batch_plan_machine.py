@@ -8,7 +8,6 @@ means.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from msgspec import msgpack
 
 from tests.support.request_model import CONTENT, HOMES, HOOKED, MOST_TRACED, Life, readouts, steerings
 from tests.support.runner_stand_ins import BLOCKS, SIZE, StandInRunner, StandInWorker, plain_streams
@@ -111,7 +111,8 @@ class Schedule(RuleBasedStateMachine):
             most = prompt_len + generated + 9 if stores_rows else None  # must be known, and leaves no slice empty
             resolved = self.admission.admit(f"request-{self.arrivals}", spec, prompt_len, num_computed=most)
             # msgpack makes lists of tuples, as JSON does
-            params.extra_args = json.loads(json.dumps({WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}))
+            sent = {WIRE_KEY: spec.dumps(), RESOLVED_KEY: resolved.dump()}
+            params.extra_args = msgpack.decode(msgpack.encode(sent))
         entries = []
         for one in steering:
             layer = HOMES[one.direction] if one.layer is None else one.layer

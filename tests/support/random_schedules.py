@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 from vllm_steer import Direction
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY, Resolved, ResolvedReadout, Traced, Window
-from vllm_steer.plan.entry_rows import Entry
+from vllm_steer.plan.entry_rows import Entry, pack
 
 SIZE, VOCAB = 8, 50
 HOOKED = [0, 2]
@@ -146,7 +146,7 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             readout = replace(readout, vectors=False, pool="rows")
         name = f"request-{seed}-{number}"
         starts = sorted({0, prompt_len, *rng.integers(0, prompt_len + generated, 2).tolist()})
-        windows = [Window(start, entries(), "") for start in starts]
+        windows = [Window(start, pack(entries()), "") for start in starts]
         asked = Resolved(name, name, prompt_len, windows, None if span == "none" else readout, CONTENTS)
         tokens = rng.integers(0, VOCAB, prompt_len + generated).tolist()
         jobs.append(Job(f"{name}-0abc", tokens, asked, num_known=prompt_len, is_steered=rng.random() < 0.8))

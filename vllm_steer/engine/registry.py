@@ -60,10 +60,14 @@ class DirectionBook:
 
     Args:
         registered: the directions, each name at most once per layer; or a book to copy.
+
+    Attributes:
+        state: another object after each change, for what is remembered of look-ups.
     """
 
     def __init__(self, registered: Iterable[Registered] | DirectionBook = ()) -> None:
         self._by_name: dict[str, dict[int, Registered]] = {}
+        self.state = object()
         if isinstance(registered, DirectionBook):
             self._by_name = {name: dict(layers) for name, layers in registered.current()._by_name.items()}
             return
@@ -207,6 +211,7 @@ class DirectionRegistry(DirectionBook):
             if direction.layer in layers:
                 self._retired.append(layers[direction.layer].slot)
             layers[direction.layer] = Registered.of(direction, slot)
+        self.state = object()
 
     def give_back(self, writes: Iterable[tuple[int, Direction]]) -> None:
         """Free reserved slots again, instead of ``publish``."""
@@ -225,6 +230,7 @@ class DirectionRegistry(DirectionBook):
         if not layers:
             del self._by_name[name]
         self._retired.extend(one.slot for one in removed)
+        self.state = object()
         return removed
 
     def reclaim(self) -> None:

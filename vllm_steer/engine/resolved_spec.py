@@ -1,19 +1,21 @@
 """The result of admission for the workers: a spec with names resolved to slots and layers to layer indices.
 
-A layer index counts the hooked layers from 0. The result travels in ``SamplingParams.extra_args`` as plain lists, which
-pass vLLM's msgpack unchanged.
+A layer index counts the hooked layers from 0. The result travels in ``SamplingParams.extra_args`` as plain dicts, lists
+and bytes, which pass vLLM's msgpack unchanged. The entries of a window are one bytes object, see ``plan.entry_rows``.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from vllm_steer.plan.batch_plan import Pooling, RequestPlan
-from vllm_steer.plan.entry_rows import PROMPT, Entry
+from vllm_steer.plan.entry_rows import Entry, Packed, slots_of, unpack
 from vllm_steer.plan.trace_columns import HELD
 
 RESOLVED_KEY = "vllm_steer_resolved"
@@ -86,13 +88,18 @@ class Window(NamedTuple):
 
     Attributes:
         start: position of the first one; the last is before the next window's first.
-        entries: their steering.
+        packed: their steering; empty for none.
         digest: content hash of it; an empty string for no entries.
     """
 
     start: int
-    entries: list[Entry]
+    packed: Packed
     digest: str
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The steering as ``Entry`` objects."""
+        return unpack(self.packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,7 @@ class Resolved:
         windows: the windows in order, the first of which starts at 0; neighbours differ.
         readout: the requested readout, or None.
         contents: (slot, vector hash) of each slot in ``slots``; the worker compares them with its bank.
+        looks_at_prompt: whether a condition does, so that every prompt token must be computed.
     """
 
     request_id: str
@@ -208,39 +216,35 @@ class Resolved:
     windows: list[Window]
     readout: ResolvedReadout | None
     contents: list[tuple[int, str]]
+    looks_at_prompt: bool = False
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Every bank slot that the request reads, each once, sorted."""
-        found = {slot for window in self.windows for entry in window.entries for slot in entry.slots}
+        found: set[int] = set()
+        for window in self.windows:
+            found |= slots_of(window.packed)
         if self.readout is not None:
-            found |= {one.slot for one in self.readout.directions}
+            found.update(one.slot for one in self.readout.directions)
         return tuple(sorted(found))
-
-    @property
-    def looks_at_prompt(self) -> bool:
-        """Whether a condition does, so that every prompt token must be computed."""
-        return any(entry.mode & PROMPT for window in self.windows for entry in window.entries)
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
-        return _shallow(self) | {"readout": None if self.readout is None else _shallow(self.readout)}
+        readout = None if self.readout is None else _dumped(self.readout)
+        return {**_dumped(self), "readout": readout}
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:
         """Rebuild an object from the result of ``dump``."""
-        windows = [
-            Window(start, list(map(Entry._make, own)), own_digest) for start, own, own_digest in value["windows"]
-        ]
+        windows = list(map(Window._make, value["windows"]))
         readout = None if value["readout"] is None else ResolvedReadout.load(value["readout"])
         return cls(**{**value, "windows": windows, "readout": readout})
 
     def plan(self) -> RequestPlan:
         """The same request in the form that ``batch_plan`` takes."""
-        is_steered = any(window.entries for window in self.windows)
-        windows = [(window.start, tuple(window.entries)) for window in self.windows]
+        windows = tuple((start, packed) for start, packed, _ in self.windows)
         return RequestPlan(
-            windows=tuple(windows) if is_steered else (),
+            windows=windows if any(packed for _, packed in windows) else (),
             pooling=None if self.readout is None else self.readout.pooling(),
             summed_prompt=self.prompt_len if self.looks_at_prompt else 0,
         )
@@ -252,13 +256,31 @@ def resolved_of(request: Any) -> dict[str, Any] | None:
     return params.extra_args.get(RESOLVED_KEY) if params is not None and params.extra_args else None
 
 
-def _shallow(value: Resolved | ResolvedReadout) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__match_args__}  # __match_args__ holds the field names
+def _dumped(value: Resolved | ResolvedReadout) -> dict[str, Any]:
+    names, get = _FIELDS[type(value)]
+    return dict(zip(names, get(value), strict=True))
 
 
-def digest(entries: Sequence[tuple[Any, ...]]) -> str:
-    """SHA-256 of the entries in order of application, each as numbers and hashes; an empty string for no entries.
+class Digest:
+    """Hashes what entries do to a token, by content: entries that differ in their a alone share an object.
 
     Names are left out: one vector under two names gives the same KV, and a name with a new vector gives different KV.
+
+    Args:
+        rest: of each entry, in the order of application, everything but its a, as numbers and hashes.
     """
-    return sha256(json.dumps(entries).encode()).hexdigest() if entries else ""
+
+    def __init__(self, rest: Sequence[Sequence[Any]]) -> None:
+        self._begun = sha256(json.dumps(rest).encode())
+        self._a_N = struct.Struct(f"<{len(rest)}d")
+
+    def of(self, a_N: Sequence[float]) -> str:
+        """The SHA-256 of the entries with these a, whose bits count; an empty string for no entries."""
+        if not a_N:
+            return ""
+        hashed = self._begun.copy()
+        hashed.update(self._a_N.pack(*a_N))  # behind JSON text of known end, so no two inputs are alike
+        return hashed.hexdigest()
+
+
+_FIELDS = {one: (one.__match_args__, attrgetter(*one.__match_args__)) for one in (Resolved, ResolvedReadout)}

@@ -28,9 +28,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import cast
 
 from vllm_steer.plan.block_sums import StepBlocks
-from vllm_steer.plan.entry_rows import Entry, EntryRows
+from vllm_steer.plan.entry_rows import Entry, EntryRows, Packed, pack
 from vllm_steer.plan.prompt_sums import PromptSums
 from vllm_steer.plan.step_plan import READ, ROWS, STEER, TRACE, TRACED, StepPlan, TracedTokens
 from vllm_steer.plan.trace_columns import Pair, TraceColumns
@@ -71,15 +72,25 @@ class RequestPlan:
     """The spec of one request, resolved to bank slots and layer indices.
 
     Attributes:
-        windows: (first position, entries) of each window in order. The first begins at 0, each ends where the next
-            begins; empty if no token is steered.
+        windows: (first position, packed entries) of each window in order. The first begins at 0, each ends where the
+            next begins; empty if no token is steered. Given as ``Entry`` objects, they are packed.
         pooling: what to read; None for nothing.
         summed_prompt: the number of prompt tokens if a condition looks at the prompt, else 0.
     """
 
-    windows: tuple[tuple[int, tuple[Entry, ...]], ...] = ()
+    windows: tuple[tuple[int, Packed | Sequence[Entry]], ...] = ()
     pooling: Pooling | None = None
     summed_prompt: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(entries, bytes) for _, entries in self.windows):
+            packed = tuple((start, own if isinstance(own, bytes) else pack(own)) for start, own in self.windows)
+            object.__setattr__(self, "windows", packed)
+
+    @property
+    def packed(self) -> tuple[tuple[int, Packed], ...]:
+        """``windows``, packed as they are by now."""
+        return cast("tuple[tuple[int, Packed], ...]", self.windows)
 
     def alike_after(self, position: int) -> float:
         """How many tokens after this one get the same treatment as it and may share its plan; may be infinite."""
@@ -298,7 +309,7 @@ class BatchPlanner:
                 steps_left = min(steps_left, request.alike_after(computed)) if steps_left else 0
                 place = self._sum_prompt(plan, request_id, request, request_ids, offset, computed, scheduled)
                 if request.windows:
-                    entries_W = [entries for _, entries in request.windows]
+                    entries_W = [entries for _, entries in request.packed]
                     held_columns = self._held_columns.get(request_id, _NONE)
                     rows = self._rows.lend(request_id, entries_W, request_ids, place, held_columns)
                     end = computed + scheduled
@@ -338,7 +349,10 @@ class BatchPlanner:
         if steps_left and not (alone or plan.loaded or reads.blocks):
             following = [computed + 1 for computed in num_computed]
             self._settled = _SettledStep(list(request_ids), following, steps_left, plan, reads)
-        return replace(plan, new_rows=self._rows.take_changes(), trace_slot_LK=self._trace_columns.take_changes())
+        new_rows, trace_slot_LK = self._rows.take_changes(), self._trace_columns.take_changes()
+        if not new_rows and trace_slot_LK is None:
+            return plan
+        return replace(plan, new_rows=new_rows, trace_slot_LK=trace_slot_LK)
 
     def prompt_sums_of(self, request_id: str) -> int | None:
         """The request's row in the sums over prompts; None without one, or if its prompt has not been computed."""

@@ -8,7 +8,10 @@ Letters of shapes: R rows, L hooked layers, E entries per row.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import struct
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -45,11 +48,52 @@ class Entry(NamedTuple):
     gate: int = 0
     threshold: float = 0.0
 
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """The slots of the bank that it reads."""
-        is_seen_here = self.mode & (ABOVE | BELOW) and not self.mode & (STORED | PROMPT)
-        return (self.slot, self.gate) if is_seen_here else (self.slot,)
+
+IntArray = npt.NDArray[np.int32]
+
+Packed = bytes
+"""The entries of a window as they travel from admission to the worker, see ``pack``."""
+
+
+def pack(entries: Iterable[Entry]) -> Packed:
+    """Entries as bytes, sorted by layer index; those of one layer keep their order.
+
+    They are the columns of a table, one after the other, each with N little-endian numbers of 4 bytes: layer index,
+    slot, a, b, mode, gate, threshold. The columns a, b and threshold are float32, the others int32. No entries are no
+    bytes.
+
+    Raises:
+        OverflowError: a, b or a threshold is finite and beyond the range of float32. Admission takes none of these.
+    """
+    columns = list(zip(*sorted(entries, key=itemgetter(0)), strict=True))
+    if not columns:
+        return b""
+    number = len(columns[0])
+    return struct.pack(f"<{2 * number}i{2 * number}f{2 * number}i{number}f", *chain.from_iterable(columns))
+
+
+def unpack(packed: Packed) -> list[Entry]:
+    """The entries in ``packed``, with the numbers as float32 holds them."""
+    number = len(packed) // 28
+    values = struct.unpack(f"<{2 * number}i{2 * number}f{2 * number}i{number}f", packed)
+    return [Entry(*values[at::number]) for at in range(number)]
+
+
+def slots_of(packed: Packed) -> set[int]:
+    """The slots of the bank that entries read: those of their directions and of their conditions."""
+    if not packed:
+        return set()
+    _, slot_N, _, _, mode_N, gate_N, _ = _columns(packed)
+    slots = set(slot_N.tolist())
+    if mode_N.any():
+        is_seen_here_N = (mode_N & (ABOVE | BELOW) != 0) & (mode_N & (STORED | PROMPT) == 0)
+        slots.update(gate_N[is_seen_here_N].tolist())
+    return slots
+
+
+def _columns(packed: Packed) -> IntArray:
+    """(7, N) int32, read-only: the columns of ``pack``; of float32 ones the bits."""
+    return np.frombuffer(packed, "<i4").reshape(7, -1)
 
 
 class EntryRows:
@@ -69,12 +113,12 @@ class EntryRows:
         # The tables are sent from their beginning on, so the lowest rows are lent first.
         self._free = list(range(max_requests * max_windows - 1, -1, -1))
         self._depth_RL = np.zeros((max_requests * max_windows, num_layers), np.int32)
-        self._changes: list[tuple[int, npt.NDArray[np.int32]]] = []
+        self._changes: list[tuple[int, IntArray]] = []
 
     def lend(
         self,
         request_id: str,
-        windows: Sequence[Sequence[Entry]],
+        windows: Sequence[Packed],
         in_step: Collection[str],
         place: int = 0,
         held_columns: Mapping[int, int] = MappingProxyType({}),
@@ -115,12 +159,12 @@ class EntryRows:
         """Free a request's rows; does nothing if it has none."""
         self._free.extend(row for row in reversed(self._rows.pop(request_id, ())) if row >= 0)
 
-    def depth(self, rows: Sequence[int]) -> npt.NDArray[np.int32]:
+    def depth(self, rows: Sequence[int]) -> IntArray:
         """(L,) int32: the most entries that any of these rows has at each layer."""
-        depth_L: npt.NDArray[np.int32] = self._depth_RL[list(rows)].max(axis=0)
+        depth_L: IntArray = self._depth_RL[rows[0]] if len(rows) == 1 else self._depth_RL[list(rows)].max(axis=0)
         return depth_L
 
-    def take_changes(self) -> list[tuple[int, npt.NDArray[np.int32]]]:
+    def take_changes(self) -> list[tuple[int, IntArray]]:
         """The rows written since the last call, and (L, E, 8) int32 for each.
 
         An entry is (slot, a, b, mode, gate, threshold, 0, 0); a, b and the threshold are the bits of a float32. Slot -1
@@ -131,17 +175,32 @@ class EntryRows:
         changes, self._changes = self._changes, []
         return changes
 
-    def _write(self, row: int, entries: Sequence[Entry], place: int, held_columns: Mapping[int, int]) -> None:
+    def _write(self, row: int, packed: Packed, place: int, held_columns: Mapping[int, int]) -> None:
+        columns_7N = _columns(packed)
         row_LE8 = self._blank_LE8.copy()
-        floats_LE8 = row_LE8.view(np.float32)
-        depth = [0] * len(row_LE8)
-        for layer_index, slot, a, b, mode, gate, threshold in entries:
-            at = layer_index, depth[layer_index]
-            if mode >> HELD_SHIFT:
-                column = held_columns.get((mode >> HELD_SHIFT) - 1, -1)
-                mode = mode & ((1 << HELD_SHIFT) - 1) | (column + 1) << HELD_SHIFT
-            row_LE8[at][[0, 3, 4]] = slot, mode, gate + (MOST_PROBES * place if mode & PROMPT else 0)
-            floats_LE8[at][[1, 2, 5]] = a, b, threshold
-            depth[layer_index] += 1
-        self._depth_RL[row] = depth
+        num_layers, most, _ = row_LE8.shape
+        depth_L, places = [0] * num_layers, []
+        for layer in columns_7N[0].tolist():
+            depth = depth_L[layer]
+            if layer < 0 or depth == most:
+                raise IndexError(f"entry {depth} at layer index {layer}, of {most} at each of {num_layers}")
+            places.append(layer * most + depth)
+            depth_L[layer] = depth + 1
+        entries_8 = row_LE8.reshape(-1, 8)
+        entries_8[places, :6] = columns_7N[1:].T
+        modes = columns_7N[4].tolist()
+        if max(modes) >= PROMPT:
+            self._complete(entries_8, places, modes, place, held_columns)
+        self._depth_RL[row] = depth_L
         self._changes.append((row, row_LE8))
+
+    def _complete(
+        self, entries_8: IntArray, places: Sequence[int], modes: Sequence[int], place: int, columns: Mapping[int, int]
+    ) -> None:
+        """Fill in what depends on the other requests: the request's sum over its prompt, and its trace columns."""
+        for at, mode in zip(places, modes, strict=True):
+            if mode & PROMPT:
+                entries_8[at, 4] += MOST_PROBES * place
+            if mode >> HELD_SHIFT:
+                column = columns.get((mode >> HELD_SHIFT) - 1, -1)
+                entries_8[at, 3] = mode & ((1 << HELD_SHIFT) - 1) | (column + 1) << HELD_SHIFT

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vllm_steer.errors import MalformedSpec, SteerError, UnknownField
 from vllm_steer.messages import json_type, shown
@@ -57,12 +57,14 @@ class RequestSpec:
 
     def dumps(self) -> str:
         """The JSON string for ``extra_args`` and ``vllm_xargs``."""
-        wire: dict[str, Any] = {"v": self.version}
+        version, parts = 1 if self.readout is None else self.readout.version, []
         if self.steering is not None:
-            wire["steering"] = [entry.to_json() for entry in self.steering]
+            told = [entry.dumps() for entry in self.steering]
+            version = max(version, *[own for _, own in told]) if told else version
+            parts.append(f'"steering":[{",".join([text for text, _ in told])}]')
         if self.readout is not None:
-            wire["readout"] = self.readout.to_json()
-        return json.dumps(wire, separators=(",", ":"))
+            parts.append(f'"readout":{json.dumps(self.readout.to_json(), separators=(",", ":"))}')
+        return "{" + ",".join([f'"v":{version}', *parts]) + "}"
 
     @classmethod
     def loads(cls, text: object) -> RequestSpec:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, Literal, get_args
 
 from vllm_steer import spans
@@ -162,13 +164,18 @@ class Steering:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this entry uses."""
-        is_new = not self._is_old or (self.op == "ablate" and self.alpha != 1.0)
-        return 1 if self.op in OPS_OF_V1 and self.span in SPANS_OF_V1 and not is_new else 2
+        return self._version if self._is_old else 2
+
+    @property
+    def _version(self) -> int:
+        """``version`` of an entry without later fields."""
+        is_new = self.op not in OPS_OF_V1 or self.span not in SPANS_OF_V1 or (self.op == "ablate" and self.alpha != 1.0)
+        return 2 if is_new else 1
 
     @property
     def _is_old(self) -> bool:
         """Whether no field that version 1 lacks is set."""
-        return not self.relative and not self.keep_norm and self.when is None and self.low is None and self.high is None
+        return self.when is None and self.low is None and self.high is None and not self.relative and not self.keep_norm
 
     def to_json(self) -> dict[str, Any]:
         """The entry as a JSON object: all fields of version 1, and the others where they are not at their default."""
@@ -178,6 +185,15 @@ class Steering:
         later: dict[str, Any] = {"relative": self.relative, "keep_norm": self.keep_norm}
         later |= {"low": self.low, "high": self.high, "when": None if self.when is None else self.when.to_json()}
         return old | {name: value for name, value in later.items() if value is not None and value is not False}
+
+    def dumps(self) -> tuple[str, int]:
+        """``to_json`` as JSON text without spaces, and ``version``."""
+        if not self._is_old:
+            return json.dumps(self.to_json(), separators=(",", ":")), 2
+        layer = "null" if self.layer is None else self.layer
+        named, span = _quoted(self.direction), _quoted(self.span)
+        text = f'{{"direction":{named},"alpha":{self.alpha!r},"layer":{layer},"op":"{self.op}","span":{span}}}'
+        return text, self._version
 
     @classmethod
     def from_json(cls, value: object) -> Steering:

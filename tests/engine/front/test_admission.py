@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from math import inf
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import msgpack
 
 from tests.support.plans import in_halves
 from vllm_steer.directions import Direction
@@ -69,6 +69,11 @@ def resolve(admission: Admission, *steering: Steering, readout: Readout | None =
 def digests(admission: Admission, *steering: Steering) -> tuple[str, str]:
     resolved = resolve(admission, *steering)
     return at(resolved, 0).digest, at(resolved, PROMPT_LEN).digest
+
+
+def sent(resolved: Resolved) -> Resolved:
+    """What a worker makes of it: vLLM sends parameters as msgpack, which knows lists but no tuples."""
+    return Resolved.load(msgpack.decode(msgpack.encode(resolved.dump())))
 
 
 def at(resolved: Resolved, position: int) -> Window:
@@ -238,7 +243,7 @@ def test_counted_conditions_are_marked_and_change_no_digest(admission: Admission
     assert [one.number for one in told.readout.counted] == [3, 0]
     marks = {one.mode >> HELD_SHIFT for one in at(told, PROMPT_LEN).entries}
     assert marks == {0, 1, 4}, "probes, and the conditions on tokens by their number from 1"
-    assert Resolved.load(json.loads(json.dumps(told.dump()))).readout.pooling() == told.readout.pooling()  # type: ignore[union-attr]
+    assert sent(told).readout.pooling() == told.readout.pooling()  # type: ignore[union-attr]
     assert plain.readout is not None
     assert (plain.readout.held, plain.readout.num_held) == ([], None)
     assert not any(one.mode >> HELD_SHIFT for one in at(plain, PROMPT_LEN).entries)
@@ -778,7 +783,7 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
         Steering("kind", 4, span="prompt"),
         readout=Readout([8, 12], span="all", skip_first=1, trace=["cold"]),
     )
-    arrived = Resolved.load(json.loads(json.dumps(resolved.dump())))
+    arrived = sent(resolved)
     assert arrived.plan() == resolved.plan()
     assert arrived.plan() == in_halves(
         PROMPT_LEN,
@@ -787,7 +792,7 @@ def test_what_is_resolved_crosses_the_wire_to_the_worker_unchanged(admission: Ad
             (0, 1), 1, None, trace=((1, admission.registry.find("cold", 12, range(99)).slot),), watch_first=5
         ),
     )
-    assert json.loads(json.dumps(arrived.dump())) == json.loads(json.dumps(resolved.dump()))
+    assert msgpack.encode(arrived.dump()) == msgpack.encode(resolved.dump())
     assert Resolved.load(resolve(admission).dump()).plan() == in_halves(PROMPT_LEN)
 
 

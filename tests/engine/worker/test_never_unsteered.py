@@ -21,6 +21,7 @@ from vllm_steer.engine import prefix_cache
 from vllm_steer.engine.front.admission import Admission
 from vllm_steer.engine.resolved_spec import RESOLVED_KEY
 from vllm_steer.engine.worker import rpc
+from vllm_steer.plan.entry_rows import Entry, pack
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import SteerSettings
@@ -79,6 +80,11 @@ def test_a_spec_that_admission_has_not_resolved_stops_the_engine(engine: Engine)
         {"prompt": [(0, -1, 2.0, 0.0)]},
         {"prompt": [(9, 0, 2.0, 0.0)]},
         {"windows": [(0, [(0, 0, 2.0)], "")]},
+        {"windows": [(0, b"0" * 27, "")]},
+        {"windows": [(0, pack([Entry(9, 0, 2.0, 0.0)]), "")]},
+        {"windows": [(0, pack([Entry(-1, 0, 2.0, 0.0)]), "")]},
+        {"windows": [(0, pack([Entry(0, 1, 2.0, 0.0)]), "")]},
+        {"windows": [(0, pack([Entry(0, 0, 2.0, 0.0)] * 9), "")]},
         {"contents": []},
         {"contents": [(0, "another vector")]},
         {"readout": {"layers": [LAYER]}},

@@ -28,7 +28,7 @@ from vllm_steer.engine.front.http_exchange import Exchange, Sample, current_exch
 from vllm_steer.engine.front.live_traces import LiveTraces
 from vllm_steer.engine.front.permissions import check_allowed
 from vllm_steer.engine.front.readout_json import finite, readout_json
-from vllm_steer.engine.front.request_intake import EXTRA_ARGS, asked_of, translated
+from vllm_steer.engine.front.request_intake import EXTRA_ARGS, asked_of, said_by, translated
 from vllm_steer.engine.patching import Attribute, patch
 from vllm_steer.engine.worker_answers import whole_readouts
 from vllm_steer.errors import MalformedSpec, SteerError
@@ -108,7 +108,7 @@ def _with_asked(engine: Any, params: SamplingParams, exchange: Exchange | None) 
     Raises:
         SteerError: the request is refused.
     """
-    extra = params.extra_args or {}
+    extra = said_by(params)
     try:
         if WIRE_KEY in extra:
             asked = asked_of(engine.input_processor, extra)

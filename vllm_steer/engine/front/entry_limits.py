@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, mul
 
 from vllm_steer.engine.front.named_entry import NamedEntry
 from vllm_steer.engine.resolved_spec import Window
@@ -34,7 +34,7 @@ class EntryLimits:
         Raises:
             TooManyEntries: there are more.
         """
-        steered = sum(bool(window.entries) for window in windows)
+        steered = sum(bool(window.packed) for window in windows)
         if steered > self._settings.max_windows:
             raise TooManyEntries(
                 f"the spans cut the request into {steered} windows that are steered each in its own way; allowed: "
@@ -59,6 +59,34 @@ class EntryLimits:
             self._check_alpha(layer, here)
             self._check_residual_norm(layer, here)
             self._check_range(layer, here, growth)
+
+    def bounds(self, entries: Sequence[NamedEntry], is_free: Sequence[bool]) -> Bounds:
+        """What ``check`` compares, for other a of the free entries.
+
+        Args:
+            entries: entries for one token, sorted by layer.
+            is_free: of each, whether its a may be another. Then |a| is its multiplier, and nothing else depends on a.
+
+        Raises:
+            BadAlpha: they exceed the range of the stream whatever these a are.
+        """
+        settings = self._settings
+        layers = [(layer, len(list(group))) for layer, group in groupby(entries, attrgetter("layer"))]
+        norms = [settings.residual_norms.get(one.layer, 1.0) if one.steering.is_multiple else 1.0 for one in entries]
+        lengths = [one.direction.length for one in entries]
+        peaks = [one.direction.peak for one in entries]
+        multiples = [one.multiplier * length * norm for one, length, norm in zip(entries, lengths, norms, strict=True)]
+        added = [one.added * peak for one, peak in zip(entries, peaks, strict=True)]
+        counted = [settings.counted(one.steering, one.layer) for one in entries]
+        most_added = LARGEST_ADDITION[self._dtype] / _growth(entries)
+        sums = [
+            ([1.0] * len(entries), counted, [settings.max_alpha] * len(layers)),
+            (peaks, added, [most_added] * len(layers)),
+        ]
+        if settings.max_alpha_residual_norm is not None:
+            most = [settings.max_alpha_residual_norm * settings.residual_norms[layer] for layer, _ in layers]
+            sums.append((lengths, multiples, most))
+        return Bounds([number for _, number in layers], is_free, sums)
 
     def _check_alpha(self, layer: int, here: Sequence[NamedEntry]) -> None:
         total = sum(self._settings.counted(entry.steering, layer) for entry in here)
@@ -112,6 +140,42 @@ class EntryLimits:
                 "stream stays finite. Use smaller ones"
                 + (", or start the engine with dtype='bfloat16'." if self._dtype == "float16" else ".")
             )
+
+
+class Bounds:
+    """The limits on the entries for one token, as numbers: the most that sums over the entries of a layer may be.
+
+    Args:
+        numbers: how many entries each layer has.
+        is_free: see ``EntryLimits.bounds``.
+        sums: for each sum (what |a| of a free entry is multiplied with, the term of a fixed one, the most at each
+            layer).
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        is_free: Sequence[bool],
+        sums: Sequence[tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    ) -> None:
+        ends = list(accumulate(numbers))
+        self._layers = [slice(end - number, end) for end, number in zip(ends, numbers, strict=True)]
+        self._sums = [
+            (factors, [(at, term) for at, term in enumerate(terms) if not is_free[at]], most)
+            for factors, terms, most in sums
+        ]
+
+    def hold(self, a_N: Sequence[float]) -> bool:
+        """Whether all sums keep to their limits with these a; those of fixed entries do not count."""
+        sizes = list(map(abs, a_N))
+        for factors, fixed, most_L in self._sums:
+            terms = list(map(mul, sizes, factors))
+            for at, term in fixed:
+                terms[at] = term
+            for layer, most in zip(self._layers, most_L, strict=True):
+                if sum(terms[layer]) > most:
+                    return False
+        return True
 
 
 def _quantity(one: NamedEntry) -> str:

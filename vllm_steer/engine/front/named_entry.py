@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm_steer import spans
 from vllm_steer.engine.registry import Registered
-from vllm_steer.engine.resolved_spec import Held, digest
+from vllm_steer.engine.resolved_spec import Held
 from vllm_steer.plan.entry_rows import ABOVE, HELD_SHIFT, PROMPT, Entry
 from vllm_steer.schema.steering import Steering
 
@@ -23,6 +22,7 @@ class NamedEntry(NamedTuple):
         condition: the direction of its condition.
         probed: the layer of the condition, if a probe must look there.
         number: its number among the entries with a condition.
+        place: its place among the request's entries; -1 for a probe.
     """
 
     layer: int
@@ -32,6 +32,7 @@ class NamedEntry(NamedTuple):
     condition: Registered | None = None
     probed: int | None = None
     number: int = -1
+    place: int = -1
 
     @property
     def counted(self) -> Entry:
@@ -83,14 +84,10 @@ def held_by(one: NamedEntry, prompt_len: int) -> Held:
     return Held(one.number, one.entry.layer_index, runs, one.entry.gate, one.entry.threshold, is_above)
 
 
-def digest_of(entries: Sequence[NamedEntry], prompt_len: int) -> str:
-    """The digest of what entries do to one token, by content: it does not depend on names and slots."""
-    return digest([_content(one, prompt_len) for one in entries])
-
-
-def _content(one: NamedEntry, prompt_len: int) -> tuple[Any, ...]:
+def content_of(one: NamedEntry, prompt_len: int) -> tuple[Any, ...]:
+    """What an entry does to a token, but for its a: by content, so that it does not depend on names and slots."""
     entry = one.entry
-    plain = one.layer, entry.a, entry.b, entry.mode, one.direction.content_hash
+    plain = one.layer, entry.b, entry.mode, one.direction.content_hash
     if one.condition is None:
         return plain
     condition = entry.threshold, one.condition.content_hash, one.probed

@@ -18,7 +18,7 @@ from vllm_steer.directions import Direction
 from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.front.admission import Asked, admission_of
 from vllm_steer.engine.front.all_engines import call_workers
-from vllm_steer.engine.front.request_intake import EXTRA_ARGS
+from vllm_steer.engine.front.request_intake import attach
 from vllm_steer.engine.log import logger
 from vllm_steer.engine.registry import MANY, DirectionRegistry, bank_writes, registration_memory
 from vllm_steer.engine.worker_answers import ModelRecord, whole_model, whole_readouts
@@ -27,7 +27,6 @@ from vllm_steer.schema.conditions import Crossing
 from vllm_steer.schema.readout import Readout, ReadoutResult
 from vllm_steer.schema.request_spec import RequestSpec
 from vllm_steer.schema.steering import Steering
-from vllm_steer.schema.wire import WIRE_KEY
 from vllm_steer.settings import steer_config
 
 
@@ -93,7 +92,7 @@ def steered(
     if not spec.is_empty:
         vllm_versions.require(is_engine_running=False)
     if spec != RequestSpec():
-        EXTRA_ARGS.put(own, {**(own.extra_args or {}), WIRE_KEY: spec.dumps()})
+        attach(own, spec)
     return own
 
 

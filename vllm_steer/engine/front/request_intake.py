@@ -37,7 +37,7 @@ def _process_inputs(original: Any) -> Any:
         if not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
         try:
-            asked = asked_of(self, params.extra_args or {})
+            asked = asked_of(self, said_by(params))
             if asked is not None and kwargs.get("resumable"):
                 raise MalformedSpec(
                     "a streaming-input session asks for steering or a readout; allowed: whole prompts. Send one."
@@ -87,12 +87,27 @@ def _beam_search(original: Any) -> Any:
     return beam_search
 
 
+def attach(params: SamplingParams, spec: RequestSpec) -> None:
+    """Put a spec into sampling parameters: as JSON, and for a front end in this process as it is."""
+    text = spec.dumps()
+    EXTRA_ARGS.put(params, {**(params.extra_args or {}), WIRE_KEY: text})
+    ATTACHED.put(params, (text, spec))
+
+
+def said_by(params: SamplingParams) -> Mapping[str, Any]:
+    """``extra_args``; a spec in it that ``attach`` put there need not be parsed."""
+    extra, attached = params.extra_args or {}, ATTACHED.of(params)
+    if attached is not None and extra.get(WIRE_KEY) is attached[0]:
+        return {**extra, WIRE_KEY: attached[1]}
+    return extra
+
+
 def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | None:
     """The steering and readout of a request, the engine's default included; None if there is neither.
 
     Args:
         processor: the engine's input processor.
-        extra: ``SamplingParams.extra_args``.
+        extra: the result of ``said_by``.
 
     Raises:
         NotConfigured: the request asks for something and the engine has no hooks.
@@ -109,14 +124,16 @@ def asked_of(processor: InputProcessor, extra: Mapping[str, Any]) -> Asked | Non
         return None
     if wire is None:
         asked = Asked(RequestSpec())
+    elif isinstance(wire, Asked):
+        asked = wire
     else:
-        asked = wire if isinstance(wire, Asked) else Asked(RequestSpec.loads(wire))
+        asked = Asked(wire if isinstance(wire, RequestSpec) else RequestSpec.loads(wire))
     spec = asked.spec.with_default(default)
     if spec.is_empty:
         return None
     if admission is None:
         admission_of(processor)  # raises
-    return replace(asked, spec=spec)
+    return asked if spec is asked.spec else replace(asked, spec=spec)
 
 
 def _default_of(admission: Admission | None) -> tuple[Steering, ...]:
@@ -223,6 +240,13 @@ EXTRA_ARGS: Attribute[dict[str, Any]] = Attribute(
     "SamplingParams",
     "extra_args",
     why="Carries a request's spec to the front end, and the resolved spec to scheduler and workers.",
+    gone_when=_SPEC_GONE,
+)
+ATTACHED: Attribute[tuple[str, RequestSpec]] = Attribute(
+    "SamplingParams",
+    "vllm_steer_attached",
+    why="The spec in extra_args with its JSON text, so that a front end in the same process need not parse it. Copies "
+    "and other processes have the text alone.",
     gone_when=_SPEC_GONE,
 )
 SKIP_READING_PREFIX_CACHE: Attribute[bool] = Attribute(
