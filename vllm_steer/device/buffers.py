@@ -101,7 +101,6 @@ class SteerBuffers:
         packed = packer.pack(device)
         # The tables as the device has them after all queued copies. On a CPU it is the same memory.
         self._image = packed.numpy() if device.type == "cpu" else packed.numpy(force=True).copy()
-        packer.bind(self._image)
         self._packed, self._ring = packed, ring_for(device, len(packed))
         self._num_changed = 0
         self._high_water = 0
@@ -114,7 +113,7 @@ class SteerBuffers:
         self.bank_SD = floats(max_directions, hidden_size)
         self.keep_A, self.segment_A2 = self._keep.of(packed), self._segment.of(packed)
         self.flags_L4 = self._flags.of(packed)
-        self._host_flags = HostFlags(self.flags_L4, self._flags.image)
+        self._host_flags = HostFlags(self.flags_L4, self._flags.of(self._image))
         self.trace_slot_LK = self._trace_slot.of(packed)[:, :trace_columns]
         self.row_of_token = self._row.of(packed)
         entry_LRE8 = self._entry.of(packed).unflatten(2, (max_entries, 8)).transpose(0, 1)
@@ -206,7 +205,7 @@ class SteerBuffers:
         for row, row_LE8 in plan.new_rows:
             self._put(self._entry, row_LE8.reshape(1, len(row_LE8), -1), at=row)
         if self._num_changed:
-            self._flags.image[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
+            self._flags.of(self._image)[:, VERSION] = next(_CHANGES) % np.iinfo(np.int32).max + 1
             self._num_changed = max(self._num_changed, self._flags.end_of(self._flags.shape[0]))
             if self._ring is not None:
                 self._ring.send(self._image[: self._num_changed], self._packed)
@@ -280,7 +279,7 @@ class SteerBuffers:
 
     def _put(self, table: _Table, values: IntArray, at: int = 0) -> None:
         """Write rows of a table from ``at`` on, as wide as ``values``, and note how much to copy to the device."""
-        rows = table.image[at : at + len(values)]
+        rows = table.of(self._image)[at : at + len(values)]
         if values.ndim > 1:
             rows = rows[..., : values.shape[-1]]
         if not (rows == values).all():
@@ -290,14 +289,13 @@ class SteerBuffers:
 
 @dataclass
 class _Table:
-    """One table's place in the packed tensor, and the table in its NumPy image."""
+    """One table's place in the packed tensor."""
 
     start: int
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         self.size = math.prod(self.shape)
-        self.image: IntArray = np.empty(0, np.int32)
 
     def of(self, packed: Any) -> Any:
         """The table as a view of the packed tensor, or of its NumPy image."""
@@ -326,11 +324,6 @@ class _Packer:
         for table, fill in self._filled:
             table.of(packed).fill_(fill)
         return packed.to(device)
-
-    def bind(self, image: IntArray) -> None:
-        """Give each table its place in the image of the packed tensor."""
-        for table, _ in self._filled:
-            table.image = table.of(image)
 
 
 def _aligned(num_elements: int) -> int:

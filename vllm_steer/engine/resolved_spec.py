@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from operator import attrgetter
@@ -176,8 +177,11 @@ class ResolvedReadout:
             held=tuple((HELD, one.number) for one in self.counted),
         )
 
-    def on_stage(self, held: Collection[int]) -> ResolvedReadout:
+    def on_stage(self, held: AbstractSet[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
+        followed = (one.layer_index for one in (*self.trace, *self.watch, *self.held))
+        if held.issuperset(self.layer_indices) and held.issuperset(followed):
+            return self
         kept = [(layer, index) for layer, index in zip(self.layers, self.layer_indices, strict=True) if index in held]
         layers = [layer for layer, _ in kept]
         return replace(

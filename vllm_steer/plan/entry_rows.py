@@ -83,9 +83,10 @@ def slots_of(packed: Packed) -> set[int]:
     """The slots of the bank that entries read: those of their directions and of their conditions."""
     if not packed:
         return set()
-    _, slot_N, _, _, mode_N, gate_N, _ = _columns(packed)
-    slots = set(slot_N.tolist())
-    if mode_N.any():
+    columns_7N = _columns(packed)
+    slots = set(columns_7N[1].tolist())
+    if any(columns_7N[4].tolist()):  # the modes
+        mode_N, gate_N = columns_7N[4], columns_7N[5]
         is_seen_here_N = (mode_N & (ABOVE | BELOW) != 0) & (mode_N & (STORED | PROMPT) == 0)
         slots.update(gate_N[is_seen_here_N].tolist())
     return slots

@@ -146,7 +146,7 @@ class ReadoutFlow:
             torch.index_select(buffers.sums_L_AD[layer], 0, index_N, out=rows_RD[:num_sums])
             if has_earlier:
                 rows_RD[[end - 1 for end in end_M]] = buffers.last_L_AD[layer][index_M]
-            else:
+            elif with_tail:
                 torch.index_select(buffers.last_L_AD[layer], 0, index_M, out=rows_RD[num_sums:])
         for one, end in zip(with_tail, end_M, strict=True):
             for place, earlier_LD in enumerate(one.before_last, start=end - one.num_tail):

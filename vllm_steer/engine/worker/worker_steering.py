@@ -296,7 +296,8 @@ class WorkerSteering:
 
     def _begin(self, request_id: str, resolved: Resolved) -> None:
         if resolved.readout is not None:
-            resolved = replace(resolved, readout=resolved.readout.on_stage(self._held))
+            own = resolved.readout.on_stage(self._held)
+            resolved = resolved if own is resolved.readout else replace(resolved, readout=own)
         self._resolved[request_id] = resolved
         self.planner.add(request_id, resolved.plan())
         if resolved.readout is None:
