@@ -251,11 +251,10 @@ def _generate_missing(
             f"{generations} holds rows steered with {len(strangers)} directions that are not in "
             f"{job.run.directions}; use --overwrite to generate them again."
         )
-    rows = job.rows
     workers = options.pool.workers if options.pool else 1
-    shards = make_shards(rows, index.done | index.failed, rows_per_part=study.rows_per_part, workers=workers)
-    done = executor().run(job, shards) if shards else ShardOutcome(0, 0, 0, 0.0)
-    return done, len(rows) - sum(len(shard.rows) for shard in shards)
+    shards = make_shards(job.rows, index.done | index.failed, rows_per_part=study.rows_per_part, workers=workers)
+    done = executor().run(job, shards) if shards.num_rows else ShardOutcome(0, 0, 0, 0.0)
+    return done, shards.num_done
 
 
 def study_direction_files(study: Study, location: str) -> list[Direction]:
