@@ -120,7 +120,7 @@ def run_study(study: Study, run: RunDirectory, options: RunOptions, *, console: 
         hashes = {f"{name}@{layer}": digest for (name, layer), digest in probes.hashes.items()}
         record.add(direction_hashes=hashes)
         job = ShardJob(study, scenarios, probes, run, record.file_metadata)
-        done, reused = _generate_missing(job, executor, options)
+        done, reused = generate_missing(job, executor, options)
         if materials is not None:
             _measure_cost(job, materials, executor)
         run.fetch()
@@ -237,10 +237,16 @@ def _measure_cost(job: ShardJob, materials: CostMaterials, executor: Callable[[]
     write_cost(path, CostCurve(materials.content_hash, executor().measure_cost(job, materials)))
 
 
-def _generate_missing(
+def generate_missing(
     job: ShardJob, executor: Callable[[], LocalExecutor | RayExecutor], options: RunOptions
 ) -> tuple[ShardOutcome, int]:
-    """Generate and store the missing rows; returns what was done, and the number of rows already stored."""
+    """Generate and store the missing rows; returns what was done, and the number of rows already stored.
+
+    `executor` is called, and so makes an engine, only if a row is missing.
+
+    Raises:
+        StudyError: the stored rows are unusable or another study's, or generation fails.
+    """
     study, generations = job.study, job.run.generations
     if options.retry_failed:
         store.drop_failed_rows(generations)
@@ -251,11 +257,10 @@ def _generate_missing(
             f"{generations} holds rows steered with {len(strangers)} directions that are not in "
             f"{job.run.directions}; use --overwrite to generate them again."
         )
-    rows = job.rows
     workers = options.pool.workers if options.pool else 1
-    shards = make_shards(rows, index.done | index.failed, rows_per_part=study.rows_per_part, workers=workers)
-    done = executor().run(job, shards) if shards else ShardOutcome(0, 0, 0, 0.0)
-    return done, len(rows) - sum(len(shard.rows) for shard in shards)
+    shards = make_shards(job.rows, index.done | index.failed, rows_per_part=study.rows_per_part, workers=workers)
+    done = executor().run(job, shards) if shards.num_rows else ShardOutcome(0, 0, 0, 0.0)
+    return done, shards.num_done
 
 
 def study_direction_files(study: Study, location: str) -> list[Direction]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Rate:
     """Whether the time of reading the completions once more is in it."""
 
 
-def study_work(study: Study, rows: list[Row], prompts: Mapping[str, Sequence[Prompt]], text_tokens: int) -> Work:
+def study_work(study: Study, rows: Iterable[Row], prompts: Mapping[str, Sequence[Prompt]], text_tokens: int) -> Work:
     """What a study generates and reads.
 
     Args:
@@ -57,15 +57,19 @@ def study_work(study: Study, rows: list[Row], prompts: Mapping[str, Sequence[Pro
     """
     longest = study.sampling.max_tokens
     counts = {scenario: [len(prompt.token_ids) for prompt in several] for scenario, several in prompts.items()}
-    prompt_tokens = [
-        counts[row.condition.scenario_id][row.sample % len(counts[row.condition.scenario_id])] for row in rows
-    ]
-    again = sum(tokens + longest for row, tokens in zip(rows, prompt_tokens, strict=True) if is_read_again(row, study))
+    num_rows = control_rows = prompt_tokens = again = 0
+    for row in rows:
+        several = counts[row.condition.scenario_id]
+        tokens = several[row.sample % len(several)]
+        num_rows += 1
+        control_rows += row.condition.is_control
+        prompt_tokens += tokens
+        again += tokens + longest if is_read_again(row, study) else 0
     return Work(
-        rows=len(rows),
-        control_rows=sum(row.condition.is_control for row in rows),
-        new_tokens=longest * len(rows),
-        read_tokens=2 * text_tokens + sum(prompt_tokens) + again,
+        rows=num_rows,
+        control_rows=control_rows,
+        new_tokens=longest * num_rows,
+        read_tokens=2 * text_tokens + prompt_tokens + again,
     )
 
 

@@ -16,7 +16,7 @@ from batch_jobs.directions.extract import study_texts
 from batch_jobs.engine.start_engine import decoder_blocks, model_location, text_config
 from batch_jobs.pairs.check import PairReport, check_pairs
 from batch_jobs.pipeline import chosen_scenarios, refuse_texts_of_another_concept, study_direction_files
-from batch_jobs.rows.grid import Row, study_rows
+from batch_jobs.rows.grid import StudyRows
 from batch_jobs.texts.contrastive import Pair, Split, load_split
 from batch_jobs.texts.prompts import Prompt, text_prompt
 from batch_jobs.texts.study_prompts import study_prompts, too_long
@@ -114,10 +114,10 @@ def check_study(study: Study, *, runs: Path, tokens_per_second: float | None = N
     )
 
 
-def planned_rows(study: Study) -> list[Row]:
+def planned_rows(study: Study) -> StudyRows:
     """The grid's rows before anything is measured: all but the α that are derived from a norm or a separation."""
     keys = steering_keys(study)
-    return study_rows(study, {layer: 1.0 for _, layer in keys}, dict.fromkeys(keys, 1.0))
+    return StudyRows(study, {layer: 1.0 for _, layer in keys}, dict.fromkeys(keys, 1.0))
 
 
 @dataclass(frozen=True)

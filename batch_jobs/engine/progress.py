@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rich.console import Console
@@ -99,6 +99,43 @@ def tokens_done_and_due(done: Counters, work: Work) -> tuple[int, int]:
     return done.generated_tokens, due
 
 
+def rows_of_session(done: int, rows: int, earlier: int) -> str:
+    """Rows done of this session's, and how many were stored before it."""
+    return f"{done}/{rows} rows" + (f" ({earlier} stored before)" if earlier else "")
+
+
+def time_left(done: int, due: int, elapsed: float) -> str:
+    """Time for what is left at the average pace so far. Nothing that was done before `elapsed` began may be counted."""
+    return f"{(due - done) * elapsed / done:.0f} s left" if done else "time left unknown"
+
+
+@dataclass
+class SessionLine:
+    """The progress of a session of many batches, in one line after each batch, at most every 15 s."""
+
+    tell: Callable[[str], None]
+    """Shows a line to the user."""
+    rows: int
+    """Rows that this session has to do."""
+    earlier: int
+    """Rows that were stored before it."""
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
+
+    def stored(self, rows: int) -> None:
+        """Count a batch that is now on disk."""
+        self.done += rows
+        now = time.monotonic()
+        if now - self.shown >= LOG_SECONDS and self.done < self.rows:
+            self.shown = now
+            self.tell(f"All batches: {self._text(now - self.began)}")
+
+    def _text(self, elapsed: float) -> str:
+        counted = rows_of_session(self.done, self.rows, self.earlier)
+        return f"{counted}, {self.done / max(elapsed, 1e-6):.1f} rows/s, {time_left(self.done, self.rows, elapsed)}"
+
+
 @dataclass(frozen=True)
 class ConsoleProgress:
     """Progress on the console of this process."""
@@ -110,6 +147,11 @@ class ConsoleProgress:
     def watch(self, engine: Engine, title: str, work: Work) -> AbstractContextManager[None]:
         """See `Progress.watch`; `engine_progress` unless `quiet`."""
         return nullcontext() if self.quiet else engine_progress(engine, self.console, title, work)
+
+    def tell(self, message: str) -> None:
+        """Print a line, unless `quiet`."""
+        if not self.quiet:
+            self.console.print(message, highlight=False, markup=False)
 
     def warn(self, message: str) -> None:
         """Print the message in yellow, also if `quiet`."""
@@ -140,9 +182,8 @@ def engine_progress(engine: Engine, console: Console, title: str, work: Work) ->
         elapsed = max(time.monotonic() - began, 1e-6)
         tokens, due = tokens_done_and_due(done, work)
         bar.update(task, completed=tokens, total=due, rows=done.finished_rows, speed=tokens / elapsed)
-        left = f"{(due - tokens) * elapsed / tokens:.0f} s left" if tokens else "time left unknown"
         rows = f"{done.finished_rows}/{work.rows} rows"
-        return f"{title}: {rows}, {tokens / elapsed:.0f} tokens/s, {elapsed:.0f} s, {left}"
+        return f"{title}: {rows}, {tokens / elapsed:.0f} tokens/s, {elapsed:.0f} s, {time_left(tokens, due, elapsed)}"
 
     def watch() -> None:
         next_line = began + LOG_SECONDS

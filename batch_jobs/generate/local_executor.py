@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from batch_jobs.config.study import Study
 from batch_jobs.cost.cost_curve import CostPoint
 from batch_jobs.cost.materials import CostMaterials
 from batch_jobs.directions.directions_and_norms import read_texts
-from batch_jobs.engine.progress import Progress
+from batch_jobs.engine.progress import ConsoleProgress, SessionLine
 from batch_jobs.engine.start_engine import LazyEngine, decoder_blocks
 from batch_jobs.generate.cost_run import run_cost
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
-from batch_jobs.rows.shards import Shard
+from batch_jobs.rows.shards import Shards
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import Split
 
@@ -20,7 +18,7 @@ from batch_jobs.texts.contrastive import Split
 class LocalExecutor:
     """One engine for extraction and generation, started when first needed."""
 
-    def __init__(self, engine: LazyEngine, progress: Progress) -> None:
+    def __init__(self, engine: LazyEngine, progress: ConsoleProgress) -> None:
         self._engine = engine
         self._progress = progress
 
@@ -29,7 +27,7 @@ class LocalExecutor:
         blocks = decoder_blocks(self._engine.location, trust_remote_code=study.engine.trust_remote_code)
         read_texts(self._engine.engine, study, split, run, num_layers=blocks, progress=self._progress)
 
-    def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
+    def run(self, job: ShardJob, shards: Shards) -> ShardOutcome:
         """Run all shards, one after another; returns the sum of their outcomes.
 
         Raises:
@@ -38,9 +36,12 @@ class LocalExecutor:
         engine = self._engine.engine
         runner = ShardRunner(engine, job, model_revision=self._engine.revision, progress=self._progress)
         total = ShardOutcome(0, 0, 0, 0.0)
+        session = SessionLine(self._progress.tell, shards.num_rows, shards.num_done)
         for shard in shards:
             job.run.check_held()
-            total += runner.run(shard)
+            outcome = runner.run(shard)
+            session.stored(outcome.rows)
+            total += outcome
         return total
 
     def measure_cost(self, job: ShardJob, materials: CostMaterials) -> tuple[CostPoint, ...]:

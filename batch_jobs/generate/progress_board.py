@@ -15,7 +15,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from batch_jobs.engine.progress import LOG_SECONDS, Counters, Work
+from batch_jobs.engine.progress import LOG_SECONDS, Counters, Work, rows_of_session, time_left
 from batch_jobs.engine.start_engine import Engine
 from batch_jobs.generate.shard_runner import ShardOutcome
 
@@ -119,11 +119,13 @@ class BoardProgress:
 class PoolView:
     """The driver's view of a pool of workers: rows done, tokens/s and time left, in total and per worker."""
 
-    def __init__(self, read_board: Any, console: Console, rows: int, *, quiet: bool) -> None:
-        """`read_board` returns the board's Snapshot, or None when it cannot be reached."""
+    def __init__(self, read_board: Any, console: Console, rows: int, earlier: int = 0, *, quiet: bool) -> None:
+        """`read_board` returns the board's Snapshot, or None when it cannot be reached. `rows`: of this session;
+        `earlier`: rows that were stored before it."""
         self._read_board = read_board
         self._console = console
         self._rows = rows
+        self._earlier = earlier
         self._quiet = quiet
         self._stored = ShardOutcome(0, 0, 0, 0.0)
         self._began = time.monotonic()
@@ -172,7 +174,8 @@ class PoolView:
         snapshot: Snapshot = self._read_board() or Snapshot((), ())
         for warning in snapshot.warnings:
             self._console.print(warning, style="yellow", markup=False, highlight=False)
-        line = pool_line(snapshot.states, self._stored.rows, self._rows, time.monotonic() - self._began)
+        elapsed = time.monotonic() - self._began
+        line = pool_line(snapshot.states, self._stored.rows, self._rows, elapsed, self._earlier)
         self._bar.update(self._total, completed=self._stored.rows, facts=line)
         for state in snapshot.states:
             if state.worker not in self._lines:
@@ -182,14 +185,15 @@ class PoolView:
         return line
 
 
-def pool_line(states: tuple[WorkerState, ...], stored: int, rows: int, elapsed: float) -> str:
+def pool_line(states: tuple[WorkerState, ...], stored: int, rows: int, elapsed: float, earlier: int = 0) -> str:
     """The progress of all workers in one line.
 
-    The time left counts rows finished in running batches as done and assumes the average pace so far, engine start-up
+    `stored` and `rows` are those of this session; `earlier` rows, stored before it, are named and enter no speed. The
+    time left counts rows finished in running batches as done and assumes the average pace so far, engine start-up
     included.
     """
     done = min(stored + sum(state.finished_rows for state in states), rows)
-    left = f"{(rows - done) * elapsed / done:.0f} s left" if done else "time left unknown"
     speed = sum(state.tokens_per_second for state in states)
     each = ", ".join(f"{state.worker} {state.tokens_per_second:.0f}" for state in states)
-    return f"{done}/{rows} rows, {speed:.0f} tokens/s ({each or 'engines starting'}), {elapsed:.0f} s, {left}"
+    counted = f"{rows_of_session(done, rows, earlier)}, {speed:.0f} tokens/s ({each or 'engines starting'})"
+    return f"{counted}, {elapsed:.0f} s, {time_left(done, rows, elapsed)}"

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ from batch_jobs.generate.progress_board import BoardProgress, PoolView, Progress
 from batch_jobs.generate.ray_nodes import blindness, refuse_blind_nodes
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
-from batch_jobs.rows.shards import Shard
+from batch_jobs.rows.shards import Cut, Shards
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.run.working_copy import WorkingCopy
 from batch_jobs.texts.contrastive import Split
 from vllm_steer.errors import SteerError
 
 OBJECT_STORE_BYTES = 200 * 2**20
-"""Size of the object store of a Ray started here. Only row ids and counts pass through it."""
+"""Size of the object store of a Ray started here. Only places in the grid and counts pass through it."""
 READ_BOARD_SECONDS = 5.0
 MAX_REASON_CHARACTERS = 600
 
@@ -55,21 +55,21 @@ class ShardWorker:
             return  # of an error raised here, Ray hands the driver only the text
         progress = _on_own_cores(cores, board)
         engine = start_engine(job.study, location)
-        self._rows = {row.row_id: row for row in job.rows}
+        self._grid = job.rows
         self._runner = ShardRunner(engine, job, model_revision=model_revision(location, engine), progress=progress)
 
-    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]:
         """Run one shard and return the fields of its ShardOutcome, each in a list of one.
 
-        `batch`: "row_ids" -> one string of row ids joined by commas.
+        `batch`: the fields of its Cut, each in a list of one.
 
         Raises:
             StudyError: this node does not see the run directory, or its store refuses.
         """
         if self._fault is not None:
             raise StudyError(self._fault)
-        (row_ids,) = batch["row_ids"]
-        outcome = self._runner.run(Shard(tuple(self._rows[row_id] for row_id in row_ids.split(","))))
+        cut = Cut(int(batch["first"][0]), int(batch["length"][0]), str(batch["missing"][0]))
+        outcome = self._runner.run(cut.shard(self._grid))
         return {
             "rows": [outcome.rows],
             "failed": [outcome.failed],
@@ -106,7 +106,7 @@ class RayExecutor:
             ray.get(task.remote(study, split, run.absolute(), self._location, self._cores, self._board))
         run.fetch()
 
-    def run(self, job: ShardJob, shards: Sequence[Shard]) -> ShardOutcome:
+    def run(self, job: ShardJob, shards: Shards) -> ShardOutcome:
         """Run all shards; returns the sum of their outcomes.
 
         Raises:
@@ -117,8 +117,8 @@ class RayExecutor:
         job = replace(job, run=job.run.absolute())
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # no plan and bars: PoolView shows progress
-        items = [{"row_ids": ",".join(row.row_id for row in shard.rows)} for shard in shards]
-        workers = min(self._pool.workers, len(shards))
+        items = [asdict(cut) for cut in shards.cuts]
+        workers = min(self._pool.workers, len(items))
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardWorker,
             fn_constructor_args=(job, self._location, self._cores, self._board),
@@ -128,7 +128,7 @@ class RayExecutor:
             **self._resources,
         )
         total = ShardOutcome(0, 0, 0, 0.0)
-        view = PoolView(self._read_board, self._console, sum(len(shard.rows) for shard in shards), quiet=self._quiet)
+        view = PoolView(self._read_board, self._console, shards.num_rows, shards.num_done, quiet=self._quiet)
         with ray_errors("Generation"), view:
             for record in dataset.iter_rows():
                 outcome = ShardOutcome(

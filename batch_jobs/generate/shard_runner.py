@@ -22,7 +22,7 @@ from batch_jobs.generate.generate_batch import (
     generate_rows,
     prepare_prompts,
 )
-from batch_jobs.rows.grid import Condition, Row, conditions, study_rows
+from batch_jobs.rows.grid import Condition, StudyRows, conditions
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import Generation, has_rows, write_rows
 from batch_jobs.run.attempts import AttemptLog
@@ -71,9 +71,9 @@ class ShardJob:
         return conditions(self.study, self.probes.mean_residual_norms, self.probes.separations)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> StudyRows:
         """The whole grid of the study."""
-        return study_rows(self.study, self.probes.mean_residual_norms, self.probes.separations)
+        return StudyRows(self.study, self.probes.mean_residual_norms, self.probes.separations)
 
 
 def register_steering(engine: Engine, job: ShardJob) -> None:

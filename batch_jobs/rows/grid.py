@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from batch_jobs.config.steering import control_name, controlled_direction
@@ -81,7 +82,11 @@ class Row:
 
 def row_id(condition: Condition, sample: int) -> str:
     """First 16 hex digits (64 bits) of sha256(canonical condition, "#", sample)."""
-    return hashlib.sha256(f"{condition.canonical_json}#{sample}".encode()).hexdigest()[:16]
+    return _row_id(condition.canonical_json, sample)
+
+
+def _row_id(canonical_json: str, sample: int) -> str:
+    return hashlib.sha256(f"{canonical_json}#{sample}".encode()).hexdigest()[:16]
 
 
 def sample_seed(study_seed: int, scenario_id: str, sample: int) -> int:
@@ -110,29 +115,53 @@ def conditions(
         separations: (direction, layer) -> class separation of the train texts along it, in units of the residual
             stream; needed, > 0, for every direction that steers where the study's α are multiples of it.
     """
+    for layer in study.steer.layers:
+        for scenario_id in study.steer.scenarios:
+            yield from _cells(study, layer, scenario_id, mean_residual_norms[layer], separations)
+
+
+def _cells(
+    study: Study,
+    layer: int,
+    scenario_id: str,
+    mean_residual_norm: float,
+    separations: Mapping[tuple[str, int], float] | None,
+) -> Iterator[Condition]:
+    """The conditions of one layer and scenario."""
     grid = study.steer
     number = grid.controls.random if grid.controls else 0
-    for layer in grid.layers:
-        names = [study.direction_name(entry) for entry in grid.directions_at(layer)]
-        for scenario_id in grid.scenarios:
-            for stated in sorted(grid.alphas):
-                # + 0.0 turns a -0.0 of the config into 0.0, so that the baseline has one spelling
-                alpha = stated + 0.0
-                for name in names if alpha else names[:1]:
-                    separation = separations.get((name, layer)) if separations else None
-                    strength = _strength(study, alpha, mean_residual_norms[layer], separation)
-                    controls = [control_name(name, index) for index in range(number)] if alpha else []
-                    for direction in (name, *controls):
-                        yield Condition(
-                            model=study.model,
-                            layer=layer,
-                            direction=direction,
-                            alpha_unit=grid.alpha_unit,
-                            scenario_id=scenario_id,
-                            op=grid.op,
-                            span=grid.span,
-                            **strength,
-                        )
+    names = _names(study, layer)
+    for stated in sorted(grid.alphas):
+        # + 0.0 turns a -0.0 of the config into 0.0, so that the baseline has one spelling
+        alpha = stated + 0.0
+        for name in names if alpha else names[:1]:
+            separation = separations.get((name, layer)) if separations else None
+            strength = _strength(study, alpha, mean_residual_norm, separation)
+            controls = [control_name(name, index) for index in range(number)] if alpha else []
+            for direction in (name, *controls):
+                yield Condition(
+                    model=study.model,
+                    layer=layer,
+                    direction=direction,
+                    alpha_unit=grid.alpha_unit,
+                    scenario_id=scenario_id,
+                    op=grid.op,
+                    span=grid.span,
+                    **strength,
+                )
+
+
+def _names(study: Study, layer: int) -> list[str]:
+    return [study.direction_name(entry) for entry in study.steer.directions_at(layer)]
+
+
+def _num_cells(study: Study, layer: int) -> int:
+    """Number of conditions of one scenario at a layer."""
+    grid = study.steer
+    steered = sum(alpha != 0 for alpha in grid.alphas)
+    each = 1 + (grid.controls.random if grid.controls else 0)
+    names = len(_names(study, layer))
+    return steered * names * each + (len(grid.alphas) - steered) * min(names, 1)
 
 
 def _strength(study: Study, alpha: float, norm: float, separation: float | None) -> dict[str, Any]:
@@ -149,17 +178,40 @@ def _strength(study: Study, alpha: float, norm: float, separation: float | None)
     }
 
 
-def rows(study: Study, cells: Iterable[Condition]) -> list[Row]:
+def rows(study: Study, cells: Iterable[Condition]) -> Iterator[Row]:
     """Rows of the given conditions in their order, `study.steer.samples` for each."""
-    return [
-        Row(row_id(cell, sample), cell, sample, sample_seed(study.seed, cell.scenario_id, sample))
-        for cell in cells
-        for sample in range(study.steer.samples)
-    ]
+    for cell in cells:
+        canonical_json = cell.canonical_json
+        for sample in range(study.steer.samples):
+            seed = sample_seed(study.seed, cell.scenario_id, sample)
+            yield Row(_row_id(canonical_json, sample), cell, sample, seed)
 
 
-def study_rows(
-    study: Study, mean_residual_norms: Mapping[int, float], separations: Mapping[tuple[str, int], float] | None = None
-) -> list[Row]:
-    """All rows of a study's grid; see `conditions` for their order and the arguments."""
-    return rows(study, conditions(study, mean_residual_norms, separations))
+@dataclass(frozen=True)
+class StudyRows:
+    """All rows of a study's grid, made when they are asked for; see `conditions` for their order and the fields."""
+
+    study: Study
+    mean_residual_norms: Mapping[int, float]
+    separations: Mapping[tuple[str, int], float] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        grid = self.study.steer
+        return grid.samples * len(grid.scenarios) * sum(_num_cells(self.study, layer) for layer in grid.layers)
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows."""
+        return rows(self.study, conditions(self.study, self.mean_residual_norms, self.separations))
+
+    def part(self, first: int, stop: int) -> Iterator[Row]:
+        """The rows from number `first` to the one before `stop`, at the cost of these rows and a few conditions."""
+        study, begin = self.study, 0
+        for layer in study.steer.layers:
+            size = _num_cells(study, layer) * study.steer.samples
+            for scenario_id in study.steer.scenarios:
+                if begin < stop and first < begin + size:
+                    norm = self.mean_residual_norms[layer]
+                    inside = rows(study, _cells(study, layer, scenario_id, norm, self.separations))
+                    yield from islice(inside, max(0, first - begin), stop - begin)
+                begin += size

@@ -19,12 +19,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from batch_jobs.errors import StudyError
+from batch_jobs.rows.row_ids import Keys, RowIds, keys_of
 
 if TYPE_CHECKING:
     from batch_jobs.files.object_store import StorePath
@@ -185,9 +187,9 @@ def read_rows(folder: Path) -> pa.Table:
 class RowIndex:
     """Ids and states of the stored rows."""
 
-    done: frozenset[str]
+    done: RowIds
     """Ids of the rows that the engine completed, including those that ended inside a thought."""
-    failed: frozenset[str]
+    failed: RowIds
     """Ids of the rows stored with an error instead."""
     direction_hashes: frozenset[str]
     """Distinct content hashes of the rows' directions."""
@@ -199,25 +201,42 @@ def read_index(folder: Path) -> RowIndex:
     Raises:
         StudyError: a part is not a table of SCHEMA, or a row appears twice; the message names the file.
     """
-    done: set[str] = set()
-    failed: set[str] = set()
+    done: list[Keys] = []
+    failed: list[Keys] = []
     hashes: set[str] = set()
-    for part in _parts(folder):
+    parts = _parts(folder)
+    for part in parts:
         _check_part(part)
         table = pq.read_table(part, columns=["row_id", "error", "direction_hash"], partitioning=None)
-        broken = pc.is_valid(table["error"])
-        ids = {
-            True: table.filter(broken)["row_id"].to_pylist(),
-            False: table.filter(pc.invert(broken))["row_id"].to_pylist(),
-        }
-        if repeated := (done | failed) & {*ids[True], *ids[False]}:
+        keys, places = np.unique(keys_of(table["row_id"]), return_index=True)
+        is_broken = pc.is_valid(table["error"]).to_numpy()[places]
+        failed.append(keys[is_broken])
+        done.append(keys[~is_broken])
+        hashes.update(pc.unique(table["direction_hash"]).to_pylist())
+    index = RowIndex(_as_ids(done), _as_ids(failed), frozenset(hashes))
+    if len(index.done | index.failed) < sum(map(len, done + failed)):
+        _refuse_repeated_rows(parts)
+    return index
+
+
+def _as_ids(keys: Sequence[Keys]) -> RowIds:
+    return RowIds.of_keys(np.concatenate([np.empty(0, np.uint64), *keys]))
+
+
+def _refuse_repeated_rows(parts: Sequence[Path]) -> None:
+    """Name the first part with a row that an earlier one holds."""
+    seen: set[str] = set()
+    for part in parts:
+        ids = set(_row_ids(part).to_pylist())
+        if repeated := seen & ids:
             raise StudyError(
                 f"{part}: {len(repeated)} of its rows ({min(repeated)}, ...) are in another part too; delete this one."
             )
-        failed.update(ids[True])
-        done.update(ids[False])
-        hashes.update(pc.unique(table["direction_hash"]).to_pylist())
-    return RowIndex(frozenset(done), frozenset(failed), frozenset(hashes))
+        seen |= ids
+
+
+def _row_ids(part: Path) -> pa.ChunkedArray:
+    return pq.read_table(part, columns=["row_id"], partitioning=None)["row_id"]
 
 
 def count_unfinished_thoughts(folder: Path) -> int:
@@ -259,10 +278,15 @@ def drop_repeated_rows(folder: Path) -> int:
     Raises:
         StudyError: a part is not a table of SCHEMA; the message names the file.
     """
+    parts = _parts(folder)
+    for part in parts:
+        _check_part(part)
+    each = [np.unique(keys_of(_row_ids(part))) for part in parts]
+    if len(_as_ids(each)) == sum(map(len, each)):
+        return 0  # as nearly always, at eight bytes a row
     keeper: dict[str, tuple[bool, Path]] = {}  # row id -> (whether it failed, part), the smallest
     repeated: set[Path] = set()
-    for part in _parts(folder):
-        _check_part(part)
+    for part in parts:
         table = pq.read_table(part, columns=["row_id", "error"], partitioning=None)
         failed = pc.is_valid(table["error"]).to_pylist()
         for row_id, copy in zip(table["row_id"].to_pylist(), ((one, part) for one in failed), strict=True):

@@ -39,7 +39,7 @@ from batch_jobs.generate import ray_executor
 from batch_jobs.generate.ray_executor import ray_session
 from batch_jobs.generate.ray_options import Pool
 from batch_jobs.generate.shard_runner import ShardJob, ShardRunner
-from batch_jobs.rows import grid
+from batch_jobs.rows.row_ids import RowIds
 from batch_jobs.rows.shards import make_shards
 from batch_jobs.rows.store import read_rows
 from batch_jobs.run.run_directory import RunDirectory
@@ -194,8 +194,7 @@ def driver(folder: Path, form: Form, rows_a_second_a_gpu: float) -> dict[str, An
 
     job = a_job(a_study("instant", many, rows_per_part=ROWS_A_PART), folder / "actor")
     start = time.process_time()
-    rows = grid.study_rows(job.study, job.probes.mean_residual_norms)
-    shards = make_shards(rows, frozenset(), rows_per_part=ROWS_A_PART, workers=2)
+    shards = make_shards(job.rows, RowIds(), rows_per_part=ROWS_A_PART, workers=2)
     built = time.process_time()
     with instant() as engine:
         runner = ShardRunner(engine, job, model_revision=None, progress=ConsoleProgress(Console(), quiet=True))
@@ -219,8 +218,7 @@ def driver(folder: Path, form: Form, rows_a_second_a_gpu: float) -> dict[str, An
 
 def on_ray(job: ShardJob, location: str, pool: Pool) -> None:
     """Run the job's whole grid on a Ray session of its own."""
-    rows = grid.study_rows(job.study, job.probes.mean_residual_norms)
-    shards = make_shards(rows, frozenset(), rows_per_part=job.study.rows_per_part, workers=pool.workers)
+    shards = make_shards(job.rows, RowIds(), rows_per_part=job.study.rows_per_part, workers=pool.workers)
     with ray_session(pool, job.study, location, Console(), quiet=True) as executor:
         executor.run(job, shards)
 

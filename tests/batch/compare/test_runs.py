@@ -83,7 +83,7 @@ def write_run(
     write_readouts(run.readouts, texts_read)
     save_directions(run.directions, list(make_directions(config, texts_read).values()))
     write_validation(run.validation, validation)
-    rows = grid.rows(config, grid.conditions(config, validation.mean_residual_norms))
+    rows = list(grid.rows(config, grid.conditions(config, validation.mean_residual_norms)))
     write_rows(
         run.generations,
         [generation(row, completion(row), seed_offset) for row in rows if keep(row)],

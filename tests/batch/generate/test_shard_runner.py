@@ -15,7 +15,8 @@ import pytest
 from batch_jobs.config.study import Study
 from batch_jobs.directions.directions_and_norms import Probes, make_controls
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
-from batch_jobs.rows.grid import study_rows
+from batch_jobs.rows.grid import StudyRows
+from batch_jobs.rows.row_ids import RowIds
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import read_index, read_rows
 from batch_jobs.run.run_directory import RunDirectory
@@ -65,7 +66,7 @@ def job(tmp_path: Path) -> ShardJob:
 
 
 def whole_grid(job: ShardJob) -> Shard:
-    return Shard(tuple(study_rows(job.study, job.probes.mean_residual_norms)))
+    return Shard(tuple(StudyRows(job.study, job.probes.mean_residual_norms)))
 
 
 def runner(engine: FormulaEngine, job: ShardJob) -> ShardRunner:
@@ -108,7 +109,7 @@ def test_a_row_that_raises_is_recorded_after_its_attempts_and_costs_no_other_row
     outcome = runner(engine, job).run(shard)
     assert (outcome.rows, outcome.failed) == (12, 1)
     index = read_index(job.run.generations)
-    assert index.failed == {bad.row_id}
+    assert index.failed == RowIds({bad.row_id})
     assert len(index.done) == 11
     (record,) = [row for row in read_rows(job.run.generations).to_pylist() if row["error"]]
     assert record["error"] == "RuntimeError: the kernel does not like it"
@@ -159,7 +160,7 @@ def test_a_row_that_kills_its_process_is_cornered_and_recorded(engine: FormulaEn
     assert job.study.max_attempts < deaths <= job.study.max_attempts + 4
     assert outcome.rows == 12
     index = read_index(job.run.generations)
-    assert (len(index.done), index.failed) == (11, {bad.row_id})
+    assert (len(index.done), index.failed) == (11, RowIds({bad.row_id}))
     (record,) = [row for row in read_rows(job.run.generations).to_pylist() if row["error"]]
     assert "process ended" in record["error"]
 

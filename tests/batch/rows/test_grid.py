@@ -60,7 +60,7 @@ def test_growing_the_grid_keeps_the_ids_of_the_rows_that_were_there() -> None:
     norms = {12: 5.0, 16: 10.0}
     small = make_study()
     large = make_study(layers=[12, 16], alphas=[3.0, 0.0, -2.0, 2.0], scenarios=["u", "t", "s"], samples=4)
-    small_rows = rows(small, conditions(small, norms))
+    small_rows = list(rows(small, conditions(small, norms)))
     large_rows = {row.row_id: row for row in rows(large, conditions(large, norms))}
     assert len(small_rows) == 3 * 2 * 2
     assert len(large_rows) == 2 * 4 * 3 * 4  # all distinct
@@ -85,8 +85,8 @@ def test_controls_go_through_the_same_grid_and_leave_the_other_rows_as_they_were
     norms = {12: 5.0, 16: 10.0}
     plain = make_study(layers=[12, 16])
     controlled = make_study(layers=[12, 16], controls={"random": 2})
-    without = rows(plain, conditions(plain, norms))
-    found = rows(controlled, conditions(controlled, norms))
+    without = list(rows(plain, conditions(plain, norms)))
+    found = list(rows(controlled, conditions(controlled, norms)))
     assert [row for row in found if not row.condition.is_control] == without
     for name in ("empathy.control0", "empathy.control1"):
         twins = [row for row in found if row.condition.direction == name]

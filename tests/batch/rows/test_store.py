@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch_jobs.config.study import StudyError
+from batch_jobs.rows.row_ids import RowIds
 from batch_jobs.rows.store import (
     SCHEMA,
     Generation,
@@ -120,7 +121,7 @@ def test_parts_of_an_earlier_version_have_no_thoughts(tmp_path: Path) -> None:
     table = read_rows(tmp_path)
     assert table.schema.equals(SCHEMA)
     assert {row["row_id"]: row["thought"] for row in table.to_pylist()} == {"r0": None, "r1": None, "r8": "Hm."}
-    assert read_index(tmp_path).done == {"r0", "r8"}
+    assert read_index(tmp_path).done == RowIds({"r0", "r8"})
     assert drop_failed_rows(tmp_path) == 1
     assert read_rows(tmp_path)["completion"].to_pylist() == ["I stay.", ROW.completion]
 
@@ -130,17 +131,17 @@ def test_what_ended_inside_a_thought_is_done_and_counted(tmp_path: Path) -> None
     unfinished = replace(ROW, row_id="r9", sample=2, thought="Hm, so I", completion=None)
     write_rows(tmp_path, [replace(ROW, completion=""), FAILED, unfinished], {})
     assert count_unfinished_thoughts(tmp_path) == 1
-    assert read_index(tmp_path).done == {"r0", "r9"}
+    assert read_index(tmp_path).done == RowIds({"r0", "r9"})
     assert drop_failed_rows(tmp_path) == 1
     assert count_unfinished_thoughts(tmp_path) == 1
 
 
 def test_the_index_tells_done_from_failed(tmp_path: Path) -> None:
-    assert read_index(tmp_path / "none").done == frozenset()
+    assert read_index(tmp_path / "none").done == RowIds()
     write_rows(tmp_path, [ROW, FAILED], {})
     write_rows(tmp_path, [replace(FAILED, row_id="r4", layer=8, direction_hash="cd")], {})
     index = read_index(tmp_path)
-    assert (index.done, index.failed) == ({"r0"}, {FAILED.row_id, "r4"})
+    assert (index.done, index.failed) == (RowIds({"r0"}), RowIds({FAILED.row_id, "r4"}))
     assert index.direction_hashes == {"ab", "cd"}
 
 
