@@ -1,23 +1,31 @@
-"""How cost grows with the number of α, of engines and of rows.
+"""How cost grows with the number of different specs, of registered directions, of engines and of rows.
 
-    python -m benchmarks.scale.bench [--small] [--out FILE] [--rows-a-second-a-gpu 50]
+    python -m benchmarks.scale.bench [--small] [--parts specs,registered] [--out FILE] [--rows-a-second-a-gpu 50]
 
-- alphas: one engine of a tiny random model gets all requests in one call (256 run, the others queue), each with its own
-  prompt; the number of distinct α among them grows. The model is tiny so that it cannot hide a cost of α.
+- specs: one engine of a tiny random model, whose bank holds 10,000 directions, gets all requests in one call (256 run,
+  the others queue), each with its own prompt; the number of different specs among them grows. A spec is a direction and
+  an α, both its own. The model is tiny so that it cannot hide a cost of the plugin.
+- registered: the same engine and one spec; the number of directions in the bank grows.
 - actors: a study's grid on Ray, one engine of the tiny model per core; rows per second from the first request's arrival
   to the last row's end, without engine starts.
 - driver: the cost of a row outside the engines, with engines that answer at once (`instant_engine`). It is the
   difference of two grids, since Ray's start costs the driver seconds once. From it follow how busy 64 GPUs of an
   assumed rate would keep the driver, and at which rate the driver would limit them.
+
+The first two take turns within the life of one engine, on one thread, with calls of one size and the garbage collected
+before each. Their rates are per second of the process's CPU time, which other users of the machine disturb less than
+wall time; the rates by wall time stand beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +34,10 @@ from unittest.mock import patch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, so that only the engine is timed
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other take CPU time too
 
 import numpy as np
+import psutil
 import pyarrow.compute as pc
 from rich.console import Console
 
@@ -46,9 +56,12 @@ from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.texts.contrastive import load_scenarios
 from benchmarks.harness import record
 from benchmarks.harness.random_checkpoint import SHAPES, save_random_checkpoint
-from benchmarks.harness.rounds import figures, in_turn
+from benchmarks.harness.rounds import figures, in_turn, interval
 from benchmarks.scale.instant_engine import CONCEPT, NUM_LAYERS, InstantShardWorker, instant
 from vllm_steer import Direction, Steering, close_llm, load_llm, register_directions, steered
+from vllm_steer.engine.front.admission import admission_of
+from vllm_steer.engine.registry import DirectionRegistry
+from vllm_steer.schema.request_spec import RequestSpec
 
 LAYER = 2
 NUM_GPUS = 64
@@ -61,54 +74,69 @@ class Form:
     """The size of the benchmark.
 
     Attributes:
-        requests: requests of a call in the α part.
-        request_tokens: tokens that each of them generates.
-        alphas: numbers of distinct α.
-        rounds: rounds of the α part.
+        directions: slots of the bank, and the most directions in it.
+        counts: numbers of different specs, and of registered directions.
+        requests: requests of a call in the part ``specs``, all in flight at once.
+        rounds: rounds of this part.
+        short_requests: requests of a call in the part ``registered``.
+        short_rounds: rounds of this part.
+        request_tokens: tokens that each request generates in both.
         actor_rows: rows of the grid that the actors share.
         actor_tokens: tokens that each row generates.
         actor_rounds: rounds of the actor part.
         driver_rows: rows in the larger grid of the driver part.
     """
 
+    directions: int
+    counts: tuple[int, ...]
     requests: int
-    request_tokens: int
-    alphas: tuple[int, ...]
     rounds: int
+    short_requests: int
+    short_rounds: int
+    request_tokens: int
     actor_rows: int
     actor_tokens: int
     actor_rounds: int
     driver_rows: int
 
 
-FULL = Form(10_000, 4, (1, 100, 10_000), 5, 600, 50, 3, 150_000)
-SMALL = Form(1_000, 4, (1, 1_000), 3, 150, 50, 1, 60_000)
+COUNTS = (1, 10, 100, 1_000, 10_000)
+FULL = Form(10_000, COUNTS, 10_000, 8, 1_024, 12, 1, 300, 25, 2, 60_000)
+SMALL = Form(1_000, COUNTS[:4], 1_000, 3, 512, 3, 1, 150, 25, 1, 30_000)
+PARTS = ("driver", "actors", "specs", "registered")
+ADMISSIONS = 5_000  # specs that are admitted for the time of one
 
 
 def main() -> None:
-    """Measure all three parts and write the record if asked to."""
+    """Measure the parts and write the record if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="fewer requests, rows and rounds")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which to measure, of " + ", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=None, help="where to write the record")
     parser.add_argument("--rows-a-second-a-gpu", type=float, default=50.0, help="assumed in the projection")
     arguments = parser.parse_args()
-    form = SMALL if arguments.small else FULL
+    form, parts = SMALL if arguments.small else FULL, arguments.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {unknown.pop()}; allowed: {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as folder:
         model = save_random_checkpoint(Path(folder, "model"), "tiny", tokenizer=demo_model_path())
-        measured = {
-            "driver": driver(Path(folder), form, arguments.rows_a_second_a_gpu),
-            "actors": actors(Path(folder), model, form),
-            "alphas": alphas(model, form),
-        }
+        measured: dict[str, Any] = {}
+        if "driver" in parts:
+            measured["driver"] = driver(Path(folder), form, arguments.rows_a_second_a_gpu)
+        if "actors" in parts:
+            measured["actors"] = actors(Path(folder), model, form)
+        if {"specs", "registered"} & set(parts):
+            measured |= in_one_engine(model, form, parts)
     if arguments.out:
         record.write(arguments.out, measured, model={"random": SHAPES["tiny"]}, form=asdict(form))
 
 
-def alphas(model: Path, form: Form) -> dict[str, Any]:
-    """Requests per second by the number of distinct α among them, against one α."""
+def in_one_engine(model: Path, form: Form, parts: Collection[str]) -> dict[str, Any]:
+    """The parts ``specs`` and ``registered``, as far as they are asked."""
     llm = load_llm(
         str(model),
         layers=[LAYER],
+        steer={"max_directions": form.directions},
         dtype="bfloat16",
         max_model_len=64,
         max_num_seqs=256,
@@ -118,35 +146,125 @@ def alphas(model: Path, form: Form) -> dict[str, Any]:
     )
     draw = np.random.default_rng(0)
     width = SHAPES["tiny"]["hidden_size"]
-    register_directions(llm, [Direction("noise", LAYER, draw.standard_normal(width)).normalised()])
-    # All prompts differ, so the prefix cache, where requests of one α could share blocks, gives no α an advantage.
-    prompts = [
-        {"prompt_token_ids": ids}
-        for ids in draw.integers(100, SHAPES["tiny"]["vocab_size"], (form.requests, 16)).tolist()
-    ]
+    noise_SD = draw.standard_normal((form.directions, width))
+    directions = [Direction(f"noise-{slot}", LAYER, row_D).normalised() for slot, row_D in enumerate(noise_SD)]
+    # All prompts differ, so that requests of one spec share no blocks of the prefix cache.
+    ids = draw.integers(100, SHAPES["tiny"]["vocab_size"], (form.requests, 16)).tolist()
+    work = _Work(llm, directions, [{"prompt_token_ids": one} for one in ids], form.request_tokens)
+    work.register(form.directions)
+    rss_registered = _rss_mib()
+    work.call(form.requests, form.directions)  # warm-up, compilation included
+    measured: dict[str, Any] = {
+        "engine": {
+            "rss_mib_without_directions": work.rss_mib_empty,
+            "rss_mib_with_all_directions": rss_registered,
+            "bank_mib": form.directions * width * 4 / 2**20,
+        }
+    }
+    if "specs" in parts:
+        ways = {str(count): partial(work.call, form.requests, count) for count in form.counts}
+        measured["specs"] = _flatness("different specs", in_turn(ways, form.rounds))
+    if "registered" in parts:
 
-    def requests_a_second(count: int) -> float:
-        values = np.linspace(9.5, 10.5, count)  # nearly equal, so that the answers are alike
-        sampling = {"temperature": 0.7, "max_tokens": form.request_tokens, "ignore_eos": True}
-        params = [
-            steered(sampling, [Steering("noise", float(values[index % count]), layer=LAYER)])
-            for index in range(form.requests)
-        ]
-        llm.reset_prefix_cache()
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        return len(outputs) / (time.perf_counter() - start)
+        def with_registered(count: int) -> _Call:
+            work.register(count)
+            return work.call(form.short_requests, 1)
 
-    ways: dict[str, Callable[[], float]] = {str(count): partial(requests_a_second, count) for count in form.alphas}
-    requests_a_second(form.requests)  # warm-up, compilation included
-    rounds = in_turn(ways, form.rounds)
+        counts = {str(count): partial(with_registered, count) for count in form.counts}
+        with_registered(1)
+        measured["registered"] = _flatness("registered", in_turn(counts, form.short_rounds))
     close_llm(llm)
-    against_one = figures(rounds, "1")
-    print(f"\n{'distinct α':>12} {'requests/s':>12} {'to one α':>10}")
-    for count, figure in against_one.items():
-        spread = f"({figure.ratio_low:.3f} to {figure.ratio_high:.3f})"
-        print(f"{count:>12} {figure.median:12.1f} {figure.ratio:10.3f} {spread}", flush=True)
-    return {"figures": {name: asdict(figure) for name, figure in against_one.items()}, "rounds": rounds}
+    return measured
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the engine.
+
+    Attributes:
+        cpu, wall: requests per second of this process's CPU time, and of wall time.
+        admission: microseconds of CPU time in which one request's spec is admitted.
+        rss_mib: memory of the process at the end.
+    """
+
+    cpu: float
+    wall: float
+    admission: float
+    rss_mib: float
+
+
+class _Work:
+    """The calls of one engine.
+
+    Args:
+        llm: the engine.
+        directions: the directions to register.
+        prompts: one prompt a request.
+        max_tokens: tokens that each request generates.
+    """
+
+    def __init__(
+        self, llm: Any, directions: Sequence[Direction], prompts: Sequence[dict[str, Any]], max_tokens: int
+    ) -> None:
+        self._llm, self._directions, self._prompts = llm, directions, prompts
+        self._sampling = {"temperature": 0.7, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
+        self._admission = admission_of(llm.llm_engine.input_processor)
+        self.rss_mib_empty = _rss_mib()
+
+    def register(self, count: int) -> None:
+        """Make the first ``count`` directions, and no others, the registered ones."""
+        registry = self._admission.registry
+        assert isinstance(registry, DirectionRegistry)
+        for one in list(registry.all()):
+            registry.remove(one.name)
+        register_directions(self._llm, self._directions[:count])
+
+    def call(self, num_requests: int, count: int) -> _Call:
+        """Run as many requests with ``count`` different specs among them."""
+        alphas = np.linspace(9.5, 10.5, count).tolist()  # nearly equal, so that the answers are alike
+        entries = [Steering(f"noise-{number}", alpha, layer=LAYER) for number, alpha in enumerate(alphas)]
+        specs = [RequestSpec((entry,)) for entry in entries]
+        self._llm.reset_prefix_cache()
+        gc.collect()
+        start = time.process_time()
+        for index in range(ADMISSIONS):
+            self._admission.resolve(str(index), specs[index % count], 16)
+        admission = (time.process_time() - start) / ADMISSIONS
+        cpu, wall = time.process_time(), time.perf_counter()
+        params = [steered(self._sampling, [entries[index % count]]) for index in range(num_requests)]
+        outputs = self._llm.generate(self._prompts[:num_requests], params, use_tqdm=False)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        assert len(outputs) == num_requests
+        return _Call(num_requests / cpu, num_requests / wall, 1e6 * admission, _rss_mib())
+
+
+def _flatness(title: str, rounds: Sequence[Mapping[str, _Call]]) -> dict[str, Any]:
+    """Rates against those of one, by CPU and wall time, with admission and memory; printed too."""
+    by_cpu = [{name: one.cpu for name, one in each.items()} for each in rounds]
+    by_wall = [{name: one.wall for name, one in each.items()} for each in rounds]
+    against_one, walls = figures(by_cpu, "1"), figures(by_wall, "1")
+    admission = {name: statistics.median(each[name].admission for each in rounds) for name in against_one}
+    rss_mib = {name: max(each[name].rss_mib for each in rounds) for name in against_one}
+    print(
+        f"\n{title:>16} {'requests/s':>12} {'to one':>8} {'':18} {'by wall':>8} {'admission, µs':>14} {'RSS, MiB':>9}"
+    )
+    for name, figure in against_one.items():
+        low, high = interval(figure.ratios)
+        print(
+            f"{name:>16} {figure.median:12.1f} {figure.ratio:8.3f} ({low:.3f} to {high:.3f}) {walls[name].ratio:9.3f} "
+            f"{admission[name]:14.2f} {rss_mib[name]:9.0f}",
+            flush=True,
+        )
+    return {
+        "figures": {name: asdict(figure) for name, figure in against_one.items()},
+        "figures_by_wall": {name: asdict(figure) for name, figure in walls.items()},
+        "admission_microseconds": admission,
+        "rss_mib": rss_mib,
+    }
+
+
+def _rss_mib() -> float:
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def actors(folder: Path, model: Path, form: Form) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class RequestSpec:
     @property
     def version(self) -> int:
         """The oldest version of the wire format that has what this spec uses."""
-        return max((1 if self.readout is None else self.readout.version, *(one.version for one in self.entries)))
+        of_readout = 1 if self.readout is None else self.readout.version
+        return max([of_readout, *[one.version for one in self.entries]])
 
     def with_default(self, default: tuple[Steering, ...]) -> RequestSpec:
         """The spec with ``default`` as its steering, if it does not mention steering itself."""
@@ -75,16 +76,20 @@ class RequestSpec:
             UnknownField: it has a field that the wire format does not have.
             BadAlpha, BadOp, BadSpan, BadReadout: as ``Steering`` and ``Readout``.
         """
-        return _spec_of(text) if isinstance(text, str) else cls.from_json(decoded(text))
+        if isinstance(text, str) and len(text) <= _LONGEST_REMEMBERED:
+            return _spec_of(text)
+        return cls.from_json(decoded(text))
 
     @classmethod
     def from_json(cls, wire: object) -> RequestSpec:
         """Build a spec from a decoded JSON object; raises as ``loads``."""
         if not isinstance(wire, dict):
             raise MalformedSpec(f"the steering spec is a JSON {json_type(wire)}; allowed: an object.")
-        unknown = sorted(set(wire) - {"v", "steering", "readout"})
+        unknown = [name for name in wire if name not in ("v", "steering", "readout")]
         if unknown:
-            raise UnknownField(f"the steering spec has {unknown}; allowed: v, steering, readout. Remove the others.")
+            raise UnknownField(
+                f"the steering spec has {sorted(unknown)}; allowed: v, steering, readout. Remove the others."
+            )
         version = wire.get("v", SCHEMA_VERSION)
         if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
             raise MalformedSpec(
@@ -98,10 +103,10 @@ class RequestSpec:
         spec = cls(
             steering=None
             if steering is None
-            else tuple(_at(f"steering[{place}]", Steering.from_json, entry) for place, entry in enumerate(steering)),
+            else tuple([_at(f"steering[{place}]", Steering.from_json, entry) for place, entry in enumerate(steering)]),
             readout=None if readout is None else _at("readout", Readout.from_json, readout),
         )
-        if version < spec.version:
+        if version < SCHEMA_VERSION and version < spec.version:
             raise MalformedSpec(
                 f"the steering spec has version {version} and uses what version {spec.version} has; allowed there: the "
                 f"spans {', '.join(SPANS_OF_V1)} and the ops {', '.join(OPS_OF_V1)}, without later fields. Say "
@@ -119,7 +124,10 @@ def _at(place: str, parse: Callable[[object], Parsed], value: object) -> Parsed:
         raise
 
 
-@lru_cache(maxsize=32)
+_LONGEST_REMEMBERED = 1024  # characters; longer texts are rare, and would make the cache large
+
+
+@lru_cache(maxsize=4096)
 def _spec_of(text: str) -> RequestSpec:
-    """Cached, because consecutive requests often have the same spec: texts of an extraction, rows of a condition."""
+    """Cached, because requests often have the same spec: texts of an extraction, rows of a grid's conditions."""
     return RequestSpec.from_json(decoded(text))

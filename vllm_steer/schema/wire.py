@@ -52,6 +52,9 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=without_duplicates)  # json.loads would make one for each call
+
+
 def decoded(text: object) -> Any:
     """Decode the JSON text of a spec.
 
@@ -78,7 +81,9 @@ def parsed_json(text: str | bytes, where: str, allowed: str) -> Any:
         MalformedSpec: it is not JSON, or an object in it repeats a key.
     """
     try:
-        return json.loads(text, object_pairs_hook=without_duplicates)
+        return (
+            _DECODER.decode(text) if isinstance(text, str) else json.loads(text, object_pairs_hook=without_duplicates)
+        )
     except MalformedSpec:
         raise
     except (ValueError, RecursionError) as error:  # ValueError also for more digits than Python accepts
