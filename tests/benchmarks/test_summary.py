@@ -62,7 +62,7 @@ def test_a_missed_goal_says_so_and_an_absent_record_that_nothing_was_measured() 
     last = goals(verdicts(records)).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[1:-1]] == [
         "missed",
-        "10,000 different α in flight, against one",
+        "10,000 registered directions, against one",
         "≥ 0.97",
         "0.910 (0.900 – 0.920)",
     ]
