@@ -59,6 +59,7 @@ SHOWN_BY = {
     "offline._Wanted.results": "engine/test_readouts.py::test_a_trace_for_which_no_column_is_free_fails_with_a_reason",
     "offline._check_synchronous": "engine/front/test_async_front_end.py::test_an_asynchronous_engine_is_told_the_for",
     "offline._registry_of": "engine/front/test_async_front_end.py::test_a_servers_registry_is_not_changed_behind_its",
+    "offline.register_directions": "engine/front/test_async_front_end.py::test_offline_too_slots_are_given_back",
     "offline.register_directions_async": "engine/front/test_async_front_end.py::test_slots_are_given_back_where_the",
     "vllm_versions.require": "engine/front/test_never_unsteered.py::test_a_spec_is_not_attached_where_the_plugin_is",
     "vllm_versions.vllm_version": "engine/front/test_never_unsteered.py::test_a_machine_without_vllm_is_told_what_to",

@@ -84,7 +84,11 @@ CPU_GOALS = (
     Goal("its memory, all processes", "score", (*_FIGURES, "peak_gib"), 1.0, is_most=True, unit="GiB"),
     Goal("grid, against the paper's own way", "hf-hooks", ("grid", "figures", "ours"), 50.0),
     Goal("grid, against the best batched hooks", "hf-hooks", ("grid", "figures_to_batched", "ours"), 3.0),
-    Goal("10,000 different α in flight, against one", "scale", ("alphas", "figures", "10000"), 0.97),
+    *(
+        Goal(f"{int(count):,} {what}, against one", "scale", (part, "figures", count), 0.97)
+        for part, what in (("specs", "different specs in flight"), ("registered", "registered directions"))
+        for count in ("100", "10000")
+    ),
 )
 
 GPU_GOALS = (

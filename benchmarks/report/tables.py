@@ -149,20 +149,44 @@ def op(measured: Record) -> str:
 
 
 def scale(measured: Record) -> str:
-    """Speed by number of α and of engines, and the driver's cost, for ``scale.json``."""
-    alphas, actors = measured["alphas"]["figures"], measured["actors"]["figures"]
-    driver = measured["driver"]
-    rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in alphas.items()]
-    runs = [[name, f"{figure['median']:.1f}", times(figure)] for name, figure in actors.items()]
-    return "\n\n".join([
-        "**Scale** (a tiny random model, so that a cost of the plugin cannot hide behind the model's):",
-        table(["different α in flight", "requests/s", "against one α"], rows),
-        table(["Ray actors, one core each", "rows/s", "against one"], runs),
-        f"The driver takes {driver['driver_microseconds_a_row']:.0f} µs a row. {driver['gpus']} GPUs at "
-        f"{driver['assumed_rows_a_second_a_gpu']:g} rows/s each, which is assumed, would keep its core busy for "
-        f"{driver['driver_busy_share']:.1%} of the time.",
-        source(measured),
-    ])  # fmt: skip
+    """Speed by number of specs, of directions and of engines, and the driver's cost, for ``scale.json``."""
+    parts = ["**Scale** (a tiny random model, so that a cost of the plugin cannot hide behind the model's):"]
+    if "alphas" in measured:  # a record from before there were different specs
+        figures = measured["alphas"]["figures"].items()
+        rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in figures]
+        parts.append(table(["different α in flight", "requests/s", "against one α"], rows))
+    for part, title in (("specs", "different specs in flight"), ("registered", "directions in the bank")):
+        if part in measured:
+            parts.append(_flatness(title, measured[part]))
+    if "actors" in measured:
+        actors = measured["actors"]["figures"].items()
+        runs = [[name, f"{figure['median']:.1f}", times(figure)] for name, figure in actors]
+        parts.append(table(["Ray actors, one core each", "rows/s", "against one"], runs))
+    if "driver" in measured:
+        driver = measured["driver"]
+        parts.append(
+            f"The driver takes {driver['driver_microseconds_a_row']:.0f} µs a row. {driver['gpus']} GPUs at "
+            f"{driver['assumed_rows_a_second_a_gpu']:g} rows/s each, which is assumed, would keep its core busy for "
+            f"{driver['driver_busy_share']:.1%} of the time."
+        )
+    return "\n\n".join([*parts, source(measured)])
+
+
+def _flatness(title: str, part: Mapping[str, Any]) -> str:
+    """A part of ``scale.json`` in which a number grows and nothing should become slower."""
+    walls, admission, memory = part["figures_by_wall"], part["admission_microseconds"], part["rss_mib"]
+    rows = [
+        [
+            f"{int(name):,}",
+            f"{figure['median']:.0f}",
+            ratio(figure, 3),
+            ratio(walls[name], 3),
+            f"{admission[name]:.1f} µs",
+            f"{memory[name]:,.0f} MiB",
+        ]
+        for name, figure in part["figures"].items()
+    ]
+    return table([title, "requests per CPU s", "against one", "by wall time", "admission", "memory"], rows)
 
 
 def peers(measured: Record) -> str:

@@ -4,7 +4,7 @@
 
 - specs: one engine of a tiny random model, whose bank holds 10,000 directions, gets all requests in one call (256 run,
   the others queue), each with its own prompt; the number of different specs among them grows. A spec is a direction and
-  an α, both its own. The model is tiny so that it cannot hide a cost of the plugin.
+  an α, both its own, and comes again in every call. The model is tiny so that it cannot hide a cost of the plugin.
 - registered: the same engine and one spec; the number of directions in the bank grows.
 - actors: a study's grid on Ray, one engine of the tiny model per core; rows per second from the first request's arrival
   to the last row's end, without engine starts.
@@ -101,9 +101,10 @@ class Form:
 
 
 COUNTS = (1, 10, 100, 1_000, 10_000)
-FULL = Form(10_000, COUNTS, 10_000, 8, 1_024, 12, 1, 300, 25, 2, 60_000)
+FULL = Form(10_000, COUNTS, 10_000, 4, 1_024, 8, 1, 150, 25, 2, 30_000)
 SMALL = Form(1_000, COUNTS[:4], 1_000, 3, 512, 3, 1, 150, 25, 1, 30_000)
 PARTS = ("driver", "actors", "specs", "registered")
+PROMPT_TOKENS = 4
 ADMISSIONS = 5_000  # specs that are admitted for the time of one
 
 
@@ -149,7 +150,7 @@ def in_one_engine(model: Path, form: Form, parts: Collection[str]) -> dict[str, 
     noise_SD = draw.standard_normal((form.directions, width))
     directions = [Direction(f"noise-{slot}", LAYER, row_D).normalised() for slot, row_D in enumerate(noise_SD)]
     # All prompts differ, so that requests of one spec share no blocks of the prefix cache.
-    ids = draw.integers(100, SHAPES["tiny"]["vocab_size"], (form.requests, 16)).tolist()
+    ids = draw.integers(100, SHAPES["tiny"]["vocab_size"], (form.requests, PROMPT_TOKENS)).tolist()
     work = _Work(llm, directions, [{"prompt_token_ids": one} for one in ids], form.request_tokens)
     work.register(form.directions)
     rss_registered = _rss_mib()
@@ -228,7 +229,7 @@ class _Work:
         gc.collect()
         start = time.process_time()
         for index in range(ADMISSIONS):
-            self._admission.resolve(str(index), specs[index % count], 16)
+            self._admission.resolve(str(index), specs[index % count], PROMPT_TOKENS)
         admission = (time.process_time() - start) / ADMISSIONS
         cpu, wall = time.process_time(), time.perf_counter()
         params = [steered(self._sampling, [entries[index % count]]) for index in range(num_requests)]

@@ -64,11 +64,11 @@ def test_the_keys_of_other_packages_files_are_those_of_what_they_hold(tmp_path: 
         direction_keys(tmp_path / "none.safetensors")
 
 
-def test_ten_thousand_directions_are_written_and_read_in_seconds(tmp_path: Path) -> None:
-    many = [Direction(f"d{n}", n % 4, np.full(SIZE, n + 1.0, np.float32)) for n in range(10_000)]
+def test_twenty_thousand_directions_are_written_and_read_in_seconds(tmp_path: Path) -> None:
+    many = [Direction(f"d{n}", n % 4, np.full(SIZE, n + 1.0, np.float32)) for n in range(20_000)]
     start = time.process_time()
     save_directions(tmp_path / "many.safetensors", many)
     read = load_directions(tmp_path / "many.safetensors")
-    # About 0.5 s; comparing each name with every other one took 3 s more.
-    assert time.process_time() - start < 2.5
-    assert {one.key: one.vector[0] for one in read} == {f"d{n}@{n % 4}": n + 1.0 for n in range(10_000)}
+    # About 1 s; comparing each name with every other one would take 10 s more.
+    assert time.process_time() - start < 6
+    assert {one.key: one.vector[0] for one in read} == {f"d{n}@{n % 4}": n + 1.0 for n in range(20_000)}

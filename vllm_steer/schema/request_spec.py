@@ -127,7 +127,7 @@ def _at(place: str, parse: Callable[[object], Parsed], value: object) -> Parsed:
 _LONGEST_REMEMBERED = 1024  # characters; longer texts are rare, and would make the cache large
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def _spec_of(text: str) -> RequestSpec:
     """Cached, because requests often have the same spec: texts of an extraction, rows of a grid's conditions."""
     return RequestSpec.from_json(decoded(text))

@@ -34,7 +34,7 @@ from vllm_steer import (
 from vllm_steer.engine import vllm_versions
 from vllm_steer.engine.background import run_in_background
 from vllm_steer.engine.early_ends import CUT_OFF_REASON
-from vllm_steer.engine.front import async_generate, request_intake
+from vllm_steer.engine.front import async_generate, offline, request_intake
 from vllm_steer.engine.front.admission import Admission, Asked, admission_of
 from vllm_steer.engine.front.async_generate import _generated
 from vllm_steer.engine.front.http_exchange import Exchange
@@ -258,6 +258,38 @@ def test_slots_are_given_back_where_the_workers_could_not_be_written() -> None:
         with pytest.raises(OSError, match="gone"):
             asyncio.run(register_directions_async(of_engine, [KIND]))  # type: ignore[arg-type]
     assert not list(admission_of(of_engine.input_processor).registry.all())
+
+
+def test_offline_too_slots_are_given_back_where_the_workers_could_not_be_written(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = engine().input_processor
+    sent: list[tuple[str, Any]] = []
+    failure: Exception | None = OSError("gone")
+
+    def collective_rpc(method: str, args: tuple[Any, ...]) -> None:
+        sent.append((method, args))
+        assert not list(admission_of(processor).registry.all()), "found before the workers have it"
+        if failure is not None:
+            raise failure
+
+    core = SimpleNamespace(input_processor=processor, has_unfinished_requests=lambda: False)
+    llm: Any = SimpleNamespace(llm_engine=core, collective_rpc=collective_rpc)
+    for _ in range(5):  # more than there are slots
+        with pytest.raises(OSError, match="gone"):
+            register_directions(llm, [KIND])
+    assert not list(admission_of(processor).registry.all())
+    failure = None
+    monkeypatch.setattr(offline, "MANY", 1)
+    logger = logging.getLogger("vllm.vllm_steer")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level(logging.INFO, logger.name):
+        register_directions(llm, [KIND])
+        register_directions(llm, [KIND])  # known already: nothing is sent or told
+    assert [one.name for one in admission_of(processor).registry.all()] == ["kind"]
+    assert sent[5:] == [("vllm_steer_write", ([0], KIND.vector.tobytes()))]
+    # Once or, where vLLM's loggers pass their records on, twice.
+    assert {message.split(":")[0] for message in caplog.messages} == {"registering 1 directions of 8 numbers"}
 
 
 def test_a_replaced_direction_s_slot_is_used_again_only_while_nothing_runs() -> None:
