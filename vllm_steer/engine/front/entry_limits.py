@@ -16,6 +16,11 @@ from vllm_steer.settings import SteerSettings
 _MOST_TOLD = 3  # entries that a message goes through
 
 
+Sum = tuple[Sequence[float] | None, Sequence[float], Sequence[float]]
+"""A bounded sum over entries: what |a| of each free one is multiplied with, None for 1; the term of each fixed one; the
+most at each layer."""
+
+
 class EntryLimits:
     """Refuses entries that exceed the operator's limits or the range of the stream.
 
@@ -34,6 +39,8 @@ class EntryLimits:
         Raises:
             TooManyEntries: there are more.
         """
+        if len(windows) <= self._settings.max_windows:
+            return
         steered = sum(bool(window.packed) for window in windows)
         if steered > self._settings.max_windows:
             raise TooManyEntries(
@@ -79,8 +86,8 @@ class EntryLimits:
         added = [one.added * peak for one, peak in zip(entries, peaks, strict=True)]
         counted = [settings.counted(one.steering, one.layer) for one in entries]
         most_added = LARGEST_ADDITION[self._dtype] / _growth(entries)
-        sums = [
-            ([1.0] * len(entries), counted, [settings.max_alpha] * len(layers)),
+        sums: list[Sum] = [
+            (None, counted, [settings.max_alpha] * len(layers)),
             (peaks, added, [most_added] * len(layers)),
         ]
         if settings.max_alpha_residual_norm is not None:
@@ -148,15 +155,14 @@ class Bounds:
     Args:
         numbers: how many entries each layer has.
         is_free: see ``EntryLimits.bounds``.
-        sums: for each sum (what |a| of a free entry is multiplied with, the term of a fixed one, the most at each
-            layer).
+        sums: the sums.
     """
 
     def __init__(
         self,
         numbers: Sequence[int],
         is_free: Sequence[bool],
-        sums: Sequence[tuple[Sequence[float], Sequence[float], Sequence[float]]],
+        sums: Sequence[Sum],
     ) -> None:
         ends = list(accumulate(numbers))
         self._layers = [slice(end - number, end) for end, number in zip(ends, numbers, strict=True)]
@@ -169,7 +175,7 @@ class Bounds:
         """Whether all sums keep to their limits with these a; those of fixed entries do not count."""
         sizes = list(map(abs, a_N))
         for factors, fixed, most_L in self._sums:
-            terms = list(map(mul, sizes, factors))
+            terms = list(sizes if factors is None else map(mul, sizes, factors))
             for at, term in fixed:
                 terms[at] = term
             for layer, most in zip(self._layers, most_L, strict=True):

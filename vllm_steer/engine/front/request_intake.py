@@ -205,7 +205,7 @@ def _without_wire(params: SamplingParams) -> dict[str, Any]:
 
 def salt(own: str | None, digest: str) -> str:
     """The cache salt of a request whose first token is steered; it depends on the request's own salt, ``own``, too."""
-    return SALT_PREFIX + sha256(f"{own or ''}\0{digest}".encode()).hexdigest()
+    return SALT_PREFIX + (sha256(f"{own}\0{digest}".encode()).hexdigest() if own else digest)
 
 
 PROCESS_INPUTS = patch(
