@@ -179,7 +179,7 @@ class ResolvedReadout:
 
     def on_stage(self, held: AbstractSet[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
-        read = {*self.layer_indices, *(one.layer_index for one in (*self.trace, *self.watch))}
+        read = {*self.layer_indices, *(one.layer_index for one in self.trace), *(one.layer_index for one in self.watch)}
         if read.union(one.layer_index for one in self.held) <= held:
             return self
         kept = [(layer, index) for layer, index in zip(self.layers, self.layer_indices, strict=True) if index in held]
