@@ -129,9 +129,7 @@ class Shape:
             key = applying, self.looks_at_prompt and start < prompt_len
             part = self._parts.get(key)
             if part is None:
-                part = self._part(*key)
-                part.check(steering)  # also what does not depend on α, which is the same for all later requests
-                self._parts[key] = part
+                part = self._parts[key] = self._part(*key)
             window = part.window(start, steering)
             if not windows or windows[-1].digest != window.digest:
                 windows.append(window)
@@ -189,12 +187,12 @@ class Part:
             return Window(start, b"", "")
         a_N = self._a_of(steering)
         if not self._bounds.hold(a_N):
-            self.check(steering)
+            self._check(steering)
         digested = a_N if self._of_digest is None else [a_N[at] for at in self._of_digest]
         packed = self._before_a + self._a.pack(*a_N) + self._behind_a
         return Window(start, packed, self._digest.of(digested))
 
-    def check(self, steering: Sequence[Steering]) -> None:
+    def _check(self, steering: Sequence[Steering]) -> None:
         """Check all limits on the entries of a request, for an error that says all about the first that is exceeded.
 
         Raises:
