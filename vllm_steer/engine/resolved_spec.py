@@ -234,8 +234,10 @@ class Resolved:
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
-        readout = None if self.readout is None else _dumped(self.readout)
-        return {**_dumped(self), "readout": readout}
+        dumped = _dumped(self)
+        if self.readout is not None:
+            dumped["readout"] = _dumped(self.readout)
+        return dumped
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:

@@ -200,7 +200,9 @@ def _pass(admission: Admission | None, request: Any) -> None:
 
 
 def _without_wire(params: SamplingParams) -> dict[str, Any]:
-    return {name: value for name, value in (params.extra_args or {}).items() if name != WIRE_KEY}
+    kept = dict(params.extra_args or {})
+    kept.pop(WIRE_KEY, None)
+    return kept
 
 
 def salt(own: str | None, digest: str) -> str:
