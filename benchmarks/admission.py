@@ -4,7 +4,8 @@
 
 One engine in this process, with all layers of the demo model hooked, whose own objects do the work: its input
 processor, its worker's steering and vLLM's serialisation. The engine makes no step: the stages are called one after
-the other, each for --requests requests in a row, and no forward pass runs. Each request has its own α. Where plain vLLM
+the other, each for --requests requests in a row, and no forward pass runs. Each request has its own α; those named
+"each time others" have their own layers and orders of directions, too. Where plain vLLM
 does something too, the stage is the difference to a plain request within the same round. Times are the CPU time of the
 thread.
 
@@ -61,16 +62,20 @@ class Kind:
         layers: where it is steered, by each direction.
         directions: number of directions at each of these layers.
         readout: what is read.
+        is_new: whether layers and the order of directions are each request's own, so that nothing is remembered.
     """
 
     name: str
     layers: Sequence[int] = ()
     directions: int = 0
     readout: Readout | None = None
+    is_new: bool = False
 
     def entries(self, rng: np.random.Generator) -> list[Steering]:
         """Entries with α of their own."""
-        places = [(layer, number) for layer in self.layers for number in range(self.directions)]
+        layers = rng.choice(NUM_LAYERS, len(self.layers), replace=False).tolist() if self.is_new else self.layers
+        order = rng.permutation if self.is_new else np.arange
+        places = [(layer, number) for layer in layers for number in order(self.directions).tolist()]
         alphas = rng.uniform(0.5, 1.5, len(places)).tolist()
         return [
             Steering(f"direction-{number}", alpha, layer=layer)
@@ -81,6 +86,7 @@ class Kind:
 KINDS = (
     Kind("1 entry", FIVE_LAYERS[:1], 1),
     Kind("40 entries", FIVE_LAYERS, NUM_DIRECTIONS),
+    Kind("40 entries, each time others", FIVE_LAYERS, NUM_DIRECTIONS, is_new=True),
     Kind("readout of 5 layers", readout=Readout(FIVE_LAYERS, "prompt")),
     Kind("readout of 30 layers", readout=Readout(range(NUM_LAYERS), "prompt")),
 )

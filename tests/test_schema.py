@@ -73,6 +73,12 @@ def readouts(draw: st.DrawFn) -> Readout:
 @given(st.builds(RequestSpec, st.lists(steerings()).map(tuple), st.none() | readouts()))
 def test_the_wire_loses_nothing(spec: RequestSpec) -> None:
     assert RequestSpec.loads(spec.dumps()) == spec
+    wire: dict[str, Any] = {"v": spec.version}
+    if spec.steering is not None:
+        wire["steering"] = [one.to_json() for one in spec.steering]
+    if spec.readout is not None:
+        wire["readout"] = spec.readout.to_json()
+    assert spec.dumps() == json.dumps(wire, separators=(",", ":"))
 
 
 def test_a_spec_says_the_oldest_version_that_has_what_it_uses() -> None:

@@ -156,8 +156,7 @@ def beyond(span: str, prompt_len: int, num_computed: int) -> str | None:
         num_computed: the most tokens of the request that the model computes: all but the last generated one.
     """
     for part in _parts(span) or ():
-        run = part.run(prompt_len)
-        if part.slice is not None and run is not None and run[0] >= num_computed:
+        if part.slice is not None and (run := part.run(prompt_len)) is not None and run[0] >= num_computed:
             return part.text
     return None
 

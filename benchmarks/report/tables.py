@@ -217,6 +217,27 @@ def cached(measured: Record) -> str:
     ])  # fmt: skip
 
 
+def admission(measured: Record) -> str:
+    """What requests cost the host beyond plain ones, for ``admission.json``."""
+    kinds: Mapping[str, Any] = measured["stages"]
+    stages = dict.fromkeys(stage for own in kinds.values() for stage in own)
+    rows = [
+        [stage, *(f"{own[stage]['microseconds']:.1f}" if stage in own else "–" for own in kinds.values())]
+        for stage in stages
+    ]
+    goals = []
+    for name, one in measured["goals"].items():
+        low, high = one["interval"]
+        spread = f"{one['microseconds']:.1f} ({low:.1f} – {high:.1f})"
+        goals.append([name, spread, f"≤ {one['goal']:g}", one["state"]])
+    return "\n\n".join([
+        "**Host work of one request beyond a plain one**, CPU microseconds of each stage:",
+        table(["stage", *kinds], rows),
+        table(["request and stages", "µs", "goal", "state"], goals),
+        source(measured),
+    ])  # fmt: skip
+
+
 def capture(measured: Record) -> str:
     """Throughput of reading rows and means, for ``capture.json``."""
     rows = [[name, f"{one['median']:.0f}", ratio(one, 3)] for name, one in measured["ways"].items()]
@@ -333,6 +354,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     "overhead": overhead, "overhead-one-start": overhead_one_start, "overhead-before": overhead_before,
     "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers,
-    "builds": builds, "builds-all-layers": builds, "start": start, "server": server, "cached": cached,
-    "capture": capture, "demo": demo, "score": score,
+    "builds": builds, "builds-all-layers": builds, "start": start, "server": server, "admission": admission,
+    "cached": cached, "capture": capture, "demo": demo, "score": score,
 }  # fmt: skip

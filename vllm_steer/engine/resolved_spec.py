@@ -179,8 +179,8 @@ class ResolvedReadout:
 
     def on_stage(self, held: AbstractSet[int]) -> ResolvedReadout:
         """The part for a pipeline stage that holds these layer indices; every stage counts the tokens."""
-        followed = (one.layer_index for one in (*self.trace, *self.watch, *self.held))
-        if held.issuperset(self.layer_indices) and held.issuperset(followed):
+        read = {*self.layer_indices, *(one.layer_index for one in self.trace), *(one.layer_index for one in self.watch)}
+        if read.union(one.layer_index for one in self.held) <= held:
             return self
         kept = [(layer, index) for layer, index in zip(self.layers, self.layer_indices, strict=True) if index in held]
         layers = [layer for layer, _ in kept]
@@ -234,8 +234,10 @@ class Resolved:
 
     def dump(self) -> dict[str, Any]:
         """Plain dicts and lists for ``load``. The lists are shared with this object, not copied."""
-        readout = None if self.readout is None else _dumped(self.readout)
-        return {**_dumped(self), "readout": readout}
+        dumped = _dumped(self)
+        if self.readout is not None:
+            dumped["readout"] = _dumped(self.readout)
+        return dumped
 
     @classmethod
     def load(cls, value: dict[str, Any]) -> Resolved:

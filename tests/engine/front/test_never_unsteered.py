@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
+from copy import copy, deepcopy
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +109,26 @@ class TestFrontEnd:
     ) -> None:
         with pytest.raises(refusal):
             processor(SETTINGS).process_inputs("r", prompt, SamplingParams(extra_args=extra), **options)
+
+    def test_the_spec_that_counts_is_the_text_in_extra_args_whatever_was_attached(
+        self, processor: Callable[[SteerSettings | None], InputProcessor]
+    ) -> None:
+        def resolved(params: SamplingParams) -> list[Any]:
+            extra = processor(SETTINGS).process_inputs("r", [1], params).sampling_params.extra_args
+            assert WIRE_KEY not in extra
+            windows: list[Any] = extra[RESOLVED_KEY]["windows"]
+            return windows
+
+        attached, other = steered({}, SPEC.steering), steered({}, [Steering("kind", 3.0)])
+        assert attached.extra_args == {WIRE_KEY: SPEC.dumps()}
+        for same in (copy(attached), deepcopy(attached), pickle.loads(pickle.dumps(attached))):
+            assert same == attached
+            assert resolved(same) == resolved(attached)
+        attached.extra_args = other.extra_args
+        assert resolved(attached) == resolved(other)
+        attached.extra_args = None
+        untouched = processor(SETTINGS).process_inputs("r", [1], attached)
+        assert untouched.sampling_params.extra_args is None
 
     def test_the_callers_guard_rails_reach_the_requests_of_a_websocket(self) -> None:
         seen: list[Exchange | None] = []

@@ -154,17 +154,19 @@ class Admission:
         readout = None
         if spec.readout is not None:
             readout = self._readouts.resolve(book, spec.readout, prompt_len, num_computed, shape.entries)
-            contents = dict(contents)
-            for read in readout.directions:
-                own = book.layers_of(read.name).values()
-                contents[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
+            if readout.directions:
+                found = dict(contents)
+                for read in readout.directions:
+                    own = book.layers_of(read.name).values()
+                    found[read.slot] = next(one.content_hash for one in own if one.slot == read.slot)
+                contents = sorted(found.items())
         return Resolved(
             request_id=request_id,
             key=request_id if key is None else key,
             prompt_len=prompt_len,
             windows=windows,
             readout=readout,
-            contents=sorted(contents.items()),
+            contents=contents,
             looks_at_prompt=shape.looks_at_prompt,
         )
 

@@ -16,6 +16,11 @@ from vllm_steer.settings import SteerSettings
 _MOST_TOLD = 3  # entries that a message goes through
 
 
+Sum = tuple[Sequence[float] | None, Sequence[tuple[int, float]], Sequence[float]]
+"""A bounded sum over entries: what |a| of each free one is multiplied with, None for 1; number and term of each fixed
+one; the most at each layer."""
+
+
 class EntryLimits:
     """Refuses entries that exceed the operator's limits or the range of the stream.
 
@@ -34,6 +39,8 @@ class EntryLimits:
         Raises:
             TooManyEntries: there are more.
         """
+        if len(windows) <= self._settings.max_windows:
+            return
         steered = sum(bool(window.packed) for window in windows)
         if steered > self._settings.max_windows:
             raise TooManyEntries(
@@ -72,21 +79,24 @@ class EntryLimits:
         """
         settings = self._settings
         layers = [(layer, len(list(group))) for layer, group in groupby(entries, attrgetter("layer"))]
-        norms = [settings.residual_norms.get(one.layer, 1.0) if one.steering.is_multiple else 1.0 for one in entries]
-        lengths = [one.direction.length for one in entries]
-        peaks = [one.direction.peak for one in entries]
-        multiples = [one.multiplier * length * norm for one, length, norm in zip(entries, lengths, norms, strict=True)]
-        added = [one.added * peak for one, peak in zip(entries, peaks, strict=True)]
-        counted = [settings.counted(one.steering, one.layer) for one in entries]
         most_added = LARGEST_ADDITION[self._dtype] / _growth(entries)
-        sums = [
-            ([1.0] * len(entries), counted, [settings.max_alpha] * len(layers)),
-            (peaks, added, [most_added] * len(layers)),
+        fixed = [(at, one) for at, one in enumerate(entries) if not is_free[at]]
+        counted = [(at, settings.counted(one.steering, one.layer)) for at, one in fixed]
+        added = [(at, one.added * one.direction.peak) for at, one in fixed]
+        sums: list[Sum] = [
+            (None, counted, [settings.max_alpha] * len(layers)),
+            ([one.direction.peak for one in entries], added, [most_added] * len(layers)),
         ]
         if settings.max_alpha_residual_norm is not None:
-            most = [settings.max_alpha_residual_norm * settings.residual_norms[layer] for layer, _ in layers]
-            sums.append((lengths, multiples, most))
-        return Bounds([number for _, number in layers], is_free, sums)
+            norms = settings.residual_norms
+            lengths = [
+                (at, one.multiplier * one.direction.length * (norms[one.layer] if one.steering.is_multiple else 1.0))
+                for at, one in fixed
+            ]
+            most = [settings.max_alpha_residual_norm * norms[layer] for layer, _ in layers]
+            sums.append(([one.direction.length for one in entries], lengths, most))
+        numbers = [number for _, number in layers]
+        return Bounds(numbers, sums, has_room=max(numbers, default=0) <= settings.max_entries)
 
     def _check_alpha(self, layer: int, here: Sequence[NamedEntry]) -> None:
         total = sum(self._settings.counted(entry.steering, layer) for entry in here)
@@ -147,29 +157,23 @@ class Bounds:
 
     Args:
         numbers: how many entries each layer has.
-        is_free: see ``EntryLimits.bounds``.
-        sums: for each sum (what |a| of a free entry is multiplied with, the term of a fixed one, the most at each
-            layer).
+        sums: the sums.
+        has_room: whether no layer has more entries than it may.
     """
 
-    def __init__(
-        self,
-        numbers: Sequence[int],
-        is_free: Sequence[bool],
-        sums: Sequence[tuple[Sequence[float], Sequence[float], Sequence[float]]],
-    ) -> None:
+    def __init__(self, numbers: Sequence[int], sums: Sequence[Sum], *, has_room: bool) -> None:
         ends = list(accumulate(numbers))
         self._layers = [slice(end - number, end) for end, number in zip(ends, numbers, strict=True)]
-        self._sums = [
-            (factors, [(at, term) for at, term in enumerate(terms) if not is_free[at]], most)
-            for factors, terms, most in sums
-        ]
+        self._sums = sums
+        self._has_room = has_room
 
     def hold(self, a_N: Sequence[float]) -> bool:
-        """Whether all sums keep to their limits with these a; those of fixed entries do not count."""
+        """Whether all limits are kept with these a; those of fixed entries do not count."""
+        if not self._has_room:
+            return False
         sizes = list(map(abs, a_N))
         for factors, fixed, most_L in self._sums:
-            terms = list(map(mul, sizes, factors))
+            terms = list(sizes if factors is None else map(mul, sizes, factors))
             for at, term in fixed:
                 terms[at] = term
             for layer, most in zip(self._layers, most_L, strict=True):

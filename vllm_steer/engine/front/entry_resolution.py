@@ -58,17 +58,19 @@ class EntryResolution:
         entries = []
         for place, one in enumerate(steering):
             try:
-                entries.append(self._entry(book, one, prompt_len)._replace(place=place))
+                entries.append(self._entry(book, one, place, prompt_len))
             except SteerError as error:
                 error.param = f"steering[{place}]"
                 raise
-        number = count()
-        entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]
+        is_conditional = any(one.condition is not None for one in entries)
+        if is_conditional:
+            number = count()
+            entries = [one if one.condition is None else one._replace(number=next(number)) for one in entries]
         # Entries at different layers do not interact, so digest and workers get only the order within a layer.
         entries.sort(key=attrgetter("layer"))
-        return self._with_probes(entries)
+        return self._with_probes(entries) if is_conditional else (entries, [])
 
-    def _entry(self, book: DirectionBook, steering: Steering, prompt_len: int) -> NamedEntry:
+    def _entry(self, book: DirectionBook, steering: Steering, place: int, prompt_len: int) -> NamedEntry:
         direction = book.find(steering.direction, steering.layer, self._hooks.index_of)
         layer = direction.layer if steering.layer is None else steering.layer
         hook = self._hooks.index(layer)
@@ -82,7 +84,8 @@ class EntryResolution:
             mode = RELATIVE * steering.relative | KEEP_NORM * steering.keep_norm | CLAMP * (steering.op == "clamp")
         a, b = steering.coefficients
         # -0.0 counts as 0.0, since what is remembered by value cannot tell them apart.
-        entry = NamedEntry(layer, steering, Entry(hook, direction.slot, a + 0.0, b + 0.0, mode), direction)
+        resolved = Entry(hook, direction.slot, a + 0.0, b + 0.0, mode)
+        entry = NamedEntry(layer, steering, resolved, direction, place=place)
         return entry if steering.when is None else self._conditional(book, entry, steering.when, prompt_len)
 
     def _conditional(self, book: DirectionBook, named: NamedEntry, when: When, prompt_len: int) -> NamedEntry:

@@ -51,18 +51,17 @@ class EntryShapes:
         Raises:
             SteerError: an entry is refused; ``param`` names its place.
         """
-        # A change of the book comes before its new state, so nothing of the old book gets to the new state.
-        state, shapes = book.state, self._remembered[1]
-        if self._remembered[0] is not state:
+        state, shapes = self._remembered
+        if state is not book.state:
+            # Whoever changes the book gives it another state afterwards, so what was found before is never looked up
+            # in the new state.
             shapes = {}
-            self._remembered = (state, shapes)
+            self._remembered = (book.state, shapes)
         # Zeros of ``add`` change nothing, so they have a shape of their own.
         fixed = tuple([None if _is_free(one) else one.alpha for one in steering])
-        whens = [one.when for one in steering if one.when is not None]
-        over_prompt = any(when.over == "prompt" for when in whens)
-        key = tuple(map(_ALL_BUT_ALPHA, steering)), fixed, is_counted, prompt_len if over_prompt else None
+        key = tuple(map(_ALL_BUT_ALPHA, steering)), fixed, is_counted
         shape = shapes.get(key)
-        if shape is None:
+        if shape is None or not shape.fits(prompt_len):
             entries, probes = self._resolution.resolve(book, steering, prompt_len)
             shape = Shape(entries, probes, prompt_len, self._limits, is_counted=is_counted)
             if len(shapes) >= _REMEMBERED:
@@ -84,7 +83,7 @@ class Shape:
     Attributes:
         entries: see above.
         spans: their spans, each once.
-        contents: slot -> content hash, for all directions that act or are looked at.
+        contents: (slot, content hash) of all directions that act or are looked at, each once, sorted.
         looks_at_prompt: whether a condition does.
     """
 
@@ -101,7 +100,7 @@ class Shape:
         self.spans = tuple(dict.fromkeys(one.steering.span for one in entries))
         acting = [one for one in entries if one.acts]
         named = (one for entry in acting for one in (entry.direction, entry.condition) if one)
-        self.contents = {one.slot: one.content_hash for one in named}
+        self.contents = sorted({one.slot: one.content_hash for one in named}.items())
         self._over_prompt = {one.entry.gate for one in acting if one.looks_at_prompt}
         self.looks_at_prompt = bool(self._over_prompt)
         self._probes = probes
@@ -109,6 +108,10 @@ class Shape:
         self._limits = limits
         self._is_counted = is_counted
         self._parts: dict[tuple[tuple[int, ...], bool], Part] = {}
+
+    def fits(self, prompt_len: int) -> bool:
+        """Whether requests with so many prompt tokens have this shape: a condition over the prompt depends on them."""
+        return not self.looks_at_prompt or prompt_len == self._prompt_len
 
     def windows(self, steering: Sequence[Steering], prompt_len: int) -> list[Window]:
         """The windows of a request of this shape; neighbours differ.
@@ -126,9 +129,7 @@ class Shape:
             key = applying, self.looks_at_prompt and start < prompt_len
             part = self._parts.get(key)
             if part is None:
-                part = self._part(*key)
-                part.check(steering)  # also what does not depend on α, which is the same for all later requests
-                self._parts[key] = part
+                part = self._parts[key] = self._part(*key)
             window = part.window(start, steering)
             if not windows or windows[-1].digest != window.digest:
                 windows.append(window)
@@ -186,12 +187,12 @@ class Part:
             return Window(start, b"", "")
         a_N = self._a_of(steering)
         if not self._bounds.hold(a_N):
-            self.check(steering)
+            self._check(steering)
         digested = a_N if self._of_digest is None else [a_N[at] for at in self._of_digest]
         packed = self._before_a + self._a.pack(*a_N) + self._behind_a
         return Window(start, packed, self._digest.of(digested))
 
-    def check(self, steering: Sequence[Steering]) -> None:
+    def _check(self, steering: Sequence[Steering]) -> None:
         """Check all limits on the entries of a request, for an error that says all about the first that is exceeded.
 
         Raises:

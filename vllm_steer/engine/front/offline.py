@@ -74,7 +74,7 @@ def steered(
         NotConfigured: vLLM does not load the plugin in this process.
         UnsupportedFeature: the installed vLLM is not supported, or ``VLLM_STEER_DISABLE`` switches the plugin off.
     """
-    if isinstance(params, Mapping):
+    if not isinstance(params, SamplingParams) and isinstance(params, Mapping):
         params = SamplingParams(**params)
     if not isinstance(params, SamplingParams):
         raise MalformedSpec(
@@ -91,7 +91,7 @@ def steered(
     own = copy(params)  # vLLM clones it in full for every request
     if not spec.is_empty:
         vllm_versions.require(is_engine_running=False)
-    if spec != RequestSpec():
+    if steering is not None or readout is not None:
         attach(own, spec)
     return own
 

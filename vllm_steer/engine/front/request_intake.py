@@ -200,12 +200,14 @@ def _pass(admission: Admission | None, request: Any) -> None:
 
 
 def _without_wire(params: SamplingParams) -> dict[str, Any]:
-    return {name: value for name, value in (params.extra_args or {}).items() if name != WIRE_KEY}
+    kept = dict(params.extra_args or {})
+    kept.pop(WIRE_KEY, None)
+    return kept
 
 
 def salt(own: str | None, digest: str) -> str:
     """The cache salt of a request whose first token is steered; it depends on the request's own salt, ``own``, too."""
-    return SALT_PREFIX + sha256(f"{own or ''}\0{digest}".encode()).hexdigest()
+    return SALT_PREFIX + (sha256(f"{own}\0{digest}".encode()).hexdigest() if own else digest)
 
 
 PROCESS_INPUTS = patch(
