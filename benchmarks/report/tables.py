@@ -225,15 +225,9 @@ def admission(measured: Record) -> str:
         [stage, *(f"{own[stage]['microseconds']:.1f}" if stage in own else "–" for own in kinds.values())]
         for stage in stages
     ]
-    goals = []
-    for name, one in measured["goals"].items():
-        low, high = one["interval"]
-        spread = f"{one['microseconds']:.1f} ({low:.1f} – {high:.1f})"
-        goals.append([name, spread, f"≤ {one['goal']:g}", one["state"]])
     return "\n\n".join([
         "**Host work of one request beyond a plain one**, CPU microseconds of each stage:",
         table(["stage", *kinds], rows),
-        table(["request and stages", "µs", "goal", "state"], goals),
         source(measured),
     ])  # fmt: skip
 
