@@ -38,7 +38,7 @@ from batch_jobs.rows import store
 from batch_jobs.rows.shards import make_shards
 from batch_jobs.run.provenance import StudyRecord
 from batch_jobs.run.run_directory import RunDirectory
-from batch_jobs.scoring.behaviour import behaviour_points
+from batch_jobs.scoring.behaviour import points_of
 from batch_jobs.scoring.block_outcomes import block_outcomes
 from batch_jobs.scoring.compute_scores import decide, score_decided
 from batch_jobs.scoring.direction_behaviour import direction_behaviours, write_behaviour
@@ -176,7 +176,7 @@ def score_run(
     # without a judge's grades there is no outcome to count
     blocks = block_outcomes(measures) if scores.success else None
     write_findings(run.findings, make_findings(scores, validation, blocks))
-    write_behaviour(run.behaviour, direction_behaviours(behaviour_points(run.generations, grades, outcome)))
+    write_behaviour(run.behaviour, direction_behaviours(points_of(measures, outcome)))
     _write_agreement(run, chosen, outcome)
     return scores
 

@@ -120,8 +120,8 @@ class SessionLine:
     earlier: int
     """Rows that were stored before it."""
     done: int = 0
-    began: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
+    shown: float = field(default_factory=lambda: time.monotonic())
 
     def stored(self, rows: int) -> None:
         """Count a batch that is now on disk."""

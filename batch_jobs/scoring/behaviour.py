@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_jobs.rows.generation_parts import COLUMN_TYPES, GROUP_COLUMNS, answered, part_paths, read_part
+from batch_jobs.rows.generation_parts import GROUP_COLUMNS, part_paths
+from batch_jobs.scoring.compute_scores import decide
+from batch_jobs.scoring.measures import measure_generations, no_measures
 from batch_jobs.scoring.outcome import PAPER_OUTCOME, Outcome
 
 Floats = npt.NDArray[np.float64]
 Strings = npt.NDArray[np.object_]
 """Array of str."""
-_COLUMNS = [*GROUP_COLUMNS, "seed", "alpha", "projection_unsteered", "projection_generated"]
+_NUMBERS = ("layer", "alpha", "projection_unsteered", "projection_generated")
+_COLUMNS = (*GROUP_COLUMNS, "seed", *_NUMBERS[1:])
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class BehaviourPoints:
 def behaviour_points(
     folder: Path, grades: Mapping[str, int] | None = None, outcome: Outcome = PAPER_OUTCOME
 ) -> BehaviourPoints:
-    """Collect the points of all completions under a folder of generations, with one part's texts in memory at a time.
+    """Collect the points of all completions under a folder of generations; see `points_of`.
 
     Args:
         folder: folder of Parquet parts.
@@ -62,25 +66,28 @@ def behaviour_points(
     Raises:
         ScoreError: a part cannot be read or lacks a column; the message names it.
     """
-    grades = grades or {}
-    numbers: list[pa.Table] = []
-    grade: list[int] = []
-    judged: list[bool] = []
-    for part in part_paths(folder):
-        for table in read_part(part):
-            usable = answered(table)
-            if outcome.judged:
-                usable = usable.filter(pc.is_in(usable["row_id"], value_set=pa.array(list(grades), pa.string())))
-            for row_id, text in zip(usable["row_id"].to_pylist(), usable["completion"].to_pylist(), strict=True):
-                given = grades.get(row_id)
-                judged.append(given is not None)
-                grade.append(outcome.grade(text) if given is None else given)
-            numbers.append(usable.select(_COLUMNS))
-    points = pa.concat_tables([pa.schema([(name, COLUMN_TYPES[name]) for name in _COLUMNS]).empty_table(), *numbers])
+    measures = measure_generations(folder, {}, outcome=outcome) if part_paths(folder) else no_measures(outcome)
+    return points_of(decide(measures, grades, outcome), outcome)
+
+
+def points_of(measures: pa.Table, outcome: Outcome = PAPER_OUTCOME) -> BehaviourPoints:
+    """The points of the rows of `batch_jobs.scoring.compute_scores.decide`, under the same outcome."""
+    usable = pc.invert(pc.or_(measures["failed"], measures["in_thought"]))
+    if outcome.judged:
+        usable = pc.and_(usable, pc.is_valid(measures["grade"]))
+    points = measures.select([*_COLUMNS, "grade", "word_grade"]).filter(usable)
+    columns: dict[str, Any] = {name: _strings(points[name]) for name in GROUP_COLUMNS if name != "layer"}
+    columns |= {name: points[name].to_numpy() for name in _NUMBERS}  # nulls of a float column become NaN
     return BehaviourPoints(
-        # nulls of a float column become NaN
-        **{name: points[name].to_numpy() for name in _COLUMNS if name != "seed"},
+        **columns,
         seed=points["seed"].cast(pa.float64()).to_numpy(),  # seeds are below 2**31, so float64 holds them exactly
-        grade=np.array(grade, dtype=np.int8),
-        judged=np.array(judged, dtype=np.bool_),
+        grade=pc.coalesce(points["grade"], points["word_grade"]).to_numpy(),
+        judged=pc.is_valid(points["grade"]).to_numpy(),
     )
+
+
+def _strings(column: pa.ChunkedArray) -> Strings:
+    """One Python string for each distinct value, not for each row."""
+    encoded = column.combine_chunks().dictionary_encode()
+    strings: Strings = np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
+    return strings

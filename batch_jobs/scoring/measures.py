@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,7 +29,7 @@ from batch_jobs.rows.generation_parts import (
     split_table,
 )
 from batch_jobs.scoring.degeneration import Degeneration, degeneration
-from batch_jobs.scoring.outcome import PAPER_OUTCOME, Outcome
+from batch_jobs.scoring.outcome import PAPER_OUTCOME, POSITIVE_GRADE, Outcome
 from batch_jobs.scoring.paper_metric import MIN_CONTEXT_MARKERS, is_coherent
 from batch_jobs.scoring.word_index import WordIndex
 
@@ -52,10 +53,10 @@ def measure_table(table: pa.Table, markers: Markers, outcome: Outcome = PAPER_OU
 
     Returns:
         The columns of COLUMN_TYPES without the texts; `failed` (the row has an error); `in_thought` (it ended inside a
-        thought); and, null for rows without an answer, `empathetic`, `empathetic_word_start` (the same with keywords at
-        word starts only), `coherent`, `in_context` and the fields of `Degeneration`. `in_context` is also null where
-        the scenario has no markers, and `empathetic` in all rows where a judge decides. `empathetic_word_start` is null
-        in all rows unless keywords are found as substrings.
+        thought); and, null for rows without an answer, `word_grade` (`Outcome.grade`), `empathetic`,
+        `empathetic_word_start` (the same with keywords at word starts only), `coherent`, `in_context` and the fields of
+        `Degeneration`. `in_context` is also null where the scenario has no markers, and `empathetic` in all rows where
+        a judge decides. `empathetic_word_start` is null in all rows unless keywords are found as substrings.
 
     Raises:
         ScoreError: as for `scoring_columns`.
@@ -89,13 +90,18 @@ def measure_generations(
         return pa.concat_tables(pool.map(measure, parts, chunksize=chunk))
 
 
+def no_measures(outcome: Outcome = PAPER_OUTCOME) -> pa.Table:
+    """What `measure_table` gives of a table without rows."""
+    return _measure(_NO_ROWS, {}, outcome)
+
+
 def _measure_part(part: Path, markers: Markers, outcome: Outcome) -> pa.Table:
     return _measure_all(read_part(part), markers, outcome)
 
 
 def _measure_all(tables: Iterable[pa.Table], markers: Markers, outcome: Outcome) -> pa.Table:
     measured = [_measure(table, markers, outcome) for table in tables]
-    return pa.concat_tables(measured or [_measure(_NO_ROWS, markers, outcome)])
+    return pa.concat_tables(measured) if measured else no_measures(outcome)
 
 
 def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:
@@ -107,8 +113,10 @@ def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:
     for text, counts in zip(texts.to_pylist(), words.counts(), strict=True):
         signs.append(degeneration(text, counts))
         coherent.append(is_coherent(text, counts))
+    grade = _word_grade(words, outcome)
     columns = {
-        "empathetic": _positive(words, outcome),
+        "word_grade": pa.array(grade, pa.int8()),
+        "empathetic": pa.array(grade == POSITIVE_GRADE, mask=np.full(len(grade), outcome.judged)),
         "empathetic_word_start": _positive_at_word_starts(words, outcome),
         "coherent": pa.array(coherent, pa.bool_()),
         "in_context": _in_context(table["scenario"], words, markers),
@@ -120,19 +128,20 @@ def _measure(table: pa.Table, markers: Markers, outcome: Outcome) -> pa.Table:
     return table.append_column("failed", failed).append_column("in_thought", unfinished)
 
 
-def _positive(words: WordIndex, outcome: Outcome) -> pa.Array:
-    """Which texts hold more positive than negative keywords; null where a judge decides instead."""
+def _word_grade(words: WordIndex, outcome: Outcome) -> npt.NDArray[np.int64]:
+    """(N,) `Outcome.grade` of each text."""
     positive = words.count_found(outcome.positive, match=outcome.match)
     negative = words.count_found(outcome.negative, match=outcome.match)
-    return pa.array(positive > negative, mask=np.full(len(positive), outcome.judged))
+    grade: npt.NDArray[np.int64] = 1 + np.sign(positive - negative)
+    return grade
 
 
 def _positive_at_word_starts(words: WordIndex, outcome: Outcome) -> pa.Array:
-    """`_positive` with keywords at word starts only: how far a verdict rests on matches inside other words, such as
-    "win" in "following". Null where keywords are not found as substrings."""
+    """Which texts are positive with keywords at word starts only: how far a verdict rests on matches inside other
+    words, such as "win" in "following". Null where keywords are not found as substrings or a judge decides."""
     if outcome.judged or outcome.match != "substring":
         return pa.nulls(len(words), pa.bool_())
-    return _positive(words, replace(outcome, match="word_start"))
+    return pa.array(_word_grade(words, replace(outcome, match="word_start")) == POSITIVE_GRADE)
 
 
 def _in_context(scenarios: pa.ChunkedArray, words: WordIndex, markers: Markers) -> pa.Array:

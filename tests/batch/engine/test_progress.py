@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from batch_jobs.engine import progress
-from batch_jobs.engine.progress import Counters, Work, engine_progress, tokens_done_and_due
+from batch_jobs.engine.progress import Counters, SessionLine, Work, engine_progress, tokens_done_and_due
 
 
 @dataclass
@@ -78,3 +78,21 @@ def test_a_log_gets_lines_while_the_batch_runs(monkeypatch: pytest.MonkeyPatch) 
         engine.generated += 5
         time.sleep(0.3)
     assert out.getvalue().count("Generating: 0/2 rows") >= 3
+
+
+def test_a_session_s_pace_and_time_left_leave_out_what_was_stored_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = [50.0], list[str]()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    session = SessionLine(lines.append, rows=1000, earlier=9000)
+    for at, rows in ((60.0, 50), (100.0, 50), (110.0, 100), (150.0, 300), (200.0, 500)):
+        clock[0] = at
+        session.stored(rows)
+    assert lines == [  # none within 15 s of another, and none when all is done
+        "All batches: 100/1000 rows (9000 stored before), 2.0 rows/s, 450 s left",
+        "All batches: 500/1000 rows (9000 stored before), 5.0 rows/s, 100 s left",
+    ]
+    clock[0] = 0.0
+    first = SessionLine(lines.append, rows=4, earlier=0)
+    clock[0] = 20.0
+    first.stored(1)
+    assert lines[-1] == "All batches: 1/4 rows, 0.1 rows/s, 60 s left"

@@ -83,6 +83,10 @@ def test_the_line_names_rows_pace_by_worker_and_time_left() -> None:
     states = (WorkerState("a:1", "Generating", 8, 2, 150.0), WorkerState("b:2", "Generating", 8, 3, 50.0))
     assert pool_line(states, 15, 100, 40.0) == "20/100 rows, 200 tokens/s (a:1 150, b:2 50), 40 s, 160 s left"
     assert pool_line((), 0, 100, 9.0) == "0/100 rows, 0 tokens/s (engines starting), 9 s, time left unknown"
+    # what an earlier session stored is named, and enters neither the pace nor the time left
+    assert pool_line(states, 15, 100, 40.0, 900) == (
+        "20/100 rows (900 stored before), 200 tokens/s (a:1 150, b:2 50), 40 s, 160 s left"
+    )
     # a shard is counted as stored a moment before its worker begins the next
     assert pool_line(states, 98, 100, 40.0).startswith("100/100 rows")
 
