@@ -51,8 +51,10 @@ def evaluate(
     from rich.console import Console
 
     from batch_jobs.config.evaluation import load_evaluation
+    from batch_jobs.engine.start_engine import set_engine_environment
 
     evaluation = load_evaluation(config)
+    set_engine_environment()  # before lm-eval brings torch, and so OpenMP
     from batch_jobs.harnesses.evaluate import evaluate as run
     from batch_jobs.harnesses.result_table import print_results
 

@@ -68,13 +68,16 @@ def run_config(config: Path, out: str | Path | None, overrides: Mapping[str, Any
     from rich.console import Console
 
     from batch_jobs.config.study import load_study
+    from batch_jobs.engine.start_engine import set_engine_environment, without_collection
 
     study = load_study(config, overrides=overrides)
-    # after the config is known to be good: this import brings scikit-learn and pyarrow
-    from batch_jobs.pipeline import RunOptions, run_study
-    from batch_jobs.print_summary import print_summary
-    from batch_jobs.run.open_run import open_run
-    from batch_jobs.run.run_directory import RunDirectory
+    set_engine_environment()
+    with without_collection():
+        # after the config is known to be good: this import brings scikit-learn, and so OpenMP, and pyarrow
+        from batch_jobs.pipeline import RunOptions, run_study
+        from batch_jobs.print_summary import print_summary
+        from batch_jobs.run.open_run import open_run
+        from batch_jobs.run.run_directory import RunDirectory
 
     given = RunOptions(**options)
     place = RunDirectory.for_config(config, None).path if out is None else out

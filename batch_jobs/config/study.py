@@ -72,6 +72,9 @@ class EngineOptions(_Section):
     max_num_seqs: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool | None = None
+    # left out where it is absent, so that folders of captured rows of before this field are found again
+    block_size: int | None = Field(default=None, ge=1, exclude_if=lambda given: given is None)
+    """Tokens of a KV block. Requests share whole blocks of equal beginnings, so smaller ones share more."""
     trust_remote_code: bool = False
     max_alpha: float | None = Field(default=None, gt=0)
     """Largest |α| (raw) that the engine accepts; None keeps the plugin's own bound."""

@@ -43,10 +43,10 @@ def extract_readouts(
 ) -> TextReadouts:
     """Read all texts at all layers under all poolings in one batch.
 
-    Each request also generates one token, which is discarded. The texts get no chat template. Each pooling takes a
-    request, and so a prefill, per text. It would be cheaper to read the first tokens alone and subtract them from the
-    mean of all, but a token read alone differs in its last bits from the same token read in its text, and an attention
-    sink is so much larger than the other tokens that these bits would show.
+    Each request also generates one token, which is discarded. The texts get no chat template. Every text is read once,
+    without the tokens that the largest pooling leaves out; those are read as a text of their own, once for all texts
+    that begin with them, and their sum is added for the smaller poolings. Taking them away from a mean over all tokens
+    instead would lose digits, since an attention sink is so much larger than the other tokens.
 
     Args:
         engine: an engine with a hook at each of `layers`.
@@ -70,25 +70,50 @@ def extract_readouts(
                 f"The text {prompt.text[:60]!r} has {len(prompt.token_ids)} tokens and skip_first leaves out "
                 f"{max(poolings)} of them; lower skip_first or drop the text."
             )
-    requests, params = [], []
-    for skip_first in poolings:
-        readout = Readout(layers=tuple(layers), skip_first=skip_first)
-        requests += [prompt.request for prompt in prompts]
-        params += [steered({"max_tokens": 1, "temperature": 0.0}, [], readout=readout)] * len(prompts)
-    tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    with progress.watch(engine, "Reading texts", Work(len(requests), tokens * len(poolings), 1)):
-        outputs = engine.generate(requests, params, use_tqdm=False)
-    readouts = [
-        _only(samples, texts[index % len(texts)]) for index, samples in enumerate(collect_readouts(engine, outputs))
+    skipped = max(poolings)
+    heads = sorted({prompt.token_ids[:skipped] for prompt in prompts}) if skipped else []
+    smaller = sorted({skip_first for skip_first in poolings if skip_first < skipped})
+    readings = [(text, prompt.token_ids, skipped) for text, prompt in zip(texts, prompts, strict=True)]
+    readings += [
+        (f"the first {skipped} tokens of a text", head, skip_first) for skip_first in smaller for head in heads
     ]
+    params = {
+        skip_first: steered(
+            {"max_tokens": 1, "temperature": 0.0}, [], readout=Readout(tuple(layers), skip_first=skip_first)
+        )
+        for skip_first in (skipped, *smaller)
+    }
+    tokens = sum(len(token_ids) for _, token_ids, _ in readings)
+    with progress.watch(engine, "Reading texts", Work(len(readings), tokens, 1)):
+        outputs = engine.generate(
+            [{"prompt_token_ids": list(token_ids)} for _, token_ids, _ in readings],
+            [params[skip_first] for *_, skip_first in readings],
+            use_tqdm=False,
+        )
+    readouts = [
+        _only(samples, text) for samples, (text, *_) in zip(collect_readouts(engine, outputs), readings, strict=True)
+    ]
+    rests = readouts[: len(texts)]
+    of_head = {
+        (skip_first, head): readout
+        for readout, (_, head, skip_first) in zip(readouts[len(texts) :], readings[len(texts) :], strict=True)
+    }
     by_pooling = {}
-    for place, skip_first in enumerate(poolings):
-        members = readouts[place * len(texts) : (place + 1) * len(texts)]
-        by_pooling[skip_first] = {
-            layer: np.stack([readout.mean[layer] for readout in members]).astype(np.float32, copy=False)
-            for layer in layers
-        }
+    for skip_first in poolings:
+        parts = [
+            [rest] if skip_first == skipped else [of_head[skip_first, prompt.token_ids[:skipped]], rest]
+            for prompt, rest in zip(prompts, rests, strict=True)
+        ]
+        by_pooling[skip_first] = {layer: np.stack([_mean(several, layer) for several in parts]) for layer in layers}
     return TextReadouts(by_pooling, tuple(len(prompt.token_ids) for prompt in prompts))
+
+
+def _mean(parts: Sequence[Any], layer: int) -> npt.NDArray[np.float32]:
+    """(D,) mean over the tokens of several readouts together."""
+    if len(parts) == 1:
+        return np.asarray(parts[0].mean[layer], np.float32)
+    total_D = sum(part.num_tokens * part.mean[layer].astype(np.float64) for part in parts)
+    return np.asarray(total_D / sum(part.num_tokens for part in parts), np.float32)
 
 
 def read_study_texts(

@@ -134,6 +134,10 @@ def generate_rows(
     began = datetime.now(UTC)
     requests = [prompts.of(row).request for row in rows]
     work = Work(len(rows), sum(len(request["prompt_token_ids"]) for request in requests), study.sampling.max_tokens)
+    # The samples of a condition share the KV blocks of their prompt. A prompt whose KV comes from the cache differs in
+    # its last bits from one that is computed, and so may the text: a batch that is run again must not depend on what
+    # ran before it, so it begins with an empty cache.
+    engine.reset_prefix_cache()
     try:
         with progress.watch(engine, "Generating", work):
             outputs = engine.generate(requests, [row_params(row, study) for row in rows], use_tqdm=False)
@@ -171,9 +175,7 @@ def row_params(row: Row, study: Study) -> Any:
     entries = []
     if cell.steered:
         entries = [Steering(cell.direction, cell.alpha, layer=cell.layer, op=cell.op, span=cell.span)]
-    # A prompt whose KV comes from the cache differs in its last bits from one that is computed, and so may the text: a
-    # row that is run again must not depend on what ran before it.
-    sampling = {**study.sampling.model_dump(), "seed": row.seed, "skip_reading_prefix_cache": True}
+    sampling = {**study.sampling.model_dump(), "seed": row.seed}
     readout = Readout(layers=(cell.layer,), span="generated", project=(projected_on(row),), vectors=False)
     return steered(sampling, entries, readout=readout)
 

@@ -39,6 +39,10 @@ class InstantEngine:
         """No metrics."""
         return []
 
+    def reset_prefix_cache(self) -> bool:
+        """True; there is no cache."""
+        return True
+
     def generate(
         self, prompts: Sequence[Mapping[str, Any]], sampling_params: Sequence[Any], *, use_tqdm: bool
     ) -> list[Any]:

@@ -18,7 +18,7 @@ from batch_jobs.pipeline import RunOptions, StudyResult, not_judged_yet, run_stu
 from batch_jobs.rows.store import read_rows
 from batch_jobs.run.run_directory import RunDirectory
 from batch_jobs.scoring.primary_rows import primary_rows
-from batch_jobs.texts.contrastive import load_scenarios
+from batch_jobs.texts.contrastive import load_scenarios, load_split
 from tests.support.formula_engine import HIDDEN, FormulaEngine, install_for_studies, small_study
 from vllm_steer import Direction, Readout, Steering, load_directions, save_directions
 
@@ -59,11 +59,15 @@ def test_texts_are_read_in_one_batch_and_rows_in_batches_of_mixed_conditions(
 ) -> None:
     run(small_study(), tmp_path)
     texts, prompts, *_ = engine.batches
-    # every text under both poolings, and the 15 positive test texts again with their words replaced
-    assert len(texts) == 2 * (100 + 15)
+    # every text without its first token, the 15 positive test texts again with their words replaced, and every first
+    # token once for the mean over all
     assert {params.readout for params in texts} == {
         Readout(layers=(2, 3), span="prompt", skip_first=skip) for skip in (0, 1)
     }
+    assert sum(params.readout.skip_first for params in texts) == 100 + 15
+    split = load_split(None, small_study().split)
+    firsts = {text[0] for pair in (*split.train, *split.test) for text in (pair.positive, pair.negative)}
+    assert len(texts) == 100 + 15 + len(firsts)
     assert len(prompts) == 2
     rows = engine.generated
     assert [len(batch) for batch in rows] == [8, 4]

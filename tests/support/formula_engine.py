@@ -34,6 +34,13 @@ class FormulaEngine:
         self.chat_template = "{{ messages }}"
         self.batches: list[list[SimpleNamespace]] = []
         self.unfinished = 0
+        self.emptied: list[int] = []
+        """How many batches had run whenever the prefix cache was emptied."""
+
+    def reset_prefix_cache(self) -> bool:
+        """Notes it in `emptied`."""
+        self.emptied.append(len(self.batches))
+        return True
 
     def get_tokenizer(self) -> FormulaEngine:
         """The engine is its own tokenizer: one token per letter."""
@@ -80,6 +87,7 @@ class FormulaEngine:
         )
         return SimpleNamespace(
             prompt_token_ids=ids,
+            num_cached_tokens=0,
             prompt_logprobs=[None, *({token: SimpleNamespace(logprob=LOG_LIKELIHOOD)} for token in ids[1:])],
             wanted=wanted,
             outputs=[completion],

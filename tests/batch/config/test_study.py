@@ -160,6 +160,7 @@ def test_a_config_without_later_fields_keeps_its_run_directory(tmp_path: Path) -
     then = write_config(tmp_path, dtype="bfloat16", steer__layers=[16], steer__alphas=alphas, sampling__max_tokens=200)
     document = yaml.safe_load(then.read_text(encoding="utf-8"))
     del document["steer"]["controls"], document["cost"]
+    del document["engine"]["max_num_seqs"], document["engine"]["block_size"]
     then.write_text(yaml.safe_dump(document), encoding="utf-8")
     study = load_study(then)
     identity = hashlib.sha256(json.dumps(study.identity, sort_keys=True).encode()).hexdigest()[:16]

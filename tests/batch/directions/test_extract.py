@@ -92,10 +92,10 @@ def mean_of(text: str) -> float:
     return sum(map(ord, text)) / len(text)
 
 
-def test_every_text_is_read_under_both_poolings_in_one_batch(engine: FormulaEngine) -> None:
+def test_every_text_is_read_once_and_gives_both_poolings(engine: FormulaEngine) -> None:
     progress = SilentProgress()
     got = read_study_texts(engine, study(), SPLIT, num_layers=4, progress=progress)
-    assert engine.batches == [14]  # 3 pairs, one ablated text, each under two poolings
+    assert engine.batches == [10]  # 3 pairs and one ablated text; three first letters: k, c, I
     assert (got.poolings, got.blocks) == ((0, 1), (2,))
     # "kind number two" is cut to 12 letters
     expected = {0: ["kind one", "kind number "], 1: ["ind one", "ind number "]}
@@ -106,7 +106,23 @@ def test_every_text_is_read_under_both_poolings_in_one_batch(engine: FormulaEngi
     np.testing.assert_allclose(got.test(1, 2).negative_ND, [[mean_of(" win"), 2]], rtol=1e-6)
     letters = sum(min(len(text), 12) for pair in (*SPLIT.train, *SPLIT.test) for text in (pair.positive, pair.negative))
     # the ablated text is cut to 12, like its original
-    assert progress.works == [Work(14, 2 * (letters + 12), 1)]
+    assert progress.works == [Work(10, letters + 12 + 3, 1)]
+
+
+def test_the_smaller_pooling_holds_the_skipped_tokens_of_every_text(engine: FormulaEngine) -> None:
+    texts = ["abcdef", "abcxyz", "zzzq"]
+    got = extract_readouts(engine, texts, [2], poolings=[3, 1, 0], max_tokens=9, progress=SilentProgress())
+    assert engine.batches == [7]  # the texts, and "abc" and "zzz" under two poolings
+    for skip_first in (0, 1, 3):
+        wanted = [[mean_of(text[skip_first:]), 2] for text in texts]
+        np.testing.assert_allclose(got.by_pooling[skip_first][2], wanted, rtol=1e-6)
+    assert got.num_tokens == (6, 6, 4)
+
+
+def test_one_pooling_without_a_skip_reads_the_texts_alone(engine: FormulaEngine) -> None:
+    got = extract_readouts(engine, ["abc", "b"], [2], poolings=[0], max_tokens=9, progress=SilentProgress())
+    assert engine.batches == [2]
+    np.testing.assert_allclose(got.by_pooling[0][2], [[mean_of("abc"), 2], [mean_of("b"), 2]], rtol=1e-6)
 
 
 def test_texts_are_told_by_pair_digest_and_length(engine: FormulaEngine) -> None:
@@ -157,6 +173,9 @@ def test_a_text_shorter_than_the_skip_is_refused(engine: FormulaEngine) -> None:
 
 
 def test_a_readout_that_did_not_come_back_is_named_by_its_text(engine: FormulaEngine) -> None:
-    engine.lost = 3  # the second text under the second pooling
+    engine.lost = 1
     with pytest.raises(StudyError, match="no readout for the text 'second'"):
+        extract_readouts(engine, ["first", "second"], [2], poolings=[0, 1], max_tokens=9, progress=SilentProgress())
+    engine.lost = 2  # "f", for the mean over all tokens
+    with pytest.raises(StudyError, match="no readout for the text 'the first 1 tokens"):
         extract_readouts(engine, ["first", "second"], [2], poolings=[0, 1], max_tokens=9, progress=SilentProgress())

@@ -62,7 +62,9 @@ def rows_of_many_shapes(vocab_size: int) -> list[FinishedRow]:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(demo_model: Path, tmp_path: Path) -> None:
+def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.engine.conftest import open_engine
     from tests.support.hf_reference import Reference
     from tests.support.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
@@ -75,11 +77,25 @@ def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(demo_m
     rows = rows_of_many_shapes(VOCAB_SIZE)
     # A step takes 32 tokens, so most rows are read in several chunks, beside other rows.
     with open_engine(
-        checkpoint, layers=list(LAYERS), max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=32, max_num_seqs=8
+        checkpoint,
+        layers=list(LAYERS),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=32,
+        max_num_seqs=8,
+        block_size=32,  # the shared prompt has 40 tokens
+        enable_prefix_caching=True,
     ) as engine:
         vllm_steer.register_directions(engine, directions)
+        cached = cached_tokens(engine, monkeypatch)
         got = reread(engine, rows, max_model_len=MAX_MODEL_LEN, progress=Heard())
         again = reread(engine, rows, max_model_len=MAX_MODEL_LEN, progress=Heard())  # every prompt is cached by now
+
+    # The second reading finds whole texts, and reads them once more without the cache.
+    assert len(cached) == 4
+    assert all(of_batch and max(of_batch) > 0 for of_batch in cached[::2])  # each finds prompts of others
+    assert cached[1]
+    assert cached[3]
+    assert not any(cached[1] + cached[3])
 
     assert [index for index, result in enumerate(got) if result == Reread(None, None)] == [5, 9]
     for index, row in enumerate(rows):
@@ -99,22 +115,45 @@ def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(demo_m
             )
 
 
-class FixedEngine:
-    """Gives every token the log-probability -its id / 100, and ends the rows named in `aborted` early."""
+def cached_tokens(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Gets, for each batch from now on, how many tokens of each request came from the cache."""
+    counts: list[list[int]] = []
+    generate = engine.generate
 
-    def __init__(self, aborted: tuple[int, ...] = ()) -> None:
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        counts.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(engine, "generate", counting)
+    return counts
+
+
+class FixedEngine:
+    """Gives every token the log-probability -its id / 100, and ends the rows named in `aborted` early. The first batch
+    finds `cached` tokens of each row in the cache, and has no log-probabilities of them."""
+
+    def __init__(self, aborted: tuple[int, ...] = (), cached: int = 0) -> None:
         self.aborted = aborted
+        self.cached = cached
         self.read: list[list[int]] = []
+        self.batches = 0
 
     def get_metrics(self) -> list[Any]:
         return []
 
     def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> list[Any]:
         self.read = [prompt["prompt_token_ids"] for prompt in prompts]
+        self.batches += 1
+        cached = self.cached if self.batches == 1 else 0
         return [
             SimpleNamespace(
                 prompt_token_ids=ids,
-                prompt_logprobs=[None, *({token: SimpleNamespace(logprob=-token / 100)} for token in ids[1:])],
+                num_cached_tokens=cached,
+                prompt_logprobs=[
+                    None,
+                    *({token: SimpleNamespace(logprob=-token / 100)} for token in ids[1 + cached :]),
+                ],
                 outputs=[SimpleNamespace(finish_reason="abort" if index in self.aborted else "length")],
             )
             for index, ids in enumerate(self.read)
@@ -153,3 +192,13 @@ def test_rows_without_a_token_to_read_never_reach_the_engine() -> None:
     rows = [FinishedRow([10], [], 0, "kind"), FinishedRow([1] * 63, [5], 0, "kind")]
     assert reread(engine, rows, max_model_len=64, progress=Heard()) == [Reread(None, None)] * 2  # type: ignore[arg-type]
     assert engine.read == []
+
+
+@pytest.mark.usefixtures("without_readouts")
+def test_a_row_whose_prompt_was_cached_to_its_end_is_read_again() -> None:
+    engine = FixedEngine(cached=2)
+    rows = [FinishedRow([10, 20, 30], [1, 3], 0, "kind"), FinishedRow([10, 20], [5, 7], 0, "kind")]
+    got = reread(engine, rows, max_model_len=64, progress=Heard())  # type: ignore[arg-type]
+    # the first row's first answer token is predicted at 30, which was computed; the second's at 20, which was not
+    assert (engine.batches, engine.read) == (2, [[10, 20, 5, 7]])
+    assert [result.log_likelihood for result in got] == [pytest.approx(-0.02), pytest.approx(-0.06)]

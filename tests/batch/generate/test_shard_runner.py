@@ -100,6 +100,19 @@ def test_a_shard_is_one_batch_and_every_column_is_filled(engine: FormulaEngine, 
     assert not list(job.run.attempts.iterdir())
 
 
+def test_every_batch_of_rows_begins_with_an_empty_cache_and_shares_prompts(
+    engine: FormulaEngine, job: ShardJob
+) -> None:
+    first, second = whole_grid(job).halves()
+    running = runner(engine, job)
+    running.run(first)
+    running.run(second)
+    rows = [place for place, batch in enumerate(engine.batches) if batch[0].fields["max_tokens"] > 1]
+    assert engine.emptied == rows
+    assert len(rows) == 2
+    assert not any(request.fields.get("skip_reading_prefix_cache") for batch in engine.batches for request in batch)
+
+
 def test_a_row_that_raises_is_recorded_after_its_attempts_and_costs_no_other_row(
     engine: FormulaEngine, job: ShardJob
 ) -> None:
