@@ -142,6 +142,7 @@ def test_a_request_is_refused_while_the_default_s_direction_is_not_registered(
     """It does not run unsteered."""
     registry = admission_of(llm.llm_engine.input_processor).registry
     monkeypatch.delitem(registry._by_name, "calm")
+    monkeypatch.setattr(registry, "state", object())  # as after any change
     with pytest.raises(errors.UnknownDirection, match="no direction is named 'calm'"):
         generate(llm, SamplingParams(**FIELDS))
     generate(llm, steered(FIELDS, []))

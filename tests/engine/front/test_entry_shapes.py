@@ -14,6 +14,7 @@ from vllm_steer import errors
 from vllm_steer.directions import Direction
 from vllm_steer.engine.front import entry_shapes
 from vllm_steer.engine.front.admission import Admission
+from vllm_steer.engine.front.entry_resolution import EntryResolution
 from vllm_steer.engine.resolved_spec import Resolved
 from vllm_steer.schema.conditions import When
 from vllm_steer.schema.readout import Readout
@@ -109,7 +110,7 @@ def test_a_request_is_resolved_as_if_it_were_the_first(
 def test_entries_that_differ_in_alpha_alone_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     admission = make_admission()
     admission.resolve("id", RequestSpec((Steering("kind", 1.0), Steering("cold", 2.0, op="set"))), 3)
-    monkeypatch.setattr("vllm_steer.engine.front.entry_resolution.EntryResolution.resolve", None)
+    monkeypatch.setattr(EntryResolution, "resolve", None)
     resolved = admission.resolve("id", RequestSpec((Steering("kind", 1.5), Steering("cold", -2.0, op="set"))), 9)
     assert [(one.layer_index, one.a, one.b) for one in resolved.windows[0].entries] == [(0, 1.5, 0.0), (1, -2.0, -1.0)]
     for other in ("cold", "both"):
