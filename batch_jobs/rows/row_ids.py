@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,18 +36,26 @@ def _key(row_id: str) -> int:
     return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8])
 
 
+def _sorted_set(keys: Sequence[Keys]) -> Keys:
+    """The distinct keys, ascending. `np.unique` would take several copies."""
+    together: Keys = np.concatenate([np.empty(0, np.uint64), *keys])
+    together.sort()
+    repeated = together[1:] == together[:-1]
+    return together[np.append(True, ~repeated)] if repeated.any() else together
+
+
 class RowIds:
     """A set of row ids, of which only the keys are kept."""
 
     def __init__(self, ids: Iterable[str] = ()) -> None:
         """From the ids themselves; see `of_keys` for many."""
-        self._keys: Keys = np.unique(keys_of(pa.array(list(ids), pa.string())))
+        self._keys = _sorted_set([keys_of(pa.array(list(ids), pa.string()))])
 
     @classmethod
-    def of_keys(cls, keys: Keys) -> RowIds:
-        """From keys in any order."""
+    def of_keys(cls, keys: Sequence[Keys]) -> RowIds:
+        """From arrays of keys in any order."""
         made = cls()
-        made._keys = np.unique(keys)
+        made._keys = _sorted_set(keys)
         return made
 
     def __len__(self) -> int:
@@ -63,7 +71,11 @@ class RowIds:
         return hash(self._keys.tobytes())
 
     def __or__(self, other: RowIds) -> RowIds:
-        return RowIds.of_keys(np.concatenate([self._keys, other._keys]))
+        return RowIds.of_keys([self._keys, other._keys]) if len(other) else self
+
+    def meets(self, other: RowIds) -> bool:
+        """Whether an id is in both sets."""
+        return bool(self.holds(other._keys).any())
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """(N,) bool: which of the keys are in the set."""

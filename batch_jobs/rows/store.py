@@ -213,14 +213,10 @@ def read_index(folder: Path) -> RowIndex:
         failed.append(keys[is_broken])
         done.append(keys[~is_broken])
         hashes.update(pc.unique(table["direction_hash"]).to_pylist())
-    index = RowIndex(_as_ids(done), _as_ids(failed), frozenset(hashes))
-    if len(index.done | index.failed) < sum(map(len, done + failed)):
+    index = RowIndex(RowIds.of_keys(done), RowIds.of_keys(failed), frozenset(hashes))
+    if len(index.done) + len(index.failed) < sum(map(len, done + failed)) or index.done.meets(index.failed):
         _refuse_repeated_rows(parts)
     return index
-
-
-def _as_ids(keys: Sequence[Keys]) -> RowIds:
-    return RowIds.of_keys(np.concatenate([np.empty(0, np.uint64), *keys]))
 
 
 def _refuse_repeated_rows(parts: Sequence[Path]) -> None:
@@ -282,7 +278,7 @@ def drop_repeated_rows(folder: Path) -> int:
     for part in parts:
         _check_part(part)
     each = [np.unique(keys_of(_row_ids(part))) for part in parts]
-    if len(_as_ids(each)) == sum(map(len, each)):
+    if len(RowIds.of_keys(each)) == sum(map(len, each)):
         return 0  # as nearly always, at eight bytes a row
     keeper: dict[str, tuple[bool, Path]] = {}  # row id -> (whether it failed, part), the smallest
     repeated: set[Path] = set()

@@ -369,6 +369,7 @@ def a_study(model: str, rows: int, *, rows_per_part: int, tokens: int = 200) -> 
 
 def a_job(study: Study, run: Path) -> ShardJob:
     """The study's job with a random direction; nothing is extracted."""
+    run.mkdir(parents=True, exist_ok=True)  # workers refuse a run directory that they do not see
     vector_D = np.random.default_rng(0).standard_normal(SHAPES["tiny"]["hidden_size"]).astype(np.float32)
     directions = {(CONCEPT, LAYER): Direction(CONCEPT, LAYER, vector_D).normalised()}
     return ShardJob(study, load_scenarios(None), NoiseProbes(directions), RunDirectory(run), {"study": "scale"})

@@ -33,6 +33,9 @@ def test_ids_have_one_key_whatever_they_are_read_with() -> None:
 
 
 def test_sets_are_joined_and_compared() -> None:
-    assert RowIds("ab") | RowIds("bc") == RowIds("cab") == RowIds.of_keys(keys_of(pa.array(["c", "b", "a", "a"])))
+    assert RowIds("ab") | RowIds("bc") == RowIds("cab") == RowIds.of_keys([keys_of(pa.array(["c", "b", "a", "a"]))])
     assert RowIds("ab") != RowIds("a")
+    assert RowIds("ab") | RowIds() == RowIds() | RowIds("ab") == RowIds("ab")
+    assert RowIds("ab").meets(RowIds("bc"))
+    assert not RowIds("ab").meets(RowIds("c"))
     assert np.unique(keys_of(pa.array(list("aab")))).size == len(RowIds("aab")) == 2
