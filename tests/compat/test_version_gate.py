@@ -129,7 +129,9 @@ def test_a_request_made_before_vllm_has_loaded_the_plugin_is_refused_beside_anot
 def test_only_an_engine_that_is_configured_hears_of_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = SimpleNamespace(additional_config={}, use_v2_model_runner=False)
+    made = SimpleNamespace(
+        additional_config={}, use_v2_model_runner=False, model_config=SimpleNamespace(get_hidden_size=lambda: 8)
+    )
     monkeypatch.setattr(startup_checks, "check", lambda *_: None)
     monkeypatch.setattr(startup_checks.logger, "propagate", True)
     monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: made)

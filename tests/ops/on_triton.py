@@ -18,6 +18,7 @@ from tests.ops.step_cases import Case, check, make_case, over_prompt, registered
 from tests.support.plans import in_halves
 from vllm_steer.device.buffers import SteerBuffers
 from vllm_steer.ops import reference, triton_kernels
+from vllm_steer.ops.layer_tables import tables_at
 from vllm_steer.ops.triton_kernels import FEW, FEW_TOKENS, MANY, steer_and_read
 from vllm_steer.plan.batch_plan import BatchPlanner, Pooling, RequestPlan
 from vllm_steer.plan.entry_rows import Entry
@@ -199,25 +200,8 @@ def hook_of() -> tuple[SteerBuffers, Callable[[], None]]:
         num_layers=2, hidden_size=24, max_tokens=8, max_requests=2, max_entries=1, max_directions=1, trace_columns=1,
         device=torch.device(DEVICE), has_rows=True,
     )  # fmt: skip
-    hook = buffers.layer(0)
-    stream = torch.ones(4, 24, device=DEVICE)
-    tables = (
-        hook.bank,
-        hook.row_of_token,
-        hook.entry_slot,
-        hook.entry_ab,
-        hook.entry_mode,
-        hook.entry_gate,
-        hook.entry_threshold,
-        hook.probe,
-        hook.prompt_sums,
-        hook.prompt_part,
-        hook.keep,
-        hook.segment,
-        hook.sums,
-    )
-    rest = (hook.last, hook.trace_slot, hook.trace, hook.cut, hook.rows, hook.flags)
-    return buffers, lambda: steer_and_read(stream, stream, *tables, *rest)
+    stream, tables = torch.ones(4, 24, device=DEVICE), tables_at(buffers.flags_L4[0])
+    return buffers, lambda: steer_and_read(stream, stream, *tables)
 
 
 ENTRY = Entry(0, 0, 1.0, 0.0)

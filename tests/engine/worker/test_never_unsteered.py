@@ -157,10 +157,10 @@ def test_a_runner_that_puts_no_hooks_on_its_model_is_refused_at_start() -> None:
     rpc._checked(worker.model_runner.load_model, worker)()
 
 
-@pytest.mark.parametrize("call", [rpc.write, rpc.collect, rpc.traces])
-def test_a_worker_without_steering_answers_no_call(call: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("call", "arguments"), [(rpc.write, ([], b"")), (rpc.collect, ([],)), (rpc.traces, ([],))])
+def test_a_worker_without_steering_answers_no_call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     with pytest.raises(errors.NotConfigured, match="no hooks"):
-        call(StandInWorker(StandInRunner(None)), [])
+        call(StandInWorker(StandInRunner(None)), *arguments)
 
 
 def test_a_step_that_is_prepared_twice_fails_the_readout(engine: Engine) -> None:
