@@ -93,7 +93,7 @@ CPU_GOALS = (
     Goal(
         "its driver's memory beyond that of 10,000",
         "grid-scale",
-        ("driver_growth_mib",),
+        (*_FIGURES, "driver_growth_mib"),
         32.0,
         is_most=True,
         unit="MiB",
