@@ -106,9 +106,9 @@ def test_memory_hardly_grows_with_the_rows_of_a_grid(finished: float) -> None:
         tracemalloc.stop()
         return most
 
-    few, many = study_rows(500), study_rows(2000)
+    few, many = study_rows(300), study_rows(600)
     assert len(few) > 8192  # more than are compared at a time
-    a_row = (peak(2000) - peak(500)) / (len(many) - len(few))
+    a_row = (peak(600) - peak(300)) / (len(many) - len(few))
     assert a_row < 4
 
 
