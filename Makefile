@@ -119,6 +119,12 @@ bench-record: demo-model
 	$(BIN)/python -m benchmarks.op --out $(RECORDS)/op.json
 	$(BIN)/python -m benchmarks.scale.bench --out $(RECORDS)/scale.json
 	$(BIN)/python -m benchmarks.peers.bench --out $(RECORDS)/peers.json
+	$(BIN)/python -m benchmarks.admission --out $(RECORDS)/admission.json
+	$(BIN)/python -m benchmarks.overhead.start --out $(RECORDS)/start.json
+	$(BIN)/python -m benchmarks.server.bench --out $(RECORDS)/server.json
+	$(BIN)/python -m benchmarks.demo --out $(RECORDS)/demo.json
+	$(BIN)/python -m benchmarks.scoring --out $(RECORDS)/score.json
+	$(BIN)/python -m benchmarks.scale.grid --out $(RECORDS)/grid-scale.json
 	$(MAKE) readme-performance
 
 bench-gpu: setup

@@ -101,7 +101,7 @@ def buffers_of(setting: Setting, device: torch.device) -> SteerBuffers:
     )  # fmt: skip
     for slot in range(SLOTS):
         row = rng.standard_normal(setting.dimension)
-        buffers.write_direction(slot, (row / np.linalg.norm(row)).astype(np.float32))
+        buffers.write_directions([slot], (row / np.linalg.norm(row)).astype(np.float32)[None])
     planner = BatchPlanner(1, requests, 8, 8)
     ids = [str(number) for number in range(setting.requests)]
     for number, request_id in enumerate(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,4 +147,4 @@ def _verdict(goal: Goal, record: Mapping[str, Any]) -> Verdict:
         return Verdict(goal, figure["ratio"], *interval(figure["ratios"]))
     measurements = figure if isinstance(figure, list) else [figure]
     low, high = interval(measurements)
-    return Verdict(goal, sorted(measurements)[len(measurements) // 2], low, high)
+    return Verdict(goal, statistics.median(measurements), low, high)

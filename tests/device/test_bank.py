@@ -44,8 +44,8 @@ def test_many_vectors_are_written_to_their_slots_in_any_order() -> None:
 def test_one_vector_is_written_as_one_of_many() -> None:
     one, many = make(), make()
     vector_D = np.arange(1.0, 1.0 + SIZE, dtype=np.float32)
-    one.write_direction(7, vector_D)
-    many.write_directions([7], vector_D[None])
+    one.write_directions([7], vector_D[None])
+    many.write_directions([3, 7], np.stack([np.zeros_like(vector_D), vector_D]))
     assert torch.equal(one.bank_SD, many.bank_SD)
     assert one.bank_SD[7].tolist() == vector_D.tolist()
     assert not one.bank_SD[[*range(7), *range(8, SLOTS)]].any()

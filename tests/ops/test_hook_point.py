@@ -43,8 +43,7 @@ def make_buffers() -> SteerBuffers:
         has_rows=True,
     )
     rng = np.random.default_rng(0)
-    for slot in range(SLOTS):
-        buffers.write_direction(slot, rng.standard_normal(DIMENSION).astype(np.float32))
+    buffers.write_directions(range(SLOTS), rng.standard_normal((SLOTS, DIMENSION)).astype(np.float32))
     return buffers
 
 

@@ -6,6 +6,7 @@ The projection of a text is its share of the letter h; a generated text is kind 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,10 @@ import pytest
 
 import vllm_steer
 from batch_jobs.config.study import Study
+from batch_jobs.directions.directions_and_norms import Probes
+from batch_jobs.generate.shard_runner import ShardJob
+from batch_jobs.run.run_directory import RunDirectory
+from batch_jobs.texts.contrastive import Scenario
 from vllm_steer import Direction, Readout, ReadoutResult, Steering
 
 HIDDEN = 8
@@ -127,6 +132,24 @@ def small_study(**changes: Any) -> Study:
         "rows_per_part": 8,
     }
     return Study.model_validate({**document, **changes})
+
+
+def small_job(folder: Path, **changes: Any) -> ShardJob:
+    """A grid of 12 rows, with `changes` to its study; its run directory is `folder`."""
+    study = Study.model_validate(
+        {
+            "name": "small",
+            "model": "owner/model",
+            "extract": {"layers": [3]},
+            "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel"], "samples": 4},
+            **changes,
+        }
+    )
+    vector = np.eye(HIDDEN, dtype=np.float32)[1]
+    validation = SimpleNamespace(mean_residual_norms={3: 10.0})  # the only part that a worker uses
+    probes = Probes({("empathy", 3): Direction("empathy", 3, vector)}, validation)  # type: ignore[arg-type]
+    scenario = Scenario("the_duel", "The Duel", "Win the duel.", "Your rival is crying.", ())
+    return ShardJob(study, {"the_duel": scenario}, probes, RunDirectory(folder), {})
 
 
 def install_for_studies(monkeypatch: pytest.MonkeyPatch, blocks: int) -> FormulaEngine:

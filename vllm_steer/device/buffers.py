@@ -242,10 +242,6 @@ class SteerBuffers:
         self.write(self._nothing)
         self._host_flags.is_step = False
 
-    def write_direction(self, slot: int, vector: npt.NDArray[np.float32]) -> None:
-        """Write a direction's (D,) float32 vector into a slot of the bank."""
-        self.write_directions([slot], vector[None])
-
     def write_directions(self, slots: Sequence[int], vectors_ND: npt.NDArray[np.float32]) -> None:
         """Write (N, D) float32 vectors into N slots of the bank, many in one copy to the device."""
         device = self.bank_SD.device

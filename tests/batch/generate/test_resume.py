@@ -8,12 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from rich.console import Console
 
-from batch_jobs.config.study import Study
-from batch_jobs.directions.directions_and_norms import Probes
 from batch_jobs.engine import progress
 from batch_jobs.engine.progress import ConsoleProgress
 from batch_jobs.generate.local_executor import LocalExecutor
@@ -22,10 +19,7 @@ from batch_jobs.pipeline import RunOptions, generate_missing
 from batch_jobs.rows.row_ids import RowIds
 from batch_jobs.rows.shards import make_shards
 from batch_jobs.rows.store import read_index, read_rows
-from batch_jobs.run.run_directory import RunDirectory
-from batch_jobs.texts.contrastive import Scenario
-from tests.support.formula_engine import FormulaEngine, install
-from vllm_steer import Direction
+from tests.support.formula_engine import FormulaEngine, install, small_job
 
 
 @pytest.fixture
@@ -36,20 +30,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
 @pytest.fixture
 def job(tmp_path: Path) -> ShardJob:
     """A grid of 12 rows in parts of four."""
-    study = Study.model_validate(
-        {
-            "name": "small",
-            "model": "owner/model",
-            "extract": {"layers": [3]},
-            "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel"], "samples": 4},
-            "rows_per_part": 4,
-        }
-    )
-    vector = np.eye(8, dtype=np.float32)[1]
-    validation = SimpleNamespace(mean_residual_norms={3: 10.0})  # the only part that a worker uses
-    probes = Probes({("empathy", 3): Direction("empathy", 3, vector)}, validation)  # type: ignore[arg-type]
-    scenario = Scenario("the_duel", "The Duel", "Win the duel.", "Your rival is crying.", ())
-    return ShardJob(study, {"the_duel": scenario}, probes, RunDirectory(tmp_path), {})
+    return small_job(tmp_path, rows_per_part=4)
 
 
 def executor(engine: FormulaEngine, *, quiet: bool = False) -> tuple[LocalExecutor, io.StringIO]:

@@ -6,23 +6,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from batch_jobs.config.study import Study
-from batch_jobs.directions.directions_and_norms import Probes, make_controls
+from batch_jobs.directions.directions_and_norms import make_controls
 from batch_jobs.generate.shard_runner import ShardJob, ShardOutcome, ShardRunner
 from batch_jobs.rows.grid import StudyRows
 from batch_jobs.rows.row_ids import RowIds
 from batch_jobs.rows.shards import Shard
 from batch_jobs.rows.store import read_index, read_rows
-from batch_jobs.run.run_directory import RunDirectory
-from batch_jobs.texts.contrastive import Scenario
-from tests.support.formula_engine import LOG_LIKELIHOOD, FormulaEngine, install
-from vllm_steer import Direction
+from tests.support.formula_engine import LOG_LIKELIHOOD, FormulaEngine, install, small_job
 
 
 class Killed(BaseException):
@@ -49,20 +44,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FormulaEngine:
 
 @pytest.fixture
 def job(tmp_path: Path) -> ShardJob:
-    study = Study.model_validate(
-        {
-            "name": "small",
-            "model": "owner/model",
-            "extract": {"layers": [3]},
-            "steer": {"layers": [3], "alphas": [-1, 0, 1], "scenarios": ["the_duel"], "samples": 4},
-        }
-    )
-    vector = np.zeros(8, dtype=np.float32)
-    vector[1] = 1
-    validation = SimpleNamespace(mean_residual_norms={3: 10.0})  # the only part that a worker uses
-    probes = Probes({("empathy", 3): Direction("empathy", 3, vector)}, validation)  # type: ignore[arg-type]
-    scenario = Scenario("the_duel", "The Duel", "Win the duel.", "Your rival is crying.", ())
-    return ShardJob(study, {"the_duel": scenario}, probes, RunDirectory(tmp_path), {})
+    return small_job(tmp_path)
 
 
 def whole_grid(job: ShardJob) -> Shard:

@@ -49,7 +49,7 @@ def make_buffers(max_requests: int) -> SteerBuffers:
         trace_columns=0,
         device=torch.device("cpu"),
     )
-    buffers.write_direction(3, DIRECTION)
+    buffers.write_directions([3], DIRECTION[None])
     return buffers
 
 
@@ -67,7 +67,7 @@ def finished(
     for layer in range(2):  # the next request with this accumulator, and a direction in the slot of a replaced one
         buffers.sums_L_AD[layer].fill_(99)
         buffers.last_L_AD[layer].fill_(99)
-    buffers.write_direction(3, 99 * DIRECTION)
+    buffers.write_directions([3], 99 * DIRECTION[None])
     return taken
 
 

@@ -58,7 +58,7 @@ def cache_folder() -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """Into a file of its own first: processes that start together may all compile, and none loads a half file."""
+    """Compile to a file of its own and rename it, so that processes that start together never load half a file."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         beside = [f"-I{_TORCH / 'include'}", str(_SOURCE), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
@@ -77,7 +77,7 @@ def _digest(compiler_version: str) -> str:
 
 
 def _processor() -> str:
-    """What code for this processor depends on: a home folder may be shared by machines of several kinds."""
+    """Names the processor, since machines of several kinds may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
