@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="requests at once")
     parser.add_argument("--rounds", type=int, nargs="+", default=[2, 2, 5, 2], help="of each batch, after each start")
-    parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prefill-batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--prefill-rounds", type=int, default=5)
     parser.add_argument("--turns", choices=["step", "call"], default="step", help="how often two ways take turns")
     parser.add_argument("--tokens", type=int, default=2048, help="generated in a call, within 8 to 64 a request")

@@ -132,11 +132,21 @@ def test_a_change_of_the_registry_is_seen_at_once() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entry_shapes, "_REMEMBERED", 3)
+    monkeypatch.setattr(entry_shapes, "_MOST_ENTRIES", 3)
     admission = make_admission()
     for number in range(1, 9):
+        entry = Steering("kind", 1.0, span=f"generated[{number}:]")
+        for entries in (1, 2, 3):
+            admission.resolve("id", RequestSpec((entry,) * entries), 3)
+            remembered = admission._shapes._remembered[1].values()
+            assert sum(len(one.entries) for one in remembered) <= 3 or len(remembered) == 1
+
+
+def test_ten_thousand_different_entries_in_flight_are_remembered() -> None:
+    admission = make_admission()
+    for number in range(10_000):
         admission.resolve("id", RequestSpec((Steering("kind", 1.0, span=f"generated[{number}:]"),)), 3)
-        assert len(admission._shapes._remembered[1]) <= 3
+    assert len(admission._shapes._remembered[1]) == 10_000
 
 
 def test_a_refused_request_leaves_nothing_that_refuses_the_next() -> None:

@@ -22,7 +22,7 @@ from vllm_steer.engine.resolved_spec import Digest, Window
 from vllm_steer.plan.entry_rows import pack
 from vllm_steer.schema.steering import Steering
 
-_REMEMBERED = 512
+_MOST_ENTRIES = 20_480  # in all shapes that are remembered: 10,000 of one entry, 512 of 40
 _ALL_BUT_ALPHA = attrgetter("direction", "layer", "op", "span", "relative", "keep_norm", "low", "high", "when")
 
 
@@ -38,6 +38,7 @@ class EntryShapes:
         self._resolution = resolution
         self._limits = limits
         self._remembered: tuple[object, dict[Any, Shape]] = (None, {})
+        self._num_entries = 0
 
     def of(self, book: DirectionBook, steering: Sequence[Steering], prompt_len: int, *, is_counted: bool) -> Shape:
         """The shape of these entries.
@@ -57,6 +58,7 @@ class EntryShapes:
             # in the new state.
             shapes = {}
             self._remembered = (book.state, shapes)
+            self._num_entries = 0
         # Zeros of ``add`` change nothing, so they have a shape of their own.
         fixed = tuple([None if _is_free(one) else one.alpha for one in steering])
         key = tuple(map(_ALL_BUT_ALPHA, steering)), fixed, is_counted
@@ -64,8 +66,10 @@ class EntryShapes:
         if shape is None or not shape.fits(prompt_len):
             entries, probes = self._resolution.resolve(book, steering, prompt_len)
             shape = Shape(entries, probes, prompt_len, self._limits, is_counted=is_counted)
-            if len(shapes) >= _REMEMBERED:
+            self._num_entries += len(steering)
+            if self._num_entries > _MOST_ENTRIES:
                 shapes.clear()
+                self._num_entries = len(steering)
             shapes[key] = shape
         return shape
 
