@@ -9,7 +9,7 @@ holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,19 @@ class Reread:
     output of the row's layer. Also None if the engine could not give the readout."""
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What is read once, for all rows that have it and ask for the same direction: the baselines of several layers."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    direction: str
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.completion_ids]
+
+
 def reread(engine: Engine, rows: Sequence[FinishedRow], *, max_model_len: int, progress: Progress) -> list[Reread]:
     """Read every row's prompt + completion without steering, all in one batch; results in the order of `rows`.
 
@@ -58,44 +71,41 @@ def reread(engine: Engine, rows: Sequence[FinishedRow], *, max_model_len: int, p
         SteerError: a direction is not registered at its layer, or the layer is not hooked.
     """
     room = max_model_len - 1
-    kept = [row.completion_ids[: max(room - len(row.prompt_ids), 0)] for row in rows]
-    readable = [index for index, completion in enumerate(kept) if completion]
+    text_of_row: dict[int, _Text] = {}
+    layers: dict[_Text, set[int]] = {}
+    for index, row in enumerate(rows):
+        if kept := row.completion_ids[: max(room - len(row.prompt_ids), 0)]:
+            text = text_of_row[index] = _Text(tuple(row.prompt_ids), tuple(kept), row.direction)
+            layers.setdefault(text, set()).add(row.layer)
     results = [Reread(None, None)] * len(rows)
-    if not readable:
+    if not layers:
         return results
-    texts = {index: [*rows[index].prompt_ids, *kept[index]] for index in readable}
-    results_of = _read(engine, rows, texts, progress=progress)
-    # Rows whose completions begin alike can share blocks beyond their prompt, and a cached token has no logprob.
-    hidden = {index: texts[index] for index, (output, _) in results_of.items() if _lacks_logprobs(rows[index], output)}
+    read = _read(engine, layers, progress=progress)
+    # Texts that begin alike can share blocks beyond their prompt, and a cached token has no logprob.
+    hidden = {text: layers[text] for text, (output, _) in read.items() if _lacks_logprobs(text, output)}
     if hidden:
-        results_of |= _read(engine, rows, hidden, progress=progress, from_cache=False)
-    for index, (output, readout) in results_of.items():
-        results[index] = _result(rows[index], output, readout)
+        read |= _read(engine, hidden, progress=progress, from_cache=False)
+    for index, text in text_of_row.items():
+        results[index] = _result(text, rows[index].layer, *read[text])
     return results
 
 
 def _read(
-    engine: Engine,
-    rows: Sequence[FinishedRow],
-    texts: Mapping[int, list[int]],
-    *,
-    progress: Progress,
-    from_cache: bool = True,
-) -> dict[int, tuple[Any, Any]]:
-    """Index of a row -> its RequestOutput and its readout, None where the engine could not give it.
+    engine: Engine, layers: Mapping[_Text, Iterable[int]], *, progress: Progress, from_cache: bool = True
+) -> dict[_Text, tuple[Any, Any]]:
+    """Text -> its RequestOutput and its readout, None where the engine could not give it.
 
     Args:
-        engine: with the rows' directions registered.
-        rows: all rows.
-        texts: index of a row -> the tokens to read.
+        engine: with the directions of the texts registered at their layers.
+        layers: text -> the layers to read it at.
         progress: shows the batch's progress and takes warnings.
-        from_cache: take the prompts that rows share, and any other tokens, from the prefix cache.
+        from_cache: take the prompts that texts share, and any other tokens, from the prefix cache.
     """
     from vllm_steer import collect_readouts
 
-    work = Work(len(texts), sum(map(len, texts.values())), max_new_tokens=1)
-    requests = [{"prompt_token_ids": text} for text in texts.values()]
-    params = [_params(rows[index], from_cache=from_cache) for index in texts]
+    requests = [{"prompt_token_ids": text.token_ids} for text in layers]
+    work = Work(len(requests), sum(len(one["prompt_token_ids"]) for one in requests), max_new_tokens=1)
+    params = [_params(text, sorted(read_at), from_cache=from_cache) for text, read_at in layers.items()]
     with progress.watch(engine, "Reading completions unsteered", work):
         outputs = engine.generate(requests, params, use_tqdm=False)
     try:
@@ -104,15 +114,15 @@ def _read(
         # The log-likelihoods stay valid: the rows concerned get no projection, and the user is warned.
         progress.warn(str(error))
         readouts = error.results
-    return {index: (output, samples[0]) for index, output, samples in zip(texts, outputs, readouts, strict=True)}
+    return {text: (output, samples[0]) for text, output, samples in zip(layers, outputs, readouts, strict=True)}
 
 
-def _lacks_logprobs(row: FinishedRow, output: Any) -> bool:
+def _lacks_logprobs(text: _Text, output: Any) -> bool:
     """Whether the cache gave tokens from the prompt's last one on: its logits are those of the first answer token."""
-    return (output.num_cached_tokens or 0) >= len(row.prompt_ids)
+    return (output.num_cached_tokens or 0) >= len(text.prompt_ids)
 
 
-def _params(row: FinishedRow, *, from_cache: bool) -> Any:
+def _params(text: _Text, layers: Sequence[int], *, from_cache: bool) -> Any:
     from vllm_steer import Readout, steered
 
     reading = {
@@ -127,21 +137,20 @@ def _params(row: FinishedRow, *, from_cache: bool) -> Any:
     }
     # The whole sequence is the engine's prompt; skip_first leaves out the row's own prompt.
     readout = Readout(
-        layers=(row.layer,), span="prompt", project=(row.direction,), vectors=False, skip_first=len(row.prompt_ids)
+        layers=tuple(layers), span="prompt", project=(text.direction,), vectors=False, skip_first=len(text.prompt_ids)
     )
     return steered(reading, [], readout=readout)
 
 
-def _result(row: FinishedRow, output: Any, readout: Any) -> Reread:
+def _result(text: _Text, layer: int, output: Any, readout: Any) -> Reread:
     if output.outputs[0].finish_reason not in ("stop", "length"):
         return Reread(None, None)
-    completion = output.prompt_token_ids[len(row.prompt_ids) :]
     # counted from the end: of cached tokens at the beginning there are no logprobs, or meaningless ones
-    first = len(output.prompt_logprobs) - len(completion)
+    first = len(output.prompt_logprobs) - len(text.completion_ids)
     log_likelihood = np.mean(
-        [_logprob(output.prompt_logprobs[first + at], token_id) for at, token_id in enumerate(completion)]
+        [_logprob(output.prompt_logprobs[first + at], token_id) for at, token_id in enumerate(text.completion_ids)]
     )
-    projection = None if readout is None else float(readout.projections[row.direction][row.layer])
+    projection = None if readout is None else float(readout.projections[text.direction][layer])
     return Reread(float(log_likelihood), projection)
 
 

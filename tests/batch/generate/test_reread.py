@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,8 @@ class Heard:
 
 
 def rows_of_many_shapes(vocab_size: int) -> list[FinishedRow]:
-    """Prompts and completions of mixed lengths, read at both layers; shared prompts, and one whole row twice."""
+    """Prompts and completions of mixed lengths, read at both layers; shared prompts, the beginning of a completion that
+    another one shares, and one whole text three times, at both layers and for both directions."""
     rng = np.random.default_rng(3)
 
     def ids(length: int) -> list[int]:
@@ -45,16 +47,18 @@ def rows_of_many_shapes(vocab_size: int) -> list[FinishedRow]:
         return drawn
 
     shared, ended = ids(40), 2  # 2 ends a sequence in these checkpoints
-    twice = FinishedRow(shared, ids(50), 3, "calm")
+    text = FinishedRow(shared, ids(50), 3, "calm")
     return [
         FinishedRow(ids(1), ids(1), 1, "bold"),
         FinishedRow(ids(33), [*ids(7), ended], 1, "calm"),
         FinishedRow(shared, ids(30), 1, "bold"),
         FinishedRow(shared, ids(30), 3, "bold"),
-        twice,
+        text,
         FinishedRow(ids(5), [], 1, "calm"),
         FinishedRow(ids(8), [ended], 3, "bold"),
-        twice,
+        replace(text, layer=1),
+        replace(text, direction="bold"),
+        FinishedRow(shared, [*text.completion_ids[:40], *ids(10)], 1, "calm"),
         FinishedRow(ids(60), ids(60), 3, "calm"),  # 120 tokens do not fit: the end is cut
         FinishedRow(ids(MAX_MODEL_LEN - 1), ids(4), 1, "calm"),  # the prompt leaves no place for a token
     ]
@@ -92,14 +96,15 @@ def test_log_likelihoods_and_projections_are_those_of_the_unsteered_model(
 
     # The second reading finds whole texts, and reads them once more without the cache.
     assert len(cached) == 4
+    assert [len(of_batch) for of_batch in cached[::2]] == [9, 9]  # ten rows with a text, of which two have the same
     assert all(of_batch and max(of_batch) > 0 for of_batch in cached[::2])  # each finds prompts of others
     assert cached[1]
     assert cached[3]
     assert not any(cached[1] + cached[3])
 
-    assert [index for index, result in enumerate(got) if result == Reread(None, None)] == [5, 9]
+    assert [index for index, result in enumerate(got) if result == Reread(None, None)] == [5, 11]
     for index, row in enumerate(rows):
-        if index in (5, 9):
+        if index in (5, 11):
             continue
         kept = list(row.completion_ids)[: MAX_MODEL_LEN - 1 - len(row.prompt_ids)]
         # the reference does not feed back its last token, so add one: the mean includes the row's last token
