@@ -23,10 +23,39 @@ from vllm_steer import Steering
 
 @dataclass(frozen=True)
 class _Scored:
-    """A text that is scored behind its context."""
+    """A text that is scored behind its context, or a context behind which each of some tokens is scored.
+
+    Attributes:
+        token_ids: all tokens that are sent, at least one; the context comes first.
+        context_len: tokens of the context.
+        next_ids: tokens that could follow; if there are any, all tokens that are sent are context.
+    """
 
     token_ids: tuple[int, ...]
     context_len: int
+    next_ids: tuple[int, ...] = ()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What to ask the engine for."""
+        asked = {"logprob_token_ids": list(self.next_ids)} if self.next_ids else {"prompt_logprobs": 0}
+        return {"temperature": 0.0, "max_tokens": 1, "flat_logprobs": True, "detokenize": False, **asked}
+
+    def log_likelihoods(self, output: Any) -> list[float]:
+        """That of the text, or of each next token.
+
+        Raises:
+            StudyError: the request ended with an error.
+        """
+        sample = output.outputs[0]
+        if sample.finish_reason == "error":
+            raise StudyError(
+                f"Measuring the cost: a request ended with an error ({sample.stop_reason}); use a smaller alpha."
+            )
+        if self.next_ids:
+            return [sample.logprobs[0][token_id].logprob for token_id in self.next_ids]
+        positions = range(self.context_len, len(self.token_ids))
+        return [math.fsum(output.prompt_logprobs[at][self.token_ids[at]].logprob for at in positions)]
 
 
 def measure_cost(
@@ -56,8 +85,8 @@ def measure_cost(
     for cell in cells:
         if cell.steered:
             settings.setdefault((cell.layer, cell.direction, cell.alpha), cell)
-    texts, options = _tokenised(engine, materials)
-    scored = [*texts, *(option for question in options for option in question)]
+    texts, questions = _tokenised(engine, materials)
+    scored = [*texts, *(one for question in questions for one in question)]
     longest = max(len(one.token_ids) for one in scored)
     if longest >= max_model_len:
         raise StudyError(
@@ -65,18 +94,11 @@ def measure_cost(
             f"{max_model_len}. Shorten it or raise max_model_len."
         )
     requests, params = [], []
-    scoring = {
-        "temperature": 0.0,
-        "max_tokens": 1,
-        "prompt_logprobs": 0,
-        "flat_logprobs": True,
-        "detokenize": False,
-    }
     for setting in settings.values():
         entries = [] if setting is None else [_entry(setting)]
         for one in scored:
             requests.append({"prompt_token_ids": list(one.token_ids)})
-            params.append(steered(scoring, scored_entries(entries, one.context_len, len(one.token_ids))))
+            params.append(steered(one.sampling, scored_entries(entries, one.context_len, len(one.token_ids))))
     tokens = sum(len(request["prompt_token_ids"]) for request in requests)
     try:
         with progress.watch(engine, "Measuring the cost", Work(len(requests), tokens, 1)):
@@ -84,8 +106,12 @@ def measure_cost(
     finally:
         # after a step that raised, the next batch would run, and return, the requests left in the engine
         abandon_requests(engine)
-    found = iter(_log_likelihood(one, output) for one, output in zip(scored * len(settings), outputs, strict=True))
-    return tuple(_point(setting, texts, options, materials, found) for setting in settings.values())
+    found = (
+        number
+        for one, output in zip(scored * len(settings), outputs, strict=True)
+        for number in one.log_likelihoods(output)
+    )
+    return tuple(_point(setting, texts, materials, found) for setting in settings.values())
 
 
 def _entry(cell: Condition) -> Steering:
@@ -101,34 +127,28 @@ def _tokenised(engine: Engine, materials: CostMaterials) -> tuple[list[_Scored],
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     texts = [_Scored((prefix, *ids(text)), 1) for text in materials.texts]
-    options = []
+    questions = []
     for choice in materials.choices:
-        start = (prefix, *ids(choice.start))
-        options.append([_Scored((*start, *ids(option)), len(start)) for option in choice.options])
-    return texts, options
-
-
-def _log_likelihood(one: _Scored, output: Any) -> float:
-    if output.outputs[0].finish_reason == "error":
-        raise StudyError(
-            f"Measuring the cost: a request ended with an error ({output.outputs[0].stop_reason}); use a smaller alpha."
-        )
-    positions = range(one.context_len, len(one.token_ids))
-    return math.fsum(output.prompt_logprobs[at][one.token_ids[at]].logprob for at in positions)
+        start, options = (prefix, *ids(choice.start)), [tuple(ids(option)) for option in choice.options]
+        if len(set(options)) == len(options) and all(len(option) == 1 for option in options):
+            # one pass over the question has the logits of all options
+            questions.append([_Scored(start, len(start), next_ids=tuple(option[0] for option in options))])
+        else:
+            questions.append([_Scored((*start, *option), len(start)) for option in options])
+    return texts, questions
 
 
 def _point(
     cell: Condition | None,
     texts: Sequence[_Scored],
-    options: Sequence[Sequence[_Scored]],
     materials: CostMaterials,
     found: Iterator[float],
 ) -> CostPoint:
     total = math.fsum(next(found) for _ in texts)
     tokens = sum(len(one.token_ids) - one.context_len for one in texts)
     right = 0
-    for choice, question in zip(materials.choices, options, strict=True):
-        scores = [next(found) for _ in question]
+    for choice in materials.choices:
+        scores = [next(found) for _ in choice.options]
         right += scores.index(max(scores)) == choice.right
     return CostPoint(
         layer=None if cell is None else cell.layer,
@@ -136,7 +156,7 @@ def _point(
         alpha=0.0 if cell is None else cell.alpha,
         alpha_residual_norm=0.0 if cell is None else cell.alpha_residual_norm,
         perplexity=math.exp(-total / tokens),
-        choice_accuracy=right / len(options),
+        choice_accuracy=right / len(materials.choices),
         tokens=tokens,
-        choices=len(options),
+        choices=len(materials.choices),
     )

@@ -101,7 +101,7 @@ class Form:
 
 
 COUNTS = (1, 10, 100, 1_000, 10_000)
-FULL = Form(10_000, COUNTS, 10_000, 4, 1_024, 8, 1, 150, 25, 2, 30_000)
+FULL = Form(10_000, COUNTS, 10_000, 6, 2_048, 16, 1, 150, 25, 2, 30_000)
 SMALL = Form(1_000, COUNTS[:4], 1_000, 3, 512, 3, 1, 150, 25, 1, 30_000)
 PARTS = ("driver", "actors", "specs", "registered")
 PROMPT_TOKENS = 4

@@ -7,6 +7,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import vllm_steer
 from batch_jobs.cost.cost_curve import CostCurve, CostPoint, read_cost, write_cost
 from batch_jobs.cost.materials import Choice, CostMaterials, load_materials
-from batch_jobs.cost.measure import measure_cost
+from batch_jobs.cost.measure import _Scored, measure_cost
 from batch_jobs.errors import StudyError
 from batch_jobs.rows.grid import Condition
 from vllm_steer import Direction
@@ -28,6 +29,9 @@ MATERIALS = CostMaterials(
         Choice(start="The opposite of hot is", options=(" cold", " round", " green"), right=0),
         Choice(start="Bees make", options=(" glass", " honey"), right=1),
         Choice(start="Snow is", options=(" white", " black", " purple"), right=0),
+        Choice(
+            start="Ice is frozen", options=(" water", " smoke from a fire"), right=0
+        ),  # of one token, and of several
     ),
 )
 
@@ -46,12 +50,23 @@ def condition(alpha: float, span: str, scenario: str = "a") -> Condition:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_perplexity_and_accuracy_are_those_of_the_steered_model(demo_model: Path, tmp_path: Path) -> None:
+def test_perplexity_and_accuracy_are_those_of_the_steered_model(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.engine.conftest import open_engine
     from tests.support.hf_reference import Reference
     from tests.support.tiny_models import HIDDEN_SIZE, save_tiny_model
 
     checkpoint = save_tiny_model("llama", demo_model, tmp_path / "llama")
+    measured: list[float] = []
+    log_likelihoods = _Scored.log_likelihoods
+
+    def recording(one: _Scored, output: Any) -> list[float]:
+        found = log_likelihoods(one, output)
+        measured.extend(found)
+        return found
+
+    monkeypatch.setattr(_Scored, "log_likelihoods", recording)
     direction = Direction("calm", LAYER, np.random.default_rng(4).standard_normal(HIDDEN_SIZE)).normalised()
     with open_engine(checkpoint, layers=[LAYER], max_model_len=MAX_MODEL_LEN) as engine:
         vllm_steer.register_directions(engine, [direction])
@@ -76,6 +91,8 @@ def test_perplexity_and_accuracy_are_those_of_the_steered_model(demo_model: Path
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    assert len({len(ids(option)) for choice in MATERIALS.choices for option in choice.options}) > 1
+    in_order = iter(measured)
     for span, points in got.items():
         assert [(point.layer, point.direction, point.alpha) for point in points] == [
             (None, None, 0.0),
@@ -83,20 +100,25 @@ def test_perplexity_and_accuracy_are_those_of_the_steered_model(demo_model: Path
         ]
         for point in points:
             tokens = sum(len(ids(text)) for text in MATERIALS.texts)
-            total = sum(log_likelihood([prefix], ids(text), span, point.alpha) for text in MATERIALS.texts)
+            of_texts = [log_likelihood([prefix], ids(text), span, point.alpha) for text in MATERIALS.texts]
+            total = sum(of_texts)
             assert point.perplexity == pytest.approx(math.exp(-total / tokens), rel=TOLERANCE)
-            right = [
-                np.argmax(
-                    [
-                        log_likelihood([prefix, *ids(choice.start)], ids(option), span, point.alpha)
-                        for option in choice.options
-                    ]
-                )
-                == choice.right
+            of_options = [
+                [
+                    log_likelihood([prefix, *ids(choice.start)], ids(option), span, point.alpha)
+                    for option in choice.options
+                ]
                 for choice in MATERIALS.choices
             ]
+            expected = [*of_texts, *(one for options in of_options for one in options)]
+            assert [next(in_order) for _ in expected] == pytest.approx(expected, rel=TOLERANCE)
+            right = [
+                np.argmax(options) == choice.right
+                for options, choice in zip(of_options, MATERIALS.choices, strict=True)
+            ]
             assert point.choice_accuracy == pytest.approx(np.mean(right))
-            assert (point.tokens, point.choices) == (tokens, 3)
+            assert (point.tokens, point.choices) == (tokens, 4)
+    assert not list(in_order)
     plain, steered = got["all"]
     assert abs(steered.perplexity / plain.perplexity - 1) > 0.01
     assert got["generated"][0] == plain
