@@ -79,7 +79,10 @@ def test_completions_are_read_once_more_without_steering_unless_it_is_switched_o
 ) -> None:
     run(small_study(), tmp_path / "with")
     again = [batch for batch in engine.batches if "prompt_logprobs" in batch[0].fields]
-    assert [len(batch) for batch in again] == [8, 4]
+    # eight rows with two completions, which are read once each, and four with one
+    assert [len(batch) for batch in again] == [2, 1]
+    rows = read_rows(tmp_path / "with" / "generations").to_pylist()
+    assert None not in {row["log_likelihood"] for row in rows}
     assert not any(params.steering for batch in again for params in batch)
     engine.batches.clear()
     run(small_study(likelihood=False), tmp_path / "without")
