@@ -117,9 +117,11 @@ bench-record: demo-model
 	$(BIN)/python -m benchmarks.overhead.bench --out $(RECORDS)/overhead.json
 	$(BIN)/python -m benchmarks.hooks.bench --out $(RECORDS)/hf-hooks.json
 	$(BIN)/python -m benchmarks.op --out $(RECORDS)/op.json
-	$(BIN)/python -m benchmarks.scale.bench --out $(RECORDS)/scale.json
+	$(BIN)/python -m benchmarks.scale.bench --parts specs,registered --out $(RECORDS)/scale.json
+	$(BIN)/python -m benchmarks.scale.bench --parts driver,actors --out $(RECORDS)/scale-ray.json
 	$(BIN)/python -m benchmarks.peers.bench --out $(RECORDS)/peers.json
 	$(BIN)/python -m benchmarks.admission --out $(RECORDS)/admission.json
+	$(BIN)/python -m benchmarks.overhead.idle_op --out $(RECORDS)/idle-op.json
 	$(BIN)/python -m benchmarks.overhead.start --out $(RECORDS)/start.json
 	$(BIN)/python -m benchmarks.server.bench --out $(RECORDS)/server.json
 	$(BIN)/python -m benchmarks.demo --out $(RECORDS)/demo.json

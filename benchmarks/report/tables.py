@@ -151,12 +151,8 @@ def op(measured: Record) -> str:
 
 
 def scale(measured: Record) -> str:
-    """Speed by number of specs, of directions and of engines, and the driver's cost, for ``scale.json``."""
+    """Speed by number of specs, of directions and of engines, and the driver's cost, for the records of its parts."""
     parts = ["**Scale** (a tiny random model, so that a cost of the plugin cannot hide behind the model's):"]
-    if "alphas" in measured:  # a record from before there were different specs
-        figures = measured["alphas"]["figures"].items()
-        rows = [[name, f"{figure['median']:.0f}", ratio(figure)] for name, figure in figures]
-        parts.append(table(["different α in flight", "requests/s", "against one α"], rows))
     for part, title in (("specs", "different specs in flight"), ("registered", "directions in the bank")):
         if part in measured:
             parts.append(_flatness(title, measured[part]))
@@ -287,6 +283,18 @@ def start(measured: Record) -> str:
     ])  # fmt: skip
 
 
+def idle_op(measured: Record) -> str:
+    """The op in an idle engine, for ``idle-op.json``."""
+    setup = measured["setup"]
+    rows = [[name, f"{1000 / one['median']:.2f}", ratio(one, 4)] for name, one in measured["figures"].items()]
+    return "\n\n".join([
+        f"**A decode step of {setup['requests']} plain requests**, {setup['layers']} layers configured, in one engine "
+        "with the op and with a function in its place that does nothing, step by step in turn; below 1 is slower:",
+        table(["", "ms", "speed, to without"], rows),
+        source(measured),
+    ])  # fmt: skip
+
+
 def demo(measured: Record) -> str:
     """The demo study, for ``demo.json``."""
     seconds = ", ".join(f"{one:.0f}" for one in measured["seconds"])
@@ -333,9 +341,9 @@ def _came_of(peer: Mapping[str, Any]) -> str:
 
 
 def ratio(figure: Mapping[str, Any], digits: int = 2) -> str:
-    """A figure's ratio with its 95 % interval, whose ends have `digits` decimals."""
+    """A figure's ratio with its 95 % interval, whose ends have `digits` decimals; it has three or as many."""
     low, high = interval(figure["ratios"])
-    return f"{figure['ratio']:.3f} ({low:.{digits}f} – {high:.{digits}f})"
+    return f"{figure['ratio']:.{max(digits, 3)}f} ({low:.{digits}f} – {high:.{digits}f})"
 
 
 def times(figure: Mapping[str, Any]) -> str:
@@ -363,7 +371,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "overhead": overhead, "overhead-one-start": overhead_one_start, "overhead-before": overhead_before,
-    "hf-hooks": hooks, "op": op, "scale": scale, "peers": peers,
-    "builds": builds, "builds-all-layers": builds, "start": start, "server": server, "admission": admission,
+    "hf-hooks": hooks, "op": op, "scale": scale, "scale-ray": scale, "peers": peers,
+    "builds": builds, "builds-all-layers": builds, "idle-op": idle_op, "start": start, "server": server,
+    "admission": admission,
     "cached": cached, "capture": capture, "demo": demo, "score": score, "grid-scale": grid_scale,
 }  # fmt: skip
