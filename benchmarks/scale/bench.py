@@ -101,8 +101,8 @@ class Form:
 
 
 COUNTS = (1, 10, 100, 1_000, 10_000)
-FULL = Form(10_000, COUNTS, 10_000, 6, 2_048, 16, 1, 150, 25, 2, 30_000)
-SMALL = Form(1_000, COUNTS[:4], 1_000, 3, 512, 3, 1, 150, 25, 1, 30_000)
+FULL = Form(10_000, COUNTS, 10_000, 6, 2_048, 16, 1, 150, 25, 2, 300_000)
+SMALL = Form(1_000, COUNTS[:4], 1_000, 3, 512, 3, 1, 150, 25, 1, 100_000)
 PARTS = ("driver", "actors", "specs", "registered")
 PROMPT_TOKENS = 4
 ADMISSIONS = 5_000  # specs that are admitted for the time of one
@@ -299,7 +299,7 @@ def driver(folder: Path, form: Form, rows_a_second_a_gpu: float) -> dict[str, An
 
     def driver_seconds(count: int) -> float:
         """CPU seconds of this process for a grid on Ray with two actors whose engines take no time."""
-        job = a_job(a_study("instant", count, rows_per_part=ROWS_A_PART), folder / f"ray-{count}")
+        job = a_job(a_study("instant", count, rows_per_part=ROWS_A_PART), Path(tempfile.mkdtemp(dir=folder)))
         start = time.process_time()
         with patch.object(ray_executor, "ShardWorker", InstantShardWorker):
             on_ray(job, "instant", Pool(workers=2))
@@ -308,8 +308,14 @@ def driver(folder: Path, form: Form, rows_a_second_a_gpu: float) -> dict[str, An
         return taken
 
     few, many = form.driver_rows // 10, form.driver_rows
+    driver_seconds(few)  # imports Ray
     seconds_few, seconds_many = driver_seconds(few), driver_seconds(many)
     a_row = (seconds_many - seconds_few) / (many - few)
+    if a_row <= 0:
+        raise SystemExit(
+            f"{many:,} rows took {seconds_many:.1f} CPU seconds of the driver and {few:,} took {seconds_few:.1f}, so a "
+            "row's share is lost in what Ray's start costs; use a quieter machine, or more rows."
+        )
 
     job = a_job(a_study("instant", many, rows_per_part=ROWS_A_PART), folder / "actor")
     start = time.process_time()
