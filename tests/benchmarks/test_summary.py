@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import record
 from benchmarks.harness.record import RESULTS
 from benchmarks.harness.rounds import figures, figures_of_starts, in_turn, interval
 from benchmarks.report.goals import CPU_GOALS, GPU_GOALS, Goal, Verdict, verdicts
 from benchmarks.report.summary import BEGIN, END, all_tables, goals, rewritten, section_of
+from benchmarks.report.tables import ratio
 from tests.conftest import PROJECT_ROOT
 
 
@@ -39,6 +41,27 @@ def test_readme_shows_the_committed_records(folder: Path) -> None:
     readme = PROJECT_ROOT / "docs" / "performance.md"
     text = readme.read_text(encoding="utf-8")
     assert rewritten(text, folder.name, section_of(folder, readme)) == text, "run `make readme-performance`"
+
+
+@pytest.mark.parametrize(
+    ("row", "way", "columns"),
+    [
+        ("installed, not configured, against plain vLLM", "installed", 2),
+        ("configured for 5 layers, idle", "idle", 2),
+        ("all requests steered, every α different", "steered", 2),
+        ("all requests steered, 8 directions at each of 5 layers", "stacked", 2),
+        ("all prompts read at 5 layers", "prompt read", 2),
+        ("all read at all layers, prompts and answers", "read, all layers", 1),
+    ],
+)
+def test_the_front_page_says_what_the_records_say(row: str, way: str, columns: int) -> None:
+    (line,) = [
+        line for line in (PROJECT_ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(f"| {row} |")
+    ]
+    cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+    for folder, cell in zip(("cpu", "gpu")[:columns], cells, strict=False):
+        measured = record.read(RESULTS / folder / "overhead.json")["generated"]["64"]["throughput"][way]
+        assert cell == ratio(measured, 3)
 
 
 @pytest.mark.parametrize("goal", ALL_GOALS, ids=lambda goal: f"{goal.record}: {goal.text}")
