@@ -206,7 +206,6 @@ class LazyEngine:
             del engine
             gc.unfreeze()
             gc.collect()  # frees its memory now, not while another engine runs
-            gc.freeze()  # what is left are the libraries, which the report and the exit need not walk again
 
     @cached_property
     def revision(self) -> str | None:
