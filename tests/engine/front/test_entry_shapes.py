@@ -142,6 +142,18 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert sum(len(one.entries) for one in remembered) <= 3 or len(remembered) == 1
 
 
+def test_a_condition_over_the_prompt_takes_one_place_for_all_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(entry_shapes, "_MOST_ENTRIES", 3)
+    admission = make_admission()
+    admission.resolve("id", RequestSpec((Steering("kind", 1.0),)), 3)
+    over_prompt = Steering("kind", 1.0, span="generated", when=When("kind", above=0.5, over="prompt"))
+    for prompt_len in range(1, 9):
+        admission.resolve("id", RequestSpec((over_prompt,)), prompt_len)
+    assert len(admission._shapes._remembered[1]) == 2
+
+
 def test_ten_thousand_different_entries_in_flight_are_remembered() -> None:
     admission = make_admission()
     for number in range(10_000):

@@ -66,7 +66,8 @@ class EntryShapes:
         if shape is None or not shape.fits(prompt_len):
             entries, probes = self._resolution.resolve(book, steering, prompt_len)
             shape = Shape(entries, probes, prompt_len, self._limits, is_counted=is_counted)
-            self._num_entries += len(steering)
+            if key not in shapes:  # else it takes the place of a shape with as many entries
+                self._num_entries += len(steering)
             if self._num_entries > _MOST_ENTRIES:
                 shapes.clear()
                 self._num_entries = len(steering)

@@ -26,7 +26,7 @@ def install() -> None:
 def _prepare_inputs(original: Any) -> Any:
     def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = original(self, *args, **kwargs)
-        if self.input_batch.generators and self.device.type == "cpu" and steering_of(self) is not None:
+        if self.device.type == "cpu" and steering_of(self) is not None:
             GENERATOR_STATES.put(self, _states_to_restore(self))
         return prepared
 
@@ -35,9 +35,7 @@ def _prepare_inputs(original: Any) -> Any:
 
 def _bookkeeping_sync(original: Any) -> Any:
     def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states = GENERATOR_STATES.of(self)
-        if not states:
-            return original(self, *args, **kwargs)
+        states = GENERATOR_STATES.of(self) or {}
         generators = self.input_batch.generators
         for index, (generator, state) in states.items():
             generator.set_state(state)
